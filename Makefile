@@ -1,0 +1,77 @@
+# Every target sets up what it lacks, into .venv, and does nothing twice. `make` alone lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PB := serve/pb
+
+PRESET ?= dcgan
+RUN ?=
+ARGS ?=
+TARGET ?= localhost:50051
+
+# Where an NVIDIA driver is present, CUDA and cuDNN come along from pip.
+CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi)),cuda)
+comma := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-serve serve generate train export test check protos bench bench-train activations compare clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: .venv/.all ## install everything: training, export, serving, checks
+
+setup-serve: .venv/.serve ## install what serving needs, and nothing of training
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.$(if $(CUDA),[$(CUDA)])'
+	@touch $@
+
+.venv/.all: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[train,dev$(if $(CUDA),$(comma)$(CUDA))]'
+	@touch .venv/.serve $@
+
+serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (ARGS="--models-dir models")
+	@$(BIN)/python -m serve $(ARGS)
+
+generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the terminal (TARGET, ARGS)
+	@$(BIN)/python -m serve.client --target $(TARGET) $(ARGS)
+
+train: .venv/.all ## train PRESET=mlp|dcgan (ARGS="--epochs 1", ARGS=--resume)
+	@$(BIN)/python -m train $(PRESET) $(ARGS)
+
+activations: .venv/.all ## draw what happens inside the newest dcgan (ARGS="--sample 3")
+	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
+
+compare: .venv/.all ## the newest mlp run's losses beside the notebook's
+	@$(BIN)/python -m train compare $(if $(RUN),--run $(RUN))
+
+export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one)
+	@$(BIN)/python -m export run $(if $(RUN),--run $(RUN)) $(ARGS)
+
+test: .venv/.all ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/meta
+
+bench: .venv/.all ## time the server beside its floor and the raw model; writes build/bench.json
+	$(BIN)/python -m serve.bench $(ARGS)
+
+bench-train: .venv/.all ## time the training steps on this machine
+	@$(BIN)/python -m train bench $(ARGS)
+
+protos: .venv/.all ## generate serve/pb from protos/
+	$(BIN)/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
+		$$(cd protos && find . -name '*.proto' | sed 's|^\./|$(PB)/|')
+
+clean: ## delete what was built, not what was trained or exported
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis

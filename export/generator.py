@@ -1,0 +1,86 @@
+"""The generator as it is served: latents in, ``images`` in [0, 1] and ``pixels`` out, whatever range it was trained in.
+
+``fold`` rewrites it for speed without changing the function: BatchNorm goes into the layer before it, and a transposed
+convolution over a single position is the matrix product that it is.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from export.errors import ExportError
+
+
+class ServedGenerator(nn.Module):
+    """Wraps a trained generator: maps its range to [0, 1] and makes the bytes."""
+
+    def __init__(self, generator: nn.Module, low: float, high: float) -> None:
+        super().__init__()
+        self.generator = generator
+        self.scale = 1.0 / (high - low)
+        self.offset = -low / (high - low)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, z) → images float32 (batch, 1, 28, 28) in [0, 1] and pixels uint8 (batch, 28, 28)."""
+        images = self.generator(latents) * self.scale + self.offset
+        pixels = torch.round(images * 255.0).to(torch.uint8).squeeze(1)
+        return images, pixels
+
+
+class FirstLayer(nn.Module):
+    """A transposed convolution whose input is one position: a matrix product and a reshape. (batch, z) → NCHW."""
+
+    def __init__(self, convolution: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        inputs, outputs, height, width = convolution.weight.shape
+        self.shape = (outputs, height, width)
+        self.linear = nn.Linear(inputs, outputs * height * width)
+        assert convolution.bias is not None
+        with torch.no_grad():
+            self.linear.weight.copy_(convolution.weight.reshape(inputs, -1).t())
+            self.linear.bias.copy_(convolution.bias.repeat_interleave(height * width))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        maps: Tensor = self.linear(latents)
+        return maps.unflatten(1, self.shape)
+
+
+class _Reshaped(nn.Module):
+    """Hidden layers, then the (batch, 1, 28, 28) view of what they give."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, latents: Tensor) -> Tensor:
+        flat: Tensor = self.layers(latents)
+        return flat.view(-1, 1, 28, 28)
+
+
+def fold(served: ServedGenerator) -> ServedGenerator:
+    """A copy, in evaluation mode, with every BatchNorm folded. Raises ExportError when one cannot be."""
+    served = copy.deepcopy(served).eval()
+    layers = served.generator.layers
+    if not isinstance(layers, nn.Sequential):
+        raise ExportError("the generator has no plain sequence of layers to fold")
+    folded: list[nn.Module] = []
+    for layer in layers:
+        before = folded[-1] if folded else None
+        if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
+            folded[-1] = fuse_linear_bn_eval(before, layer)
+        elif isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.ConvTranspose2d):
+            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)  # type: ignore[type-var]  # stub knows Conv only
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            raise ExportError(f"BatchNorm after {type(before).__name__} cannot be folded")
+        else:
+            folded.append(layer)
+    if isinstance(folded[0], nn.ConvTranspose2d):
+        folded[0] = FirstLayer(folded[0])
+        served.generator = nn.Sequential(*folded)
+    else:
+        served.generator = _Reshaped(nn.Sequential(*folded))
+    return served.eval()

@@ -1,0 +1,121 @@
+"""Do eager PyTorch, TorchScript and ONNX Runtime compute the same function? Names, axes, shapes, values, in that order.
+
+ONNX Runtime runs through ``serve.engine.Engine``: the session that is compared is the session that serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from export.errors import AxesDifferError, NamesDifferError, ShapesDifferError, ValuesDifferError
+from serve.engine import Engine, choose_provider
+from serve.errors import ProviderError
+from serve.manifest import Manifest, Tolerance
+
+BATCH_SIZES = (1, 2, 3, 7, 64, 257)
+
+# fp32 on both sides: the three forms agreed to 3e-7 when measured; 1e-5 leaves room for other processors.
+FP32_TOLERANCE = Tolerance(images=1e-5, pixel_levels=1, pixel_identical_share=0.999)
+
+Arrays = Mapping[str, NDArray[Any]]
+Form = Callable[[NDArray[np.float32]], Arrays]
+
+
+def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:
+    """An eager or scripted served generator as a function on arrays."""
+
+    def run(latents: NDArray[np.float32]) -> Arrays:
+        with torch.no_grad():
+            images, pixels = module(torch.from_numpy(latents))
+        return {"images": images.numpy(), "pixels": pixels.numpy()}
+
+    return run
+
+
+def engine_form(engine: Engine) -> Form:
+    """A serving session as a function on arrays."""
+
+    def run(latents: NDArray[np.float32]) -> Arrays:
+        outputs = engine.run(latents, want_images=True)
+        assert outputs.images is not None
+        return {"images": outputs.images, "pixels": outputs.pixels}
+
+    return run
+
+
+def serving_forms(model: bytes, manifest: Manifest) -> dict[str, Form]:
+    """ONNX Runtime on the CPU, and on CUDA where this machine has it (TF32 off, as the engine sets it)."""
+    forms = {"onnxruntime-cpu": engine_form(Engine(model, manifest, "cpu", intra_op_threads=1))}
+    try:
+        choose_provider("cuda")
+    except ProviderError:
+        return forms
+    return forms | {"onnxruntime-cuda": engine_form(Engine(model, manifest, "cuda", intra_op_threads=1))}
+
+
+def compare(reference: str, forms: Mapping[str, Form], latent_size: int, tolerance: Tolerance, seed: int) -> dict[str, Any]:
+    """Compare every form with ``forms[reference]`` on fresh random latents of every batch size.
+
+    Returns the report. Raises a ParityError naming the pair, the batch size and the worst element.
+    """
+    generator = np.random.default_rng(seed)
+    rows = []
+    for batch in BATCH_SIZES:
+        latents = generator.standard_normal((batch, latent_size), dtype=np.float32)
+        expected = forms[reference](latents)
+        for name, form in forms.items():
+            if name != reference:
+                where = f"{reference} and {name}, batch size {batch}"
+                rows.append(
+                    {"pair": [reference, name], "batch_size": batch, **difference(expected, form(latents), tolerance, where)}
+                )
+    return {
+        "reference": reference,
+        "forms": list(forms),
+        "batch_sizes": list(BATCH_SIZES),
+        "latents_seed": seed,
+        "tolerance": {"images": tolerance.images, "pixel_levels": tolerance.pixel_levels,
+                      "pixel_identical_share": tolerance.pixel_identical_share},
+        "worst_images": max(row["images_max_abs"] for row in rows),
+        "worst_pixel_levels": max(row["pixel_levels_max"] for row in rows),
+        "rows": rows,
+    }  # fmt: skip
+
+
+def difference(expected: Arrays, got: Arrays, tolerance: Tolerance, where: str) -> dict[str, float]:
+    """How far ``got`` is from ``expected``. Raises the ParityError of the first thing that is off."""
+    if set(expected) != set(got):
+        raise NamesDifferError(f"{where}: outputs are called {sorted(got)}, not {sorted(expected)}")
+    for name, array in expected.items():
+        if got[name].ndim != array.ndim:
+            raise AxesDifferError(f"{where}: {name} has {got[name].ndim} axes, not {array.ndim}")
+    for name, array in expected.items():
+        if got[name].shape != array.shape:
+            raise ShapesDifferError(f"{where}: {name} has shape {got[name].shape}, not {array.shape}")
+    images = np.abs(expected["images"].astype(np.float64) - got["images"])
+    levels = np.abs(expected["pixels"].astype(np.int16) - got["pixels"].astype(np.int16))
+    identical = float((levels == 0).mean())
+    # A NaN compares as neither within nor beyond: only "within" may pass.
+    if not images.max() <= tolerance.images:
+        at = tuple(int(axis) for axis in np.unravel_index(np.nanargmax(np.nan_to_num(images, nan=np.inf)), images.shape))
+        raise ValuesDifferError(
+            f"{where}: images differ by {images[at]:.3g} at {at} ({expected['images'][at]:.6g} and {got['images'][at]:.6g}); "
+            f"allowed is {tolerance.images:g}"
+        )
+    if levels.max() > tolerance.pixel_levels or identical < tolerance.pixel_identical_share:
+        at = tuple(int(axis) for axis in np.unravel_index(levels.argmax(), levels.shape))
+        raise ValuesDifferError(
+            f"{where}: pixels differ by {levels.max()} levels at {at}, {identical:.4%} identical; "
+            f"allowed are {tolerance.pixel_levels} and {tolerance.pixel_identical_share:.2%}"
+        )
+    return {
+        "images_max_abs": float(images.max()),
+        "pixel_levels_max": int(levels.max()),
+        "pixels_identical_share": identical,
+    }

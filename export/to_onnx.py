@@ -1,0 +1,54 @@
+"""The served generator as an ONNX graph, by PyTorch's dynamo exporter, checked before anyone relies on it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+
+import onnx
+import torch
+from torch import nn
+
+from export.errors import GraphError
+
+OPSET = 20
+BATCH_AXIS = "batch"
+OUTPUTS = ("images", "pixels")
+
+
+def to_onnx(served: nn.Module, latent_size: int) -> bytes:
+    """Export with a symbolic batch axis. Raises GraphError when the exporter froze that axis or left a BatchNorm."""
+    example = (torch.zeros(3, latent_size),)
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecations inside the exporter
+        program = torch.onnx.export(
+            served,
+            example,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["latents"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS, min=1)},),
+        )
+    if program is None:
+        raise GraphError("the exporter returned nothing")
+    buffer = io.BytesIO()
+    program.save(buffer, external_data=False)
+    model = onnx.load_from_string(buffer.getvalue())
+    check_graph(model)
+    return model.SerializeToString()
+
+
+def check_graph(model: onnx.ModelProto) -> None:
+    """onnx's full check, the symbolic batch axis of every input and output, and no BatchNorm left. Raises GraphError."""
+    onnx.checker.check_model(model, full_check=True)
+    for value in (*model.graph.input, *model.graph.output):
+        axis = value.type.tensor_type.shape.dim[0]
+        if not axis.dim_param:
+            raise GraphError(f"the batch axis of {value.name} was frozen to {axis.dim_value}")
+    if any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        raise GraphError("a BatchNormalization is left in the graph: folding did not reach it")

@@ -1,0 +1,28 @@
+"""The served generator as frozen TorchScript: for consumers of libtorch, and as a second witness in parity."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import torch
+
+from export.generator import ServedGenerator
+
+
+def to_torchscript(served: ServedGenerator) -> bytes:
+    """Script, freeze and save. The generator goes in unfolded: freezing folds it by its own means."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torch.export, but libtorch reads nothing else
+        frozen = torch.jit.freeze(torch.jit.script(served.eval()))
+        buffer = io.BytesIO()
+        torch.jit.save(frozen, buffer)
+    return buffer.getvalue()
+
+
+def load_torchscript(content: bytes) -> torch.jit.ScriptModule:
+    """The module back from its bytes, on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
+    return module

@@ -1,0 +1,395 @@
+"""Dynamic batching: instances that take what waits, run it, and hand the rows back. Knows no gRPC and no ONNX Runtime.
+
+An idle instance takes what is queued at once, up to ``max_batch_size`` images. A second instance is woken only when a
+full batch waits: on few cores a lone busy instance serves single digits best, all of them serve large requests best
+(``serve.bench`` measures both). Each instance is a thread that makes, uses and drops its own model, because a CUDA
+session must stay with one thread.
+
+What becomes of a batch is its own affair: a run that raises fails the callers of that batch and nobody else; one that
+hangs past ``watchdog_s`` or whose thread dies does so too, and is replaced, at most ``MAX_REPLACEMENTS`` times.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.errors import EngineError, ExpiredError, UnavailableError
+from serve.fair_queue import Chunk, FairQueue, Ticket
+from serve.latents import LatentReader
+
+log = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 8
+LEAST_RETRY_S = 0.005
+
+
+class Rows(Protocol):
+    """What a run returns: rows of pixels, and of images where they were asked for."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]: ...
+    @property
+    def images(self) -> NDArray[np.float32] | None: ...
+
+
+class Runner(Protocol):
+    """A loaded model, as an instance uses it."""
+
+    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> Rows: ...
+
+
+class Observer(Protocol):
+    """Where the batcher's figures go; called from the instances' threads, once per batch or drop."""
+
+    def batch(self, images: int, padding: int, assembly_s: float, compute_s: float) -> None: ...
+    def split(self, chunks: int) -> None: ...
+    def dropped(self, images: int, reason: str) -> None: ...
+    def failed(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The batcher's bounds; images, seconds."""
+
+    latent_size: int
+    max_batch_size: int
+    max_queue_images: int
+    max_queue_delay_s: float
+    instances: int
+    watchdog_s: float
+
+
+class _Instance:
+    """One thread's place in the batcher."""
+
+    def __init__(self, number: int, lock: threading.Lock) -> None:
+        self.number = number
+        self.wake = threading.Condition(lock)
+        self.batch: list[Chunk] = []
+        self.busy_since: float | None = None
+        self.lost = False
+
+
+class Batcher:
+    """Runs tickets through ``instances`` models made by ``make_runner``. Safe to call from any thread.
+
+    ``deliver`` is called from an instance's thread with tickets that are complete or have failed. Each ticket is
+    delivered exactly once, unless it was cancelled.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        make_runner: Callable[[], Runner],
+        deliver: Callable[[Sequence[Ticket]], None],
+        observer: Observer,
+    ) -> None:
+        self.limits = limits
+        self._make_runner = make_runner
+        self._deliver = deliver
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)  # nothing waits and nothing runs
+        self._queue = FairQueue(limits.max_queue_images)
+        self._instances: list[_Instance] = []
+        self._idle: deque[_Instance] = deque()
+        self._running_images = 0
+        self._seconds_per_image = 0.0
+        self._replacements = 0
+        self._closed = False
+
+    def start(self) -> None:
+        """Start every instance and wait until each has its model. Raises what making a model raised."""
+        starting = [self._start_instance() for _ in range(self.limits.instances)]
+        try:
+            for started in starting:
+                started()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a ticket. Raises QueueFullError or UnavailableError, and then nothing was queued."""
+        ticket.queued_at = time.monotonic()
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the model is being released")
+            if not self._instances:
+                raise UnavailableError("the model has no working instance")
+            self._queue.push(ticket, self._retry_after_s())
+            self._wake_for_queue()
+
+    def cancel(self, ticket: Ticket, reason: str = "cancelled") -> None:
+        """The caller left: waiting rows are dropped, running ones are thrown away when they come back."""
+        with self._lock:
+            if ticket.dead or ticket.done == ticket.span.count:
+                return
+            ticket.cancelled = True
+            dropped = self._queue.discard(ticket)
+            self._note_quiet()
+        if dropped:
+            self._observer.dropped(dropped, reason)
+
+    def drain(self, deadline: float) -> int:
+        """Wait until nothing waits or runs, or ``deadline`` (monotonic); leftovers fail and their number is returned."""
+        with self._lock:
+            if self._quiet.wait_for(self._is_quiet, deadline - time.monotonic()):
+                return 0
+            left = self._queue.tickets() + [chunk.ticket for instance in self._instances for chunk in instance.batch]
+            unique = list(dict.fromkeys(left))
+            failed = [ticket for ticket in unique if self._fail(ticket, UnavailableError("the server stopped first"), "drain")]
+        self._deliver(failed)
+        return len(failed)
+
+    def close(self) -> None:
+        """Let the instances end after their running batch. Waiting tickets fail."""
+        with self._lock:
+            self._closed = True
+            failed = [t for t in self._queue.tickets() if self._fail(t, UnavailableError("the model is being released"), "drain")]
+            for instance in self._instances:
+                instance.wake.notify()
+        self._deliver(failed)
+
+    def check_stalled(self) -> None:
+        """Give up instances that have run one batch for longer than ``watchdog_s``, and replace them."""
+        now = time.monotonic()
+        with self._lock:
+            stalled = [
+                instance
+                for instance in self._instances
+                if instance.busy_since is not None and now - instance.busy_since > self.limits.watchdog_s
+            ]
+        for instance in stalled:
+            log.error("instance %d has run one batch for over %g s: given up", instance.number, self.limits.watchdog_s)
+            self._lose(instance, EngineError("a run of the model hung"), "hung")
+
+    @property
+    def live_instances(self) -> int:
+        return len(self._instances)
+
+    @property
+    def busy_instances(self) -> int:
+        return sum(instance.busy_since is not None for instance in list(self._instances))
+
+    @property
+    def queued_images(self) -> int:
+        return self._queue.images
+
+    @property
+    def running_images(self) -> int:
+        return self._running_images
+
+    def _start_instance(self) -> Callable[[], None]:
+        """Start a thread; the function returned waits until it has its model, and raises what making it raised."""
+        outcome: list[BaseException | None] = []
+        known = threading.Event()
+        instance = _Instance(len(self._instances) + self._replacements, self._lock)
+
+        def run() -> None:
+            try:
+                runner = self._make_runner()
+            except BaseException as error:
+                outcome.append(error)
+                known.set()
+                return
+            with self._lock:
+                self._instances.append(instance)
+            outcome.append(None)
+            known.set()
+            self._work(instance, runner)
+
+        threading.Thread(target=run, name=f"instance-{instance.number}", daemon=True).start()
+
+        def wait() -> None:
+            known.wait()
+            if outcome[0] is not None:
+                raise outcome[0]
+
+        return wait
+
+    def _work(self, instance: _Instance, runner: Runner) -> None:
+        reader = LatentReader(self.limits.latent_size)
+        latents = np.empty((self.limits.max_batch_size, self.limits.latent_size), np.float32)
+        try:
+            while (chunks := self._next_batch(instance)) is not None:
+                self._run_batch(instance, runner, chunks, reader, latents)
+        except BaseException:  # a thread must not die in silence with its callers waiting
+            log.exception("instance %d died", instance.number)
+            self._lose(instance, EngineError("an instance died"), "died")
+
+    def _next_batch(self, instance: _Instance) -> list[Chunk] | None:
+        """Wait for work. None when the batcher is closed or this instance has been given up."""
+        while True:
+            expired: list[Ticket] = []
+            with self._lock:
+                while not (instance.lost or self._closed) and not self._may_take():
+                    if instance not in self._idle:
+                        self._idle.append(instance)
+                    instance.wake.wait(self._delay_left_s())
+                if instance in self._idle:
+                    self._idle.remove(instance)
+                if instance.lost or (self._closed and not self._queue.images):
+                    return None
+                now = time.monotonic()
+                chunks, late = self._queue.take(self.limits.max_batch_size, now)
+                for ticket in late:
+                    if self._fail(ticket, ExpiredError("the deadline passed while the request waited"), "expired"):
+                        expired.append(ticket)
+                for chunk in chunks:
+                    if chunk.first == 0:
+                        chunk.ticket.queue_seconds = now - chunk.ticket.queued_at
+                if chunks:
+                    instance.batch = chunks
+                    instance.busy_since = now
+                    self._running_images += sum(chunk.count for chunk in chunks)
+                    self._wake_for_queue()
+            if expired:
+                self._deliver(expired)
+            if chunks:
+                return chunks
+
+    def _run_batch(
+        self, instance: _Instance, runner: Runner, chunks: list[Chunk], reader: LatentReader, latents: NDArray[np.float32]
+    ) -> None:
+        images = sum(chunk.count for chunk in chunks)
+        started = time.perf_counter()
+        batch = latents[:images]
+        reader.fill(batch, [chunk.ticket.span.part(chunk.first, chunk.count) for chunk in chunks])
+        assembled = time.perf_counter()
+        try:
+            rows = runner.run(batch, any(chunk.ticket.want_images for chunk in chunks))
+        except Exception:
+            log.exception("a run of %d images failed", images)
+            self._observer.failed("raised")
+            self._end_batch(instance, chunks, None, 0.0)
+            return
+        computed = time.perf_counter()
+        self._end_batch(instance, chunks, rows, computed - assembled)
+        self._observer.batch(images, 0, assembled - started, computed - assembled)
+        if splits := sum(chunk.count < chunk.ticket.span.count and chunk.first == 0 for chunk in chunks):
+            self._observer.split(splits)
+
+    def _end_batch(self, instance: _Instance, chunks: list[Chunk], rows: Rows | None, compute_s: float) -> None:
+        """Scatter a batch's rows to its tickets (None: the run failed) and deliver those that are complete."""
+        finished: list[Ticket] = []
+        with self._lock:
+            if instance.lost:  # given up meanwhile: its tickets have been answered
+                return
+            self._release(instance)
+            offset = 0
+            for chunk in chunks:
+                ticket = chunk.ticket
+                first, offset = offset, offset + chunk.count
+                if ticket.dead:
+                    continue
+                if rows is None:
+                    self._fail(ticket, EngineError("a run of the model failed"), "failed")
+                    finished.append(ticket)
+                    continue
+                source = rows.images if ticket.want_images else rows.pixels
+                assert source is not None
+                ticket.parts.append((chunk.first, source[first:offset]))
+                ticket.compute_seconds += compute_s
+                ticket.done += chunk.count
+                if ticket.done == ticket.span.count:
+                    finished.append(ticket)
+            if rows is not None:
+                self._seconds_per_image += 0.1 * (compute_s / offset - self._seconds_per_image)
+        if finished:
+            self._deliver(finished)
+
+    def _lose(self, instance: _Instance, error: EngineError, reason: str) -> None:
+        with self._lock:
+            if instance.lost or instance not in self._instances:
+                return
+            instance.lost = True
+            self._instances.remove(instance)
+            tickets = dict.fromkeys(chunk.ticket for chunk in instance.batch)
+            failed = [ticket for ticket in tickets if self._fail(ticket, error, "failed")]
+            self._release(instance)
+            replace = not self._closed and self._replacements < MAX_REPLACEMENTS
+            self._replacements += 1
+            self._wake_for_queue()
+        self._observer.failed(reason)
+        self._deliver(failed)
+        if replace:
+            self._replace(instance)
+        elif not self._instances:
+            self._fail_waiting()
+
+    def _replace(self, instance: _Instance) -> None:
+        wait = self._start_instance()
+
+        def report() -> None:
+            try:
+                wait()
+            except Exception:
+                log.exception("instance %d could not be replaced", instance.number)
+                if not self._instances:
+                    self._fail_waiting()
+                return
+            with self._lock:
+                self._wake_for_queue()
+            log.warning("instance %d has been replaced", instance.number)
+
+        threading.Thread(target=report, name="replacement", daemon=True).start()
+
+    def _fail_waiting(self) -> None:
+        with self._lock:
+            error = UnavailableError("the model has no working instance")
+            failed = [ticket for ticket in self._queue.tickets() if self._fail(ticket, error, "failed")]
+        self._deliver(failed)
+
+    def _release(self, instance: _Instance) -> None:
+        self._running_images -= sum(chunk.count for chunk in instance.batch)
+        instance.batch = []
+        instance.busy_since = None
+        self._note_quiet()
+
+    def _is_quiet(self) -> bool:
+        return not self._queue.images and not self._running_images
+
+    def _note_quiet(self) -> None:
+        if self._is_quiet():
+            self._quiet.notify_all()
+
+    def _fail(self, ticket: Ticket, error: Exception, reason: str) -> bool:
+        """Mark a ticket failed and drop its waiting rows; False when it was dead already. The lock is held."""
+        if ticket.dead:
+            return False
+        ticket.error = error
+        if dropped := self._queue.discard(ticket):
+            self._observer.dropped(dropped, reason)
+        self._note_quiet()
+        return True
+
+    def _may_take(self) -> bool:
+        waiting = self._queue.images
+        return waiting > 0 and (waiting >= self.limits.max_batch_size or self._delay_left_s() is None)
+
+    def _delay_left_s(self) -> float | None:
+        """How long a batch that is not full may still wait for company; None when it need not."""
+        if not self.limits.max_queue_delay_s or not self._queue.images or self._closed:
+            return None
+        oldest = min(ticket.queued_at for ticket in self._queue.tickets())
+        left = oldest + self.limits.max_queue_delay_s - time.monotonic()
+        return left if left > 0 else None
+
+    def _wake_for_queue(self) -> None:
+        """Wake an idle instance: the first one for anything, another one only for a full batch. The lock is held."""
+        busy = len(self._instances) - len(self._idle)
+        if self._idle and self._queue.images and (busy == 0 or self._queue.images >= self.limits.max_batch_size):
+            self._idle.popleft().wake.notify()
+
+    def _retry_after_s(self) -> float:
+        """When the queue will probably have been worked off; never so short that a retry is a busy loop."""
+        return max(LEAST_RETRY_S, self._queue.images * self._seconds_per_image / max(1, len(self._instances)))

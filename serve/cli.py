@@ -1,0 +1,39 @@
+"""The server's command line: settings in, a running server and a few lines on what it serves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from serve.errors import StartError
+from serve.server import Ports, Server, serve
+from serve.settings import Settings, from_arguments
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal. Returns the exit status; an error is one line on stderr."""
+    try:
+        settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        serve(settings, lambda server, ports: _announce(server, ports, settings))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _announce(server: Server, ports: Ports, settings: Settings) -> None:
+    print(f"gRPC  {settings.host}:{ports.grpc}")
+    print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
+    for model in server.catalog.models():
+        limits = model.limits
+        mark = " (default)" if model.manifest.name == server.catalog.default_model else ""
+        print(
+            f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "
+            f"{limits.instances} instances, batches of up to {limits.max_batch_size}"
+        )
+    print(f"next  make generate    or: python -m serve.client --target {settings.host}:{ports.grpc}", flush=True)

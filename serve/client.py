@@ -1,0 +1,198 @@
+"""A small typed client: numpy arrays out, a deadline on every call, retries by gRPC's own service config.
+
+    with DigitClient("localhost:50051") as client:
+        digits = client.generate(count=25, seed=7)
+        digits.pixels  # uint8 (25, 28, 28)
+
+``python -m serve.client`` is its command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.encode import to_grid, to_png
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+
+DEFAULT_TARGET = "localhost:50051"
+DEFAULT_TIMEOUT_S = 30.0
+MAX_RESPONSE_BYTES = 64 << 20
+
+# Only what the server refuses before doing it is tried again; the server says when (grpc-retry-pushback-ms).
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": "digits.v1.DigitGenerator"}],
+            "waitForReady": True,
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+}
+CHANNEL_OPTIONS = [
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digits and their address. ``pixels`` is uint8 (n, 28, 28), or float32 in [0, 1] when that was asked for."""
+
+    pixels: NDArray[Any]
+    model: str
+    version: int
+    seed: int | None
+    start: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+class DigitClient:
+    """A connection to one or more replicas. Calls raise ``grpc.RpcError`` with the server's one-line text."""
+
+    def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.DigitGeneratorStub(self._channel)
+        self._timeout_s = timeout_s
+
+    def generate(
+        self,
+        count: int = 1,
+        *,
+        seed: int | None = None,
+        start: int = 0,
+        latents: NDArray[np.float32] | None = None,
+        model: str = "",
+        version: int = 0,
+        as_float: bool = False,
+        bulk: bool = False,
+    ) -> Digits:
+        """Digits ``start`` … of ``seed`` (drawn by the server when None), or those of explicit ``latents`` (n, z)."""
+        request = pb.GenerateRequest(
+            model=model,
+            version=version,
+            count=0 if latents is not None else count,
+            seed=seed,
+            start=start,
+            latents=b"" if latents is None else np.ascontiguousarray(latents, "<f4").tobytes(),
+            format=pb.IMAGE_FORMAT_FLOAT32 if as_float else pb.IMAGE_FORMAT_UINT8,
+            priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
+        )
+        return _digits(self._stub.Generate(request, timeout=self._timeout_s))
+
+    def stream(
+        self, count: int, *, seed: int | None = None, start: int = 0, model: str = "", version: int = 0, chunk: int = 0
+    ) -> Iterator[Digits]:
+        """Any number of digits, chunk by chunk in order. The deadline is the whole stream's only if none is sent: none is."""
+        request = pb.GenerateStreamRequest(model=model, version=version, count=count, seed=seed, start=start, chunk=chunk)
+        for response in self._stub.GenerateStream(request):
+            yield _digits(response)
+
+    def list_models(self) -> pb.ListModelsResponse:
+        return self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+
+    def get_model(self, model: str = "", version: int = 0) -> pb.GetModelResponse:
+        return self._stub.GetModel(pb.GetModelRequest(model=model, version=version), timeout=self._timeout_s)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> DigitClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def as_text(pixels: NDArray[np.uint8], columns: int) -> str:
+    """Digits (n, 28, 28) as braille characters, 2×4 pixels each: a digit is 14 characters wide and 7 lines high."""
+    lines = []
+    for first in range(0, len(pixels), columns):
+        row = pixels[first : first + columns] > 127
+        for line in range(7):
+            lines.append(" ".join("".join(map(chr, _braille(digit[line * 4 : line * 4 + 4]))) for digit in row))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Ask a server for digits; write a picture and print them."""
+    flags = _parser().parse_args(arguments)
+    try:
+        with DigitClient(flags.target, flags.timeout) as client:
+            digits = client.generate(flags.count, seed=flags.seed, start=flags.start, model=flags.model, version=flags.version)
+    except grpc.RpcError as error:
+        print(f"error: {flags.target}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except ValueError as error:  # protobuf refuses a value before anything is sent
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        flags.out.write_bytes(to_png(to_grid(digits.pixels)))
+    except OSError as error:
+        print(f"error: cannot write {flags.out} ({error.strerror}); name another file with --out", file=sys.stderr)
+        return 1
+    print(as_text(digits.pixels, columns=5))
+    print(
+        f"{flags.out}: {len(digits.pixels)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
+        f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serve.client", description="Ask a server for digits.")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
+    parser.add_argument("--count", type=int, default=25, help="how many digits (default: 25)")
+    parser.add_argument("--seed", type=int, help="which tape (default: the server draws one)")
+    parser.add_argument("--start", type=int, default=0, help="index of the first digit (default: 0)")
+    parser.add_argument("--model", default="", help="model name (default: the server's)")
+    parser.add_argument("--version", type=int, default=0, help="model version (default: the model's)")
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
+    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write (default: digits.png)")
+    return parser
+
+
+def _digits(response: pb.GenerateResponse) -> Digits:
+    kind = "<f4" if response.format == pb.IMAGE_FORMAT_FLOAT32 else np.uint8
+    pixels = np.frombuffer(response.images[0], kind).reshape(response.count, response.height, response.width)
+    return Digits(
+        pixels=pixels,
+        model=response.model,
+        version=response.version,
+        seed=response.seed if response.HasField("seed") else None,
+        start=response.start,
+        queue_seconds=response.timing.queue_seconds,
+        compute_seconds=response.timing.compute_seconds,
+    )
+
+
+def _braille(dots: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Four rows of 28 dots as 14 code points; the bits' places are Unicode's."""
+    places = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+    blocks = dots.reshape(4, 14, 2)
+    codes: NDArray[np.int64] = 0x2800 + (blocks * places[:, None, :]).sum(axis=(0, 2))
+    return codes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""One served model version: its bundle, its batcher, and whether it may answer. Knows no gRPC.
+
+Callers wait on the event loop, the batcher works in threads; results cross over once per batch, not once per caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batcher import Batcher, Limits
+from serve.engine import Engine, Provider, golden_difference, golden_samples
+from serve.errors import QueueFullError, ServeError, UnavailableError
+from serve.fair_queue import Priority, Ticket
+from serve.latents import Span
+from serve.metrics import Metrics, ModelMetrics
+from serve.repository import Bundle
+from serve.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# A batch should not hold others up for longer than this: it is the wait of a caller who comes a moment too late.
+# Beyond it batches gain nothing on a CPU: 16 images a run were as fast as 256 for the dcgan.
+BATCH_SECONDS = 0.005
+MOST_TUNED_BATCH = {"cpu": 64, "cuda": 1024}
+TIMING_RUNS = 3
+
+
+class Model:
+    """A model version that answers requests. Make it with ``open_model``."""
+
+    def __init__(self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: Metrics, limits: Limits) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.provider = provider
+        self.batcher = batcher
+        self.limits = limits
+        self.metrics = ModelMetrics(metrics, self.manifest.name, self.manifest.version)
+        self.breached = False
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return not self.breached and not self.draining and self.batcher.live_instances > 0
+
+    async def generate(self, span: Span, want_images: bool, priority: Priority, deadline: float | None) -> Ticket:
+        """Run the span's rows; the ticket returned holds them in ``parts``. Raises ServeError."""
+        if self.breached or self.draining:
+            state = "failing its golden check" if self.breached else "being released"
+            raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} is {state}")
+        waiter = asyncio.get_running_loop().create_future()
+        ticket = Ticket(span, want_images, priority, deadline, waiter)
+        self.batcher.submit(ticket)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self.batcher.cancel(ticket)
+            raise
+        self.metrics.queue_wait(ticket.queue_seconds)
+        return ticket
+
+    async def self_check(self) -> None:
+        """The golden check through the live batcher; a breach stops the model until a later check passes."""
+        latents, expected = golden_samples(self.manifest)
+        span = Span(0, 0, len(latents), latents)
+        waiter = asyncio.get_running_loop().create_future()
+        try:
+            self.batcher.submit(ticket := Ticket(span, False, Priority.BULK, None, waiter))
+            await waiter
+        except QueueFullError:
+            self.metrics.self_checks("skipped").inc()
+            return
+        except ServeError as error:
+            self.metrics.self_checks("failed").inc()
+            log.error("self-check of %s/%s could not run: %s", self.manifest.name, self.manifest.version, error)
+            return
+        problem = golden_difference(self.manifest, expected, joined_rows(ticket))
+        self.metrics.self_checks("breach" if problem else "passed").inc()
+        if problem:
+            log.error("self-check of %s/%s: %s", self.manifest.name, self.manifest.version, problem)
+        elif self.breached:
+            log.warning("self-check of %s/%s passes again", self.manifest.name, self.manifest.version)
+        self.breached = problem is not None
+
+
+def open_model(
+    bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
+) -> Model:
+    """Load, check against the golden samples, warm and start. Raises BundleError or ProviderError."""
+    manifest = bundle.manifest
+
+    def make_runner() -> Engine:
+        engine = Engine(bundle.model, manifest, provider, settings.intra_op_threads)
+        engine.check_golden()
+        return engine
+
+    limits = Limits(
+        latent_size=manifest.latent_size,
+        max_batch_size=settings.max_batch_size or tuned_batch_size(make_runner()),
+        max_queue_images=settings.max_queue_images,
+        max_queue_delay_s=settings.max_queue_delay_us / 1e6,
+        instances=settings.instances or (len(os.sched_getaffinity(0)) if provider == "cpu" else 1),
+        watchdog_s=settings.watchdog_s,
+    )
+
+    def deliver(tickets: Sequence[Ticket]) -> None:
+        if tickets:
+            loop.call_soon_threadsafe(_wake_callers, tickets)
+
+    model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
+    batcher = Batcher(limits, make_runner, deliver, model_metrics)
+    batcher.start()
+    model = Model(bundle, provider, batcher, metrics, limits)
+    _bind_gauges(model, metrics)
+    return model
+
+
+def tuned_batch_size(engine: Engine) -> int:
+    """The largest power of two whose run takes at most ``BATCH_SECONDS``, best of three, on this machine."""
+    size, largest = 1, MOST_TUNED_BATCH[engine.provider]
+    while size < largest and _fastest_run(engine, size * 2) <= BATCH_SECONDS:
+        size *= 2
+    return size
+
+
+def joined_rows(ticket: Ticket) -> NDArray[np.uint8]:
+    """A finished ticket's rows in order, as one array."""
+    return np.concatenate(ordered_rows(ticket))
+
+
+def ordered_rows(ticket: Ticket) -> list[NDArray[np.uint8]]:
+    """A finished ticket's rows in order, in the pieces they were computed in."""
+    return [rows for _, rows in sorted(ticket.parts, key=lambda part: part[0])]
+
+
+def _fastest_run(engine: Engine, size: int) -> float:
+    latents = np.zeros((size, engine.manifest.latent_size), np.float32)
+    seconds = []
+    for _ in range(TIMING_RUNS):
+        started = time.perf_counter()
+        engine.run(latents)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _wake_callers(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        waiter = ticket.caller
+        assert isinstance(waiter, asyncio.Future)
+        if waiter.done():  # the caller left in the meantime
+            continue
+        if ticket.error is not None:
+            waiter.set_exception(ticket.error)
+        else:
+            waiter.set_result(None)
+
+
+def _bind_gauges(model: Model, metrics: Metrics) -> None:
+    labels = (model.manifest.name, str(model.manifest.version))
+    batcher = model.batcher
+    metrics.queue_images.labels(*labels).set_function(lambda: batcher.queued_images)
+    metrics.queue_limit.labels(*labels).set(model.limits.max_queue_images)
+    metrics.running_images.labels(*labels).set_function(lambda: batcher.running_images)
+    metrics.instances_busy.labels(*labels).set_function(lambda: batcher.busy_instances)
+    metrics.instances_live.labels(*labels).set_function(lambda: batcher.live_instances)
+    metrics.model_ready.labels(*labels).set_function(lambda: model.ready)
+    metrics.provider.labels(*labels, model.provider, model.bundle.digest).set(1)

@@ -1,0 +1,126 @@
+"""Around every RPC: request bytes in, response bytes out, metrics, and the one table from errors to status codes.
+
+Handlers take and give bytes: a request that does not parse is then the caller's INVALID_ARGUMENT and not, as grpcio has
+it by itself, the server's INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from serve.errors import (
+    EngineError,
+    ExpiredError,
+    QueueFullError,
+    RequestError,
+    UnavailableError,
+    UnknownModelError,
+)
+from serve.metrics import Metrics, RpcMetrics
+
+log = logging.getLogger(__name__)
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+STATUS = {
+    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+}
+
+RequestT = TypeVar("RequestT", bound=Message)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RpcTable:
+    """Collects a service's methods and hands them to a server."""
+
+    def __init__(self, service: str, metrics: Metrics) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def unary(self, method: str, request_type: type[RequestT], answer: Callable[[RequestT, Context], Awaitable[bytes]]) -> None:
+        """Add a method with one answer."""
+        observed = RpcMetrics(self._metrics, "unary", self._service, method)
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            observed.started()
+            started = time.perf_counter()
+            code = grpc.StatusCode.UNKNOWN
+            try:
+                response = await answer(_parse(request_type, raw), context)
+                code = grpc.StatusCode.OK
+                return response
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except Exception as error:
+                code, text, trailing = to_status(error)
+                await context.abort(code, text, trailing)
+            finally:
+                observed.handled(code.name).inc()
+                observed.seconds(time.perf_counter() - started)
+
+        self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
+
+    def stream(
+        self, method: str, request_type: type[RequestT], answers: Callable[[RequestT, Context], AsyncIterator[bytes]]
+    ) -> None:
+        """Add a method with a stream of answers."""
+        observed = RpcMetrics(self._metrics, "server_stream", self._service, method)
+
+        async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+            observed.started()
+            started = time.perf_counter()
+            code = grpc.StatusCode.UNKNOWN
+            try:
+                async for response in answers(_parse(request_type, raw), context):
+                    yield response
+                code = grpc.StatusCode.OK
+            except (asyncio.CancelledError, GeneratorExit):
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except Exception as error:
+                code, text, trailing = to_status(error)
+                await context.abort(code, text, trailing)
+            finally:
+                observed.handled(code.name).inc()
+                observed.seconds(time.perf_counter() - started)
+
+        self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self._service, self._handlers),))
+
+
+def to_status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Code, text and trailing metadata for an error. Anything unforeseen gets a fixed text and an id; the log has the rest."""
+    code = STATUS.get(type(error))
+    if code is None:
+        error_id = uuid.uuid4().hex[:12]
+        if isinstance(error, EngineError):
+            log.error("error %s: %s", error_id, error)
+        else:
+            log.error("error %s", error_id, exc_info=error)
+        return grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has more", ()
+    if isinstance(error, QueueFullError):
+        return code, str(error), ((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))),)
+    return code, str(error), ()
+
+
+def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
+    try:
+        return request_type.FromString(raw)
+    except DecodeError:
+        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message") from None

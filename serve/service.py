@@ -1,0 +1,218 @@
+"""``digits.v1.DigitGenerator``: checks requests, maps them to spans of latents, and encodes what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from serve.catalog import Catalog
+from serve.encode import as_bytes, pack_field, to_grid, to_png
+from serve.errors import RequestError
+from serve.fair_queue import Priority, Ticket
+from serve.latents import INDEX_LIMIT, Span
+from serve.metrics import Metrics
+from serve.model import Model, joined_rows, ordered_rows
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.rpc import Context, RpcTable
+from serve.settings import Settings
+
+SERVICE = "digits.v1.DigitGenerator"
+IMAGES_FIELD = pb.GenerateResponse.DESCRIPTOR.fields_by_name["images"].number
+DEFAULT_CHUNK = 256
+CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
+
+PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BULK: Priority.BULK}
+FORMAT_NAMES = {
+    pb.IMAGE_FORMAT_UINT8: "uint8",
+    pb.IMAGE_FORMAT_FLOAT32: "float32",
+    pb.IMAGE_FORMAT_PNG: "png",
+    pb.IMAGE_FORMAT_PNG_GRID: "png_grid",
+}
+
+
+class DigitService:
+    """The RPCs. ``draining`` is set by the server when it stops."""
+
+    def __init__(self, catalog: Catalog, settings: Settings) -> None:
+        self._catalog = catalog
+        self._max_count = settings.max_count
+        # A float32 answer has four times the bytes; at the default it then stays under gRPC's usual limit of 4 MiB.
+        self._max_count_float32 = max(1, settings.max_count // 4)
+
+    def table(self, metrics: Metrics) -> RpcTable:
+        """The methods, ready for a server."""
+        table = RpcTable(SERVICE, metrics)
+        table.unary("Generate", pb.GenerateRequest, self.generate)
+        table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
+        table.unary("ListModels", pb.ListModelsRequest, self.list_models)
+        table.unary("GetModel", pb.GetModelRequest, self.get_model)
+        return table
+
+    async def generate(self, request: pb.GenerateRequest, context: Context) -> bytes:
+        model = self._catalog.find(request.model, request.version)
+        image_format = _format(request.format)
+        explicit = request.latents
+        if explicit:
+            span = self._explicit_span(request, model)
+        else:
+            if request.count == 0:
+                raise RequestError(f"count must be from 1 to {self._max_for(image_format)}, got 0")
+            span = _tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+        if span.count > (most := self._max_for(image_format)):
+            raise RequestError(
+                f"count must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {span.count}; "
+                "GenerateStream takes any number"
+            )
+        priority = _priority(request.priority, Priority.INTERACTIVE)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, deadline)
+        return await _encode(model, ticket, image_format)
+
+    async def generate_stream(self, request: pb.GenerateStreamRequest, context: Context) -> AsyncIterator[bytes]:
+        model = self._catalog.find(request.model, request.version)
+        image_format = _format(request.format)
+        most = self._max_for(image_format)
+        chunk = request.chunk or min(DEFAULT_CHUNK, most)
+        if chunk > most:
+            raise RequestError(f"chunk must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {chunk}")
+        if request.count == 0:
+            raise RequestError("count must be 1 or more, got 0")
+        whole = _tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+        priority = _priority(request.priority, Priority.BULK)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        under_way: deque[asyncio.Task[Ticket]] = deque()
+        try:
+            given = 0
+            while given < whole.count or under_way:
+                while given < whole.count and len(under_way) <= CHUNKS_AHEAD:
+                    part = whole.part(given, min(chunk, whole.count - given))
+                    given += part.count
+                    wait = model.generate(part, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, deadline)
+                    under_way.append(asyncio.ensure_future(wait))
+                ticket = await under_way.popleft()
+                yield await _encode(model, ticket, image_format)
+        finally:
+            for task in under_way:
+                task.cancel()
+
+    async def list_models(self, request: pb.ListModelsRequest, context: Context) -> bytes:
+        models = [self._summary(model) for model in self._catalog.models()]
+        return pb.ListModelsResponse(models=models, default_model=self._catalog.default_model).SerializeToString()
+
+    async def get_model(self, request: pb.GetModelRequest, context: Context) -> bytes:
+        model = self._catalog.find(request.model, request.version)
+        manifest = model.manifest
+        return pb.GetModelResponse(
+            summary=self._summary(model),
+            architecture=manifest.architecture,
+            latent_size=manifest.latent_size,
+            latent_distribution=manifest.latent_distribution,
+            height=manifest.height,
+            width=manifest.width,
+            provider=model.provider,
+            digest=model.bundle.digest,
+            limits=pb.Limits(
+                max_count=self._max_count,
+                max_count_float32=self._max_count_float32,
+                max_batch_size=model.limits.max_batch_size,
+                max_queue_images=model.limits.max_queue_images,
+            ),
+            training_json=json.dumps(dict(manifest.training)),
+            parity_json=model.bundle.parity_json,
+        ).SerializeToString()
+
+    def _summary(self, model: Model) -> pb.ModelSummary:
+        name, version = model.manifest.name, model.manifest.version
+        is_default = version == self._catalog.default_version(name)
+        return pb.ModelSummary(name=name, version=version, ready=model.ready, default_version=is_default)
+
+    def _max_for(self, image_format: pb.ImageFormat) -> int:
+        return self._max_count_float32 if image_format == pb.IMAGE_FORMAT_FLOAT32 else self._max_count
+
+    def _explicit_span(self, request: pb.GenerateRequest, model: Model) -> Span:
+        row_bytes = model.manifest.latent_size * 4
+        count, rest = divmod(len(request.latents), row_bytes)
+        if rest:
+            raise RequestError(
+                f"latents has {len(request.latents)} bytes, which is no multiple of {row_bytes} "
+                f"({model.manifest.latent_size} float32 values a row)"
+            )
+        if request.count not in (0, count):
+            raise RequestError(f"count is {request.count}, but latents holds {count} rows; leave count at 0")
+        if request.HasField("seed") or request.start:
+            raise RequestError("seed and start cannot go with latents: a digit has an address or a latent vector, not both")
+        return Span(0, 0, count, explicit_latents(request.latents, model))
+
+
+def explicit_latents(content: bytes, model: Model) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Little-endian float32 rows as an array (n, z). Raises RequestError for a value that is not finite."""
+    rows = np.frombuffer(content, "<f4").reshape(-1, model.manifest.latent_size).astype(np.float32, copy=False)
+    finite = np.isfinite(rows)
+    if not finite.all():
+        row, value = np.argwhere(~finite)[0]
+        raise RequestError(f"latents must be finite, but row {row} value {value} is {rows[row, value]}")
+    return rows
+
+
+def _tape_span(seed: int | None, start: int, count: int) -> Span:
+    if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
+        raise RequestError(f"start + count must be at most 2^63, got {start} + {count}")
+    return Span(secrets.randbits(64) if seed is None else seed, start, count)
+
+
+def _format(value: pb.ImageFormat) -> pb.ImageFormat:
+    if value == pb.IMAGE_FORMAT_UNSPECIFIED:
+        return pb.IMAGE_FORMAT_UINT8
+    if value not in FORMAT_NAMES:
+        known = ", ".join(pb.ImageFormat.Name(number) for number in FORMAT_NAMES)
+        raise RequestError(f"format {value} is unknown; there are {known}")
+    return value
+
+
+def _priority(value: pb.Priority, default: Priority) -> Priority:
+    if value == pb.PRIORITY_UNSPECIFIED:
+        return default
+    if value not in PRIORITIES:
+        raise RequestError(f"priority {value} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK")
+    return PRIORITIES[value]
+
+
+async def _encode(model: Model, ticket: Ticket, image_format: pb.ImageFormat) -> bytes:
+    started = time.perf_counter()
+    if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
+        # Compressing takes long enough to hold up other callers: not on the event loop.
+        entries = await asyncio.to_thread(_pictures, ticket, image_format)
+    else:
+        entries = [[as_bytes(rows) for rows in ordered_rows(ticket)]]
+    span = ticket.span
+    head = pb.GenerateResponse(
+        model=model.manifest.name,
+        version=model.manifest.version,
+        start=span.start,
+        count=span.count,
+        height=model.manifest.height,
+        width=model.manifest.width,
+        format=image_format,
+        timing=pb.Timing(queue_seconds=ticket.queue_seconds, compute_seconds=ticket.compute_seconds),
+    )
+    if span.explicit is None:
+        head.seed = span.seed
+    response = pack_field(head.SerializeToString(), IMAGES_FIELD, entries)
+    model.metrics.images(FORMAT_NAMES[image_format]).inc(span.count)
+    model.metrics.encode(time.perf_counter() - started)
+    return response
+
+
+def _pictures(ticket: Ticket, image_format: pb.ImageFormat) -> list[list[memoryview | bytes]]:
+    pixels = joined_rows(ticket)
+    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
+        return [[to_png(to_grid(pixels))]]
+    return [[to_png(digit)] for digit in pixels]

@@ -1,0 +1,111 @@
+"""The server's settings: one frozen dataclass. Each field is a flag, an environment variable and a line of help.
+
+``--grpc-port 50051`` and ``DIGITS_GRPC_PORT=50051`` are the same setting; the flag wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serve.errors import SettingsError
+from serve.repository import BUNDLED_DIR
+
+ENV_PREFIX = "DIGITS_"
+
+
+def _setting(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to serve. Raises SettingsError, naming the flag, when made with an unusable value."""
+
+    models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
+    default_model: str = _setting("dcgan", "the model that answers requests that name none")
+    host: str = _setting("127.0.0.1", "address the gRPC port listens on")
+    grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
+    http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
+    http_port: int = _setting(8080, "port of /metrics, /healthz and /readyz; 0 takes a free one", low=0, high=65535)
+    provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
+    instances: int = _setting(0, "concurrent runs of a model; 0: one per core on the CPU, one on CUDA", low=0, high=256)
+    intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
+    max_batch_size: int = _setting(0, "images in one run; 0: as many as a few milliseconds allow", low=0, high=4096)
+    max_queue_delay_us: int = _setting(0, "how long a batch that is not full waits for company", low=0, high=1_000_000)
+    max_queue_images: int = _setting(16384, "images that may wait, per model", low=1, high=1 << 24)
+    max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
+    watchdog_s: float = _setting(30.0, "a run longer than this is given up and its instance replaced", low=0.05, high=3600)
+    self_check_interval_s: float = _setting(
+        60.0, "time between two golden checks through the batcher; 0: never", low=0, high=86400
+    )
+    drain_grace_s: float = _setting(0.0, "on SIGTERM: time between NOT_SERVING and refusing new requests", low=0, high=600)
+    drain_deadline_s: float = _setting(20.0, "on SIGTERM: time for accepted requests to finish", low=0, high=3600)
+    max_connection_age_s: float = _setting(300.0, "a client reconnects after this long, so that load spreads", low=1, high=86400)
+    reflection: bool = _setting(True, "answer gRPC server reflection")
+    log_level: str = _setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value, meta = getattr(self, spec.name), spec.metadata
+            if "choices" in meta and value not in meta["choices"]:
+                raise SettingsError(f"{flag_name(spec.name)} must be one of {', '.join(meta['choices'])}, got {value!r}")
+            if "low" in meta and not meta["low"] <= value <= meta["high"]:
+                raise SettingsError(f"{flag_name(spec.name)} must be from {meta['low']} to {meta['high']}, got {value}")
+        if self.max_count > self.max_queue_images:
+            raise SettingsError(
+                f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
+            )
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def env_name(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` one flag per setting."""
+    for spec in dataclasses.fields(Settings):
+        default = "" if spec.name == "models_dir" else f" (default: {spec.default})"
+        text = f"{spec.metadata['help']}{default} [{env_name(spec.name)}]"
+        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE")
+
+
+def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Settings:
+    """Flags over environment over defaults. Raises SettingsError naming the flag or variable."""
+    hints = typing.get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    for spec in dataclasses.fields(Settings):
+        text, source = flags.get(spec.name), flag_name(spec.name)
+        if text is None and env_name(spec.name) in environment:
+            text, source = environment[env_name(spec.name)], env_name(spec.name)
+        if text is not None:
+            values[spec.name] = _parse(text, hints[spec.name], source)
+    return Settings(**values)
+
+
+def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from a command line. Raises SettingsError; an unknown flag ends the process with one line."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve digit generators over gRPC.")
+    add_flags(parser)
+    return resolve(vars(parser.parse_args(arguments)), environment)
+
+
+def _parse(text: str, kind: Any, source: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SettingsError(f"{source} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"{source} must be {wanted}, got {text!r}") from None

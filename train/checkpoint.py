@@ -1,0 +1,145 @@
+"""Run folders and checkpoints: state dicts and JSON, written beside and renamed, read with ``weights_only=True``.
+
+    runs/<preset>/<time>/
+        config.json           the resolved config, the data's digests, the machine and versions
+        checkpoints/*.pt      both networks, both optimizers, noise generator, step, losses so far
+        losses.npy            (marks, 3) float64: step, generator loss, discriminator loss
+        result.json           written last: a run without it is not finished
+
+A checkpoint alone decides what a resumed run does; losses.npy and the pictures are made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from train.config import TrainConfig
+from train.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
+LOSSES_FILE = "losses.npy"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its config.json says."""
+
+    folder: Path
+    config: TrainConfig
+    provenance: dict[str, Any]
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT_FILE).exists()
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*.pt"))
+
+
+def create_run(runs_dir: Path, config: TrainConfig, provenance: dict[str, Any]) -> Run:
+    """Make a new run folder with its config. Raises CheckpointError when it cannot be written."""
+    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    parent = runs_dir / config.preset
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = _first_free(parent, name)
+        (folder / "checkpoints").mkdir()
+        (folder / "pictures").mkdir()
+        write_json(folder / CONFIG_FILE, {"config": config.to_json(), "provenance": provenance})
+    except OSError as error:
+        raise CheckpointError(f"cannot write a run to {parent} ({error.strerror}); name another with --runs-dir") from None
+    return Run(folder, config, provenance)
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder's config. Raises CheckpointError."""
+    try:
+        stored = json.loads((folder / CONFIG_FILE).read_text())
+        return Run(folder, TrainConfig.from_json(stored["config"]), stored["provenance"])
+    except OSError:
+        raise CheckpointError(f"{folder} is not a run folder: it has no readable {CONFIG_FILE}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged; the run cannot be used") from None
+
+
+def newest_run(runs_dir: Path, preset: str, *, finished: bool) -> Run:
+    """The newest run of a preset, finished or not as asked. Raises CheckpointError when there is none."""
+    parent = runs_dir / preset
+    folders = sorted((entry for entry in parent.glob("*") if (entry / CONFIG_FILE).exists()), reverse=True)
+    for folder in folders:
+        if (folder / RESULT_FILE).exists() == finished:
+            return open_run(folder)
+    state = "finished" if finished else "unfinished"
+    raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: make train PRESET={preset}")
+
+
+def save_checkpoint(run: Run, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint atomically, then drop the oldest beyond ``keep_checkpoints``."""
+    path = run.folder / "checkpoints" / f"step-{step:08d}.pt"
+    write_atomically(path, lambda stream: torch.save(state, stream))
+    if run.config.keep_checkpoints:
+        for old in run.checkpoints()[: -run.config.keep_checkpoints]:
+            old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as plain tensors and numbers. Raises CheckpointError when it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); delete it to use the one before") from None
+    return state
+
+
+def latest_checkpoint(run: Run) -> dict[str, Any]:
+    """The newest checkpoint's content. Raises CheckpointError when the run has none."""
+    paths = run.checkpoints()
+    if not paths:
+        raise CheckpointError(f"{run.folder} has no checkpoint yet; start the run anew")
+    return load_checkpoint(paths[-1])
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write beside and rename: after a crash at any moment the old content or the whole new one is there."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def _first_free(parent: Path, name: str) -> Path:
+    for suffix in ["", *(f"-{number}" for number in range(2, 100))]:
+        folder = parent / (name + suffix)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise CheckpointError(f"{parent} holds 99 runs named {name}; wait a second")

@@ -1,0 +1,163 @@
+"""The command line of training. Each preset is a subcommand; each of a config's fields is a flag of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import activations, bench, reference
+from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
+from train.config import PRESETS, TrainConfig, parse_field, preset
+from train.data import load_mnist, training_images
+from train.device import choose_device, describe
+from train.errors import ConfigError, TrainError
+from train.loop import Trainer
+
+NEWEST = "newest"
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; its flags are made from TrainConfig's fields, so that each option exists once."""
+    parser = _OneLineParser(prog="python -m train", description="Train the digit GANs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, defaults in PRESETS.items():
+        _add_preset(commands, name, defaults)
+    view = commands.add_parser("activations", help="draw what happens inside a dcgan generator")
+    view.add_argument("--run", type=Path, help="run folder (default: the newest finished dcgan run)")
+    view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
+    table = commands.add_parser("compare", help="an mlp run's losses beside the notebook's")
+    table.add_argument("--run", type=Path, help="run folder (default: the newest mlp run)")
+    speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
+    speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
+    for command in (view, table):
+        command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    for command in (speed,):
+        _add_machine_flags(command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors of the user's making are one line on stderr."""
+    flags = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if flags.command in PRESETS:
+            return _train(flags)
+        if flags.command == "activations":
+            run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "dcgan", finished=True)
+            print(activations.draw(run, flags.sample))
+            return 0
+        if flags.command == "compare":
+            return _compare(flags)
+        return _bench(flags)
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; add --resume to the same command to go on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
+    command = commands.add_parser(name, help=f"train the {name} preset", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for spec in dataclasses.fields(TrainConfig):
+        if spec.name in ("preset", "architecture"):
+            continue
+        value = getattr(defaults, spec.name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+        command.add_argument(
+            "--" + spec.name.replace("_", "-"), help=f"{spec.metadata['help']} (default: {shown})", default=argparse.SUPPRESS
+        )
+    _add_machine_flags(command)
+    command.add_argument(
+        "--data-dir", type=Path, default=Path("data/mnist"), help="folder of the four idx files; filled if empty"
+    )
+    command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    command.add_argument(
+        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="go on with this run, or with the newest unfinished one"
+    )
+
+
+def _add_machine_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+
+
+def _train(flags: argparse.Namespace) -> int:
+    device = _prepare_machine(flags)
+    named = {spec.name for spec in dataclasses.fields(TrainConfig)} & set(vars(flags))
+    overrides = {name: parse_field(name, getattr(flags, name)) for name in sorted(named)}
+    config = preset(flags.command).replace(overrides)
+    resumed = _resumed_run(flags, overrides) if flags.resume else None
+    data = load_mnist(flags.data_dir)
+    if resumed:
+        run = resumed
+        if run.provenance["data"] != data.digests:
+            raise ConfigError(f"{run.folder} was trained on other data than {flags.data_dir} holds; name its own --data-dir")
+    else:
+        run = create_run(flags.runs_dir, config, {"data": data.digests, **describe(device)})
+    trainer = Trainer(run, training_images(data, run.config, device), device)
+    if resumed:
+        trainer.load_state(latest_checkpoint(run))
+    print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
+    trainer.fit()
+    if run.config.architecture == "dcgan":
+        activations.draw(run, 0)
+    print(f"finished: {run.folder}\nnext: make export RUN={run.folder}")
+    return 0
+
+
+def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run:
+    if overrides:
+        flag = "--" + next(iter(overrides)).replace("_", "-")
+        raise ConfigError(f"{flag} cannot be changed by --resume; start a new run for other numbers")
+    if flags.resume == NEWEST:
+        run = newest_run(flags.runs_dir, flags.command, finished=False)
+    else:
+        run = open_run(Path(flags.resume))
+    if run.finished:
+        raise ConfigError(f"{run.folder} is finished; there is nothing to resume")
+    if run.config.preset != flags.command:
+        raise ConfigError(f"{run.folder} is a {run.config.preset} run; resume it with: python -m train {run.config.preset}")
+    for leftover in (run.folder / "checkpoints").glob(".*.pt.*"):  # half-written when the run was killed
+        leftover.unlink()
+    return run
+
+
+def _compare(flags: argparse.Namespace) -> int:
+    if flags.run:
+        run = open_run(flags.run)
+    else:
+        try:
+            run = newest_run(flags.runs_dir, "mlp", finished=True)
+        except TrainError:
+            run = newest_run(flags.runs_dir, "mlp", finished=False)
+    table, within = reference.compare_losses(run)
+    print(table)
+    return 0 if within else 1
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    device = _prepare_machine(flags)
+    print(bench.table(device, flags.seconds))
+    return 0
+
+
+def _prepare_machine(flags: argparse.Namespace) -> torch.device:
+    if flags.threads < 0:
+        raise ConfigError(f"--threads must be 0 or more, got {flags.threads}")
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    return choose_device(flags.device)

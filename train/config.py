@@ -1,0 +1,183 @@
+"""What a training run is made of: one frozen dataclass, one instance of it per preset.
+
+Every number of the two notebooks stands here and nowhere else. Fields become command-line flags of the same
+name (``--learning-rate`` for ``learning_rate``), and the resolved config is written beside the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from train.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every number of one run. Raises ConfigError, naming the field, when made with an unusable value."""
+
+    preset: str = field(metadata={"help": "which of the presets this config started from"})
+    architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan")})
+    latent_size: int = field(metadata={"help": "z: length of the generator's input vector"})
+    generator_widths: tuple[int, ...] = field(
+        metadata={"help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
+    )
+    discriminator_widths: tuple[int, ...] = field(
+        metadata={"help": "hidden widths (mlp) or channels (dcgan) of the discriminator, first to last"}
+    )
+    leaky_slope: float = field(metadata={"help": "negative slope of the discriminator's LeakyReLU"})
+    weight_init_std: float | None = field(
+        metadata={"help": "std of the normal initial convolution weights; none = PyTorch's own initialisation"}
+    )
+    norm_init_std: float | None = field(
+        metadata={"help": "std around 1 of the initial BatchNorm weights; none = PyTorch's own initialisation"}
+    )
+    discriminator_loss: str = field(metadata={"help": "how the real and the fake half are joined", "choices": ("mean", "sum")})
+    learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
+    beta1: float = field(metadata={"help": "Adam's decay of the first moment"})
+    beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
+    batch_size: int = field(metadata={"help": "images per step; the last partial batch of an epoch is kept"})
+    epochs: int = field(metadata={"help": "passes over the training set"})
+    seed: int = field(default=0, metadata={"help": "seed of the initial weights, the shuffling and the noise"})
+    report_every: int = field(metadata={"help": "steps between two marks (losses recorded, grids saved)"})
+    reported_loss: str = field(
+        metadata={"help": "the loss at a mark: mean since the last mark, or that step's own", "choices": ("mean", "last")}
+    )
+    grid_images: int = field(metadata={"help": "images in a saved grid"})
+    grid_columns: int = field(metadata={"help": "images in one row of a saved grid"})
+    checkpoint_every: int = field(default=1, metadata={"help": "epochs between two checkpoints"})
+    keep_checkpoints: int = field(metadata={"help": "how many of the newest checkpoints are kept; 0 keeps all"})
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            choices = spec.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("latent_size", "batch_size", "epochs", "report_every", "grid_images", "grid_columns"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "keep_checkpoints"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "checkpoint_every", self.checkpoint_every >= 1, "at least 1")
+        _require(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
+        _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
+        _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        _require(self, "leaky_slope", 0 <= self.leaky_slope < 1, "in [0, 1)")
+        _require(self, "batch_size", self.batch_size >= 2, "at least 2: BatchNorm needs two images")
+        for name in ("generator_widths", "discriminator_widths"):
+            widths = getattr(self, name)
+            _require(self, name, len(widths) > 0 and min(widths) >= 1, "a list of positive widths")
+        if self.architecture == "dcgan":
+            # Three doublings lead from 4x4 to 28x28 and back; another number of layers gives another picture size.
+            for name in ("generator_widths", "discriminator_widths"):
+                _require(self, name, len(getattr(self, name)) == 3, "three channel counts for a dcgan")
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """Lowest and highest value of an image as the networks see it: sigmoid or tanh."""
+        return (0.0, 1.0) if self.architecture == "mlp" else (-1.0, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Rebuild a config from its JSON. Unknown and missing fields raise ConfigError."""
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown config field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        try:
+            return cls(**fixed)
+        except TypeError as error:
+            raise ConfigError(f"config is incomplete: {error}") from None
+
+    def replace(self, overrides: Mapping[str, Any]) -> TrainConfig:
+        return dataclasses.replace(self, **overrides)
+
+
+def _require(config: TrainConfig, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+
+
+PRESETS: Mapping[str, TrainConfig] = {
+    "mlp": TrainConfig(
+        preset="mlp",
+        architecture="mlp",
+        latent_size=64,
+        generator_widths=(128, 256, 512, 1024),
+        discriminator_widths=(512, 256, 128),
+        leaky_slope=0.2,
+        weight_init_std=None,
+        norm_init_std=None,
+        discriminator_loss="mean",
+        learning_rate=1e-5,
+        beta1=0.9,
+        beta2=0.999,
+        batch_size=128,
+        epochs=200,
+        report_every=500,
+        reported_loss="mean",
+        grid_images=25,
+        grid_columns=5,
+        keep_checkpoints=2,
+    ),
+    "dcgan": TrainConfig(
+        preset="dcgan",
+        architecture="dcgan",
+        latent_size=100,
+        generator_widths=(256, 128, 64),
+        discriminator_widths=(64, 128, 256),
+        leaky_slope=0.2,
+        weight_init_std=0.02,
+        norm_init_std=0.01,
+        discriminator_loss="sum",
+        learning_rate=2e-4,
+        beta1=0.5,
+        beta2=0.999,
+        batch_size=64,
+        epochs=10,
+        report_every=25,
+        reported_loss="last",
+        grid_images=36,
+        grid_columns=6,
+        keep_checkpoints=0,
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name; ConfigError lists the names there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def parse_field(name: str, text: str) -> Any:
+    """Turn a flag's text into the field's type. Raises ConfigError naming the flag."""
+    kind = typing.get_type_hints(TrainConfig)[name]
+    flag = "--" + name.replace("_", "-")
+    try:
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if kind == (float | None):
+            return None if text == "none" else float(text)
+        if kind == tuple[int, ...]:
+            return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} cannot take {text!r}: {_WANTED[kind]} is needed") from None
+    return text
+
+
+_WANTED: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    float | None: "a number or 'none'",
+    tuple[int, ...]: "a list of whole numbers such as 256,128,64",
+}

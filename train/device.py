@@ -1,0 +1,31 @@
+"""Which device a run uses, and what machine and versions it ran on."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from train.errors import DeviceError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto`` takes CUDA when there is one. Raises DeviceError for ``cuda`` on a machine without it."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: PyTorch finds no usable CUDA device here; use --device cpu, or mend the driver")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device name, threads and versions, for a run's records."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

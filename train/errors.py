@@ -1,0 +1,27 @@
+"""The errors that training reports to a person: one line that names the thing and the way out."""
+
+from __future__ import annotations
+
+
+class TrainError(Exception):
+    """Anything the user can mend: bad data, a bad flag, an unusable folder, a diverged run."""
+
+
+class DataError(TrainError):
+    """The data set is missing, damaged or not the one that was expected."""
+
+
+class ConfigError(TrainError):
+    """A preset, field or flag value that cannot be used."""
+
+
+class DeviceError(TrainError):
+    """The device that was asked for is not there."""
+
+
+class CheckpointError(TrainError):
+    """A run folder or checkpoint that cannot be written, read or resumed."""
+
+
+class DivergedError(TrainError):
+    """A loss or a weight became NaN or infinite."""

@@ -1,0 +1,122 @@
+"""The networks of both systems: generators and discriminators, built from a TrainConfig. Nothing about training.
+
+Every generator maps ``latents`` (batch, z) to images (batch, 1, 28, 28) in its own range: [0, 1] after a sigmoid
+(mlp), [-1, 1] after a tanh (dcgan). Every discriminator maps such images to logits (batch,).
+The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from train.config import TrainConfig
+
+IMAGE_SIZE = 28
+
+
+class MlpGenerator(nn.Module):
+    """z → Linear, BatchNorm, ReLU blocks → Linear 784 → sigmoid."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((config.latent_size, *config.generator_widths)):
+            layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(config.generator_widths[-1], IMAGE_SIZE * IMAGE_SIZE), nn.Sigmoid()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor) -> Tensor:  # (batch, z) → (batch, 1, 28, 28) in [0, 1]
+        images: Tensor = self.layers(latents)
+        return images.view(-1, 1, 28, 28)
+
+
+class MlpDiscriminator(nn.Module):
+    """784 → Linear, LeakyReLU blocks → one logit."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((IMAGE_SIZE * IMAGE_SIZE, *config.discriminator_widths)):
+            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(config.leaky_slope, inplace=True)]
+        layers += [nn.Linear(config.discriminator_widths[-1], 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:  # (batch, 1, 28, 28) → (batch,)
+        logits: Tensor = self.layers(images.flatten(1))
+        return logits.squeeze(1)
+
+
+class DcganGenerator(nn.Module):
+    """z → 4×4 → 8×8 → 16×16 → 28×28 by transposed convolutions without biases, BatchNorm and ReLU between, tanh."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        first, second, third = config.generator_widths
+        self.layers = nn.Sequential(
+            nn.ConvTranspose2d(config.latent_size, first, 4, stride=1, padding=0, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(first, second, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(second, third, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(third),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(third, 1, 4, stride=2, padding=3, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:  # (batch, z) → (batch, 1, 28, 28) in [-1, 1]
+        images: Tensor = self.layers(latents[:, :, None, None])
+        return images
+
+
+class DcganDiscriminator(nn.Module):
+    """28×28 → 16×16 → 8×8 → 4×4 → one logit by strided convolutions; no biases, as in the generator."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        first, second, third = config.discriminator_widths
+        slope = config.leaky_slope
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, first, 4, stride=2, padding=3, bias=False),
+            nn.LeakyReLU(slope, inplace=True),
+            nn.Conv2d(first, second, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(second),
+            nn.LeakyReLU(slope, inplace=True),
+            nn.Conv2d(second, third, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(third),
+            nn.LeakyReLU(slope, inplace=True),
+            nn.Conv2d(third, 1, 4, stride=1, padding=0, bias=False),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:  # (batch, 1, 28, 28) → (batch,)
+        logits: Tensor = self.layers(images)
+        return logits.flatten()
+
+
+def build_generator(config: TrainConfig) -> nn.Module:
+    """The config's generator with its initial weights, drawn from torch's global generator."""
+    network = {"mlp": MlpGenerator, "dcgan": DcganGenerator}[config.architecture](config)
+    _initialise(network, config)
+    return network
+
+
+def build_discriminator(config: TrainConfig) -> nn.Module:
+    """The config's discriminator with its initial weights, drawn from torch's global generator."""
+    network = {"mlp": MlpDiscriminator, "dcgan": DcganDiscriminator}[config.architecture](config)
+    _initialise(network, config)
+    return network
+
+
+@torch.no_grad()
+def _initialise(network: nn.Module, config: TrainConfig) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and config.weight_init_std is not None:
+            module.weight.normal_(0.0, config.weight_init_std)
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and config.norm_init_std is not None:
+            module.weight.normal_(1.0, config.norm_init_std)
+            module.bias.zero_()

@@ -1,0 +1,44 @@
+"""The MLP notebook's own loss table, and a run's losses beside it: ``python -m train compare``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.checkpoint import LOSSES_FILE, Run
+from train.errors import CheckpointError
+
+# Running means over 500 steps at batch 128 and learning rate 1e-5: step → (generator, discriminator).
+NOTEBOOK_MLP_LOSSES = {
+    500: (1.3898, 0.4192),
+    1000: (1.6771, 0.2984),
+    1500: (1.9655, 0.1731),
+    2000: (1.7840, 0.1933),
+    2500: (1.7590, 0.1902),
+    3000: (2.0049, 0.1539),
+    3500: (2.4872, 0.1204),
+}
+GENERATOR_TOLERANCE = 0.10
+DISCRIMINATOR_TOLERANCE = 0.15
+
+
+def compare_losses(run: Run) -> tuple[str, bool]:
+    """The run's marks beside the notebook's as a table, and whether all are within tolerance. Raises CheckpointError."""
+    if run.config.architecture != "mlp":
+        raise CheckpointError(f"{run.folder} is a {run.config.preset} run; the notebook's table is the mlp's")
+    path = run.folder / LOSSES_FILE
+    marks = np.load(path) if path.exists() else np.zeros((0, 3))
+    ours = {int(step): (generator, discriminator) for step, generator, discriminator in marks}
+    if missing := [step for step in NOTEBOOK_MLP_LOSSES if step not in ours]:
+        raise CheckpointError(f"{path} has no mark at step {missing[0]} yet; let the run go on to step 3500")
+    lines = ["  step  generator: ours  notebook      off  discriminator: ours  notebook      off"]
+    within = True
+    for step, (generator, discriminator) in NOTEBOOK_MLP_LOSSES.items():
+        generator_off = ours[step][0] / generator - 1
+        discriminator_off = ours[step][1] / discriminator - 1
+        fits = abs(generator_off) <= GENERATOR_TOLERANCE and abs(discriminator_off) <= DISCRIMINATOR_TOLERANCE
+        within = within and fits
+        lines.append(
+            f"{step:6d}  {ours[step][0]:15.4f}  {generator:8.4f}  {generator_off:+6.1%}"
+            f"  {ours[step][1]:19.4f}  {discriminator:8.4f}  {discriminator_off:+6.1%}{'' if fits else '  outside'}"
+        )
+    return "\n".join(lines), within
