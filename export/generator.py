@@ -45,8 +45,8 @@ class FirstLayer(nn.Module):
             self.linear.bias.copy_(convolution.bias.repeat_interleave(height * width))
 
     def forward(self, latents: Tensor) -> Tensor:
-        maps: Tensor = self.linear(latents)
-        return maps.unflatten(1, self.shape)
+        maps: Tensor = self.linear(latents).unflatten(1, self.shape)
+        return maps
 
 
 class _Reshaped(nn.Module):
@@ -73,7 +73,7 @@ def fold(served: ServedGenerator) -> ServedGenerator:
         if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
             folded[-1] = fuse_linear_bn_eval(before, layer)
         elif isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.ConvTranspose2d):
-            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)  # type: ignore[type-var]  # stub knows Conv only
+            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             raise ExportError(f"BatchNorm after {type(before).__name__} cannot be folded")
         else:

@@ -65,7 +65,7 @@ def compare(reference: str, forms: Mapping[str, Form], latent_size: int, toleran
     Returns the report. Raises a ParityError naming the pair, the batch size and the worst element.
     """
     generator = np.random.default_rng(seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch in BATCH_SIZES:
         latents = generator.standard_normal((batch, latent_size), dtype=np.float32)
         expected = forms[reference](latents)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 
@@ -36,9 +35,7 @@ def to_onnx(served: nn.Module, latent_size: int) -> bytes:
         )
     if program is None:
         raise GraphError("the exporter returned nothing")
-    buffer = io.BytesIO()
-    program.save(buffer, external_data=False)
-    model = onnx.load_from_string(buffer.getvalue())
+    model = program.model_proto
     check_graph(model)
     return model.SerializeToString()
 

@@ -109,10 +109,13 @@ class DigitClient:
             yield _digits(response)
 
     def list_models(self) -> pb.ListModelsResponse:
-        return self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+        response: pb.ListModelsResponse = self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+        return response
 
     def get_model(self, model: str = "", version: int = 0) -> pb.GetModelResponse:
-        return self._stub.GetModel(pb.GetModelRequest(model=model, version=version), timeout=self._timeout_s)
+        request = pb.GetModelRequest(model=model, version=version)
+        response: pb.GetModelResponse = self._stub.GetModel(request, timeout=self._timeout_s)
+        return response
 
     def close(self) -> None:
         self._channel.close()

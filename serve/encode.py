@@ -30,7 +30,7 @@ def pack_field(head: bytes, number: int, entries: Sequence[Sequence[memoryview |
 def as_bytes(array: NDArray[np.uint8] | NDArray[np.float32]) -> memoryview:
     """The array's memory, row-major and little-endian, without a copy where it already is so."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return memoryview(little).cast("B")
+    return little.data.cast("B")
 
 
 def to_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class LatentReader:
         self._philox = np.random.Philox(key=0)
         self._key = np.zeros(2, np.uint64)
         self._counter = np.zeros(4, np.uint64)
-        self._state = {
+        self._state: Any = {
             "bit_generator": "Philox",
             "state": {"counter": self._counter, "key": self._key},
             "buffer": np.zeros(WORDS_PER_BLOCK, np.uint64),

@@ -50,7 +50,7 @@ def draw(run: Run, sample: int) -> str:
     folder = run.folder / "activations"
     folder.mkdir(exist_ok=True)
     arrays = {f"layer{number}": layer.numpy() for number, layer in enumerate(layers, start=1)}
-    write_atomically(folder / "activations.npz", lambda stream: np.savez_compressed(stream, **arrays))
+    write_atomically(folder / "activations.npz", lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
     written = [f"{folder / 'activations.npz'}: {', '.join(str(tuple(layer.shape)) for layer in layers)}"]
     for number, layer in enumerate(layers[:-1], start=1):
         path = folder / f"sample-{sample:02d}-layer{number}.png"

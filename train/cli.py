@@ -43,8 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
     for command in (view, table):
         command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    for command in (speed,):
-        _add_machine_flags(command)
+    _add_machine_flags(speed)
     return parser
 
 
@@ -123,10 +122,8 @@ def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run:
     if overrides:
         flag = "--" + next(iter(overrides)).replace("_", "-")
         raise ConfigError(f"{flag} cannot be changed by --resume; start a new run for other numbers")
-    if flags.resume == NEWEST:
-        run = newest_run(flags.runs_dir, flags.command, finished=False)
-    else:
-        run = open_run(Path(flags.resume))
+    newest = flags.resume == NEWEST
+    run = newest_run(flags.runs_dir, flags.command, finished=False) if newest else open_run(Path(flags.resume))
     if run.finished:
         raise ConfigError(f"{run.folder} is finished; there is nothing to resume")
     if run.config.preset != flags.command:

@@ -89,7 +89,7 @@ class TrainConfig:
         known = {spec.name for spec in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown config field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        fixed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
             return cls(**fixed)
         except TypeError as error:

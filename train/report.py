@@ -8,15 +8,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from train.checkpoint import write_atomically
-
-matplotlib.use("Agg")  # pictures are written on machines without a screen
 
 LAPSE_FRAME_MS = 40
 LAPSE_LAST_FRAME_MS = 3000
@@ -26,7 +24,8 @@ LAPSE_MAX_FRAMES = 250
 def grid_array(images: Tensor, columns: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Lay images out, ``columns`` a row, two pixels apart: uint8 (rows, columns)."""
     tiled = make_grid(images.detach().cpu(), nrow=columns, padding=2)[0]
-    return (tiled.clamp(0, 1) * 255).round().byte().numpy()
+    levels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = (tiled.clamp(0, 1) * 255).round().byte().numpy()
+    return levels
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
@@ -37,9 +36,6 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
 def save_losses(losses: np.ndarray[tuple[int, ...], np.dtype[np.float64]], folder: Path) -> None:
     """Write ``losses.npy`` and its plot. ``losses`` is (marks, 3): step, generator loss, discriminator loss."""
     write_atomically(folder / "losses.npy", lambda stream: np.save(stream, losses))
-    # The Figure class itself rather than pyplot: pyplot keeps every figure in a global list.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(losses[:, 0], losses[:, 1], label="generator", linewidth=1)
