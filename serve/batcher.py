@@ -99,7 +99,7 @@ class Batcher:
         self._observer = observer
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # nothing waits and nothing runs
-        self._queue = FairQueue(limits.max_queue_images)
+        self._queue = FairQueue(limits.max_queue_images, limits.max_batch_size)
         self._instances: list[_Instance] = []
         self._idle: deque[_Instance] = deque()
         self._running_images = 0

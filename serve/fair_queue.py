@@ -1,9 +1,9 @@
 """Who goes next: a bounded queue of tickets, counted in images. Not thread-safe; the batcher holds the lock.
 
-Order is start-time fair queuing (Goyal, Vin & Cheng 1996): a ticket's tag is the queue's virtual time at its arrival
-plus the images it has been given since. Lowest tag first, then fewest images left, then arrival. So a caller of one
-digit goes into the very next batch however long the others' requests are, and a long request cannot starve, because
-virtual time moves past it.
+Order is weighted fair queuing (Demers, Keshav & Shenker 1989) with equal weights: virtual time is the images that each
+waiting ticket would have been given had all been served alike; a ticket starts at the virtual time of its arrival, and
+the ticket that would finish its next chunk first goes first. So a caller of one digit goes into the very next batch
+however long the others' requests are, and a long request cannot starve, because virtual time moves past it.
 
 Two levels: interactive first; bulk fills what is left of a batch, and every eighth batch begins with bulk.
 """
@@ -39,7 +39,7 @@ class Ticket:
     deadline: float | None  # time.monotonic() after which nobody wants it
     caller: object
     queued_at: float = 0.0
-    tag: int = 0
+    tag: float = 0.0  # virtual time at which its next chunk would start
     taken: int = 0  # rows handed to an instance
     done: int = 0  # rows come back
     error: Exception | None = None
@@ -70,11 +70,13 @@ class Chunk:
 class FairQueue:
     """Tickets that wait, at most ``max_images`` of their rows in all."""
 
-    def __init__(self, max_images: int) -> None:
+    def __init__(self, max_images: int, max_batch_size: int) -> None:
         self.max_images = max_images
+        self._quantum = max_batch_size
         self.images = 0
-        self._heaps: dict[Priority, list[tuple[int, int, int, Ticket]]] = {level: [] for level in Priority}
-        self._virtual = dict.fromkeys(Priority, 0)
+        self._heaps: dict[Priority, list[tuple[float, int, int, Ticket]]] = {level: [] for level in Priority}
+        self._virtual = dict.fromkeys(Priority, 0.0)
+        self._tickets = dict.fromkeys(Priority, 0)
         self._arrivals = itertools.count()
         self._batches_without_bulk = 0
 
@@ -87,11 +89,14 @@ class FairQueue:
             )
         self.images += ticket.span.count
         ticket.tag = self._virtual[ticket.priority]
+        self._tickets[ticket.priority] += 1
         self._enter(ticket)
 
     def discard(self, ticket: Ticket) -> int:
         """Give up a ticket's waiting rows, whose number is returned. Its heap entry goes when it comes up."""
         dropped = ticket.waiting
+        if dropped:
+            self._tickets[ticket.priority] -= 1
         self.images -= dropped
         ticket.taken = ticket.span.count
         return dropped
@@ -116,6 +121,7 @@ class FairQueue:
 
     def _take_from(self, level: Priority, room: int, now: float, chunks: list[Chunk], expired: list[Ticket]) -> int:
         heap = self._heaps[level]
+        sharers = max(1, self._tickets[level])
         while heap and room:
             ticket = heapq.heappop(heap)[3]
             if not ticket.waiting:
@@ -123,8 +129,8 @@ class FairQueue:
             if ticket.deadline is not None and ticket.deadline <= now:
                 expired.append(ticket)
                 continue
-            self._virtual[level] = max(self._virtual[level], ticket.tag)
             count = min(ticket.waiting, room)
+            self._virtual[level] += count / sharers
             chunks.append(Chunk(ticket, ticket.taken, count))
             ticket.taken += count
             ticket.tag += count
@@ -132,7 +138,10 @@ class FairQueue:
             room -= count
             if ticket.waiting:
                 self._enter(ticket)
+            else:
+                self._tickets[level] -= 1
         return room
 
     def _enter(self, ticket: Ticket) -> None:
-        heapq.heappush(self._heaps[ticket.priority], (ticket.tag, ticket.waiting, next(self._arrivals), ticket))
+        finish = ticket.tag + min(ticket.waiting, self._quantum)
+        heapq.heappush(self._heaps[ticket.priority], (finish, ticket.waiting, next(self._arrivals), ticket))

@@ -1,0 +1,52 @@
+"""Fixtures that several folders of tests share: the small real data set, the bundled models, a server process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.repository import BUNDLED_DIR
+from tests.server_process import ServerProcess
+
+SUBSET = Path(__file__).parent / "data" / "mnist-subset"
+
+
+@pytest.fixture
+def subset(tmp_path: Path) -> Path:
+    """A copy of the small real data set, free to be damaged."""
+    copy = tmp_path / "mnist"
+    shutil.copytree(SUBSET, copy)
+    return copy
+
+
+@pytest.fixture
+def bundles(tmp_path: Path) -> Path:
+    """A copy of the bundled models, free to be damaged."""
+    copy = tmp_path / "models"
+    shutil.copytree(BUNDLED_DIR, copy)
+    return copy
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts server processes with the given flags on free ports, and ends them when the test is over."""
+    running: list[ServerProcess] = []
+
+    def start(*flags: str) -> ServerProcess:
+        running.append(ServerProcess(*flags))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[ServerProcess]:
+    """One server with the defaults, for tests that leave it as it was."""
+    server = ServerProcess()
+    yield server
+    server.kill()

@@ -1,0 +1,70 @@
+"""A real server in a process of its own, as a test's peer."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 60
+
+
+class ServerProcess:
+    """``python -m serve`` on free ports unless the flags say otherwise. The constructor returns once it serves."""
+
+    def __init__(self, *flags: str) -> None:
+        ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
+        command = [sys.executable, "-m", "serve", *ports, "--http-port=0", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.announced = ""
+        for line in self.process.stdout:
+            self.announced += line
+            if line.startswith("next"):
+                break
+        else:
+            raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
+        grpc_address = re.search(r"^gRPC +(\S+)$", self.announced, re.MULTILINE)
+        http_address = re.search(r"^HTTP +http://(\S+)/metrics", self.announced, re.MULTILINE)
+        assert grpc_address and http_address
+        self.target = grpc_address[1]
+        self.http = http_address[1]
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a path on the HTTP port."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a sample's values over all its children that have these labels."""
+        total = 0.0
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    total += sample.value
+        return total
+
+    def terminate(self) -> tuple[int, str]:
+        """SIGTERM; the exit status and what was logged."""
+        self.process.send_signal(signal.SIGTERM)
+        _, log = self.process.communicate(timeout=STOP_TIMEOUT_S)
+        return self.process.returncode, log
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def wait(self, **options: Any) -> int:
+        return self.process.wait(**options)

@@ -1,0 +1,383 @@
+"""What the batcher promises: whose rows come back, who is not disturbed, what a failure costs whom."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serve.batcher import Batcher
+from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
+from serve.fair_queue import Priority, Ticket
+from serve.latents import draw
+from tests.fake_runner import (
+    LATENT_SIZE,
+    TIMEOUT_S,
+    FakeRunner,
+    Gate,
+    make_ticket,
+    start_batcher,
+    wait_for,
+)
+
+
+def rows_of(ticket: Ticket) -> bytes:
+    return b"".join(rows.tobytes() for _, rows in sorted(ticket.parts, key=lambda part: part[0]))
+
+
+def expected_rows(ticket: Ticket) -> bytes:
+    return draw(ticket.span.seed, ticket.span.start, ticket.span.count, LATENT_SIZE).tobytes()
+
+
+def occupy(batcher: Batcher, gate: Gate) -> Ticket:
+    """Keep the only instance busy until the gate is opened."""
+    ticket = make_ticket()
+    batcher.submit(ticket)
+    assert gate.reached.wait(TIMEOUT_S)
+    return ticket
+
+
+def test_an_idle_instance_takes_a_single_digit_at_once() -> None:
+    batcher, _, observer = start_batcher()
+    batcher.submit(ticket := make_ticket())
+    wait_for(ticket)
+    assert rows_of(ticket) == expected_rows(ticket)
+    batcher.close()
+    assert observer.batches == [1]
+
+
+def test_waiting_requests_share_the_next_batch() -> None:
+    gate = Gate()
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate))
+    tickets = [occupy(batcher, gate)]
+    for seed in range(10):
+        tickets.append(make_ticket(1, seed))
+        batcher.submit(tickets[-1])
+    gate.open()
+    for ticket in tickets:
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert observer.batches == [1, 10]
+
+
+@pytest.mark.parametrize("instances", [1, 3])
+def test_a_large_request_is_split_and_rejoined_in_order(instances: int) -> None:
+    batcher, _, observer = start_batcher(instances=instances)
+    batcher.submit(ticket := make_ticket(1000, seed=3, start=77))
+    wait_for(ticket)
+    assert rows_of(ticket) == expected_rows(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert observer.splits == 1
+    assert max(observer.batches) <= 16
+
+
+def test_max_queue_delay_makes_a_lone_request_wait_and_a_full_batch_not() -> None:
+    batcher, _, observer = start_batcher(max_queue_delay_s=0.2, max_batch_size=4)
+    batcher.submit(lone := make_ticket())
+    wait_for(lone)
+    assert lone.queue_seconds >= 0.19
+    full = [make_ticket(2, 1), make_ticket(2, 2)]
+    for ticket in full:
+        batcher.submit(ticket)
+    for ticket in full:
+        wait_for(ticket)
+    assert full[1].queue_seconds < 0.1
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert observer.batches == [1, 4]
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10)
+    first = occupy(batcher, gate)
+    batcher.submit(waiting := make_ticket(10))
+    with pytest.raises(QueueFullError) as caught:
+        batcher.submit(make_ticket())
+    assert caught.value.retry_after_s > 0
+    gate.open()
+    wait_for(first)
+    wait_for(waiting)
+
+
+def test_an_expired_row_never_reaches_the_model() -> None:
+    gate, seen = Gate(), []
+
+    def before(latents: NDArray[np.float32]) -> None:
+        seen.append(len(latents))
+        gate(latents)
+
+    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    first = occupy(batcher, gate)
+    late = make_ticket(5, deadline=time.monotonic())
+    fresh = make_ticket(2, deadline=time.monotonic() + TIMEOUT_S)
+    batcher.submit(late)
+    batcher.submit(fresh)
+    gate.open()
+    wait_for(first)
+    wait_for(fresh)
+    with pytest.raises(ExpiredError):
+        wait_for(late)
+    assert seen == [1, 2]
+    assert observer.drops == {"expired": 5}
+
+
+def test_a_cancelled_row_never_reaches_the_model_and_its_neighbours_do() -> None:
+    gate, seen = Gate(), []
+
+    def before(latents: NDArray[np.float32]) -> None:
+        seen.append(len(latents))
+        gate(latents)
+
+    batcher, delivery, observer = start_batcher(lambda: FakeRunner(before))
+    first = occupy(batcher, gate)
+    gone, neighbour = make_ticket(5), make_ticket(3, seed=8)
+    batcher.submit(gone)
+    batcher.submit(neighbour)
+    batcher.cancel(gone)
+    assert batcher.queued_images == 3
+    gate.open()
+    wait_for(first)
+    assert rows_of(wait_for(neighbour)) == expected_rows(neighbour)
+    assert seen == [1, 3]
+    assert observer.drops == {"cancelled": 5}
+    assert gone not in delivery.order
+
+
+def test_cancelling_a_running_request_leaves_its_batch_mates_untouched() -> None:
+    gate = Gate()
+    batcher, delivery, _ = start_batcher(lambda: FakeRunner(gate))
+    running = occupy(batcher, gate)
+    batcher.submit(other := make_ticket(2, seed=1))
+    batcher.cancel(running)
+    gate.open()
+    assert rows_of(wait_for(other)) == expected_rows(other)
+    assert running not in delivery.order
+
+
+def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
+    gate = Gate()
+    runs: list[int] = []
+
+    def before(latents: NDArray[np.float32]) -> None:
+        gate(latents)
+        runs.append(len(latents))
+        if len(runs) == 2:
+            raise RuntimeError("no memory")
+
+    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    first = occupy(batcher, gate)
+    hit = [make_ticket(8, 1), make_ticket(8, 2)]
+    spared = make_ticket(9, 3)  # the longest, so that it comes after the two
+    for ticket in (*hit, spared):
+        batcher.submit(ticket)
+    gate.open()
+    wait_for(first)
+    for ticket in hit:
+        with pytest.raises(EngineError):
+            wait_for(ticket)
+    assert rows_of(wait_for(spared)) == expected_rows(spared)
+    assert observer.failures == ["raised"]
+    assert batcher.live_instances == 1
+
+
+def test_a_failed_part_fails_its_request_once_and_drops_the_rest() -> None:
+    def before(latents: NDArray[np.float32]) -> None:
+        raise RuntimeError("broken")
+
+    batcher, delivery, observer = start_batcher(lambda: FakeRunner(before))
+    batcher.submit(ticket := make_ticket(100))
+    with pytest.raises(EngineError):
+        wait_for(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert delivery.order == [ticket]
+    assert observer.drops == {"failed": 84}
+
+
+def test_a_hanging_instance_is_given_up_and_replaced() -> None:
+    gate = Gate()
+    made: list[int] = []
+
+    def make_runner() -> FakeRunner:
+        made.append(1)
+        return FakeRunner(gate) if len(made) == 1 else FakeRunner()
+
+    batcher, _, observer = start_batcher(make_runner, watchdog_s=0.05)
+    stuck = occupy(batcher, gate)
+    batcher.submit(waiting := make_ticket(3, seed=5))
+    while not stuck.caller.wait(0.02):  # type: ignore[attr-defined]
+        batcher.check_stalled()
+    with pytest.raises(EngineError):
+        wait_for(stuck)
+    assert rows_of(wait_for(waiting)) == expected_rows(waiting)
+    assert batcher.live_instances == 1
+    assert observer.failures == ["hung"]
+    gate.open()  # the old run comes back: nobody may be answered twice, which Delivery asserts
+    batcher.submit(after := make_ticket())
+    wait_for(after)
+    batcher.close()
+
+
+def test_a_dying_thread_fails_its_batch_and_is_replaced() -> None:
+    died = threading.Event()
+
+    def before(latents: NDArray[np.float32]) -> None:
+        if not died.is_set():
+            died.set()
+            raise SystemExit  # not an Exception: it ends the thread
+
+    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    batcher.submit(hit := make_ticket())
+    with pytest.raises(EngineError):
+        wait_for(hit)
+    after = make_ticket(2, seed=4)
+    deadline = time.monotonic() + TIMEOUT_S
+    while batcher.live_instances == 0:
+        assert time.monotonic() < deadline
+    batcher.submit(after)
+    assert rows_of(wait_for(after)) == expected_rows(after)
+    assert observer.failures == ["died"]
+
+
+def test_without_an_instance_left_callers_are_refused_and_nobody_hangs() -> None:
+    gate = Gate()
+    made: list[int] = []
+
+    def make_runner() -> FakeRunner:
+        made.append(1)
+        if len(made) > 1:
+            raise RuntimeError("the model cannot be loaded again")
+        return FakeRunner(gate)
+
+    batcher, _, _ = start_batcher(make_runner, watchdog_s=0.05)
+    stuck = occupy(batcher, gate)
+    batcher.submit(waiting := make_ticket(3))
+    while not stuck.caller.wait(0.02):  # type: ignore[attr-defined]
+        batcher.check_stalled()
+    with pytest.raises(UnavailableError):
+        wait_for(waiting)
+    assert batcher.live_instances == 0
+    with pytest.raises(UnavailableError):
+        batcher.submit(make_ticket())
+    gate.open()
+
+
+def test_a_second_instance_is_woken_by_a_full_batch_and_not_before() -> None:
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), instances=2)
+    occupy(batcher, gate)
+    batcher.submit(make_ticket(15))
+    assert batcher.busy_instances == 1
+    batcher.submit(make_ticket(1))
+    deadline = time.monotonic() + TIMEOUT_S
+    while batcher.busy_instances < 2:
+        assert time.monotonic() < deadline
+    gate.open()
+    assert batcher.drain(deadline) == 0
+
+
+def test_drain_finishes_what_was_accepted() -> None:
+    batcher, delivery, _ = start_batcher()
+    tickets = [make_ticket(50, seed) for seed in range(20)]
+    for ticket in tickets:
+        batcher.submit(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    batcher.close()
+    for ticket in tickets:
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    with pytest.raises(UnavailableError):
+        batcher.submit(make_ticket())
+
+
+def test_drain_out_of_time_fails_and_counts_what_is_left() -> None:
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate))
+    running = occupy(batcher, gate)
+    batcher.submit(waiting := make_ticket(20))
+    assert batcher.drain(time.monotonic() + 0.05) == 2
+    for ticket in (running, waiting):
+        with pytest.raises(UnavailableError):
+            wait_for(ticket)
+    gate.open()
+    batcher.close()
+
+
+def test_start_raises_what_making_a_model_raised() -> None:
+    def make_runner() -> FakeRunner:
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError, match="no such file"):
+        start_batcher(make_runner, instances=2)
+
+
+def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_right() -> None:
+    """Every completed row is the row of its own seed and index, none is lost, none comes twice, no call hangs."""
+    chance = random.Random(20261122)
+    batcher, delivery, observer = start_batcher(instances=3, max_queue_images=1_000_000)
+    sizes = [1, 1, 1, 2, 5, 16, 17, 64, 200, 1000]
+    lock = threading.Lock()
+    planned = [0]
+    tickets: list[Ticket] = []
+    cancelled: set[int] = set()
+
+    def caller(number: int) -> None:
+        mine = random.Random(number)
+        while True:
+            with lock:
+                if planned[0] >= 100_000:
+                    return
+                size = mine.choice(sizes)
+                planned[0] += size
+            hopeless = mine.random() < 0.05
+            ticket = make_ticket(
+                size,
+                seed=mine.getrandbits(64),
+                start=mine.getrandbits(40),
+                priority=mine.choice(list(Priority)),
+                deadline=time.monotonic() - 1 if hopeless else time.monotonic() + TIMEOUT_S,
+            )
+            batcher.submit(ticket)
+            with lock:
+                tickets.append(ticket)
+            if mine.random() < 0.2:
+                for _ in range(mine.randrange(50)):
+                    mine.random()  # a random moment
+                batcher.cancel(ticket)
+                cancelled.add(id(ticket))
+            elif mine.random() < 0.5:
+                ticket.caller.wait(TIMEOUT_S)  # type: ignore[attr-defined]
+
+    threads = [threading.Thread(target=caller, args=(chance.getrandbits(32),)) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), "a call hangs"
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    batcher.close()
+
+    delivered = {id(ticket) for ticket in delivery.order}
+    assert len(delivered) == len(delivery.order)
+    completed = expired = 0
+    for ticket in tickets:
+        if ticket.cancelled:
+            assert id(ticket) in cancelled
+            assert id(ticket) not in delivered
+            continue
+        assert id(ticket) in delivered
+        if ticket.error is not None:
+            assert isinstance(ticket.error, ExpiredError)
+            expired += 1
+            continue
+        completed += 1
+        assert rows_of(ticket) == expected_rows(ticket)
+    assert planned[0] >= 100_000
+    assert completed > 500
+    assert expired > 10
+    assert observer.drops["cancelled"] > 0
+    ran = sum(observer.batches)
+    assert ran == planned[0] - sum(observer.drops.values())
+    assert batcher.queued_images == batcher.running_images == 0

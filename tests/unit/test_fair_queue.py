@@ -1,0 +1,117 @@
+"""Who goes next, and what the queue's bound counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.errors import QueueFullError
+from serve.fair_queue import BULK_TURN, FairQueue, Priority, Ticket
+from tests.fake_runner import make_ticket
+
+BATCH = 16
+
+
+def shares(queue: FairQueue, limit: int, now: float = 0.0) -> list[tuple[Ticket, int, int]]:
+    return [(chunk.ticket, chunk.first, chunk.count) for chunk in queue.take(limit, now)[0]]
+
+
+def test_a_batch_is_filled_with_images_of_many_tickets() -> None:
+    queue = FairQueue(1000, BATCH)
+    first, second, third = make_ticket(3), make_ticket(5), make_ticket(100)
+    for ticket in (first, second, third):
+        queue.push(ticket, 1.0)
+    assert shares(queue, BATCH) == [(first, 0, 3), (second, 0, 5), (third, 0, 8)]
+    assert queue.images == 92
+
+
+def test_a_long_request_is_cut_and_its_parts_follow_each_other() -> None:
+    queue = FairQueue(1000, BATCH)
+    ticket = make_ticket(40)
+    queue.push(ticket, 1.0)
+    assert [shares(queue, BATCH)[0][1:] for _ in range(3)] == [(0, 16), (16, 16), (32, 8)]
+    assert queue.images == 0
+    assert shares(queue, BATCH) == []
+
+
+def test_one_digit_behind_thousands_goes_into_the_next_batch() -> None:
+    queue = FairQueue(100_000, BATCH)
+    for _ in range(16):
+        queue.push(make_ticket(4096), 1.0)
+    for _ in range(16 * 3):
+        queue.take(BATCH, 0.0)
+    single = make_ticket(1)
+    queue.push(single, 1.0)
+    assert shares(queue, BATCH)[0] == (single, 0, 1)
+
+
+def test_a_long_request_is_not_starved_by_a_stream_of_single_digits() -> None:
+    queue = FairQueue(100_000, BATCH)
+    long = make_ticket(64)
+    queue.push(long, 1.0)
+    batches = 0
+    while long.waiting:
+        while queue.images < 32 + long.waiting:  # more singles than fit are always there
+            queue.push(make_ticket(1), 1.0)
+        queue.take(BATCH, 0.0)
+        batches += 1
+        assert batches < 200
+
+
+def test_equal_requests_share_evenly() -> None:
+    queue = FairQueue(1000, BATCH)
+    tickets = [make_ticket(64) for _ in range(4)]
+    for ticket in tickets:
+        queue.push(ticket, 1.0)
+    for _ in range(8):
+        queue.take(BATCH, 0.0)
+    assert {ticket.taken for ticket in tickets} == {32}
+
+
+def test_interactive_goes_before_bulk_and_bulk_takes_what_is_left() -> None:
+    queue = FairQueue(1000, BATCH)
+    bulk, interactive = make_ticket(100, priority=Priority.BULK), make_ticket(10)
+    queue.push(bulk, 1.0)
+    queue.push(interactive, 1.0)
+    assert shares(queue, BATCH) == [(interactive, 0, 10), (bulk, 0, 6)]
+
+
+def test_bulk_is_never_starved_for_good() -> None:
+    queue = FairQueue(100_000, BATCH)
+    bulk = make_ticket(16, priority=Priority.BULK)
+    queue.push(bulk, 1.0)
+    queue.push(make_ticket(16 * 100), 1.0)
+    for _ in range(BULK_TURN - 1):
+        queue.take(BATCH, 0.0)
+        assert bulk.taken == 0
+    queue.take(BATCH, 0.0)
+    assert bulk.taken == 16
+
+
+def test_the_bound_counts_images_and_refuses_whole_requests() -> None:
+    queue = FairQueue(10, BATCH)
+    queue.push(make_ticket(8), 1.0)
+    with pytest.raises(QueueFullError, match="8 of 10 images wait, 3 more do not fit") as caught:
+        queue.push(make_ticket(3), 0.25)
+    assert caught.value.retry_after_s == 0.25
+    queue.push(make_ticket(2), 1.0)
+    assert queue.images == 10
+
+
+def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
+    queue = FairQueue(10, BATCH)
+    gone, stays = make_ticket(8), make_ticket(2)
+    queue.push(gone, 1.0)
+    queue.push(stays, 1.0)
+    assert queue.discard(gone) == 8
+    assert queue.images == 2
+    assert shares(queue, BATCH) == [(stays, 0, 2)]
+
+
+def test_an_expired_ticket_is_handed_back_instead_of_run() -> None:
+    queue = FairQueue(10, BATCH)
+    late, fresh = make_ticket(3, deadline=5.0), make_ticket(2, deadline=5.1)
+    queue.push(late, 1.0)
+    queue.push(fresh, 1.0)
+    chunks, expired = queue.take(BATCH, now=5.0)
+    assert [chunk.ticket for chunk in chunks] == [fresh]
+    assert expired == [late]

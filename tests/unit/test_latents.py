@@ -1,0 +1,109 @@
+"""The address rule: golden vectors, and the properties that make an address mean the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.latents import BLOCK_ROWS, INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, blocks_per_row, draw, to_normal
+
+seeds = st.integers(0, SEED_LIMIT - 1)
+
+# The bits of the first values of some rows, so that no change of library, processor or code can move the tape unseen.
+GOLDEN = {
+    (0, 0, 64): [1072192134, 1074882191, 3214650667, 1060342345, 1051724957, 1067190163],
+    (7, 1000, 100): [1056568277, 1061207948, 1065255123, 1073812561, 3205430523, 3200514888],
+    (SEED_LIMIT - 1, INDEX_LIMIT - 1, 100): [1042276630, 1064690705, 1065886406, 1051986869, 1073764827, 1064542452],
+}
+
+
+@pytest.mark.parametrize("address", GOLDEN)
+def test_golden_vectors_never_move(address: tuple[int, int, int]) -> None:
+    seed, index, latent_size = address
+    row = draw(seed, index, 1, latent_size)[0]
+    assert row.view(np.uint32)[:6].tolist() == GOLDEN[address]
+
+
+def test_bits_are_numpys_philox_at_the_documented_counter() -> None:
+    seed, index, latent_size = 12345, 678, 100
+    block = index * blocks_per_row(latent_size)
+    words = np.random.Philox(key=seed, counter=block).random_raw(blocks_per_row(latent_size) * 4).view(np.uint32)
+    expected = np.empty((1, latent_size), np.float32)
+    to_normal(words[None, :latent_size], expected)
+    assert draw(seed, index, 1, latent_size).tobytes() == expected.tobytes()
+
+
+@given(seed=seeds, start=st.integers(0, INDEX_LIMIT - 700), sizes=st.lists(st.integers(1, 200), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_any_chunking_gives_the_same_rows(seed: int, start: int, sizes: list[int]) -> None:
+    whole = draw(seed, start, sum(sizes), 64)
+    first = 0
+    for size in sizes:
+        assert draw(seed, start + first, size, 64).tobytes() == whole[first : first + size].tobytes()
+        first += size
+
+
+@given(data=st.data(), latent_size=st.sampled_from([1, 7, 8, 64, 100]))
+@settings(max_examples=60, deadline=None)
+def test_any_batch_mates_give_the_same_rows(data: st.DataObject, latent_size: int) -> None:
+    spans = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        count = data.draw(st.sampled_from([1, 2, 5, BLOCK_ROWS, BLOCK_ROWS + 3]))
+        explicit = None
+        start = data.draw(st.integers(0, 1000))
+        if data.draw(st.booleans()):
+            explicit = np.arange((start + count) * latent_size, dtype=np.float32).reshape(-1, latent_size)
+        spans.append(Span(data.draw(seeds), start, count, explicit))
+    batch = np.full((sum(span.count for span in spans), latent_size), np.nan, np.float32)
+    LatentReader(latent_size).fill(batch, spans)
+    row = 0
+    for span in spans:
+        expected = (
+            draw(span.seed, span.start, span.count, latent_size)
+            if span.explicit is None
+            else span.explicit[span.start : span.start + span.count]
+        )
+        assert batch[row : row + span.count].tobytes() == expected.tobytes()
+        row += span.count
+
+
+def test_part_of_a_span_is_the_same_rows() -> None:
+    span = Span(5, 100, 50)
+    assert draw(5, 100, 50, 8)[20:30].tobytes() == draw(*_address(span.part(20, 10)), 8).tobytes()
+
+
+def test_transform_follows_the_normal_distribution_function() -> None:
+    magnitudes = np.unique(np.geomspace(1, 2**31 - 1, 4000).astype(np.uint32))
+    words = np.concatenate([[0], magnitudes, magnitudes | np.uint32(1 << 31)]).astype(np.uint32)[None]
+    out = np.empty(words.shape, np.float32)
+    to_normal(words, out)
+    for word, value in zip(words[0].tolist(), out[0].tolist(), strict=True):
+        exact = -NormalDist().inv_cdf(((word & 0x7FFFFFFF) + 0.5) / 2**32)
+        assert abs(abs(value) - exact) < 4e-6
+        assert math.copysign(1, value) == (-1 if word >> 31 else 1)
+
+
+def test_moments_are_those_of_the_normal_distribution() -> None:
+    values = draw(3, 0, 20_000, 64).astype(np.float64).ravel()
+    deviation = 1 / math.sqrt(len(values))  # of the mean
+    assert abs(values.mean()) < 5 * deviation
+    assert abs(values.var() - 1) < 5 * math.sqrt(2) * deviation
+    assert abs((values**3).mean()) < 5 * math.sqrt(15) * deviation
+    assert abs((values**4).mean() - 3) < 5 * math.sqrt(96) * deviation
+
+
+def test_neighbouring_rows_and_seeds_are_uncorrelated() -> None:
+    rows = draw(9, 0, 4000, 64)
+    others = draw(10, 0, 4000, 64)
+    bound = 5 / math.sqrt(rows[1:].size)
+    assert abs(float((rows[1:] * rows[:-1]).mean())) < bound
+    assert abs(float((rows * others).mean())) < bound
+
+
+def _address(span: Span) -> tuple[int, int, int]:
+    return span.seed, span.start, span.count
