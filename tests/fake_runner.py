@@ -109,9 +109,7 @@ def wait_for(ticket: Ticket) -> Ticket:
     return ticket
 
 
-def start_batcher(
-    runner: Callable[[], FakeRunner] = FakeRunner, **limits: float
-) -> tuple[Batcher, Delivery, RecordingObserver]:
+def start_batcher(runner: Callable[[], FakeRunner] = FakeRunner, **limits: float) -> tuple[Batcher, Delivery, RecordingObserver]:
     delivery, observer = Delivery(), RecordingObserver()
     batcher = Batcher(make_limits(**limits), runner, delivery, observer)
     batcher.start()

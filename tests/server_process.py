@@ -33,7 +33,8 @@ class ServerProcess:
             raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
         grpc_address = re.search(r"^gRPC +(\S+)$", self.announced, re.MULTILINE)
         http_address = re.search(r"^HTTP +http://(\S+)/metrics", self.announced, re.MULTILINE)
-        assert grpc_address and http_address
+        assert grpc_address
+        assert http_address
         self.target = grpc_address[1]
         self.http = http_address[1]
 

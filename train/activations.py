@@ -58,7 +58,7 @@ def draw(run: Run, sample: int) -> str:
         brightest = filters.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
         enlarged = (filters / brightest).repeat_interleave(64 // filters.shape[-1], -1)
         enlarged = enlarged.repeat_interleave(64 // filters.shape[-1], -2)
-        save_grid(enlarged, MOSAIC_SIDE, path)
+        save_grid(enlarged, MOSAIC_SIDE, path, separator=0.35)
         written.append(str(path))
     path = folder / f"sample-{sample:02d}-image.png"
     save_grid((layers[-1][sample : sample + 1] + 1) / 2, 1, path)

@@ -79,7 +79,7 @@ class Trainer:
                     generator, discriminator = latest.tolist()
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
                 if self.step % self.config.report_every == 0:
-                    self._mark(latest, batch, board)
+                    self._mark(latest, board)
                 if self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0:
                     self._save()
         self._finish(time.monotonic() - started, self.step - first_step)
@@ -143,7 +143,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         return torch.randn(count, self.config.latent_size, generator=generator).to(self.device)
 
-    def _mark(self, latest: Tensor, batch: Tensor, board: SummaryWriter) -> None:
+    def _mark(self, latest: Tensor, board: SummaryWriter) -> None:
         since = self.step - (self.marks[-1][0] if self.marks else 0)
         generator, discriminator = (self.sums / since if self.config.reported_loss == "mean" else latest).tolist()
         self._check_finite()
@@ -154,7 +154,8 @@ class Trainer:
         with torch.no_grad():
             fakes = self._to_unit(self.generator(self.grid_latents))
         self.generator.train()
-        reals = self._to_unit(batch[: self.config.grid_images])
+        window = torch.arange(self.config.grid_images, device=self.device) + self.step * self.config.grid_images
+        reals = self._to_unit(self.images[window % len(self.images)])
         report.save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
         report.save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
         board.add_scalar("loss/generator", generator, self.step)

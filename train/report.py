@@ -21,16 +21,16 @@ LAPSE_LAST_FRAME_MS = 3000
 LAPSE_MAX_FRAMES = 250
 
 
-def grid_array(images: Tensor, columns: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Lay images out, ``columns`` a row, two pixels apart: uint8 (rows, columns)."""
-    tiled = make_grid(images.detach().cpu(), nrow=columns, padding=2)[0]
+def grid_array(images: Tensor, columns: int, separator: float = 0.0) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Lay images out, ``columns`` a row, two pixels of grey ``separator`` apart: uint8 (rows, columns)."""
+    tiled = make_grid(images.detach().cpu(), nrow=columns, padding=2, pad_value=separator)[0]
     levels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = (tiled.clamp(0, 1) * 255).round().byte().numpy()
     return levels
 
 
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
+def save_grid(images: Tensor, columns: int, path: Path, separator: float = 0.0) -> None:
     """Write the grid as a grey PNG."""
-    _save_png(Image.fromarray(grid_array(images, columns)), path)
+    _save_png(Image.fromarray(grid_array(images, columns, separator)), path)
 
 
 def save_losses(losses: np.ndarray[tuple[int, ...], np.dtype[np.float64]], folder: Path) -> None:

@@ -1,0 +1,189 @@
+"""Training runs as a user starts them: in a process of their own, on a small real data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import SUBSET
+from train.checkpoint import create_run
+from train.config import preset
+from train.errors import DivergedError
+from train.loop import Trainer
+
+TIMEOUT_S = 170
+SMALL = {
+    # Small networks, several epochs, a mark in the middle of an epoch, a partial last batch.
+    "mlp": ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=48", "--epochs=6", "--report-every=4"],
+    "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
+}
+
+
+def command(name: str, runs: Path, *flags: str) -> list[str]:
+    base = [sys.executable, "-m", "train", name, f"--runs-dir={runs}", f"--data-dir={SUBSET}", "--device=cpu", "--threads=1"]
+    return [*base, *flags]
+
+
+def train(name: str, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(name, runs, *flags), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def only_run(runs: Path, name: str) -> Path:
+    (folder,) = (runs / name).iterdir()
+    return folder
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    newest = sorted((folder / "checkpoints").glob("step-*.pt"))[-1]
+    state: dict[str, Any] = torch.load(newest, weights_only=True)
+    return state
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), f"{where} differs"
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    else:
+        assert ours == theirs, where
+
+
+def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
+    done = train("dcgan", tmp_path, *SMALL["dcgan"])
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path, "dcgan")
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["config"]["generator_widths"] == [8, 8, 8]
+    assert set(stored["provenance"]["data"]) == {
+        "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+    }  # fmt: skip
+    assert len(list((folder / "checkpoints").iterdir())) == 7  # one at the start and one per epoch
+    losses = np.load(folder / "losses.npy")
+    assert losses[:, 0].tolist() == list(range(4, 37, 4))
+    assert np.isfinite(losses).all()
+    for picture in ("fake-00000036.png", "real-00000036.png"):
+        with Image.open(folder / "pictures" / picture) as grid:
+            assert grid.size == (6 * 30 + 2, 6 * 30 + 2)
+    with Image.open(folder / "fakes.gif") as lapse:
+        assert lapse.n_frames == 9
+    with Image.open(folder / "losses.png") as plot:
+        assert plot.size[0] > 500
+    activations = np.load(folder / "activations" / "activations.npz")
+    assert [activations[f"layer{number}"].shape for number in (1, 2, 3, 4)] == [
+        (36, 8, 4, 4), (36, 8, 8, 8), (36, 8, 16, 16), (36, 1, 28, 28),
+    ]  # fmt: skip
+    assert list((folder / "tensorboard").glob("events*"))
+    assert json.loads((folder / "result.json").read_text())["step"] == 36
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(name, whole, *SMALL[name]).returncode == 0
+    chance = random.Random(name)
+    kills = 0
+    flags: list[str] = SMALL[name]
+    for _ in range(2):
+        process = subprocess.Popen(command(name, broken, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_for_checkpoint(broken / name, process, newer_than=newest_step(broken / name))
+        time.sleep(chance.random() * 0.2)  # the moment of the kill is meant to be arbitrary
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        flags = ["--resume"]
+        if (only_run(broken, name) / "result.json").exists():
+            break
+    assert kills, "the run was over before it could be killed"
+    if not (only_run(broken, name) / "result.json").exists():
+        done = train(name, broken, "--resume")
+        assert done.returncode == 0, done.stderr
+    assert_same(final_state(only_run(broken, name)), final_state(only_run(whole, name)))
+    ours, theirs = (np.load(only_run(runs, name) / "losses.npy") for runs in (broken, whole))
+    assert ours.tolist() == theirs.tolist()
+    assert not list((only_run(broken, name) / "checkpoints").glob(".*"))
+
+
+def newest_step(parent: Path) -> int:
+    return max((int(path.stem.split("-")[1]) for path in parent.glob("*/checkpoints/step-*.pt")), default=-1)
+
+
+def wait_for_checkpoint(parent: Path, process: subprocess.Popen[bytes], newer_than: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while newest_step(parent) <= newer_than and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    config = preset("mlp").replace({"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 3})
+    images = torch.rand(12, 1, 28, 28)
+    trainer = Trainer(create_run(tmp_path, config, {}), images, torch.device("cpu"))
+    honest_step = trainer.train_step
+
+    def poisoned_step(real: torch.Tensor) -> torch.Tensor:
+        return honest_step(real if trainer.step < 4 else real * float("nan"))
+
+    trainer.train_step = poisoned_step  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"at or before step 6; the last good checkpoint \(step-00000003.pt\) is kept"):
+        trainer.fit()
+    folder = only_run(tmp_path, "mlp")
+    state = final_state(folder)
+    assert state["step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["generator"].values())
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["vae"], "invalid choice: 'vae'"),
+        (["mlp", "--epochs=zero"], "--epochs cannot take 'zero': a whole number is needed"),
+        (["mlp", "--batch-size=1"], "batch_size must be at least 2"),
+        (["mlp", "--device=tpu"], "invalid choice: 'tpu'"),
+        (["mlp", "--resume=nowhere"], "nowhere is not a run folder"),
+        (["mlp", "--resume", "--epochs=3"], "--epochs cannot be changed by --resume"),
+        (["mlp", "--learning-rat=1"], "unrecognized arguments: --learning-rat=1"),
+        (["activations", "--run=nowhere"], "nowhere is not a run folder"),
+        (["activations", "--sample=36", "--runs-dir=nowhere"], "no finished run of dcgan"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing_behind(flags: list[str], message: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_missing_is_one_line(tmp_path: Path) -> None:
+    done = train("mlp", tmp_path, "--device=cuda")
+    assert done.returncode == 2
+    assert "error: --device cuda: PyTorch finds no usable CUDA device here" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_runs_folder_is_named(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = train("mlp", blocker)
+    assert done.returncode == 2
+    assert f"error: cannot write a run to {blocker / 'mlp'}" in done.stderr
+    assert "--runs-dir" in done.stderr

@@ -1,0 +1,98 @@
+"""The presets carry the notebooks' numbers, and a config with an unusable one cannot be made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from train.cli import build_parser
+from train.config import PRESETS, TrainConfig, parse_field, preset
+from train.errors import ConfigError
+
+
+def test_mlp_preset_carries_the_notebooks_numbers() -> None:
+    config = preset("mlp")
+    assert (config.latent_size, config.generator_widths, config.discriminator_widths) == (
+        64,
+        (128, 256, 512, 1024),
+        (512, 256, 128),
+    )
+    assert (config.learning_rate, config.batch_size, config.epochs, config.seed, config.leaky_slope) == (1e-5, 128, 200, 0, 0.2)
+    assert (config.discriminator_loss, config.report_every, config.reported_loss) == ("mean", 500, "mean")
+    assert (config.grid_images, config.grid_columns, config.pixel_range) == (25, 5, (0.0, 1.0))
+
+
+def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
+    config = preset("dcgan")
+    assert (config.latent_size, config.generator_widths, config.discriminator_widths) == (100, (256, 128, 64), (64, 128, 256))
+    assert (config.learning_rate, config.beta1, config.beta2, config.batch_size, config.epochs) == (2e-4, 0.5, 0.999, 64, 10)
+    assert (config.weight_init_std, config.norm_init_std, config.leaky_slope) == (0.02, 0.01, 0.2)
+    assert (config.discriminator_loss, config.report_every, config.pixel_range) == ("sum", 25, (-1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be between 0 and 1, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be between 0 and 1, got nan"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"beta1": 1.0}, "beta1 must be in"),
+        ({"generator_widths": ()}, "generator_widths must be a list of positive widths"),
+        ({"generator_widths": (256, 128)}, "three channel counts"),
+        ({"discriminator_loss": "max"}, "discriminator_loss must be one of mean, sum, got 'max'"),
+    ],
+)
+def test_an_unusable_number_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preset("dcgan").replace(change)
+
+
+def test_config_survives_json() -> None:
+    for config in PRESETS.values():
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in config.to_json().items()}
+        assert TrainConfig.from_json(listed) == config
+
+
+def test_unknown_and_missing_fields_are_refused() -> None:
+    values = preset("mlp").to_json()
+    with pytest.raises(ConfigError, match="unknown config field 'momentum'"):
+        TrainConfig.from_json(values | {"momentum": 0.9})
+    del values["epochs"]
+    with pytest.raises(ConfigError, match="epochs"):
+        TrainConfig.from_json(values)
+
+
+def test_every_number_of_a_preset_is_a_flag() -> None:
+    for name in PRESETS:
+        for spec in dataclasses.fields(TrainConfig):
+            if spec.name in ("preset", "architecture"):
+                continue
+            flag = "--" + spec.name.replace("_", "-")
+            assert getattr(build_parser().parse_args([name, flag, "7"]), spec.name) == "7"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("learning_rate", "1e-3", 1e-3),
+        ("generator_widths", "8,16", (8, 16)),
+        ("weight_init_std", "none", None),
+        ("discriminator_loss", "sum", "sum"),
+    ],
+)
+def test_flag_text_becomes_the_fields_type(name: str, text: str, value: object) -> None:
+    assert parse_field(name, text) == value
+
+
+def test_flag_text_of_the_wrong_type_names_the_flag() -> None:
+    with pytest.raises(ConfigError, match="--batch-size cannot take 'many': a whole number is needed"):
+        parse_field("batch_size", "many")
+
+
+def test_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'vae'; there are mlp, dcgan"):
+        preset("vae")

@@ -1,0 +1,112 @@
+"""MNIST's files: what is accepted, and what each kind of damage is called."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.config import preset
+from train.data import DIGESTS, SUMS_FILE, load_mnist, read_idx, training_images
+from train.errors import DataError
+
+IMAGES = "train-images-idx3-ubyte"
+
+
+def test_the_subset_is_real_digits_with_their_labels(subset: Path) -> None:
+    data = load_mnist(subset)
+    assert data.train_images.shape == (256, 28, 28)
+    assert data.test_images.shape == (64, 28, 28)
+    assert data.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as everyone knows them
+    assert data.digests[IMAGES] == hashlib.sha256((subset / IMAGES).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "low"), [("mlp", 0.0), ("dcgan", -1.0)])
+def test_images_are_scaled_to_the_networks_range(subset: Path, name: str, low: float) -> None:
+    images = training_images(load_mnist(subset), preset(name), torch.device("cpu"))
+    assert images.shape == (256, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert (float(images.min()), float(images.max())) == (low, 1.0)
+
+
+def test_compressed_files_are_read_and_digested_raw(subset: Path) -> None:
+    raw = (subset / IMAGES).read_bytes()
+    (subset / f"{IMAGES}.gz").write_bytes(gzip.compress(raw))
+    (subset / IMAGES).unlink()
+    assert load_mnist(subset).digests[IMAGES] == hashlib.sha256(raw).hexdigest()
+
+
+def test_a_changed_byte_is_a_wrong_digest(subset: Path) -> None:
+    content = bytearray((subset / IMAGES).read_bytes())
+    content[5000] ^= 1
+    (subset / IMAGES).write_bytes(content)
+    with pytest.raises(DataError, match=f"{IMAGES} has SHA-256"):
+        load_mnist(subset)
+
+
+def test_without_a_list_of_its_own_a_folder_must_hold_mnist_itself(subset: Path) -> None:
+    (subset / SUMS_FILE).unlink()
+    with pytest.raises(DataError, match=DIGESTS[IMAGES][:12]):
+        load_mnist(subset)
+
+
+def test_a_truncated_file_says_what_it_announces_and_holds(subset: Path) -> None:
+    content = (subset / IMAGES).read_bytes()
+    (subset / IMAGES).write_bytes(content[:-100])
+    with pytest.raises(DataError, match="announces 256×28×28 bytes but holds 200604"):
+        load_mnist(subset)
+
+
+def test_a_damaged_gzip_is_named(subset: Path) -> None:
+    packed = gzip.compress((subset / IMAGES).read_bytes())
+    (subset / IMAGES).unlink()
+    (subset / f"{IMAGES}.gz").write_bytes(packed[:-2000])
+    with pytest.raises(DataError, match=rf"{IMAGES}.gz cannot be read"):
+        load_mnist(subset)
+
+
+def test_a_missing_file_is_named_and_nothing_is_fetched_over_it(subset: Path) -> None:
+    (subset / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="lacks t10k-labels-idx1-ubyte"):
+        load_mnist(subset)
+
+
+def test_labels_that_do_not_fit_the_images_are_refused(subset: Path) -> None:
+    labels = subset / "train-labels-idx1-ubyte"
+    shorter = struct.pack(">BBBBI", 0, 0, 8, 1, 10) + bytes(10)
+    digest = hashlib.sha256(labels.read_bytes()).hexdigest()
+    labels.write_bytes(shorter)
+    sums = subset / SUMS_FILE
+    sums.write_text(sums.read_text().replace(digest, hashlib.sha256(shorter).hexdigest()))
+    with pytest.raises(DataError, match="do not fit"):
+        load_mnist(subset)
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    with pytest.raises(DataError, match=r"cannot write MNIST to .*--data-dir"):
+        load_mnist(blocker / "mnist")
+
+
+@given(content=st.binary(max_size=64) | st.binary(max_size=60).map(lambda tail: b"\0\0\x08\x03" + tail))
+def test_no_bytes_make_the_reader_fail_otherwise_than_by_name(content: bytes) -> None:
+    try:
+        array = read_idx(content, "some-file")
+    except DataError as error:
+        outcome = str(error)
+    else:
+        outcome = f"some-file: {array.size + 4 + 4 * array.ndim}"
+    assert "some-file" in outcome
+    assert not outcome.startswith("some-file: ") or outcome == f"some-file: {len(content)}"
+
+
+def test_a_header_that_announces_exabytes_allocates_nothing() -> None:
+    with pytest.raises(DataError, match="announces"):
+        read_idx(b"\0\0\x08\x03" + b"\xff" * 12 + bytes(30), "bomb")

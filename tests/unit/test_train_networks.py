@@ -1,0 +1,89 @@
+"""The networks' shapes and sizes as the notebooks have them, their initial weights, and the losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from train.activations import record
+from train.config import preset
+from train.losses import discriminator_loss, generator_loss
+from train.models import build_discriminator, build_generator
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# Counted by hand from the layers' sizes: weights, biases and BatchNorm pairs.
+SIZES = {
+    "mlp": (
+        (64 * 128 + 128 * 256 + 256 * 512 + 512 * 1024) + 3 * (128 + 256 + 512 + 1024) + 1024 * 784 + 784,
+        (784 * 512 + 512) + (512 * 256 + 256) + (256 * 128 + 128) + (128 + 1),
+    ),
+    "dcgan": (
+        16 * (100 * 256 + 256 * 128 + 128 * 64 + 64) + 2 * (256 + 128 + 64),
+        16 * (64 + 64 * 128 + 128 * 256 + 256) + 2 * (128 + 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_networks_have_the_notebooks_sizes(name: str) -> None:
+    config = preset(name)
+    assert (parameters(build_generator(config)), parameters(build_discriminator(config))) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_generator_makes_images_in_its_range_and_discriminator_judges_each(name: str) -> None:
+    config = preset(name)
+    images = build_generator(config)(torch.randn(5, config.latent_size)).detach()
+    assert images.shape == (5, 1, 28, 28)
+    low, high = config.pixel_range
+    assert low <= float(images.min()) < float(images.max()) <= high
+    assert build_discriminator(config)(images).shape == (5,)
+
+
+def test_dcgan_weights_start_as_the_notebook_draws_them() -> None:
+    torch.manual_seed(0)
+    for network in (build_generator(preset("dcgan")), build_discriminator(preset("dcgan"))):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                assert module.bias is None
+                if module.weight.numel() > 10_000:
+                    assert abs(float(module.weight.detach().std()) - 0.02) < 0.001
+            if isinstance(module, nn.BatchNorm2d):
+                assert abs(float(module.weight.detach().mean()) - 1) < 0.005
+                assert abs(float(module.weight.detach().std()) - 0.01) < 0.004
+                assert not module.bias.any()
+
+
+def test_activations_are_those_after_each_relu_and_the_tanh() -> None:
+    layers = record(build_generator(preset("dcgan")), torch.randn(36, 100))
+    assert [tuple(layer.shape) for layer in layers] == [(36, 256, 4, 4), (36, 128, 8, 8), (36, 64, 16, 16), (36, 1, 28, 28)]
+    assert all(float(layer.min()) >= 0 for layer in layers[:-1])
+    assert float(layers[-1].min()) < 0
+
+
+def test_losses_are_the_cross_entropies_they_claim_to_be() -> None:
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+
+    def entropy(probability: float) -> float:
+        return -math.log(probability)
+
+    def sigmoid(logit: float) -> float:
+        return 1 / (1 + math.exp(-logit))
+
+    real_half = (entropy(sigmoid(2.0)) + entropy(sigmoid(-1.0))) / 2
+    fake_half = (entropy(1 - sigmoid(0.5)) + entropy(1 - sigmoid(3.0))) / 2
+    assert float(discriminator_loss(real, fake, "sum")) == pytest.approx(real_half + fake_half)
+    assert float(discriminator_loss(real, fake, "mean")) == pytest.approx((real_half + fake_half) / 2)
+    assert float(generator_loss(fake)) == pytest.approx((entropy(sigmoid(0.5)) + entropy(sigmoid(3.0))) / 2)
+
+
+def test_losses_stay_finite_where_sigmoid_saturates() -> None:
+    far = torch.tensor([1000.0, -1000.0])
+    assert math.isfinite(float(discriminator_loss(far, far, "sum")))
