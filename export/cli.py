@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
+from prometheus_client import CollectorRegistry, start_http_server
+
 from export.bundle import export_run, verify
 from export.errors import ExportError
+from export.watch import Watch, WatchMetrics, table, watch_forever
+from serve.client import DEFAULT_TARGET, DigitClient
 from serve.errors import ServeError
+from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
 from train.config import PRESETS
 from train.errors import CheckpointError, TrainError
@@ -35,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="the model's name (default: its preset)")
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
+    live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
+    live.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
+    live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
+    live.add_argument("--interval-s", type=float, default=30.0, help="time between two comparisons (default: 30)")
+    live.add_argument("--metrics-host", default="127.0.0.1", help="address of /metrics (default: 127.0.0.1)")
+    live.add_argument("--metrics-port", type=int, default=9090, help="port of /metrics (default: 9090)")
+    live.add_argument("--once", action="store_true", help="compare once, print a table, exit 1 on a breach")
     return parser
 
 
@@ -43,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        return _run(flags) if flags.command == "run" else _verify(flags)
+        commands = {"run": _run, "verify": _verify, "watch": _watch}
+        return commands[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,6 +83,30 @@ def _run(flags: argparse.Namespace) -> int:
     for run in runs:
         done = export_run(run, flags.models_dir, flags.name)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
+    return 0
+
+
+def _watch(flags: argparse.Namespace) -> int:
+    with DigitClient(flags.target) as client:
+        watch = Watch(client, flags.models_dir, random.Random())
+        if flags.once:
+            try:
+                checks = watch.round()
+            except grpc.RpcError as error:
+                raise ExportError(f"{flags.target}: {error.code().name}: {error.details()}") from None
+            print(table(checks))
+            return 1 if any(check.breach for check in checks) else 0
+        registry = CollectorRegistry()
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            server, _ = start_http_server(flags.metrics_port, flags.metrics_host, registry)
+        except OSError as error:
+            raise ExportError(f"--metrics-port {flags.metrics_port} cannot be had ({error.strerror}); name another") from None
+        print(f"watching {flags.target}; metrics on http://{flags.metrics_host}:{server.server_port}/metrics", flush=True)
+        watch_forever(watch, WatchMetrics(registry), flags.interval_s, stop)
+        server.shutdown()
     return 0
 
 

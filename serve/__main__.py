@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from serve.cli import main
+# gRPC's C core writes its own lines beside ours, a port in use among them; it reads this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from serve.cli import main  # see above
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,271 @@
+"""From a finished run to a bundle that serves, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from export import bundle as bundle_module
+from export import parity
+from export.bundle import export_run, verify
+from export.errors import (
+    AxesDifferError,
+    ExportError,
+    GraphError,
+    NamesDifferError,
+    ShapesDifferError,
+    ValuesDifferError,
+)
+from export.generator import ServedGenerator, fold
+from export.to_onnx import check_graph
+from serve.client import DigitClient
+from serve.repository import BUNDLED_DIR, read_bundle
+from tests.server_process import ServerProcess
+from train.checkpoint import Run, create_run, save_checkpoint, write_json
+from train.config import preset
+from train.models import build_generator
+
+SMALL = {
+    "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},
+    "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
+}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[[str], Run]:
+    """A finished run with random weights and BatchNorm statistics that are not the initial ones."""
+
+    def make(name: str) -> Run:
+        config = preset(name).replace(SMALL[name])
+        torch.manual_seed(1)
+        generator = build_generator(config)
+        with torch.no_grad():
+            for _ in range(5):
+                generator(torch.randn(32, config.latent_size) * 2)
+        run = create_run(tmp_path / "runs", config, {"data": {}})
+        save_checkpoint(run, 7, {"step": 7, "generator": generator.state_dict()})
+        write_json(run.folder / "result.json", {"step": 7})
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
+    name: str, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = make_run(name)
+    first = export_run(run, tmp_path / "models")
+    second = export_run(run, tmp_path / "models")
+    assert (first.path, second.path) == (tmp_path / "models" / name / "1", tmp_path / "models" / name / "2")
+    bundle = read_bundle(first.path)
+    assert bundle.manifest.training["step"] == 7
+    assert bundle.manifest.latent_size == run.config.latent_size
+    report = json.loads(bundle.parity_json)
+    assert report["batch_sizes"] == [1, 2, 3, 7, 64, 257]
+    assert {"eager", "torchscript", "onnxruntime-cpu"} <= set(report["forms"])
+    assert len(report["rows"]) == 6 * (len(report["forms"]) - 1)
+    assert report["worst_images"] <= 1e-5
+    with Image.open(first.path / "preview.png") as preview:
+        assert preview.size == (224, 224)
+    assert verify(first.path)["reference"] == "torchscript"
+    assert sorted(entry.name for entry in (tmp_path / "models" / name).iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_folding_changes_the_graph_and_not_the_function(name: str) -> None:
+    config = preset(name).replace(SMALL[name])
+    generator = build_generator(config)
+    for _ in range(3):
+        generator(torch.randn(16, config.latent_size))
+    served = ServedGenerator(generator, *config.pixel_range).eval()
+    folded = fold(served)
+    assert not [module for module in folded.modules() if "BatchNorm" in type(module).__name__]
+    latents = torch.randn(9, config.latent_size)
+    with torch.no_grad():
+        ours, theirs = folded(latents), served(latents)
+    assert float((ours[0] - theirs[0]).abs().max()) < 1e-6
+    assert 0 <= float(ours[0].min()) < float(ours[0].max()) <= 1
+
+
+def wrong_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = parity.engine_form
+
+    def off(engine: Any) -> parity.Form:
+        form = honest(engine)
+
+        def run(latents: Any) -> parity.Arrays:
+            arrays = dict(form(latents))
+            if len(latents) == 7:
+                arrays["images"] = arrays["images"].copy()
+                arrays["images"][4, 0, 13, 20] += 0.25
+            return arrays
+
+        return run
+
+    monkeypatch.setattr(parity, "engine_form", off)
+
+
+def test_a_parity_failure_publishes_nothing_and_names_pair_batch_and_element(
+    make_run: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_parity(monkeypatch)
+    with pytest.raises(
+        ValuesDifferError, match=r"eager and onnxruntime-cpu, batch size 7: images differ by 0.25 at \(4, 0, 13, 20\)"
+    ):
+        export_run(make_run("mlp"), tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_crash_while_publishing_leaves_nothing_behind(
+    make_run: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = bundle_module._write_durably
+
+    def crash(path: Path, content: bytes) -> None:
+        if path.name == "parity.json":
+            raise KeyboardInterrupt
+        honest(path, content)
+
+    monkeypatch.setattr(bundle_module, "_write_durably", crash)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(make_run("mlp"), tmp_path / "models")
+    assert list((tmp_path / "models" / "mlp").iterdir()) == []
+
+
+GOOD = {"images": np.zeros((2, 1, 28, 28), np.float32), "pixels": np.zeros((2, 28, 28), np.uint8)}
+FAR = np.where(np.arange(2 * 784).reshape(2, 28, 28) == 900, 3, 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("got", "error", "message"),
+    [
+        ({"images": GOOD["images"]}, NamesDifferError, r"outputs are called \['images'\]"),
+        (GOOD | {"pixels": GOOD["pixels"][:, None]}, AxesDifferError, "pixels has 4 axes, not 3"),
+        (GOOD | {"images": GOOD["images"][:1]}, ShapesDifferError, r"images has shape \(1, 1, 28, 28\)"),
+        (GOOD | {"images": GOOD["images"] + 2e-5}, ValuesDifferError, "images differ by 2e-05"),
+        (GOOD | {"images": GOOD["images"] * np.nan}, ValuesDifferError, "images differ by nan"),
+        (GOOD | {"pixels": FAR}, ValuesDifferError, r"pixels differ by 3 levels at \(1, 4, 4\)"),
+        (GOOD | {"pixels": GOOD["pixels"] + 1}, ValuesDifferError, "0.0000% identical"),
+    ],
+)
+def test_differences_are_found_in_order_and_named(got: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parity.difference(GOOD, got, parity.FP32_TOLERANCE, "here")
+
+
+def test_a_frozen_batch_axis_or_a_batchnorm_left_over_is_no_export() -> None:
+    model = onnx.load_from_string((BUNDLED_DIR / "mlp" / "1" / "model.onnx").read_bytes())
+    check_graph(model)
+    frozen = onnx.ModelProto.FromString(model.SerializeToString())
+    frozen.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    frozen.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 3
+    with pytest.raises(GraphError, match="batch axis of latents was frozen to 3"):
+        check_graph(frozen)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "export", *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_verify_repeats_the_check_and_sees_a_tampered_bundle(bundles: Path) -> None:
+    done = cli("verify", str(bundles / "mlp" / "1"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) >= 1 + 6
+    path = bundles / "mlp" / "1" / "model.ts"
+    path.write_bytes(path.read_bytes() + b"x")
+    done = cli("verify", str(bundles / "mlp" / "1"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*model\.ts is not the file that was exported.*\n", done.stderr)
+
+
+def test_what_cannot_be_exported_is_one_line(make_run: Callable[[str], Run], tmp_path: Path) -> None:
+    run = make_run("mlp")
+    with pytest.raises(ExportError, match="--name 'Über' is no model name"):
+        export_run(run, tmp_path / "models", "Über")
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(ExportError, match=r"cannot write a bundle to .*--models-dir"):
+        export_run(run, blocker)
+    (run.folder / "result.json").unlink()
+    with pytest.raises(ExportError, match="is not finished; finish it with"):
+        export_run(run, tmp_path / "models")
+    done = cli("run", f"--runs-dir={tmp_path / 'none'}")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
+
+
+def test_a_damaged_checkpoint_is_named(make_run: Callable[[str], Run], tmp_path: Path) -> None:
+    run = make_run("mlp")
+    run.checkpoints()[-1].write_bytes(b"torn")
+    done = cli("run", f"--run={run.folder}", f"--models-dir={tmp_path / 'models'}")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*step-00000007\.pt cannot be read .*\n", done.stderr)
+
+
+def test_watch_finds_a_true_server_true(shared_server: ServerProcess) -> None:
+    done = cli("watch", "--once", f"--target={shared_server.target}")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1 + 4
+    assert "BREACH" not in done.stdout
+
+
+def test_watch_finds_a_false_server_out(shared_server: ServerProcess, bundles: Path) -> None:
+    """The server serves the bundled dcgan; the watch is told that another one's TorchScript is its truth."""
+    manifest = read_bundle(bundles / "dcgan" / "1").manifest
+    generator = build_generator(preset("dcgan"))
+    other = ServedGenerator(generator, -1.0, 1.0).eval()
+    script = bundle_module.to_torchscript(other)
+    (bundles / "dcgan" / "1" / "model.ts").write_bytes(script)
+    files = dict(manifest.files) | {"model.ts": bundle_module.sha256(script)}
+    (bundles / "dcgan" / "1" / "manifest.json").write_text(replace(manifest, files=files).to_json())
+    done = cli("watch", "--once", f"--target={shared_server.target}", f"--models-dir={bundles}")
+    assert done.returncode == 1
+    assert len(re.findall("^dcgan/1 .*BREACH$", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall("^mlp/1 .*BREACH$", done.stdout, re.MULTILINE)) == 0
+
+
+def test_watch_exports_metrics_until_it_is_stopped(shared_server: ServerProcess) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "watch",
+        "--interval-s=0.1",
+        "--metrics-port=0",
+        f"--target={shared_server.target}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = re.search(r"http://(\S+)/metrics", process.stdout.readline())
+        assert address
+        seen = ServerProcess.__new__(ServerProcess)  # only its reading of metrics is wanted
+        seen.http = address[1]
+        while seen.metric("digits_watch_difference_count") < 8:
+            assert process.poll() is None
+        assert seen.metric("digits_watch_breaches_total") == 0
+        assert seen.metric("digits_watch_last_check_timestamp_seconds") > 1.7e9
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+
+
+def test_an_exported_run_serves(
+    make_run: Callable[[str], Run], tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    export_run(make_run("dcgan"), tmp_path / "models", "tiny")
+    server = start_server(f"--models-dir={tmp_path / 'models'}", "--default-model=tiny")
+    with DigitClient(server.target) as client:
+        digits = client.generate(3, seed=1)
+    assert (digits.model, digits.version, digits.pixels.shape) == ("tiny", 1, (3, 28, 28))

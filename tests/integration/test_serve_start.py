@@ -1,0 +1,94 @@
+"""What keeps a server from starting is one line, before any port is bound."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from serve.manifest import MANIFEST_FILE
+from tests.server_process import ServerProcess
+
+
+def start_and_fail(*flags: str) -> str:
+    ports = [] if any("port" in flag for flag in flags) else ["--grpc-port=0", "--http-port=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "serve", *ports, *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.strip().splitlines() if " WARNING " not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_a_flag_of_the_wrong_type() -> None:
+    assert "--instances must be a whole number, got 'all'" in start_and_fail("--instances=all")
+
+
+def test_an_unknown_default_model() -> None:
+    assert "--default-model 'vae' is not served; there are dcgan, mlp" in start_and_fail("--default-model=vae")
+
+
+def test_a_models_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "is not a folder" in start_and_fail(f"--models-dir={tmp_path / 'none'}")
+
+
+def test_a_tampered_bundle(bundles: Path) -> None:
+    path = bundles / "mlp" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "model.onnx is not the file that was exported" in start_and_fail(f"--models-dir={bundles}")
+
+
+def test_a_damaged_manifest(bundles: Path) -> None:
+    (bundles / "mlp" / "1" / MANIFEST_FILE).write_text("{")
+    assert "manifest.json is not valid JSON" in start_and_fail(f"--models-dir={bundles}")
+
+
+def test_cuda_asked_for_and_missing() -> None:
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    assert "--provider cuda: no NVIDIA driver is installed here" in start_and_fail("--provider=cuda")
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port"])
+def test_a_port_in_use_is_refused_and_not_shared(flag: str, start_server: Callable[..., ServerProcess]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        other = "--http-port=0" if flag == "--grpc-port" else "--grpc-port=0"
+        assert f"{flag} {port} on 127.0.0.1 cannot be had" in start_and_fail(f"{flag}={port}", other)
+
+
+def test_a_second_server_cannot_take_the_firsts_port(start_server: Callable[..., ServerProcess]) -> None:
+    first = start_server()
+    port = first.target.rpartition(":")[2]
+    assert "cannot be had" in start_and_fail(f"--grpc-port={port}", "--http-port=0")
+
+
+def test_the_start_tells_where_it_listens_what_it_serves_and_what_is_next(shared_server: ServerProcess) -> None:
+    said = shared_server.announced
+    assert re.search(r"^gRPC +127\.0\.0\.1:\d+$", said, re.MULTILINE)
+    assert re.search(r"^HTTP +http://127\.0\.0\.1:\d+/metrics /healthz /readyz$", said, re.MULTILINE)
+    assert re.search(r"^model dcgan/1 \(default\) on (cpu|cuda): \d+ instances, batches of up to \d+$", said, re.MULTILINE)
+    assert re.search(r"^next +make generate", said, re.MULTILINE)
+
+
+def test_auto_says_loudly_that_it_took_the_cpu(start_server: Callable[..., ServerProcess]) -> None:
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    server = start_server()
+    assert server.metric("digits_provider", provider="cpu") == 2
+    _, log = server.terminate()
+    assert "WARNING serve.engine: provider auto: serving on the CPU, because no NVIDIA driver" in log
+
+
+def test_serving_imports_no_torch() -> None:
+    code = "import sys, serve.cli, serve.client; print(sorted({'torch', 'onnx', 'torchvision'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

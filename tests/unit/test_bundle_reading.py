@@ -1,0 +1,209 @@
+"""A bundle is served whole and as exported, or refused by name: missing, half-written, tampered, of the wrong kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from serve.engine import Engine, choose_provider, golden_difference, golden_samples
+from serve.errors import BundleError, ProviderError
+from serve.manifest import MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
+from serve.repository import latest_bundles, read_bundle
+
+
+def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads((bundle / MANIFEST_FILE).read_text())
+    change(values)
+    (bundle / MANIFEST_FILE).write_text(json.dumps(values))
+
+
+def swap_model(bundle: Path, model: bytes) -> None:
+    """Put another graph in, with a manifest that agrees with it."""
+    (bundle / ONNX_FILE).write_bytes(model)
+    rewrite(bundle, lambda values: values["files"].update({ONNX_FILE: sha256(model)}))
+
+
+def test_the_bundled_models_are_read_and_pass_their_golden_check(bundles: Path) -> None:
+    names = []
+    for path in latest_bundles(bundles):
+        bundle = read_bundle(path)
+        Engine(bundle.model, bundle.manifest, "cpu", 1).check_golden()
+        names.append(bundle.manifest.name)
+    assert names == ["dcgan", "mlp"]
+
+
+def test_bundled_models_come_from_full_length_runs_on_mnist_itself(bundles: Path) -> None:
+    steps = {"mlp": 93_800, "dcgan": 9_380}
+    for name, step in steps.items():
+        training = read_bundle(bundles / name / "1").manifest.training
+        assert training["step"] == step
+        assert training["provenance"]["data"]["train-images-idx3-ubyte"].startswith("ba891046e6505d7a")
+
+
+def test_manifest_survives_its_own_json(bundles: Path) -> None:
+    manifest = read_bundle(bundles / "dcgan" / "1").manifest
+    assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+
+
+def test_the_highest_version_is_taken_and_a_half_copied_one_is_not(bundles: Path) -> None:
+    for number in ("2", "10", "11"):
+        (bundles / "mlp" / number).mkdir()
+    for number in ("2", "10"):
+        (bundles / "mlp" / number / MANIFEST_FILE).write_text("{}")
+    (bundles / "mlp" / "11" / ONNX_FILE).write_bytes(b"half")  # the manifest comes last
+    (bundles / "mlp" / ".new-x").mkdir()
+    assert bundles / "mlp" / "10" in latest_bundles(bundles)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "parity.json", "preview.png"])
+def test_a_tampered_file_is_refused_by_name(name: str, bundles: Path) -> None:
+    path = bundles / "dcgan" / "1" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name} is not the file that was exported"):
+        read_bundle(path.parent)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "parity.json"])
+def test_a_missing_file_is_refused_by_name(name: str, bundles: Path) -> None:
+    (bundles / "dcgan" / "1" / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name} cannot be read"):
+        read_bundle(bundles / "dcgan" / "1")
+
+
+def test_a_moved_bundle_is_refused(bundles: Path) -> None:
+    (bundles / "dcgan" / "1").rename(bundles / "dcgan" / "7")
+    with pytest.raises(BundleError, match="holds model dcgan/1"):
+        read_bundle(bundles / "dcgan" / "7")
+
+
+def test_a_manifest_cannot_name_files_elsewhere(bundles: Path) -> None:
+    rewrite(bundles / "dcgan" / "1", lambda values: values["files"].update({"../../mlp/1/model.onnx": "0" * 64}))
+    with pytest.raises(BundleError, match="no plain file name"):
+        read_bundle(bundles / "dcgan" / "1")
+
+
+def drop(field: str) -> Callable[[dict[str, Any]], None]:
+    return lambda values: values.pop(field) and None
+
+
+def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda values: values.update({field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("latent_size"), "field 'latent_size' is missing or unknown"),
+        (put("colour", "red"), "field 'colour' is missing or unknown"),
+        (put("schema_version", 99), "schema version 99, this server reads 1"),
+        (put("latent_size", "100"), "field 'latent_size' is of the wrong type"),
+        (put("latent_size", 64), "field 'golden' has an unusable value"),
+        (put("version", 0), "field 'version' has an unusable value"),
+        (put("name", "../etc"), "field 'name' has an unusable value"),
+        (put("files", {}), "field 'files' has an unusable value"),
+        (lambda values: values["golden"].update(latents="?"), "golden samples are not base64"),
+        (lambda values: values["golden"].update(count=10**9), "field 'golden' has an unusable value"),
+    ],
+)
+def test_a_manifest_that_is_off_is_refused_by_field(
+    change: Callable[[dict[str, Any]], None], message: str, bundles: Path
+) -> None:
+    rewrite(bundles / "dcgan" / "1", change)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundles / "dcgan" / "1")
+
+
+@given(
+    content=st.binary(max_size=200)
+    | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda value: json.dumps(value).encode())
+)
+def test_no_bytes_make_the_manifest_reader_fail_otherwise_than_by_name(content: bytes) -> None:
+    with pytest.raises(BundleError, match="somewhere"):
+        parse_manifest(content, "somewhere")
+
+
+def test_a_folder_without_models_says_how_to_get_some(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="holds no complete model; make export writes one"):
+        latest_bundles(tmp_path)
+    with pytest.raises(BundleError, match="is not a folder"):
+        latest_bundles(tmp_path / "nothing")
+
+
+def graph(inputs: list[Any], batch: str | int, latent_size: int = 100, name: str = "latents") -> bytes:
+    """A tiny model with the right outputs' types and whatever input is asked for."""
+    source = helper.make_tensor_value_info(name, TensorProto.FLOAT, inputs)
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 1, 28, 28])
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, [batch, 28, 28])
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [latent_size, 784], np.zeros(latent_size * 784, np.float32))
+    shapes = [
+        helper.make_tensor("four", TensorProto.INT64, [4], [-1, 1, 28, 28]),
+        helper.make_tensor("three", TensorProto.INT64, [3], [-1, 28, 28]),
+    ]
+    nodes = [
+        helper.make_node("MatMul", [name, "weight"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "four"], ["images"]),
+        helper.make_node("Reshape", ["flat", "three"], ["levels"]),
+        helper.make_node("Cast", ["levels"], ["pixels"], to=TensorProto.UINT8),
+    ]
+    made = helper.make_graph(nodes, "tiny", [source], [images, pixels], [weight, *shapes])
+    content: bytes = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    onnx.checker.check_model(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (graph(["batch", 64], "batch", latent_size=64), "not latents float32"),
+        (graph(["batch", 100], "batch", name="noise"), "not latents float32"),
+        (graph([4, 100], 4), "fixed batch axis"),
+        (b"this is no graph", "ONNX Runtime cannot load it"),
+        (b"", "ONNX Runtime cannot load it"),
+    ],
+)
+def test_a_graph_of_the_wrong_kind_is_refused(model: bytes, message: str, bundles: Path) -> None:
+    swap_model(bundles / "dcgan" / "1", model)
+    bundle = read_bundle(bundles / "dcgan" / "1")
+    with pytest.raises(BundleError, match=message):
+        Engine(bundle.model, bundle.manifest, "cpu", 1)
+
+
+def test_another_models_graph_fails_the_golden_check_naming_the_row(bundles: Path) -> None:
+    swap_model(bundles / "dcgan" / "1", graph(["batch", 100], "batch"))
+    bundle = read_bundle(bundles / "dcgan" / "1")
+    with pytest.raises(BundleError, match=r"golden sample \d differs by up to \d+ levels"):
+        Engine(bundle.model, bundle.manifest, "cpu", 1).check_golden()
+
+
+def test_golden_check_allows_one_level_rarely_and_no_more(bundles: Path) -> None:
+    manifest = read_bundle(bundles / "mlp" / "1").manifest
+    _, expected = golden_samples(manifest)
+    near = expected.copy()
+    near[3, 14, 14] ^= 1
+    assert golden_difference(manifest, expected, near) is None
+    far = expected.copy()
+    far[5, 0, 0] += 2
+    assert "golden sample 5 differs by up to 2 levels" in str(golden_difference(manifest, expected, far))
+    many = expected ^ np.uint8(1)
+    assert "0.00% of all pixels identical" in str(golden_difference(manifest, expected, many))
+
+
+def test_cuda_asked_for_and_missing_is_refused() -> None:
+    try:
+        provider = choose_provider("cuda")
+    except ProviderError as error:
+        assert "--provider cuda" in str(error)  # noqa: PT017  # both outcomes are right, on different machines
+        assert choose_provider("auto") == "cpu"
+    else:
+        assert provider == "cuda"
