@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 8
 LEAST_RETRY_S = 0.005
+INSTANCE_THREAD = "model-instance"  # how the threads' names begin
 
 
 class Rows(Protocol):
@@ -106,6 +107,7 @@ class Batcher:
         self._seconds_per_image = 0.0
         self._replacements = 0
         self._closed = False
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start every instance and wait until each has its model. Raises what making a model raised."""
@@ -150,14 +152,21 @@ class Batcher:
         self._deliver(failed)
         return len(failed)
 
-    def close(self) -> None:
-        """Let the instances end after their running batch. Waiting tickets fail."""
+    def close(self, timeout_s: float = 0.0) -> int:
+        """Let the instances end after their running batch; waiting tickets fail. Returns how many did not end in time.
+
+        A thread that is inside a model's native code when the interpreter ends takes the process down with it.
+        """
         with self._lock:
             self._closed = True
             failed = [t for t in self._queue.tickets() if self._fail(t, UnavailableError("the model is being released"), "drain")]
             for instance in self._instances:
                 instance.wake.notify()
         self._deliver(failed)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return sum(thread.is_alive() for thread in self._threads)
 
     def check_stalled(self) -> None:
         """Give up instances that have run one batch for longer than ``watchdog_s``, and replace them."""
@@ -207,7 +216,9 @@ class Batcher:
             known.set()
             self._work(instance, runner)
 
-        threading.Thread(target=run, name=f"instance-{instance.number}", daemon=True).start()
+        thread = threading.Thread(target=run, name=f"{INSTANCE_THREAD}-{instance.number}", daemon=True)
+        self._threads = [known for known in self._threads if known.is_alive()] + [thread]
+        thread.start()
 
         def wait() -> None:
             known.wait()

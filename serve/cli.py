@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
+from serve.batcher import INSTANCE_THREAD
 from serve.errors import StartError
 from serve.server import Ports, Server, serve
 from serve.settings import Settings, from_arguments
@@ -20,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
         serve(settings, lambda server, ports: _announce(server, ports, settings))
+        if any(thread.name.startswith(INSTANCE_THREAD) for thread in threading.enumerate()):
+            # A hung run cannot be ended, and ending the interpreter under it would abort the process.
+            sys.stderr.flush()
+            os._exit(0)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

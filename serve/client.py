@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,16 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT_S = 30.0
 MAX_RESPONSE_BYTES = 64 << 20
+STREAM_ATTEMPTS = 5
+STREAM_BACKOFF_S = 0.2
+STREAM_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
-# Only what the server refuses before doing it is tried again; the server says when (grpc-retry-pushback-ms).
+# A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
+# calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
+# Health checking takes a replica out of the rotation as soon as it begins to drain.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "digits.v1.DigitGenerator"},
     "methodConfig": [
         {
             "name": [{"service": "digits.v1.DigitGenerator"}],
@@ -42,7 +49,7 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.05s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }
     ],
@@ -103,10 +110,28 @@ class DigitClient:
     def stream(
         self, count: int, *, seed: int | None = None, start: int = 0, model: str = "", version: int = 0, chunk: int = 0
     ) -> Iterator[Digits]:
-        """Any number of digits, chunk by chunk in order. The deadline is the whole stream's only if none is sent: none is."""
-        request = pb.GenerateStreamRequest(model=model, version=version, count=count, seed=seed, start=start, chunk=chunk)
-        for response in self._stub.GenerateStream(request):
-            yield _digits(response)
+        """Any number of digits, chunk by chunk in order, without a deadline.
+
+        If the server goes away half-way, the stream goes on at another replica with the next address: gRPC itself
+        cannot retry a stream that has begun. After ``STREAM_ATTEMPTS`` failures without a chunk between, it raises.
+        """
+        given = failures = 0
+        while given < count:
+            request = pb.GenerateStreamRequest(
+                model=model, version=version, count=count - given, seed=seed, start=start + given, chunk=chunk
+            )
+            try:
+                for response in self._stub.GenerateStream(request):
+                    digits = _digits(response)
+                    seed, model, version = digits.seed, digits.model, digits.version
+                    given += len(digits.pixels)
+                    failures = 0
+                    yield digits
+            except grpc.RpcError as error:
+                failures += 1
+                if error.code() not in STREAM_RETRYABLE or failures >= STREAM_ATTEMPTS:
+                    raise
+                time.sleep(STREAM_BACKOFF_S * failures)
 
     def list_models(self) -> pb.ListModelsResponse:
         response: pb.ListModelsResponse = self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)

@@ -43,18 +43,16 @@ class Model:
         self.limits = limits
         self.metrics = ModelMetrics(metrics, self.manifest.name, self.manifest.version)
         self.breached = False
-        self.draining = False
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
-        return not self.breached and not self.draining and self.batcher.live_instances > 0
+        return not self.breached and self.batcher.live_instances > 0
 
     async def generate(self, span: Span, want_images: bool, priority: Priority, deadline: float | None) -> Ticket:
         """Run the span's rows; the ticket returned holds them in ``parts``. Raises ServeError."""
-        if self.breached or self.draining:
-            state = "failing its golden check" if self.breached else "being released"
-            raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} is {state}")
+        if self.breached:
+            raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
         waiter = asyncio.get_running_loop().create_future()
         ticket = Ticket(span, want_images, priority, deadline, waiter)
         self.batcher.submit(ticket)

@@ -42,12 +42,47 @@ RequestT = TypeVar("RequestT", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+class Gate:
+    """Counts the calls under way, and lets no more in once it is closed. For the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def close(self) -> None:
+        self._closed = True
+
+    def enter(self) -> None:
+        """Count a call in. Raises UnavailableError when the gate is closed."""
+        if self._closed:
+            raise UnavailableError("the server is stopping; ask another replica")
+        self._calls += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is under way; False when the time was too short."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
 class RpcTable:
     """Collects a service's methods and hands them to a server."""
 
-    def __init__(self, service: str, metrics: Metrics) -> None:
+    def __init__(self, service: str, metrics: Metrics, gate: Gate) -> None:
         self._service = service
         self._metrics = metrics
+        self._gate = gate
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def unary(self, method: str, request_type: type[RequestT], answer: Callable[[RequestT, Context], Awaitable[bytes]]) -> None:
@@ -58,7 +93,10 @@ class RpcTable:
             observed.started()
             started = time.perf_counter()
             code = grpc.StatusCode.UNKNOWN
+            entered = False
             try:
+                self._gate.enter()
+                entered = True
                 response = await answer(_parse(request_type, raw), context)
                 code = grpc.StatusCode.OK
                 return response
@@ -69,6 +107,8 @@ class RpcTable:
                 code, text, trailing = to_status(error)
                 await context.abort(code, text, trailing)
             finally:
+                if entered:
+                    self._gate.leave()
                 observed.handled(code.name).inc()
                 observed.seconds(time.perf_counter() - started)
 
@@ -84,7 +124,10 @@ class RpcTable:
             observed.started()
             started = time.perf_counter()
             code = grpc.StatusCode.UNKNOWN
+            entered = False
             try:
+                self._gate.enter()
+                entered = True
                 async for response in answers(_parse(request_type, raw), context):
                     yield response
                 code = grpc.StatusCode.OK
@@ -95,6 +138,8 @@ class RpcTable:
                 code, text, trailing = to_status(error)
                 await context.abort(code, text, trailing)
             finally:
+                if entered:
+                    self._gate.leave()
                 observed.handled(code.name).inc()
                 observed.seconds(time.perf_counter() - started)
 

@@ -23,6 +23,7 @@ from serve.errors import ProviderError, StartError
 from serve.metrics import Metrics
 from serve.model import Model, open_model
 from serve.repository import Bundle, latest_bundles, read_bundle
+from serve.rpc import Gate
 from serve.service import SERVICE, DigitService
 from serve.settings import Settings
 from serve.web import make_app, start_http
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 SUPERVISION_S = 1.0
 MAX_REQUEST_BYTES = 4 << 20
 CONNECTION_AGE_GRACE_S = 60
+LAST_WORDS_S = 0.25
+JOIN_S = 5.0
 KEEPALIVE_MS = 30_000
 
 
@@ -53,6 +56,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._stop = asyncio.Event()
         self._draining = False
+        self._gate = Gate()
         self.catalog: Catalog
 
     async def run(self, announce: Callable[[Server, Ports], None]) -> None:
@@ -108,7 +112,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
-        DigitService(self.catalog, self._settings).table(self._metrics).add_to(server)
+        DigitService(self.catalog, self._settings).table(self._metrics, self._gate).add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -125,9 +129,9 @@ class Server:
     async def _publish_health(self) -> None:
         for model in self.catalog.models():
             await self._set_health(f"{SERVICE}/{model.manifest.name}", model.ready and not self._draining)
-        everything = self._not_ready() is None
-        for name in ("", SERVICE):
-            await self._set_health(name, everything)
+        # The process as a whole is healthy with all its models; the service can be used with any of them.
+        await self._set_health("", self._not_ready() is None)
+        await self._set_health(SERVICE, not self._draining and any(model.ready for model in self.catalog.models()))
 
     async def _set_health(self, service: str, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
@@ -159,17 +163,23 @@ class Server:
         await self._publish_health()
         await asyncio.sleep(self._settings.drain_grace_s)
         deadline = time.monotonic() + self._settings.drain_deadline_s
-        stopping = asyncio.create_task(grpc_server.stop(self._settings.drain_deadline_s))
+        self._gate.close()
+        await self._gate.wait_idle(self._settings.drain_deadline_s)
         leftovers = await asyncio.to_thread(self._drain_models, deadline)
-        await stopping
-        for model in self.catalog.models():
-            model.batcher.close()
+        # What is still open then are answers on their way out, and health watchers, who never leave by themselves.
+        await grpc_server.stop(LAST_WORDS_S)
+        await asyncio.to_thread(self._close_models)
         if leftovers:
             self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
 
     def _drain_models(self, deadline: float) -> int:
         return sum(model.batcher.drain(deadline) for model in self.catalog.models())
+
+    def _close_models(self) -> None:
+        for model in self.catalog.models():
+            if stuck := model.batcher.close(JOIN_S):
+                log.error("%d instances of %s did not end", stuck, model.manifest.name)
 
 
 def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None:

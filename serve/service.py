@@ -19,7 +19,7 @@ from serve.latents import INDEX_LIMIT, Span
 from serve.metrics import Metrics
 from serve.model import Model, joined_rows, ordered_rows
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.rpc import Context, RpcTable
+from serve.rpc import Context, Gate, RpcTable
 from serve.settings import Settings
 
 SERVICE = "digits.v1.DigitGenerator"
@@ -37,7 +37,7 @@ FORMAT_NAMES = {
 
 
 class DigitService:
-    """The RPCs. ``draining`` is set by the server when it stops."""
+    """The RPCs."""
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self._catalog = catalog
@@ -45,9 +45,9 @@ class DigitService:
         # A float32 answer has four times the bytes; at the default it then stays under gRPC's usual limit of 4 MiB.
         self._max_count_float32 = max(1, settings.max_count // 4)
 
-    def table(self, metrics: Metrics) -> RpcTable:
+    def table(self, metrics: Metrics, gate: Gate) -> RpcTable:
         """The methods, ready for a server."""
-        table = RpcTable(SERVICE, metrics)
+        table = RpcTable(SERVICE, metrics, gate)
         table.unary("Generate", pb.GenerateRequest, self.generate)
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
