@@ -64,7 +64,8 @@ check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 	$(BIN)/python -m pytest -q tests/meta
 
 bench: .venv/.all ## time the server beside its floor and the raw model; writes build/bench.json
-	$(BIN)/python -m serve.bench $(ARGS)
+	@$(BIN)/python -m export plain build/plain
+	@$(BIN)/python -m serve.bench $(ARGS)
 
 bench-train: .venv/.all ## time the training steps on this machine
 	@$(BIN)/python -m train bench $(ARGS)

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from export.bundle import export_run, verify
 from export.errors import ExportError
+from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DEFAULT_TARGET, DigitClient
 from serve.errors import ServeError
@@ -24,6 +25,7 @@ from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
 from train.config import PRESETS
 from train.errors import CheckpointError, TrainError
+from train.models import build_generator
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -44,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="the model's name (default: its preset)")
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
+    plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
+    plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
     live.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
     live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        commands = {"run": _run, "verify": _verify, "watch": _watch}
+        commands = {"run": _run, "verify": _verify, "watch": _watch, "plain": _plain}
         return commands[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,6 +87,17 @@ def _run(flags: argparse.Namespace) -> int:
     for run in runs:
         done = export_run(run, flags.models_dir, flags.name)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
+    return 0
+
+
+def _plain(flags: argparse.Namespace) -> int:
+    try:
+        flags.folder.mkdir(parents=True, exist_ok=True)
+        for name, config in PRESETS.items():
+            generator = build_generator(config).eval()
+            (flags.folder / f"{name}.onnx").write_bytes(to_onnx(generator, config.latent_size, ("images",)))
+    except OSError as error:
+        raise ExportError(f"cannot write to {flags.folder} ({error.strerror}); name another folder") from None
     return 0
 
 

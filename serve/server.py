@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
+import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -188,7 +189,7 @@ def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None
     async def run() -> None:
         await Server(settings).run(announce)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def _new_registry() -> CollectorRegistry:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.batcher import Batcher
+from serve.batcher import REST_CALLERS, Batcher
 from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
 from serve.fair_queue import Priority, Ticket
 from serve.latents import draw
@@ -277,6 +277,41 @@ def test_a_second_instance_is_woken_by_a_full_batch_and_not_before() -> None:
         assert time.monotonic() < deadline
     gate.open()
     assert batcher.drain(deadline) == 0
+
+
+def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.batcher.REST_S", 0.5)  # long enough for this test to be no race
+    gate = Gate()
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), instances=2)
+    first = occupy(batcher, gate)
+    crowd = [make_ticket(1, seed) for seed in range(REST_CALLERS)]
+    for ticket in crowd:
+        batcher.submit(ticket)
+    gate.open()
+    for ticket in (first, *crowd):
+        wait_for(ticket)
+    late = [make_ticket(1, 50), make_ticket(1, 51)]
+    for ticket in late:
+        batcher.submit(ticket)
+    for ticket in late:
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert observer.batches == [1, REST_CALLERS, 2]
+
+
+def test_a_full_batch_does_not_wait_for_a_rest_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.batcher.REST_S", 2 * TIMEOUT_S)
+    gate = Gate()
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), max_batch_size=8)
+    first = occupy(batcher, gate)
+    crowd = [make_ticket(1, seed) for seed in range(64)]
+    for ticket in crowd:
+        batcher.submit(ticket)
+    gate.open()
+    for ticket in (first, *crowd):
+        wait_for(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert observer.batches == [1] + [8] * 8
 
 
 def test_drain_finishes_what_was_accepted() -> None:

@@ -1,0 +1,273 @@
+"""``make bench``: the server beside the raw model and the bare gRPC server, in one run, as a table and as JSON.
+
+*raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is a
+grpc.aio server that answers a ready-made response of the same size. Every target is a ratio of two figures of the same
+run, since absolute times mean little on a shared machine.
+
+What was tried on 2 cores, and what it gave (single digits of the mlp, 64 in flight; the floor 11,000 to 12,000 a second):
+asyncio's own loop 4,500; uvloop 4,900; waking the instance that fell idle last instead of first 5,200; a thread switch
+interval of 1 ms, 0.2 ms or 0.05 ms instead of 5: no difference beyond the noise; running the model on the event loop
+itself 3,500, because grpc.aio hands over one call per turn of the loop and so every batch is of one; collecting the
+submissions of one turn of the loop before waking an instance: no difference, for the same reason; taking the next
+batch only when the callers of the last had been told: 4,150; a rest of 1 ms after a batch that served a crowd: 6,400,
+as batches become 13 images large instead of 3. What is left to the floor is the model's own time and the switches
+between the event loop's thread and the instance's: the two cores are busy to the brim, and the server's Python for one
+request takes 11 µs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from serve.bench.load import H2LOAD, Load, by_python, closed
+from serve.bench.process import Started, started
+from serve.engine import Engine
+from serve.latents import LatentReader, Span
+from serve.repository import BUNDLED_DIR, latest_bundles, read_bundle
+
+MODELS = ("mlp", "dcgan")
+RAW_BATCHES = (16, 64, 256)
+ONE_DIGIT_RESPONSE_BYTES = 832
+SERVER = ("serve", "--grpc-port=0", "--http-port=0")
+OVERLOAD_QUEUE = 1024  # images: as many as wait at capacity, with 16 requests of 64 in flight
+SOAK_REQUESTS = 200_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measured figure and its bound; ``at_most`` says on which side of it the figure has to be."""
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+def main() -> int:
+    flags = _parser().parse_args()
+    figures: dict[str, Any] = {}
+    targets: list[Target] = []
+    say(f"{machine()['cpu']}, {machine()['cores']} cores; load by {'h2load' if H2LOAD else 'Python callers (no h2load here)'}")
+    raw = {model: raw_rate(flags.plain / f"{model}.onnx") for model in MODELS}
+    figures["raw_digits_per_s"] = raw
+    figures["normals_per_s"] = normals_rate()
+    targets.append(Target("normals a second on one core, millions", figures["normals_per_s"] / 1e6, 20))
+    with started("serve.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)) as floor:
+        figures["floor"] = {
+            "64x1": asdict(closed(Load(floor.target, "", 1, flags.seconds, 64))),
+            "unloaded": asdict(by_python(Load(floor.target, "", 1, flags.seconds))),
+        }
+    with started(*SERVER) as server:
+        figures["idle_cpu_percent"] = idle_percent(server)
+        for model in MODELS:
+            figures[model] = throughput(server, model, flags.seconds)
+        figures["interactive_under_load"] = under_load(server, flags.seconds)
+    targets += throughput_targets(figures, raw)
+    targets.append(Target("idle: percent of one core", figures["idle_cpu_percent"], 1, at_most=True))
+    figures["overload"] = overload(flags.seconds)
+    targets += overload_targets(figures["overload"])
+    figures["metrics_cost"] = metrics_cost(flags.seconds)
+    targets.append(Target("metrics: share of throughput, percent", figures["metrics_cost"] * 100, 2, at_most=True))
+    if flags.soak:
+        figures["memory_growth"] = memory_growth()
+        targets.append(Target("RSS growth over 200,000 mixed requests, percent", figures["memory_growth"] * 100, 2, at_most=True))
+    print_targets(targets)
+    write(flags.out, figures, targets)
+    return 0
+
+
+def raw_rate(path: Path) -> float:
+    """Digits a second of the plain graph in one default session, at its best batch size."""
+    session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    latent_size = session.get_inputs()[0].shape[1]
+    rates = []
+    for batch in RAW_BATCHES:
+        latents = np.zeros((batch, latent_size), np.float32)
+        session.run(None, {"latents": latents})
+        rates.append(batch * _runs_per_second(lambda latents=latents: session.run(None, {"latents": latents})))
+    return max(rates)
+
+
+def normals_rate() -> float:
+    """Normal values a second by the address rule, on one core."""
+    reader, out = LatentReader(64), np.empty((4096, 64), np.float32)
+    return out.size * _runs_per_second(lambda: reader.fill(out, [Span(7, 0, len(out))]))
+
+
+def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
+    """Requests a second of three kinds of load, the unloaded latency, and the model's own time for a batch of one."""
+    say(f"{model}: single digits, 16 and 64 a request, unloaded")
+    bundle = next(read_bundle(path) for path in latest_bundles(BUNDLED_DIR) if path.parent.name == model)
+    engine = Engine(bundle.model, bundle.manifest, "cpu", 1)
+    one = np.zeros((1, bundle.manifest.latent_size), np.float32)
+    return {
+        "64x1": asdict(closed(Load(server.target, model, 1, seconds, 64))),
+        "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
+        "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
+        "unloaded": asdict(by_python(Load(server.target, model, 1, seconds))),
+        "batch_of_one_s": 1 / _runs_per_second(lambda: engine.run(one)),
+    }
+
+
+def under_load(server: Started, seconds: float) -> dict[str, float]:
+    """An interactive caller of one dcgan digit while 16 requests of 64 are in flight, and what one batch takes then."""
+    say("dcgan: one digit while 16 requests of 64 are in flight")
+    background = Load(server.target, "dcgan", 64, seconds + 3, 16)
+    names = ("digits_compute_seconds_sum", "digits_compute_seconds_count")
+    before = [server.metric(name, model="dcgan") for name in names]
+    thread = threading.Thread(target=lambda: closed(background))
+    thread.start()
+    time.sleep(1.0)  # the background's own warm-up
+    foreground = by_python(Load(server.target, "dcgan", 1, seconds))
+    thread.join()
+    after = [server.metric(name, model="dcgan") for name in names]
+    batch_s = (after[0] - before[0]) / (after[1] - before[1])
+    return {"p50_s": foreground.p50_s, "p99_s": foreground.p99_s, "batch_s": batch_s}
+
+
+def overload(seconds: float) -> dict[str, Any]:
+    """dcgan, 64 digits a request: at capacity, and three times as many requests as it can answer."""
+    say("overload: three times the capacity")
+    with started(*SERVER, f"--max-queue-images={OVERLOAD_QUEUE}", f"--max-count={OVERLOAD_QUEUE}") as server:
+        capacity = by_python(Load(server.target, "dcgan", 64, seconds, 16))
+        flood = by_python(Load(server.target, "dcgan", 64, seconds, rate=3 * capacity.requests_per_s, deadline_s=5))
+    return {"capacity": asdict(capacity), "three_times": asdict(flood)}
+
+
+def metrics_cost(seconds: float, pairs: int = 3) -> float:
+    """Share of single-digit throughput that metrics cost: medians of the server with them and without, in turn."""
+    say("metrics: with and without, in turn")
+    rates: dict[str, list[float]] = {"serve": [], "serve.bench.unmetered": []}
+    for _ in range(pairs):
+        for module, seen in rates.items():
+            with started(module, *SERVER[1:]) as server:
+                seen.append(closed(Load(server.target, "mlp", 1, seconds, 64)).requests_per_s)
+    with_metrics, without = (float(np.median(seen)) for seen in rates.values())
+    return 1 - with_metrics / without
+
+
+def memory_growth() -> float:
+    """Growth of the resident memory over 200,000 requests of mixed sizes and both models, after a tenth as many."""
+    say("memory over 200,000 mixed requests")
+    with started(*SERVER) as server:
+        _mixed(server, SOAK_REQUESTS // 10)
+        before = server.process.memory_info().rss
+        _mixed(server, SOAK_REQUESTS)
+        return server.process.memory_info().rss / before - 1
+
+
+def _mixed(server: Started, requests: int) -> None:
+    def done() -> float:
+        return server.metric("grpc_server_handled_total", grpc_method="Generate")
+
+    goal = done() + requests
+    while done() < goal:
+        for model, count, seconds in (("mlp", 1, 6), ("dcgan", 1, 2), ("mlp", 16, 2), ("dcgan", 64, 1), ("mlp", 257, 1)):
+            closed(Load(server.target, model, count, seconds, 64 if count == 1 else 16))
+
+
+def idle_percent(server: Started) -> float:
+    """Percent of one core used while nothing is asked."""
+    server.process.cpu_percent()
+    return server.process.cpu_percent(interval=5)
+
+
+def throughput_targets(figures: dict[str, Any], raw: dict[str, float]) -> list[Target]:
+    mlp, dcgan, floor = figures["mlp"], figures["dcgan"], figures["floor"]
+    loaded = figures["interactive_under_load"]
+    allowed = 1.5 * (floor["unloaded"]["p50_s"] + mlp["batch_of_one_s"])
+    return [
+        Target("1 dcgan 16 × 64: served / raw", dcgan["16x64"]["requests_per_s"] * 64 / raw["dcgan"], 1.2),
+        Target("2 mlp 16 × 64: served / raw", mlp["16x64"]["requests_per_s"] * 64 / raw["mlp"], 0.55),
+        Target("3 mlp 64 × 1: served / floor", mlp["64x1"]["requests_per_s"] / floor["64x1"]["requests_per_s"], 0.7),
+        Target("4 mlp unloaded p50, ms", mlp["unloaded"]["p50_s"] * 1e3, allowed * 1e3, at_most=True),
+        Target("4 one digit's p99 under load / a batch", loaded["p99_s"] / loaded["batch_s"], 4, at_most=True),
+    ]
+
+
+def overload_targets(seen: dict[str, Any]) -> list[Target]:
+    capacity, flood = seen["capacity"], seen["three_times"]
+    others = set(flood["codes"]) - {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    return [
+        Target("5 rejections' p99, ms", flood["refused_p99_s"] * 1e3, 20, at_most=True),
+        Target("5 accepted p99 / that at capacity", flood["p99_s"] / capacity["p99_s"], 2, at_most=True),
+        Target("5 goodput / capacity", flood["requests_per_s"] / capacity["requests_per_s"], 0.9),
+        Target("5 other refusals", len(others), 0, at_most=True),
+    ]
+
+
+def print_targets(targets: list[Target]) -> None:
+    print(f"{'target':52s} {'measured':>10s} {'bound':>10s}")
+    for target in targets:
+        sign = "≤" if target.at_most else "≥"
+        print(f"{target.name:52s} {target.value:10.3f} {sign}{target.bound:9.3f}  {'met' if target.met else 'MISSED'}")
+
+
+def write(path: Path, figures: dict[str, Any], targets: list[Target]) -> None:
+    listed = [asdict(target) | {"met": target.met} for target in targets]
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "figures": figures,
+        "targets": listed,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written: {path}")
+
+
+def machine() -> dict[str, Any]:
+    cpu = "unknown CPU"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    packages = ("onnxruntime-gpu", "grpcio", "numpy", "uvloop")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _runs_per_second(run: Any, seconds: float = 1.0) -> float:
+    runs, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        run()
+        runs += 1
+    return runs / (time.perf_counter() - begun)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Measure the server beside its bounds.")
+    parser.add_argument("--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of each measurement (default: 4)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")
+    parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help="watch memory over 200,000 requests")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

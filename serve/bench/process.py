@@ -1,0 +1,51 @@
+"""A server under test as a process: started with its own command line, ended when the block is left."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running server's addresses and process."""
+
+    target: str
+    http: str
+    process: psutil.Process
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a sample over all children with these labels."""
+        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+
+
+@contextmanager
+def started(module: str, *arguments: str) -> Iterator[Started]:
+    """Run ``python -m module`` until the block is left. Raises RuntimeError when it does not start."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if line.startswith("next"):
+                    break
+            address = re.search(r"^gRPC +(\S+)$", said, re.MULTILINE)
+            http = re.search(r"^HTTP +http://(\S+)/metrics", said, re.MULTILINE)
+            if address is None:
+                raise RuntimeError(f"{' '.join(command)} did not start")
+            yield Started(address[1], http[1] if http else "", psutil.Process(process.pid))
+        finally:
+            process.terminate()
