@@ -2,10 +2,10 @@
 
 An idle instance takes what is queued at once, up to ``max_batch_size`` images. A second instance is woken only when a
 full batch waits: on few cores a lone busy instance serves single digits best, all of them serve large requests best
-(``serve.bench`` measures both). An instance that has
-just served a crowd, ``REST_CALLERS`` callers or more in one batch, rests ``REST_S`` before it takes a batch that is not
-full: the next of the crowd are on their way, and a run costs nearly the same for three as for twelve. A lone caller
-never meets a resting instance.
+(``serve.bench`` measures both). While there is a
+crowd, ``REST_CALLERS`` callers or more in one batch not longer than ``CROWD_S`` ago, an instance rests ``REST_S`` after
+each batch before it takes one that is not full: the next of the crowd are on their way, and a run costs nearly the same
+for three as for twelve. A few callers never meet a resting instance.
 
 Each instance is a thread that makes, uses and drops its own model, because a CUDA
 session must stay with one thread.
@@ -39,6 +39,7 @@ MAX_REPLACEMENTS = 8
 # fast again; a longer rest gained nothing more, and with fewer callers than this it only cost them time.
 REST_S = 0.001
 REST_CALLERS = 5
+CROWD_S = 0.1
 LEAST_RETRY_S = 0.005
 INSTANCE_THREAD = "model-instance"  # how the threads' names begin
 
@@ -117,6 +118,7 @@ class Batcher:
         self._running_images = 0
         self._seconds_per_image = 0.0
         self._replacements = 0
+        self._crowd_until = 0.0
         self._closed = False
         self._threads: list[threading.Thread] = []
 
@@ -307,8 +309,11 @@ class Batcher:
             if instance.lost:  # given up meanwhile: its tickets have been answered
                 return
             self._release(instance)
+            now = time.monotonic()
             if len(chunks) >= REST_CALLERS:
-                instance.rests_until = time.monotonic() + REST_S
+                self._crowd_until = now + CROWD_S
+            if now < self._crowd_until:
+                instance.rests_until = now + REST_S
             offset = 0
             for chunk in chunks:
                 ticket = chunk.ticket
