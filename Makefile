@@ -53,7 +53,12 @@ compare: .venv/.all ## the newest mlp run's losses beside the notebook's
 export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one)
 	@$(BIN)/python -m export run $(if $(RUN),--run $(RUN)) $(ARGS)
 
-test: .venv/.all ## run the tests
+build/triton-client/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/triton-client
+	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc]>=2.60'
+	@touch $@
+
+test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code

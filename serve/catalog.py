@@ -35,6 +35,10 @@ class Catalog:
         """The version of ``name`` that answers when a request names none: the highest."""
         return max(self._models[name])
 
+    def versions(self, name: str) -> list[int]:
+        """The versions of ``name`` that are served, lowest first."""
+        return sorted(self._models[name])
+
     def models(self) -> list[Model]:
         """All models by name, then version."""
         return [self._models[name][number] for name in sorted(self._models) for number in sorted(self._models[name])]

@@ -23,6 +23,8 @@ from serve.engine import Provider, choose_provider
 from serve.errors import ProviderError, StartError
 from serve.metrics import Metrics
 from serve.model import Model, open_model
+from serve.open_inference import SERVICE as OPEN_INFERENCE
+from serve.open_inference import OpenInferenceService
 from serve.repository import Bundle, latest_bundles, read_bundle
 from serve.rpc import Gate
 from serve.service import SERVICE, DigitService
@@ -114,9 +116,11 @@ class Server:
             ]
         )
         DigitService(self.catalog, self._settings).table(self._metrics, self._gate).add_to(server)
+        open_inference = OpenInferenceService(self.catalog, self._settings, lambda: self._not_ready() is None)
+        open_inference.table(self._metrics, self._gate).add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE, OPEN_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         address = f"{self._settings.host}:{self._settings.grpc_port}"
         try:

@@ -63,15 +63,14 @@ class DigitService:
         else:
             if request.count == 0:
                 raise RequestError(f"count must be from 1 to {self._max_for(image_format)}, got 0")
-            span = _tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+            span = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
         if span.count > (most := self._max_for(image_format)):
             raise RequestError(
                 f"count must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {span.count}; "
                 "GenerateStream takes any number"
             )
         priority = _priority(request.priority, Priority.INTERACTIVE)
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = remaining_deadline(context)
         ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, deadline)
         return await _encode(model, ticket, image_format)
 
@@ -84,10 +83,9 @@ class DigitService:
             raise RequestError(f"chunk must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {chunk}")
         if request.count == 0:
             raise RequestError("count must be 1 or more, got 0")
-        whole = _tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+        whole = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
         priority = _priority(request.priority, Priority.BULK)
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = remaining_deadline(context)
         under_way: deque[asyncio.Task[Ticket]] = deque()
         try:
             given = 0
@@ -162,7 +160,14 @@ def explicit_latents(content: bytes, model: Model) -> np.ndarray[tuple[int, int]
     return rows
 
 
-def _tape_span(seed: int | None, start: int, count: int) -> Span:
+def remaining_deadline(context: Context) -> float | None:
+    """When the caller's deadline passes, on ``time.monotonic()``; None without one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def tape_span(seed: int | None, start: int, count: int) -> Span:
+    """Rows of a tape; a seed that is None is drawn. Raises RequestError when they reach beyond its end."""
     if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
         raise RequestError(f"start + count must be at most 2^63, got {start} + {count}")
     return Span(secrets.randbits(64) if seed is None else seed, start, count)

@@ -1,0 +1,136 @@
+"""The Open Inference Protocol, spoken by the unmodified tritonclient and, for what that cannot say, by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from serve.client import DigitClient
+from serve.pb.inference import open_inference_pb2 as pb
+from serve.pb.inference import open_inference_pb2_grpc as pb_grpc
+from tests.server_process import ServerProcess
+
+CALLER = Path(__file__).parent / "triton_caller.py"
+TRITON_PYTHON = Path("build/triton-client/bin/python")
+
+
+@pytest.fixture(scope="module")
+def seen(shared_server: ServerProcess) -> dict[str, Any]:
+    """What tritonclient saw."""
+    assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
+    done = subprocess.run(
+        [str(TRITON_PYTHON), str(CALLER), shared_server.target], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
+
+
+def test_live_ready_and_metadata(seen: dict[str, Any]) -> None:
+    assert (seen["live"], seen["ready"], seen["model_ready"]) == (True, True, True)
+    assert seen["unknown_ready"][0] == "StatusCode.NOT_FOUND"
+    assert seen["server"]["name"] == "digits-serve"
+    model = seen["model"]
+    assert (model["name"], model["versions"], model["platform"]) == ("mlp", ["1"], "onnxruntime_onnx")
+    assert {"name": "latents", "datatype": "FP32", "shape": ["-1", "64"]} in model["inputs"]
+    assert {"name": "pixels", "datatype": "UINT8", "shape": ["-1", "28", "28"]} in model["outputs"]
+
+
+def test_an_address_gives_the_digits_that_the_own_api_gives(seen: dict[str, Any], shared_server: ServerProcess) -> None:
+    with DigitClient(shared_server.target) as client:
+        own = client.generate(5, model="mlp", seed=7, start=1000).pixels.astype(int)
+    assert int(np.abs(np.array(seen["pixels"]) - own).max()) <= 1
+    assert seen["answer"] == {"id": "abc", "version": "1", "trace": "x", "seed": 7}
+
+
+def test_latents_give_images_and_pixels_as_asked(seen: dict[str, Any], shared_server: ServerProcess) -> None:
+    images_shape, pixels_shape, apart = seen["both"]
+    assert (images_shape, pixels_shape) == ([3, 1, 28, 28], [3, 28, 28])
+    assert apart <= 0.51
+    rows = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)
+    with DigitClient(shared_server.target) as client:
+        own = client.generate(latents=rows, model="mlp").pixels.astype(int)
+    assert int(np.abs(np.array(seen["latents_pixels"]) - own).max()) <= 1
+
+
+def test_async_calls_are_all_answered(seen: dict[str, Any]) -> None:
+    assert seen["async"] == [[2, 28, 28]] * 20
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "text"),
+    [
+        ("dtype", "INVALID_ARGUMENT", "inputs: latents must be FP32, got 'FP64'"),
+        ("shape", "INVALID_ARGUMENT", "inputs: latents must have shape [n, 64], got [3, 63]"),
+        ("axes", "INVALID_ARGUMENT", "inputs: latents has the impossible shape [3, 64, 1]"),
+        ("input", "INVALID_ARGUMENT", "inputs: 'noise' is unknown; there are latents, seed, count, start"),
+        ("output", "INVALID_ARGUMENT", "outputs: 'logits' is unknown; there are pixels, images"),
+        ("nan", "INVALID_ARGUMENT", "latents must be finite, but row 0 value 0 is nan"),
+        ("missing", "INVALID_ARGUMENT", "inputs: count is missing"),
+        ("mixed", "INVALID_ARGUMENT", "inputs: latents cannot go with seed, count or start"),
+        ("negative", "INVALID_ARGUMENT", "count must be from 1 to 4096 for pixels, got -1"),
+        ("over", "INVALID_ARGUMENT", "count must be from 1 to 4096 for pixels, got 100000"),
+        ("oversize", "RESOURCE_EXHAUSTED", ""),
+        ("model", "NOT_FOUND", "model 'vae' is not served; there are dcgan, mlp"),
+        ("version", "NOT_FOUND", "model 'mlp' has no version 9; there are 1"),
+        ("odd_version", "NOT_FOUND", "has no version '../1'"),
+    ],
+)
+def test_refusals_name_tensor_and_field(seen: dict[str, Any], case: str, code: str, text: str) -> None:
+    status, message = seen["refusals"][case]
+    assert status == f"StatusCode.{code}"
+    assert text in message
+
+
+def infer(target: str, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    with grpc.insecure_channel(target) as channel:
+        answer: pb.ModelInferResponse = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=20)
+        return answer
+
+
+def typed(**values: Any) -> list[pb.ModelInferRequest.InferInputTensor]:
+    fields = {"seed": ("UINT64", "uint64_contents"), "count": ("INT32", "int_contents")}
+    return [
+        pb.ModelInferRequest.InferInputTensor(
+            name=name, datatype=fields[name][0], shape=[1], contents=pb.InferTensorContents(**{fields[name][1]: [value]})
+        )
+        for name, value in values.items()
+    ]
+
+
+def test_typed_contents_get_typed_contents(shared_server: ServerProcess) -> None:
+    answer = infer(shared_server.target, pb.ModelInferRequest(model_name="mlp", inputs=typed(seed=3, count=2)))
+    (output,) = answer.outputs
+    assert (output.name, output.datatype, list(output.shape)) == ("pixels", "UINT8", [2, 28, 28])
+    assert not answer.raw_output_contents
+    with DigitClient(shared_server.target) as client:
+        own = client.generate(2, model="mlp", seed=3).pixels.astype(int)
+    assert int(np.abs(np.array(output.contents.uint_contents).reshape(2, 28, 28) - own).max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ([bytes(8)], "raw_input_contents has 1 entries for 2 inputs"),
+        ([bytes(8), bytes(4)], "inputs: seed has both contents and raw_input_contents"),
+    ],
+)
+def test_contents_beside_raw_contents_are_refused(shared_server: ServerProcess, raw: list[bytes], text: str) -> None:
+    request = pb.ModelInferRequest(model_name="mlp", inputs=typed(seed=3, count=2), raw_input_contents=raw)
+    with pytest.raises(grpc.RpcError) as caught:
+        infer(shared_server.target, request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert text in caught.value.details()
+
+
+def test_a_shape_that_announces_more_than_is_given_allocates_nothing(shared_server: ServerProcess) -> None:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="latents", datatype="FP32", shape=[2**62, 2**62])
+    with pytest.raises(grpc.RpcError) as caught:
+        infer(shared_server.target, pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[bytes(4)]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
