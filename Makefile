@@ -14,7 +14,7 @@ CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvi
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test check protos bench bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train export test check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -71,6 +71,9 @@ check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 bench: .venv/.all ## time the server beside its floor and the raw model; writes build/bench.json
 	@$(BIN)/python -m export plain build/plain
 	@$(BIN)/python -m serve.bench $(ARGS)
+
+bench-peers: .venv/.all ## the general servers beside this one: PyTriton, KServe, MLServer (needs h2load)
+	@$(BIN)/python -m serve.bench.peers
 
 bench-train: .venv/.all ## time the training steps on this machine
 	@$(BIN)/python -m train bench $(ARGS)

@@ -1,0 +1,165 @@
+"""A served model that goes wrong after it was loaded: it stops answering, says so, and comes back when it is right."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from serve.engine import Engine, Outputs
+from serve.errors import EngineError, UnavailableError
+from serve.fair_queue import Priority
+from serve.latents import Span, draw
+from serve.metrics import Metrics
+from serve.model import Model, joined_rows, open_model, tuned_batch_size
+from serve.repository import BUNDLED_DIR, read_bundle
+from serve.settings import Settings
+
+MLP = BUNDLED_DIR / "mlp" / "1"
+ALL = {"model": "mlp", "version": "1"}
+
+
+def with_model(test: Callable[[Model, CollectorRegistry], Any], **settings: Any) -> None:
+    """Run a coroutine function with an open mlp on an event loop."""
+
+    async def run() -> None:
+        registry = CollectorRegistry()
+        loop = asyncio.get_running_loop()
+        chosen = Settings(instances=1, max_batch_size=16, **settings)
+        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, Metrics(registry), loop)
+        try:
+            await asyncio.wait_for(test(model, registry), 60)
+        finally:
+            assert await asyncio.to_thread(model.batcher.close, 30) == 0
+
+    asyncio.run(run())
+
+
+def checks(registry: CollectorRegistry, result: str) -> float:
+    return registry.get_sample_value("digits_self_checks_total", ALL | {"result": result}) or 0.0
+
+
+async def digits(model: Model, count: int) -> NDArray[np.uint8]:
+    return joined_rows(await model.generate(Span(1, 0, count), False, Priority.INTERACTIVE, None))
+
+
+def test_a_breach_stops_the_model_is_counted_names_the_row_and_ends_when_it_passes_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = Engine.run
+    wrong = [False]
+
+    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+        outputs = honest(self, latents, want_images)
+        if wrong[0]:
+            outputs.pixels[2 % len(latents)] ^= 0x40
+        return outputs
+
+    monkeypatch.setattr(Engine, "run", run)
+
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        await model.self_check()
+        assert model.ready
+        wrong[0] = True
+        await model.self_check()
+        assert not model.ready
+        assert registry.get_sample_value("digits_model_ready", ALL) == 0
+        assert "golden sample 2 differs by up to 64 levels" in caplog.text
+        with pytest.raises(UnavailableError, match="mlp/1 fails its golden check"):
+            await digits(model, 1)
+        wrong[0] = False
+        await model.self_check()
+        assert model.ready
+        assert len(await digits(model, 3)) == 3
+        assert (checks(registry, "passed"), checks(registry, "breach")) == (2, 1)
+
+    with_model(test)
+
+
+def test_a_self_check_that_finds_the_queue_full_is_skipped_and_no_breach() -> None:
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        caller = asyncio.ensure_future(digits(model, 4096))
+        await asyncio.sleep(0)  # lets the caller submit
+        await model.self_check()
+        assert len(await caller) == 4096
+        assert model.ready
+        assert checks(registry, "skipped") + checks(registry, "passed") == 1
+
+    with_model(test, max_queue_images=4096)
+
+
+def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Engine.run
+    fail = [False]
+
+    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+        if fail[0]:
+            raise RuntimeError("CUDA failure 700")
+        return honest(self, latents, want_images)
+
+    monkeypatch.setattr(Engine, "run", run)
+
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        fail[0] = True
+        with pytest.raises(EngineError):
+            await digits(model, 3)
+        fail[0] = False
+        assert len(await digits(model, 3)) == 3
+        assert model.ready
+        assert registry.get_sample_value("digits_run_failures_total", ALL | {"reason": "raised"}) == 1
+
+    with_model(test)
+
+
+def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading  # noqa: PLC0415  # needed by this test alone
+
+    honest = Engine.run
+    gate, hang = threading.Event(), [False]
+
+    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+        if hang[0]:
+            hang[0] = False
+            assert gate.wait(60)
+        return honest(self, latents, want_images)
+
+    monkeypatch.setattr(Engine, "run", run)
+
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        hang[0] = True
+        stuck = asyncio.ensure_future(digits(model, 2))
+        seen_unready = False
+        while not stuck.done():
+            model.batcher.check_stalled()
+            seen_unready = seen_unready or not model.ready
+            await asyncio.sleep(0.01)
+        assert isinstance(stuck.exception(), EngineError)
+        assert seen_unready
+        while not model.ready:  # noqa: ASYNC110  # readiness is polled, as a prober does
+            await asyncio.sleep(0.01)
+        assert len(await digits(model, 2)) == 2
+        gate.set()
+
+    with_model(test, watchdog_s=0.05)
+
+
+@pytest.mark.parametrize("name", ["mlp", "dcgan"])
+def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str) -> None:
+    bundle = read_bundle(BUNDLED_DIR / name / "1")
+    engine = Engine(bundle.model, bundle.manifest, "cpu", 1)
+    size = bundle.manifest.latent_size
+    mine = draw(5, 77, 4, size)
+    first = engine.run(np.concatenate([mine, draw(1, 0, 12, size)])).pixels[:4]
+    second = engine.run(np.concatenate([draw(2, 0, 12, size), mine])).pixels[12:]
+    assert np.array_equal(first, second)
+
+
+def test_the_tuned_batch_is_a_power_of_two_within_bounds() -> None:
+    bundle = read_bundle(MLP)
+    size = tuned_batch_size(Engine(bundle.model, bundle.manifest, "cpu", 1))
+    assert size in (1, 2, 4, 8, 16, 32, 64)
