@@ -65,20 +65,23 @@ def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Resu
     assert H2LOAD is not None
     connections = min(4, load.in_flight)
     message = request_bytes(load) if body is None else body
-    with tempfile.NamedTemporaryFile() as stored:
+    with tempfile.NamedTemporaryFile() as stored, tempfile.NamedTemporaryFile("r") as log:
         stored.write(b"\0" + struct.pack(">I", len(message)) + message)  # gRPC's frame: not compressed, length
         stored.flush()
         command = [
-            H2LOAD, f"--duration={load.seconds:g}", f"--warm-up-time={WARM_UP_S}", f"--clients={connections}",
-            f"--max-concurrent-streams={load.in_flight // connections}", f"--data={stored.name}",
-            "--header=content-type: application/grpc", "--header=te: trailers", f"http://{load.target}{path}",
+            H2LOAD, f"--log-file={log.name}", f"--duration={load.seconds:g}", f"--warm-up-time={WARM_UP_S}",
+            f"--clients={connections}", f"--max-concurrent-streams={load.in_flight // connections}",
+            f"--data={stored.name}", "--header=content-type: application/grpc", "--header=te: trailers",
+            f"http://{load.target}{path}",
         ]  # fmt: skip
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        # One line a request: start and duration in microseconds, the status between them.
+        latencies = np.array([int(line.split()[2]) for line in log], np.float64) / 1e6
     rate = re.search(r"finished in .*?, ([\d.]+) req/s", text)
-    times = re.search(r"time for request: +\S+ +\S+ +([\d.]+)(us|ms|s)", text)
-    if rate is None or times is None or float(rate[1]) == 0:
+    if rate is None or len(latencies) == 0:
         raise RuntimeError(f"h2load got no answers from {load.target}: {text}")
-    return Result(float(rate[1]), mean_s=float(times[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[times[2]])
+    p50_s, p99_s = (float(value) for value in np.percentile(latencies, [50, 99]))
+    return Result(float(rate[1]), mean_s=float(latencies.mean()), p50_s=p50_s, p99_s=p99_s)
 
 
 def by_python(load: Load) -> Result:
