@@ -51,7 +51,7 @@ compare: .venv/.all ## the newest mlp run's losses beside the notebook's
 	@$(BIN)/python -m train compare $(if $(RUN),--run $(RUN))
 
 export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one)
-	@$(BIN)/python -m export run $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
 	$(PYTHON) -m venv build/triton-client

@@ -60,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors are one line on stderr."""
-    flags = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Exporting is what is wanted most: ``python -m export`` alone, or with its flags, is ``python -m export run``.
+    bare = not given or (given[0].startswith("-") and given[0] not in ("-h", "--help"))
+    flags = build_parser().parse_args(["run", *given] if bare else given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         commands = {"run": _run, "verify": _verify, "watch": _watch, "plain": _plain}

@@ -3,8 +3,8 @@
 An idle instance takes what is queued at once, up to ``max_batch_size`` images. A second instance is woken only when a
 full batch waits: on few cores a lone busy instance serves single digits best, all of them serve large requests best
 (``serve.bench`` measures both). While there is a
-crowd, ``REST_CALLERS`` callers or more in one batch not longer than ``CROWD_S`` ago, an instance rests ``REST_S`` after
-each batch before it takes one that is not full: the next of the crowd are on their way, and a run costs nearly the same
+crowd, ``REST_CALLERS`` callers or more in one batch not longer than ``CROWD_S`` ago, an instance rests ``crowd_rest_s``
+after each batch before it takes one that is not full: the next of the crowd are on their way, and a run costs nearly the same
 for three as for twelve. A few callers never meet a resting instance.
 
 Each instance is a thread that makes, uses and drops its own model, because a CUDA
@@ -37,7 +37,6 @@ MAX_REPLACEMENTS = 8
 
 # With 64 single digits of the mlp in flight, resting made batches 13 images large instead of 3 and the server half as
 # fast again; a longer rest gained nothing more, and with fewer callers than this it only cost them time.
-REST_S = 0.001
 REST_CALLERS = 5
 CROWD_S = 0.1
 LEAST_RETRY_S = 0.005
@@ -76,6 +75,7 @@ class Limits:
     max_batch_size: int
     max_queue_images: int
     max_queue_delay_s: float
+    crowd_rest_s: float
     instances: int
     watchdog_s: float
 
@@ -313,7 +313,7 @@ class Batcher:
             if len(chunks) >= REST_CALLERS:
                 self._crowd_until = now + CROWD_S
             if now < self._crowd_until:
-                instance.rests_until = now + REST_S
+                instance.rests_until = now + self.limits.crowd_rest_s
             offset = 0
             for chunk in chunks:
                 ticket = chunk.ticket

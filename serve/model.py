@@ -104,6 +104,7 @@ def open_model(
         max_batch_size=settings.max_batch_size or tuned_batch_size(make_runner()),
         max_queue_images=settings.max_queue_images,
         max_queue_delay_s=settings.max_queue_delay_us / 1e6,
+        crowd_rest_s=settings.crowd_rest_us / 1e6,
         instances=settings.instances or (len(os.sched_getaffinity(0)) if provider == "cpu" else 1),
         watchdog_s=settings.watchdog_s,
     )

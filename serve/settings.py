@@ -38,6 +38,7 @@ class Settings:
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
     max_batch_size: int = _setting(0, "images in one run; 0: as many as a few milliseconds allow", low=0, high=4096)
     max_queue_delay_us: int = _setting(0, "how long a batch that is not full waits for company", low=0, high=1_000_000)
+    crowd_rest_us: int = _setting(1000, "in a crowd: rest after a batch before the next that is not full", low=0, high=1_000_000)
     max_queue_images: int = _setting(16384, "images that may wait, per model", low=1, high=1 << 24)
     max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
     watchdog_s: float = _setting(30.0, "a run longer than this is given up and its instance replaced", low=0.05, high=3600)

@@ -89,7 +89,7 @@ class Delivery:
 def make_limits(**changes: float) -> Limits:
     values: dict[str, float] = {
         "latent_size": LATENT_SIZE, "max_batch_size": 16, "max_queue_images": 100_000, "max_queue_delay_s": 0.0,
-        "instances": 1, "watchdog_s": 30.0,
+        "crowd_rest_s": 0.001, "instances": 1, "watchdog_s": 30.0,
     }  # fmt: skip
     return Limits(**(values | changes))  # type: ignore[arg-type]
 

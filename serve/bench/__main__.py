@@ -15,7 +15,7 @@ the switches between the event loop's thread and the instance's: the two cores a
 own Python takes 11 µs a request, metrics included.
 
 A lower scheduling priority for the instances' threads brought one digit's p99 under load from 4.7 to 4.2 batches and
-took 18 % from the mlp's large requests: not taken. Two instances of one thread beat one of two threads for every load.
+took 18 % from the mlp's large requests: not taken.
 The graph: BatchNorm folded and the DCGAN's first layer as one matrix product; its other layers already run at about
 nine tenths of the matrix peak of a core, which bounds what rewriting them as convolutions by phase could give.
 """

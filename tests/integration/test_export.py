@@ -202,7 +202,7 @@ def test_what_cannot_be_exported_is_one_line(make_run: Callable[[str], Run], tmp
     (run.folder / "result.json").unlink()
     with pytest.raises(ExportError, match="is not finished; finish it with"):
         export_run(run, tmp_path / "models")
-    done = cli("run", f"--runs-dir={tmp_path / 'none'}")
+    done = cli(f"--runs-dir={tmp_path / 'none'}")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
 

@@ -279,10 +279,10 @@ def test_a_second_instance_is_woken_by_a_full_batch_and_not_before() -> None:
     assert batcher.drain(deadline) == 0
 
 
-def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.batcher.REST_S", 0.5)  # long enough for this test to be no race
+def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger() -> None:
     gate = Gate()
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), instances=2)
+    # A rest long enough for this test to be no race.
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), instances=2, crowd_rest_s=0.5)
     first = occupy(batcher, gate)
     crowd = [make_ticket(1, seed) for seed in range(REST_CALLERS)]
     for ticket in crowd:
@@ -299,10 +299,9 @@ def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger(
     assert observer.batches == [1, REST_CALLERS, 2]
 
 
-def test_a_full_batch_does_not_wait_for_a_rest_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.batcher.REST_S", 2 * TIMEOUT_S)
+def test_a_full_batch_does_not_wait_for_a_rest_to_end() -> None:
     gate = Gate()
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), max_batch_size=8)
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), max_batch_size=8, crowd_rest_s=2 * TIMEOUT_S)
     first = occupy(batcher, gate)
     crowd = [make_ticket(1, seed) for seed in range(64)]
     for ticket in crowd:

