@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry, start_http_server
@@ -21,6 +20,7 @@ from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DEFAULT_TARGET, DigitClient
 from serve.errors import ServeError
+from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
 from train.config import PRESETS
@@ -28,16 +28,8 @@ from train.errors import CheckpointError, TrainError
 from train.models import build_generator
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="python -m export", description="Export trained generators and prove their parity.")
+    parser = OneLineParser(prog="python -m export", description="Export trained generators and prove their parity.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="publish the newest finished run of each preset, or one run")
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")

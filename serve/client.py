@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.encode import to_grid, to_png
+from serve.one_line import OneLineParser
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serve.client", description="Ask a server for digits.")
+    parser = OneLineParser(prog="python -m serve.client", description="Ask a server for digits.")
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
     parser.add_argument("--count", type=int, default=25, help="how many digits (default: 25)")
     parser.add_argument("--seed", type=int, help="which tape (default: the server draws one)")

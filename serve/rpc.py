@@ -90,27 +90,9 @@ class RpcTable:
         observed = RpcMetrics(self._metrics, "unary", self._service, method)
 
         async def handle(raw: bytes, context: Context) -> bytes:
-            observed.started()
-            started = time.perf_counter()
-            code = grpc.StatusCode.UNKNOWN
-            entered = False
-            try:
-                self._gate.enter()
-                entered = True
-                response = await answer(_parse(request_type, raw), context)
-                code = grpc.StatusCode.OK
-                return response
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except Exception as error:
-                code, text, trailing = to_status(error)
-                await context.abort(code, text, trailing)
-            finally:
-                if entered:
-                    self._gate.leave()
-                observed.handled(code.name).inc()
-                observed.seconds(time.perf_counter() - started)
+            async with _Call(self._gate, observed, context) as call:
+                call.enter()
+                return await answer(_parse(request_type, raw), context)
 
         self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
 
@@ -121,32 +103,49 @@ class RpcTable:
         observed = RpcMetrics(self._metrics, "server_stream", self._service, method)
 
         async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
-            observed.started()
-            started = time.perf_counter()
-            code = grpc.StatusCode.UNKNOWN
-            entered = False
-            try:
-                self._gate.enter()
-                entered = True
+            async with _Call(self._gate, observed, context) as call:
+                call.enter()
                 async for response in answers(_parse(request_type, raw), context):
                     yield response
-                code = grpc.StatusCode.OK
-            except (asyncio.CancelledError, GeneratorExit):
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except Exception as error:
-                code, text, trailing = to_status(error)
-                await context.abort(code, text, trailing)
-            finally:
-                if entered:
-                    self._gate.leave()
-                observed.handled(code.name).inc()
-                observed.seconds(time.perf_counter() - started)
 
         self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self._service, self._handlers),))
+
+
+class _Call:
+    """One call from start to end: counted, timed, and its error turned into a status."""
+
+    __slots__ = ("_context", "_entered", "_gate", "_observed", "_started")
+
+    def __init__(self, gate: Gate, observed: RpcMetrics, context: Context) -> None:
+        self._gate = gate
+        self._observed = observed
+        self._context = context
+        self._entered = False
+        self._started = time.perf_counter()
+
+    async def __aenter__(self) -> _Call:
+        self._observed.started()
+        return self
+
+    def enter(self) -> None:
+        """Go through the gate. Raises UnavailableError when it is closed."""
+        self._gate.enter()
+        self._entered = True
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        code = grpc.StatusCode.OK if error is None else grpc.StatusCode.CANCELLED
+        try:
+            if isinstance(error, Exception):  # what else ends a call is its cancellation
+                code, text, trailing = to_status(error)
+                await self._context.abort(code, text, trailing)
+        finally:
+            if self._entered:
+                self._gate.leave()
+            self._observed.handled(code.name).inc()
+            self._observed.seconds(time.perf_counter() - self._started)
 
 
 def to_status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:

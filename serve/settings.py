@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import SettingsError
+from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
 
 ENV_PREFIX = "DIGITS_"
@@ -95,7 +96,7 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> 
 
 def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Settings from a command line. Raises SettingsError; an unknown flag ends the process with one line."""
-    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve digit generators over gRPC.")
+    parser = OneLineParser(prog="python -m serve", description="Serve digit generators over gRPC.")
     add_flags(parser)
     return resolve(vars(parser.parse_args(arguments)), environment)
 

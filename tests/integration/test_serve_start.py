@@ -32,6 +32,11 @@ def test_a_flag_of_the_wrong_type() -> None:
     assert "--instances must be a whole number, got 'all'" in start_and_fail("--instances=all")
 
 
+def test_an_unknown_flag_and_an_abbreviated_one() -> None:
+    assert "unrecognized arguments: --gpu" in start_and_fail("--gpu")
+    assert "unrecognized arguments: --instance=2" in start_and_fail("--instance=2")
+
+
 def test_an_unknown_default_model() -> None:
     assert "--default-model 'vae' is not served; there are dcgan, mlp" in start_and_fail("--default-model=vae")
 
