@@ -1,14 +1,12 @@
 """Dynamic batching: instances that take what waits, run it, and hand the rows back. Knows no gRPC and no ONNX Runtime.
 
 An idle instance takes what is queued at once, up to ``max_batch_size`` images. A second instance is woken only when a
-full batch waits: on few cores a lone busy instance serves single digits best, all of them serve large requests best
-(``serve.bench`` measures both). While there is a
-crowd, ``REST_CALLERS`` callers or more in one batch not longer than ``CROWD_S`` ago, an instance rests ``crowd_rest_s``
-after each batch before it takes one that is not full: the next of the crowd are on their way, and a run costs nearly the same
-for three as for twelve. A few callers never meet a resting instance.
+full batch waits: on few cores a lone busy instance serves single digits best, all of them serve large requests best.
+While there is a crowd, ``REST_CALLERS`` callers or more in one batch not longer than ``CROWD_S`` ago, an instance rests
+``crowd_rest_s`` after each batch before it takes one that is not full: the next of the crowd are on their way, and a run
+costs nearly the same for three as for twelve. A few callers never meet a resting instance.
 
-Each instance is a thread that makes, uses and drops its own model, because a CUDA
-session must stay with one thread.
+Each instance is a thread that makes, uses and drops its own model: a CUDA session must stay with one thread.
 
 What becomes of a batch is its own affair: a run that raises fails the callers of that batch and nobody else; one that
 hangs past ``watchdog_s`` or whose thread dies does so too, and is replaced, at most ``MAX_REPLACEMENTS`` times.
