@@ -141,7 +141,7 @@ class Batcher:
             self._queue.push(ticket, self._retry_after_s())
             self._wake_for_queue()
 
-    def cancel(self, ticket: Ticket, reason: str = "cancelled") -> None:
+    def cancel(self, ticket: Ticket) -> None:
         """The caller left: waiting rows are dropped, running ones are thrown away when they come back."""
         with self._lock:
             if ticket.dead or ticket.done == ticket.span.count:
@@ -150,7 +150,7 @@ class Batcher:
             dropped = self._queue.discard(ticket)
             self._note_quiet()
         if dropped:
-            self._observer.dropped(dropped, reason)
+            self._observer.dropped(dropped, "cancelled")
 
     def drain(self, deadline: float) -> int:
         """Wait until nothing waits or runs, or ``deadline`` (monotonic); leftovers fail and their number is returned."""

@@ -36,7 +36,7 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
     print(f"gRPC  {settings.host}:{ports.grpc}")
     print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
     for model in server.catalog.models():
-        limits = model.limits
+        limits = model.batcher.limits
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""
         print(
             f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "

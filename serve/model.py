@@ -35,13 +35,12 @@ TIMING_RUNS = 3
 class Model:
     """A model version that answers requests. Make it with ``open_model``."""
 
-    def __init__(self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.provider = provider
         self.batcher = batcher
-        self.limits = limits
-        self.metrics = ModelMetrics(metrics, self.manifest.name, self.manifest.version)
+        self.metrics = metrics
         self.breached = False
 
     @property
@@ -53,6 +52,12 @@ class Model:
         """Run the span's rows; the ticket returned holds them in ``parts``. Raises ServeError."""
         if self.breached:
             raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
+        ticket = await self._run(span, want_images, priority, deadline)
+        self.metrics.queue_wait(ticket.queue_seconds)
+        return ticket
+
+    async def _run(self, span: Span, want_images: bool, priority: Priority, deadline: float | None) -> Ticket:
+        """A ticket's way through the batcher; it is given up when its waiter is cancelled."""
         waiter = asyncio.get_running_loop().create_future()
         ticket = Ticket(span, want_images, priority, deadline, waiter)
         self.batcher.submit(ticket)
@@ -61,17 +66,13 @@ class Model:
         except asyncio.CancelledError:
             self.batcher.cancel(ticket)
             raise
-        self.metrics.queue_wait(ticket.queue_seconds)
         return ticket
 
     async def self_check(self) -> None:
         """The golden check through the live batcher; a breach stops the model until a later check passes."""
         latents, expected = golden_samples(self.manifest)
-        span = Span(0, 0, len(latents), latents)
-        waiter = asyncio.get_running_loop().create_future()
         try:
-            self.batcher.submit(ticket := Ticket(span, False, Priority.BULK, None, waiter))
-            await waiter
+            ticket = await self._run(Span(0, 0, len(latents), latents), False, Priority.BULK, None)
         except QueueFullError:
             self.metrics.self_checks("skipped").inc()
             return
@@ -91,7 +92,7 @@ class Model:
 def open_model(
     bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
 ) -> Model:
-    """Load, check against the golden samples, warm and start. Raises BundleError or ProviderError."""
+    """Load, check against the golden samples and start. Raises BundleError or ProviderError."""
     manifest = bundle.manifest
 
     def make_runner() -> Engine:
@@ -116,7 +117,7 @@ def open_model(
     model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
     batcher = Batcher(limits, make_runner, deliver, model_metrics)
     batcher.start()
-    model = Model(bundle, provider, batcher, metrics, limits)
+    model = Model(bundle, provider, batcher, model_metrics)
     _bind_gauges(model, metrics)
     return model
 
@@ -165,7 +166,7 @@ def _bind_gauges(model: Model, metrics: Metrics) -> None:
     labels = (model.manifest.name, str(model.manifest.version))
     batcher = model.batcher
     metrics.queue_images.labels(*labels).set_function(lambda: batcher.queued_images)
-    metrics.queue_limit.labels(*labels).set(model.limits.max_queue_images)
+    metrics.queue_limit.labels(*labels).set(batcher.limits.max_queue_images)
     metrics.running_images.labels(*labels).set_function(lambda: batcher.running_images)
     metrics.instances_busy.labels(*labels).set_function(lambda: batcher.busy_instances)
     metrics.instances_live.labels(*labels).set_function(lambda: batcher.live_instances)

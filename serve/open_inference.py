@@ -23,7 +23,7 @@ from serve.metrics import Metrics
 from serve.model import Model, joined_rows, ordered_rows
 from serve.pb.inference import open_inference_pb2 as pb
 from serve.rpc import Context, Gate, RpcTable
-from serve.service import explicit_latents, remaining_deadline, tape_span
+from serve.service import finite_rows, remaining_deadline, tape_span
 from serve.settings import Settings
 
 SERVICE = "inference.GRPCInferenceService"
@@ -97,7 +97,7 @@ class OpenInferenceService:
         if len(set(names)) < len(names):
             raise RequestError("outputs: the same tensor is asked for twice")
         span = self._span(read_inputs(request), model)
-        most = self._settings.max_count // 4 if "images" in names else self._settings.max_count
+        most = self._settings.max_count_float32 if "images" in names else self._settings.max_count
         if not 1 <= span.count <= most:
             raise RequestError(f"count must be from 1 to {most} for {' and '.join(names)}, got {span.count}")
         ticket = await model.generate(span, "images" in names, Priority.INTERACTIVE, remaining_deadline(context))
@@ -114,11 +114,11 @@ class OpenInferenceService:
         if "latents" in tensors:
             if len(tensors) > 1:
                 raise RequestError("inputs: latents cannot go with seed, count or start")
-            rows = tensors["latents"]
+            rows = tensors["latents"].astype(np.float32, copy=False)
             size = model.manifest.latent_size
             if rows.ndim != 2 or rows.shape[1] != size:
                 raise RequestError(f"inputs: latents must have shape [n, {size}], got {list(rows.shape)}")
-            return Span(0, 0, len(rows), explicit_latents(rows.tobytes(), model))
+            return Span(0, 0, len(rows), finite_rows(rows))
         for name in ("seed", "count"):
             if name not in tensors:
                 raise RequestError(f"inputs: {name} is missing; give latents, or seed and count")

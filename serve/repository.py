@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.errors import BundleError
-from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, Manifest, parse_manifest, read_file, sha256
+from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, Manifest, parse_manifest, read_file, sha256
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
@@ -43,7 +43,7 @@ def read_bundle(path: Path) -> Bundle:
         contents[name] = read_file(path / name)
         if sha256(contents[name]) != digest:
             raise BundleError(f"{path / name} is not the file that was exported (SHA-256 differs); export the model again")
-    return Bundle(path, manifest, contents[ONNX_FILE], contents["parity.json"].decode("utf-8", "replace"))
+    return Bundle(path, manifest, contents[ONNX_FILE], contents[PARITY_FILE].decode("utf-8", "replace"))
 
 
 def latest_bundles(models_dir: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.catalog import Catalog
 from serve.encode import as_bytes, pack_field, to_grid, to_png
@@ -41,9 +42,7 @@ class DigitService:
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self._catalog = catalog
-        self._max_count = settings.max_count
-        # A float32 answer has four times the bytes; at the default it then stays under gRPC's usual limit of 4 MiB.
-        self._max_count_float32 = max(1, settings.max_count // 4)
+        self._settings = settings
 
     def table(self, metrics: Metrics, gate: Gate) -> RpcTable:
         """The methods, ready for a server."""
@@ -118,10 +117,10 @@ class DigitService:
             provider=model.provider,
             digest=model.bundle.digest,
             limits=pb.Limits(
-                max_count=self._max_count,
-                max_count_float32=self._max_count_float32,
-                max_batch_size=model.limits.max_batch_size,
-                max_queue_images=model.limits.max_queue_images,
+                max_count=self._settings.max_count,
+                max_count_float32=self._settings.max_count_float32,
+                max_batch_size=model.batcher.limits.max_batch_size,
+                max_queue_images=model.batcher.limits.max_queue_images,
             ),
             training_json=json.dumps(dict(manifest.training)),
             parity_json=model.bundle.parity_json,
@@ -133,7 +132,7 @@ class DigitService:
         return pb.ModelSummary(name=name, version=version, ready=model.ready, default_version=is_default)
 
     def _max_for(self, image_format: pb.ImageFormat) -> int:
-        return self._max_count_float32 if image_format == pb.IMAGE_FORMAT_FLOAT32 else self._max_count
+        return self._settings.max_count_float32 if image_format == pb.IMAGE_FORMAT_FLOAT32 else self._settings.max_count
 
     def _explicit_span(self, request: pb.GenerateRequest, model: Model) -> Span:
         row_bytes = model.manifest.latent_size * 4
@@ -147,17 +146,16 @@ class DigitService:
             raise RequestError(f"count is {request.count}, but latents holds {count} rows; leave count at 0")
         if request.HasField("seed") or request.start:
             raise RequestError("seed and start cannot go with latents: a digit has an address or a latent vector, not both")
-        return Span(0, 0, count, explicit_latents(request.latents, model))
+        return Span(0, 0, count, finite_rows(np.frombuffer(request.latents, "<f4").reshape(count, -1)))
 
 
-def explicit_latents(content: bytes, model: Model) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Little-endian float32 rows as an array (n, z). Raises RequestError for a value that is not finite."""
-    rows = np.frombuffer(content, "<f4").reshape(-1, model.manifest.latent_size).astype(np.float32, copy=False)
+def finite_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Explicit latents (n, z) in native byte order. Raises RequestError for a value that is not finite."""
     finite = np.isfinite(rows)
     if not finite.all():
         row, value = np.argwhere(~finite)[0]
         raise RequestError(f"latents must be finite, but row {row} value {value} is {rows[row, value]}")
-    return rows
+    return rows.astype(np.float32, copy=False)
 
 
 def remaining_deadline(context: Context) -> float | None:

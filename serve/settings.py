@@ -52,6 +52,11 @@ class Settings:
     reflection: bool = _setting(True, "answer gRPC server reflection")
     log_level: str = _setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
 
+    @property
+    def max_count_float32(self) -> int:
+        """``max_count`` for float images, four times the bytes: the default stays under gRPC's usual limit of 4 MiB."""
+        return max(1, self.max_count // 4)
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value, meta = getattr(self, spec.name), spec.metadata

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+from serve.bench.process import sample_sum
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
@@ -49,12 +49,7 @@ class ServerProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a sample's values over all its children that have these labels."""
-        total = 0.0
-        for family in text_string_to_metric_families(self.get("/metrics")[1]):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    total += sample.value
-        return total
+        return sample_sum(self.get("/metrics")[1], name, labels)
 
     def terminate(self) -> tuple[int, str]:
         """SIGTERM; the exit status and what was logged."""

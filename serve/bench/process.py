@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,9 +25,13 @@ class Started:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a sample over all children with these labels."""
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-        return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+            return sample_sum(answer.read().decode(), name, labels)
+
+
+def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:
+    """The sum of a sample's values in an exposition, over all children that have these labels."""
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
 
 @contextmanager

@@ -29,11 +29,12 @@ def well_behaved_caller(target: str) -> Iterator[list[float]]:
     """Asks for digits all the while; every call must succeed and be right. Yields the latencies as they come."""
     latencies: list[float] = []
     failures: list[str] = []
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
 
     def call() -> None:
         with DigitClient(target, timeout_s=20) as client:
             expected = client.generate(3, model="mlp", seed=1).pixels.astype(int)
+            begun.set()
             while not stop.is_set():
                 started = time.perf_counter()
                 try:
@@ -47,8 +48,12 @@ def well_behaved_caller(target: str) -> Iterator[list[float]]:
 
     thread = threading.Thread(target=call)
     thread.start()
+    assert begun.wait(60)  # or the others may be done before this caller is connected
     try:
         yield latencies
+        deadline = time.monotonic() + 60
+        while len(latencies) <= 3 and thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
     finally:
         stop.set()
         thread.join(60)
