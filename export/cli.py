@@ -18,7 +18,8 @@ from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
-from serve.client import DEFAULT_TARGET, DigitClient
+from serve.channel import access_from, add_flags
+from serve.client import DigitClient
 from serve.errors import ServeError
 from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
-    live.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
+    add_flags(live)
     live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
     live.add_argument("--interval-s", type=float, default=30.0, help="time between two comparisons (default: 30)")
     live.add_argument("--metrics-host", default="127.0.0.1", help="address of /metrics (default: 127.0.0.1)")
@@ -97,7 +98,7 @@ def _plain(flags: argparse.Namespace) -> int:
 
 
 def _watch(flags: argparse.Namespace) -> int:
-    with DigitClient(flags.target) as client:
+    with DigitClient(flags.target, access=access_from(flags)) as client:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:

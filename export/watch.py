@@ -7,6 +7,7 @@ cannot vouch for itself.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from serve.client import DigitClient
 from serve.errors import BundleError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT
 from serve.manifest import TORCHSCRIPT_FILE, Manifest
-from serve.repository import latest_bundles, read_bundle
+from serve.repository import read_bundle
+
+log = logging.getLogger(__name__)
 
 ROWS = 16
 DIFFERENCE_BUCKETS = (1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -73,33 +76,46 @@ class WatchMetrics:
 
 
 class Watch:
-    """Compares the models of ``models_dir`` as ``client``'s server serves them. Raises ExportError for bad bundles."""
+    """Compares what ``client``'s server serves with the bundles of ``models_dir``, version by version."""
 
     def __init__(self, client: DigitClient, models_dir: Path, chance: random.Random) -> None:
         self._client = client
+        self._models_dir = models_dir
         self._chance = chance
-        self._modules: list[tuple[Manifest, torch.jit.ScriptModule]] = []
-        try:
-            for path in latest_bundles(models_dir):
-                bundle = read_bundle(path)
-                self._modules.append((bundle.manifest, load_torchscript((path / TORCHSCRIPT_FILE).read_bytes())))
-        except BundleError as error:
-            raise ExportError(str(error)) from None
+        self._modules: dict[tuple[str, int], tuple[Manifest, torch.jit.ScriptModule]] = {}
 
     def round(self) -> list[Check]:
-        """One comparison by address and one by explicit latents for each model. Raises grpc.RpcError."""
+        """One comparison by address and one by explicit latents for each version that is served at the moment.
+
+        Raises grpc.RpcError, or ExportError for a version that is not among the bundles or is another than theirs.
+        """
+        served = {(summary.name, summary.version) for summary in self._client.list_models().models}
+        self._modules = {key: module for key, module in self._modules.items() if key in served}
         checks = []
-        for manifest, module in self._modules:
+        for name, version in sorted(served):
+            manifest, module = self._modules.get((name, version)) or self._load(name, version)
             seed, start = self._chance.randrange(SEED_LIMIT), self._chance.randrange(INDEX_LIMIT - ROWS)
             rows = address.draw(seed, start, ROWS, manifest.latent_size)
-            served = self._client.generate(
-                ROWS, seed=seed, start=start, model=manifest.name, version=manifest.version, as_float=True, bulk=True
+            by_address = self._client.generate(
+                ROWS, seed=seed, start=start, model=name, version=version, as_float=True, bulk=True
             )
-            checks.append(_check(manifest, module, "address", rows, served.pixels))
+            checks.append(_check(manifest, module, "address", rows, by_address.pixels))
             rows = np.array([[self._chance.gauss(0, 1) for _ in range(manifest.latent_size)] for _ in range(ROWS)], np.float32)
-            served = self._client.generate(latents=rows, model=manifest.name, version=manifest.version, as_float=True, bulk=True)
-            checks.append(_check(manifest, module, "latents", rows, served.pixels))
+            by_latents = self._client.generate(latents=rows, model=name, version=version, as_float=True, bulk=True)
+            checks.append(_check(manifest, module, "latents", rows, by_latents.pixels))
         return checks
+
+    def _load(self, name: str, version: int) -> tuple[Manifest, torch.jit.ScriptModule]:
+        path = self._models_dir / name / str(version)
+        try:
+            bundle = read_bundle(path)
+        except BundleError as error:
+            raise ExportError(str(error)) from None
+        if (digest := self._client.get_model(name, version).digest) != bundle.digest:
+            raise ExportError(f"{path} is not what the server serves as {name}/{version} (digest {digest[:12]}...)")
+        module = load_torchscript((path / TORCHSCRIPT_FILE).read_bytes())
+        self._modules[name, version] = (bundle.manifest, module)
+        return bundle.manifest, module
 
 
 def watch_forever(watch: Watch, metrics: WatchMetrics, interval_s: float, stop: threading.Event) -> None:
@@ -110,6 +126,9 @@ def watch_forever(watch: Watch, metrics: WatchMetrics, interval_s: float, stop: 
                 metrics.record(check)
         except grpc.RpcError as error:
             metrics.failures.labels(error.code().name).inc()
+        except ExportError as error:
+            log.error("%s", error)
+            metrics.failures.labels("bundle").inc()
         stop.wait(interval_s)
 
 

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _announce(server: Server, ports: Ports, settings: Settings) -> None:
-    print(f"gRPC  {settings.host}:{ports.grpc}")
+    secured = {True: "", False: " with TLS"}[settings.tls_cert is None] + (" and bearer tokens" if settings.tokens_file else "")
+    print(f"gRPC  {settings.host}:{ports.grpc}{secured}")
     print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
     for model in server.catalog.models():
         limits = model.batcher.limits

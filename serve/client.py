@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,43 +22,17 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.channel import DEFAULT_TARGET, PLAIN, Access, access_from, add_flags
 from serve.encode import to_grid, to_png
+from serve.errors import SettingsError
 from serve.one_line import OneLineParser
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 
-DEFAULT_TARGET = "localhost:50051"
 DEFAULT_TIMEOUT_S = 30.0
-MAX_RESPONSE_BYTES = 64 << 20
 STREAM_ATTEMPTS = 5
 STREAM_BACKOFF_S = 0.2
 STREAM_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-
-# A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
-# calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
-# Health checking takes a replica out of the rotation as soon as it begins to drain.
-SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": "digits.v1.DigitGenerator"},
-    "methodConfig": [
-        {
-            "name": [{"service": "digits.v1.DigitGenerator"}],
-            "waitForReady": True,
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.05s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
-            },
-        }
-    ],
-}
-CHANNEL_OPTIONS = [
-    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-]
 
 
 @dataclass(frozen=True)
@@ -78,10 +51,11 @@ class Digits:
 class DigitClient:
     """A connection to one or more replicas. Calls raise ``grpc.RpcError`` with the server's one-line text."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    def __init__(self, target: str = DEFAULT_TARGET, timeout_s: float = DEFAULT_TIMEOUT_S, access: Access = PLAIN) -> None:
+        """Raises SettingsError when a file that ``access`` names cannot be read."""
+        self._channel = access.open_channel(target)
         self._stub = pb_grpc.DigitGeneratorStub(self._channel)
-        self._timeout_s = timeout_s
+        self._options: dict[str, Any] = {"timeout": timeout_s, "metadata": access.metadata}
 
     def generate(
         self,
@@ -106,7 +80,7 @@ class DigitClient:
             format=pb.IMAGE_FORMAT_FLOAT32 if as_float else pb.IMAGE_FORMAT_UINT8,
             priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
         )
-        return _digits(self._stub.Generate(request, timeout=self._timeout_s))
+        return _digits(self._stub.Generate(request, **self._options))
 
     def stream(
         self, count: int, *, seed: int | None = None, start: int = 0, model: str = "", version: int = 0, chunk: int = 0
@@ -122,7 +96,7 @@ class DigitClient:
                 model=model, version=version, count=count - given, seed=seed, start=start + given, chunk=chunk
             )
             try:
-                for response in self._stub.GenerateStream(request):
+                for response in self._stub.GenerateStream(request, metadata=self._options["metadata"]):
                     digits = _digits(response)
                     seed, model, version = digits.seed, digits.model, digits.version
                     given += len(digits.pixels)
@@ -135,12 +109,12 @@ class DigitClient:
                 time.sleep(STREAM_BACKOFF_S * failures)
 
     def list_models(self) -> pb.ListModelsResponse:
-        response: pb.ListModelsResponse = self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+        response: pb.ListModelsResponse = self._stub.ListModels(pb.ListModelsRequest(), **self._options)
         return response
 
     def get_model(self, model: str = "", version: int = 0) -> pb.GetModelResponse:
         request = pb.GetModelRequest(model=model, version=version)
-        response: pb.GetModelResponse = self._stub.GetModel(request, timeout=self._timeout_s)
+        response: pb.GetModelResponse = self._stub.GetModel(request, **self._options)
         return response
 
     def close(self) -> None:
@@ -167,12 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Ask a server for digits; write a picture and print them."""
     flags = _parser().parse_args(arguments)
     try:
-        with DigitClient(flags.target, flags.timeout) as client:
+        with DigitClient(flags.target, flags.timeout, access_from(flags)) as client:
             digits = client.generate(flags.count, seed=flags.seed, start=flags.start, model=flags.model, version=flags.version)
     except grpc.RpcError as error:
         print(f"error: {flags.target}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
-    except ValueError as error:  # protobuf refuses a value before anything is sent
+    except (SettingsError, ValueError) as error:  # protobuf refuses a value before anything is sent
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -190,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.client", description="Ask a server for digits.")
-    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
+    add_flags(parser)
     parser.add_argument("--count", type=int, default=25, help="how many digits (default: 25)")
     parser.add_argument("--seed", type=int, help="which tape (default: the server draws one)")
     parser.add_argument("--start", type=int, default=0, help="index of the first digit (default: 0)")

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from serve.errors import BundleError, ProviderError
+from serve.errors import BundleError, GoldenError, ProviderError
 from serve.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,17 @@ class Engine:
         return Outputs(self._session.run(["pixels"], {"latents": latents})[0], None)
 
     def check_golden(self) -> None:
-        """Run the manifest's golden samples. Raises BundleError naming the row that is off."""
+        """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
         latents, expected = golden_samples(self.manifest)
         if problem := golden_difference(self.manifest, expected, self.run(latents).pixels):
-            raise BundleError(f"model {self.manifest.name}/{self.manifest.version} on {self.provider}: {problem}")
+            raise GoldenError(f"model {self.manifest.name}/{self.manifest.version} on {self.provider}: {problem}")
+
+    def warm(self, largest: int) -> None:
+        """Run every power of two up to ``largest``, the largest first: what a size costs once is paid here."""
+        size = largest
+        while size:
+            self.run(np.zeros((size, self.manifest.latent_size), np.float32))
+            size = size // 2 if size & (size - 1) == 0 else 1 << (size.bit_length() - 1)
 
 
 def choose_provider(wanted: str) -> Provider:

@@ -9,6 +9,8 @@ from __future__ import annotations
 class ServeError(Exception):
     """Base of all errors whose text may be shown to a caller or operator."""
 
+    denial = ""  # where somebody is kept out: the reason in one word, for the metrics
+
 
 class StartError(ServeError):
     """The server cannot start: a setting, a bundle, a provider or a port."""
@@ -20,6 +22,14 @@ class SettingsError(StartError):
 
 class BundleError(StartError):
     """A bundle that is missing, half-written, tampered with or of the wrong signature."""
+
+
+class DigestError(BundleError):
+    """A bundle's file that is not the one that was exported."""
+
+
+class GoldenError(BundleError):
+    """A model that does not give the pixels that its bundle's golden samples call for."""
 
 
 class ProviderError(StartError):
@@ -34,12 +44,42 @@ class UnknownModelError(ServeError):
     """No such model or version: the text lists what there is."""
 
 
-class QueueFullError(ServeError):
-    """The queue is at its bound. ``retry_after_s`` is when a place is likely."""
+class UnauthenticatedError(ServeError):
+    """No token, or none that is known and still valid."""
+
+    def __init__(self, message: str, denial: str) -> None:
+        super().__init__(message)
+        self.denial = denial
+
+
+class ForbiddenError(ServeError):
+    """A known caller who may not do this."""
+
+    denial = "scope"
+
+
+class LifecycleError(ServeError):
+    """A change to what is served that cannot be made: the text says why and what still holds."""
+
+
+class BusyError(ServeError):
+    """Try again. ``retry_after_s`` is when a place is likely."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(BusyError):
+    """The queue is at its bound."""
+
+
+class CallerLimitError(BusyError):
+    """This caller has reached a limit of its own: images in flight, or requests a second."""
+
+    def __init__(self, message: str, retry_after_s: float, denial: str) -> None:
+        super().__init__(message, retry_after_s)
+        self.denial = denial
 
 
 class ExpiredError(ServeError):

@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from serve.errors import BundleError
@@ -115,14 +114,6 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 def sha256(content: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(content).hexdigest()
-
-
-def read_file(path: Path) -> bytes:
-    """A bundle file's bytes. Raises BundleError naming the file."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}); export the model again") from None
 
 
 _KINDS: Mapping[str, Any] = {

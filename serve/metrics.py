@@ -7,7 +7,7 @@ not per request: a look-up costs more than the increment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -55,17 +55,42 @@ class Metrics:
         self.drained = Counter(
             "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
         )
-        self.queue_images = self._gauge("digits_queue_images", "Images that wait")
-        self.queue_limit = self._gauge("digits_queue_limit_images", "Images that may wait")
-        self.running_images = self._gauge("digits_running_images", "Images in running batches")
-        self.instances_busy = self._gauge("digits_instances_busy", "Instances running a batch")
-        self.instances_live = self._gauge("digits_instances_live", "Instances that can run a batch")
-        self.model_ready = self._gauge("digits_model_ready", "1 when the model answers requests")
+        self._gauges = {
+            "queue_images": self._gauge("digits_queue_images", "Images that wait"),
+            "queue_limit": self._gauge("digits_queue_limit_images", "Images that may wait"),
+            "running_images": self._gauge("digits_running_images", "Images in running batches"),
+            "instances_busy": self._gauge("digits_instances_busy", "Instances running a batch"),
+            "instances_live": self._gauge("digits_instances_live", "Instances that can run a batch"),
+            "model_ready": self._gauge("digits_model_ready", "1 when the model answers requests"),
+            "traffic_share": self._gauge("digits_model_traffic_share", "Share of requests naming no version it answers"),
+        }
+        self.model_failed = self._gauge("digits_model_failed", "1 for a version that should be served and could not be loaded")
+        self.model_loads = Counter(
+            "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
+        )
+        self.access_denied = Counter("digits_access_denied", "Calls kept out, by reason", ("reason",), registry=registry)
+        self.access_reloads = Counter(
+            "digits_access_reloads", "Certificates and tokens read anew, by result", ("what", "result"), registry=registry
+        )
         self.models_loaded = Gauge("digits_models_loaded", "Model versions loaded", registry=registry)
         self.provider = Gauge(
             "digits_provider", "1 for the execution provider in use", (*MODEL, "provider", "digest"), registry=registry
         )
         self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
+
+    def bind_gauges(
+        self, model: str, version: int, provider: str, digest: str, gauges: Mapping[str, Callable[[], float]]
+    ) -> None:
+        """Read a model version's gauges from these functions from now on."""
+        for name, gauge in self._gauges.items():
+            gauge.labels(model, str(version)).set_function(gauges[name])
+        self.provider.labels(model, str(version), provider, digest).set(1)
+
+    def drop_gauges(self, model: str, version: int, provider: str, digest: str) -> None:
+        """The version is served no longer: its gauges go, its counters stay."""
+        for gauge in self._gauges.values():
+            gauge.remove(model, str(version))
+        self.provider.remove(model, str(version), provider, digest)
 
     def _short(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, MODEL, buckets=SHORT_SECONDS_BUCKETS, registry=self.registry)

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.005
 MOST_TUNED_BATCH = {"cpu": 64, "cuda": 1024}
 TIMING_RUNS = 3
+JOIN_S = 5.0  # for an instance's running batch to end
 
 
 class Model:
@@ -42,11 +44,49 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
+        self.calls = 0  # under way
+        self._unused = asyncio.Event()
+        self._unused.set()
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
         return not self.breached and self.batcher.live_instances > 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps the model from being released while a call, however long, is answered by it."""
+        self.calls += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self.calls -= 1
+            if not self.calls:
+                self._unused.set()
+
+    async def release(self, timeout_s: float) -> int:
+        """Let the calls under way finish, then end the instances. Returns how many requests the timeout cut off."""
+        deadline = time.monotonic() + timeout_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._unused.wait()
+        cut_off = await asyncio.to_thread(self.batcher.drain, deadline)
+        if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
+            log.error("%d instances of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
+        return cut_off
+
+    def gauges(self) -> Mapping[str, Callable[[], float]]:
+        """What ``Metrics.bind_gauges`` reads whenever it is scraped."""
+        batcher = self.batcher
+        return {
+            "queue_images": lambda: batcher.queued_images,
+            "queue_limit": lambda: batcher.limits.max_queue_images,
+            "running_images": lambda: batcher.running_images,
+            "instances_busy": lambda: batcher.busy_instances,
+            "instances_live": lambda: batcher.live_instances,
+            "model_ready": lambda: self.ready,
+        }
 
     async def generate(self, span: Span, want_images: bool, priority: Priority, deadline: float | None) -> Ticket:
         """Run the span's rows; the ticket returned holds them in ``parts``. Raises ServeError."""
@@ -90,19 +130,35 @@ class Model:
 
 
 def open_model(
-    bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
+    bundle: Bundle,
+    provider: Provider,
+    settings: Settings,
+    metrics: Metrics,
+    loop: asyncio.AbstractEventLoop,
+    *,
+    batch_size: int = 0,
 ) -> Model:
-    """Load, check against the golden samples and start. Raises BundleError or ProviderError."""
+    """Load, check against the golden samples, warm and start. Raises BundleError or ProviderError.
+
+    ``batch_size`` is what an earlier version was tuned to: on a busy machine timing it again would mislead.
+    """
     manifest = bundle.manifest
 
-    def make_runner() -> Engine:
+    def make_engine() -> Engine:
         engine = Engine(bundle.model, manifest, provider, settings.intra_op_threads)
         engine.check_golden()
         return engine
 
+    max_batch_size = settings.max_batch_size or batch_size or tuned_batch_size(make_engine())
+
+    def make_runner() -> Engine:
+        engine = make_engine()
+        engine.warm(max_batch_size)
+        return engine
+
     limits = Limits(
         latent_size=manifest.latent_size,
-        max_batch_size=settings.max_batch_size or tuned_batch_size(make_runner()),
+        max_batch_size=max_batch_size,
         max_queue_images=settings.max_queue_images,
         max_queue_delay_s=settings.max_queue_delay_us / 1e6,
         crowd_rest_s=settings.crowd_rest_us / 1e6,
@@ -117,9 +173,7 @@ def open_model(
     model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
     batcher = Batcher(limits, make_runner, deliver, model_metrics)
     batcher.start()
-    model = Model(bundle, provider, batcher, model_metrics)
-    _bind_gauges(model, metrics)
-    return model
+    return Model(bundle, provider, batcher, model_metrics)
 
 
 def tuned_batch_size(engine: Engine) -> int:
@@ -160,15 +214,3 @@ def _wake_callers(tickets: Sequence[Ticket]) -> None:
             waiter.set_exception(ticket.error)
         else:
             waiter.set_result(None)
-
-
-def _bind_gauges(model: Model, metrics: Metrics) -> None:
-    labels = (model.manifest.name, str(model.manifest.version))
-    batcher = model.batcher
-    metrics.queue_images.labels(*labels).set_function(lambda: batcher.queued_images)
-    metrics.queue_limit.labels(*labels).set(batcher.limits.max_queue_images)
-    metrics.running_images.labels(*labels).set_function(lambda: batcher.running_images)
-    metrics.instances_busy.labels(*labels).set_function(lambda: batcher.busy_instances)
-    metrics.instances_live.labels(*labels).set_function(lambda: batcher.live_instances)
-    metrics.model_ready.labels(*labels).set_function(lambda: model.ready)
-    metrics.provider.labels(*labels, model.provider, model.bundle.digest).set(1)

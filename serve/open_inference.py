@@ -19,11 +19,10 @@ from serve.encode import as_bytes, pack_field
 from serve.errors import RequestError, UnknownModelError
 from serve.fair_queue import Priority, Ticket
 from serve.latents import Span
-from serve.metrics import Metrics
 from serve.model import Model, joined_rows, ordered_rows
 from serve.pb.inference import open_inference_pb2 as pb
-from serve.rpc import Context, Gate, RpcTable
-from serve.service import finite_rows, remaining_deadline, tape_span
+from serve.rpc import Call, Door, RpcTable
+from serve.service import digest_seed, finite_rows, tape_span
 from serve.settings import Settings
 
 SERVICE = "inference.GRPCInferenceService"
@@ -49,30 +48,30 @@ class OpenInferenceService:
         self._settings = settings
         self._ready = ready
 
-    def table(self, metrics: Metrics, gate: Gate) -> RpcTable:
-        """The methods, ready for a server."""
-        table = RpcTable(SERVICE, metrics, gate)
-        table.unary("ServerLive", pb.ServerLiveRequest, self.server_live)
-        table.unary("ServerReady", pb.ServerReadyRequest, self.server_ready)
-        table.unary("ModelReady", pb.ModelReadyRequest, self.model_ready)
+    def table(self, door: Door) -> RpcTable:
+        """The methods, ready for a server. Health is open to all, as it is in gRPC's own protocol."""
+        table = RpcTable(SERVICE, door)
+        table.unary("ServerLive", pb.ServerLiveRequest, self.server_live, scope="open")
+        table.unary("ServerReady", pb.ServerReadyRequest, self.server_ready, scope="open")
+        table.unary("ModelReady", pb.ModelReadyRequest, self.model_ready, scope="open")
         table.unary("ServerMetadata", pb.ServerMetadataRequest, self.server_metadata)
         table.unary("ModelMetadata", pb.ModelMetadataRequest, self.model_metadata)
         table.unary("ModelInfer", pb.ModelInferRequest, self.model_infer)
         return table
 
-    async def server_live(self, request: pb.ServerLiveRequest, context: Context) -> bytes:
+    async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
-    async def server_ready(self, request: pb.ServerReadyRequest, context: Context) -> bytes:
+    async def server_ready(self, request: pb.ServerReadyRequest, call: Call) -> bytes:
         return pb.ServerReadyResponse(ready=self._ready()).SerializeToString()
 
-    async def model_ready(self, request: pb.ModelReadyRequest, context: Context) -> bytes:
+    async def model_ready(self, request: pb.ModelReadyRequest, call: Call) -> bytes:
         return pb.ModelReadyResponse(ready=self._find(request.name, request.version).ready).SerializeToString()
 
-    async def server_metadata(self, request: pb.ServerMetadataRequest, context: Context) -> bytes:
+    async def server_metadata(self, request: pb.ServerMetadataRequest, call: Call) -> bytes:
         return pb.ServerMetadataResponse(name="digits-serve", version=version("digits-serve")).SerializeToString()
 
-    async def model_metadata(self, request: pb.ModelMetadataRequest, context: Context) -> bytes:
+    async def model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> bytes:
         model = self._find(request.name, request.version)
         manifest = model.manifest
         tensor = pb.ModelMetadataResponse.TensorMetadata
@@ -88,27 +87,29 @@ class OpenInferenceService:
             ],
         ).SerializeToString()
 
-    async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
-        model = self._find(request.model_name, request.model_version)
+    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
         names = [output.name for output in request.outputs] or ["pixels"]
         for name in names:
             if name not in OUTPUTS:
                 raise RequestError(f"outputs: {name[:64]!r} is unknown; there are {', '.join(OUTPUTS)}")
         if len(set(names)) < len(names):
             raise RequestError("outputs: the same tensor is asked for twice")
-        span = self._span(read_inputs(request), model)
+        tensors = read_inputs(request)
+        model = self._find(request.model_name, request.model_version, lambda: _seed_of(tensors))
+        span = self._span(tensors, model)
         most = self._settings.max_count_float32 if "images" in names else self._settings.max_count
         if not 1 <= span.count <= most:
             raise RequestError(f"count must be from 1 to {most} for {' and '.join(names)}, got {span.count}")
-        ticket = await model.generate(span, "images" in names, Priority.INTERACTIVE, remaining_deadline(context))
-        return _respond(request, model, ticket, names)
+        with model.in_use(), call.hold(span.count):
+            ticket = await model.generate(span, "images" in names, Priority.INTERACTIVE, call.deadline)
+            return _respond(request, model, ticket, names)
 
-    def _find(self, name: str, number: str) -> Model:
+    def _find(self, name: str, number: str, seed: Callable[[], int] = lambda: 0) -> Model:
         if not name:
             raise RequestError("a model name is needed")
         if number and not (number.isascii() and number.isdecimal() and len(number) <= 18):
             raise UnknownModelError(f"model {name[:64]!r} has no version {number[:20]!r}")
-        return self._catalog.find(name, int(number or 0))
+        return self._catalog.find(name, int(number or 0), seed)
 
     def _span(self, tensors: Mapping[str, NDArray[np.generic]], model: Model) -> Span:
         if "latents" in tensors:
@@ -156,6 +157,14 @@ def read_inputs(request: pb.ModelInferRequest) -> dict[str, NDArray[np.generic]]
         values = np.frombuffer(raw[index], kind) if raw else np.array(getattr(tensor.contents, contents_field), kind)
         tensors[name] = values.reshape(shape)
     return tensors
+
+
+def _seed_of(tensors: Mapping[str, NDArray[np.generic]]) -> int:
+    """The tape's seed, or what stands for it where latents are given."""
+    seed = tensors.get("seed")
+    if seed is not None and seed.shape == (1,):
+        return int(seed[0])
+    return digest_seed(tensors["latents"].tobytes() if "latents" in tensors else b"")
 
 
 def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names: list[str]) -> bytes:

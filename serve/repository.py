@@ -1,17 +1,28 @@
-"""Bundles on disk: found, read whole, and checked against their own digests. Knows no session and no request.
+"""Bundles on disk: found, picked by version policy, read whole, checked against their own digests. Knows no session.
 
 A bundle is read into memory once; what is served is what was checked, whatever happens to the folder afterwards.
+Symbolic links are followed as long as they stay inside the repository (Kubernetes mounts are made of them).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import os
+import stat
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve.errors import BundleError
-from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, Manifest, parse_manifest, read_file, sha256
+from serve.errors import BundleError, DigestError, SettingsError
+from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, Manifest, parse_manifest, sha256
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
+MAX_FILE_BYTES = 1 << 30
+MAX_VERSION_DIGITS = 18  # so that every version fits an int64
+
+# Changes when any of a version's files does: name, time, size, inode. Cheap, and no proof of what is in them.
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+Scan = Mapping[str, Mapping[int, Fingerprint]]  # model → version
 
 
 @dataclass(frozen=True)
@@ -29,41 +40,130 @@ class Bundle:
         return self.manifest.files[ONNX_FILE]
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Read and check one ``<name>/<version>`` folder. Raises BundleError naming the file and the way out."""
-    manifest = parse_manifest(read_file(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
+@dataclass(frozen=True)
+class VersionPolicy:
+    """Which of a model's versions are served: the ``latest`` so many, or, where ``pinned`` is not empty, those."""
+
+    latest: int = 1
+    pinned: tuple[int, ...] = ()
+
+    def pick(self, versions: Collection[int]) -> list[int]:
+        """The versions to serve out of those there are, lowest first."""
+        if self.pinned:
+            return sorted(set(self.pinned) & set(versions))
+        return sorted(versions)[-self.latest :]
+
+
+@dataclass(frozen=True)
+class VersionPolicies:
+    """A policy for each model: its own, or the ``default`` one."""
+
+    default: VersionPolicy = field(default_factory=VersionPolicy)
+    own: Mapping[str, VersionPolicy] = field(default_factory=dict)
+
+    def of(self, name: str) -> VersionPolicy:
+        return self.own.get(name, self.default)
+
+
+def parse_policies(text: str) -> VersionPolicies:
+    """Read ``latest``, ``latest:3``, ``1+4`` and ``mlp=latest:2,dcgan=1+4,latest``. Raises SettingsError."""
+    default, own = VersionPolicy(), {}
+    for entry in text.split(","):
+        name, separator, policy = entry.strip().rpartition("=")
+        if separator and not NAME_PATTERN.fullmatch(name):
+            raise SettingsError(f"--versions: {name[:64]!r} is no model name")
+        if separator:
+            own[name] = _parse_policy(policy)
+        else:
+            default = _parse_policy(policy)
+    return VersionPolicies(default, own)
+
+
+class Repository:
+    """The folder ``<name>/<version>/``. Raises BundleError for whatever in it cannot be used, naming the file."""
+
+    def __init__(self, models_dir: Path, policies: VersionPolicies) -> None:
+        self.models_dir = models_dir
+        self.policies = policies
+
+    def scan(self) -> Scan:
+        """The complete versions of every model, each with a fingerprint. Raises BundleError when there is no such folder.
+
+        A version without a manifest is still being copied: export writes that last.
+        """
+        if not self.models_dir.is_dir():
+            raise BundleError(f"--models-dir {self.models_dir} is not a folder; make export writes one, or leave the flag out")
+        names = sorted(entry.name for entry in self.models_dir.iterdir() if NAME_PATTERN.fullmatch(entry.name) and entry.is_dir())
+        found = {name: self._versions(self.models_dir / name) for name in names}
+        return {name: versions for name, versions in found.items() if versions}
+
+    def _versions(self, folder: Path) -> dict[int, Fingerprint]:
+        versions = {}
+        for entry in folder.iterdir():
+            if _is_version(entry.name) and (entry / MANIFEST_FILE).is_file():
+                with contextlib.suppress(OSError):  # it is being taken away at this moment
+                    versions[int(entry.name)] = _fingerprint(entry)
+        return dict(sorted(versions.items()))
+
+    def read(self, name: str, version: int) -> Bundle:
+        """Read and check one version. Raises BundleError, or DigestError when a file is not what was exported."""
+        if not NAME_PATTERN.fullmatch(name):
+            raise BundleError(f"{name[:64]!r} is no model name: lower-case letters, digits, - and _, at most 63")
+        return read_bundle(self.models_dir / name / str(version), self.models_dir)
+
+
+def read_bundle(path: Path, root: Path | None = None) -> Bundle:
+    """Read and check one ``<name>/<version>`` folder, whose files must lie below ``root`` (default: the folder itself).
+
+    Raises BundleError naming the file and the way out; DigestError when a file is not the one that was exported.
+    """
+    root = (root or path).resolve()
+    manifest = parse_manifest(_read(path / MANIFEST_FILE, root), str(path / MANIFEST_FILE))
     if (manifest.name, str(manifest.version)) != (path.parent.name, path.name):
         raise BundleError(
             f"{path} holds model {manifest.name}/{manifest.version}; the folders must be called as the manifest says"
         )
     contents = {}
     for name, digest in manifest.files.items():
-        if "/" in name or name.startswith("."):
+        if "/" in name or "\0" in name or name.startswith("."):
             raise BundleError(f"{path / MANIFEST_FILE} lists {name[:40]!r}, which is no plain file name; export again")
-        contents[name] = read_file(path / name)
+        contents[name] = _read(path / name, root)
         if sha256(contents[name]) != digest:
-            raise BundleError(f"{path / name} is not the file that was exported (SHA-256 differs); export the model again")
+            raise DigestError(f"{path / name} is not the file that was exported (SHA-256 differs); export the model again")
     return Bundle(path, manifest, contents[ONNX_FILE], contents[PARITY_FILE].decode("utf-8", "replace"))
 
 
-def latest_bundles(models_dir: Path) -> list[Path]:
-    """The highest version's folder of each model below ``models_dir``. Raises BundleError when there is none.
+def _read(path: Path, root: Path) -> bytes:
+    """A bundle file's bytes, if it is a plain file of a sane size inside the repository."""
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(root):
+            raise BundleError(f"{path} leads out of {root}; copy the file instead of linking it")
+        # Not to be caught waiting on a pipe that somebody put there.
+        with os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+                raise BundleError(f"{path} is no plain file of at most {MAX_FILE_BYTES} bytes; export the model again")
+            return file.read(MAX_FILE_BYTES)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise BundleError(f"{path} cannot be read ({reason}); export the model again") from None
 
-    A folder without a manifest is still being copied and is passed over: the manifest is written last.
-    """
-    if not models_dir.is_dir():
-        raise BundleError(f"--models-dir {models_dir} is not a folder; make export writes one, or leave the flag out")
-    latest: list[Path] = []
-    for folder in sorted(models_dir.iterdir()):
-        if not folder.is_dir() or not NAME_PATTERN.fullmatch(folder.name):
-            continue
-        versions = [
-            entry
-            for entry in folder.iterdir()
-            if entry.name.isascii() and entry.name.isdecimal() and (entry / MANIFEST_FILE).is_file()
-        ]
-        if versions:
-            latest.append(max(versions, key=lambda entry: int(entry.name)))
-    if not latest:
-        raise BundleError(f"--models-dir {models_dir} holds no complete model; make export writes one")
-    return latest
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    files = [(entry.name, entry.stat()) for entry in sorted(folder.iterdir())]
+    return tuple((name, status.st_mtime_ns, status.st_size, status.st_ino) for name, status in files)
+
+
+def _parse_policy(text: str) -> VersionPolicy:
+    kind, _, number = text.partition(":")
+    if kind == "latest" and (not number or (_is_version(number) and int(number) > 0)):
+        return VersionPolicy(latest=int(number or 1))
+    numbers = text.split("+")
+    if all(_is_version(each) and int(each) > 0 for each in numbers):
+        return VersionPolicy(pinned=tuple(map(int, numbers)))
+    raise SettingsError(f"--versions: {text[:64]!r} is no policy; give latest, latest:N, or numbers as in 1+4")
+
+
+def _is_version(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_VERSION_DIGITS and not text.startswith("0")

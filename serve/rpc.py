@@ -11,16 +11,24 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from serve.access.callers import Caller, Callers, Scope
 from serve.errors import (
+    BusyError,
+    CallerLimitError,
     EngineError,
     ExpiredError,
+    ForbiddenError,
+    LifecycleError,
     QueueFullError,
     RequestError,
+    ServeError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -34,6 +42,10 @@ STATUS = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModelError: grpc.StatusCode.NOT_FOUND,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CallerLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
+    LifecycleError: grpc.StatusCode.FAILED_PRECONDITION,
     ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
@@ -76,76 +88,109 @@ class Gate:
         return True
 
 
-class RpcTable:
-    """Collects a service's methods and hands them to a server."""
+class Door:
+    """What every call of a server goes through: the gate, who may come in, the metrics."""
 
-    def __init__(self, service: str, metrics: Metrics, gate: Gate) -> None:
-        self._service = service
-        self._metrics = metrics
-        self._gate = gate
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-
-    def unary(self, method: str, request_type: type[RequestT], answer: Callable[[RequestT, Context], Awaitable[bytes]]) -> None:
-        """Add a method with one answer."""
-        observed = RpcMetrics(self._metrics, "unary", self._service, method)
-
-        async def handle(raw: bytes, context: Context) -> bytes:
-            async with _Call(self._gate, observed, context) as call:
-                call.enter()
-                return await answer(_parse(request_type, raw), context)
-
-        self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
-
-    def stream(
-        self, method: str, request_type: type[RequestT], answers: Callable[[RequestT, Context], AsyncIterator[bytes]]
-    ) -> None:
-        """Add a method with a stream of answers."""
-        observed = RpcMetrics(self._metrics, "server_stream", self._service, method)
-
-        async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
-            async with _Call(self._gate, observed, context) as call:
-                call.enter()
-                async for response in answers(_parse(request_type, raw), context):
-                    yield response
-
-        self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self._service, self._handlers),))
+    def __init__(self, metrics: Metrics, gate: Gate, callers: Callers) -> None:
+        self.metrics = metrics
+        self.gate = gate
+        self.callers = callers
 
 
-class _Call:
-    """One call from start to end: counted, timed, and its error turned into a status."""
+class Call:
+    """One call from start to end: let in, counted, timed, and its error turned into a status."""
 
-    __slots__ = ("_context", "_entered", "_gate", "_observed", "_started")
+    __slots__ = ("_context", "_door", "_entered", "_observed", "_started", "caller")
 
-    def __init__(self, gate: Gate, observed: RpcMetrics, context: Context) -> None:
-        self._gate = gate
+    def __init__(self, door: Door, observed: RpcMetrics, context: Context) -> None:
+        self._door = door
         self._observed = observed
         self._context = context
         self._entered = False
         self._started = time.perf_counter()
+        self.caller: Caller
 
-    async def __aenter__(self) -> _Call:
+    async def __aenter__(self) -> Call:
         self._observed.started()
         return self
 
-    def enter(self) -> None:
-        """Go through the gate. Raises UnavailableError when it is closed."""
-        self._gate.enter()
+    def enter(self, scope: Scope) -> None:
+        """Go through the gate. Raises UnavailableError when it is closed, or as ``Callers.admit`` does."""
+        self._door.gate.enter()
         self._entered = True
+        self.caller = self._door.callers.admit(self._context, scope)
+
+    def hold(self, images: int) -> AbstractContextManager[None]:
+        """Count images in flight against the caller's limit. Raises CallerLimitError."""
+        return self.caller.hold(images)
+
+    @property
+    def deadline(self) -> float | None:
+        """When the caller's deadline passes, on ``time.monotonic()``; None without one."""
+        remaining = self._context.time_remaining()
+        return None if remaining is None else time.monotonic() + remaining
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         code = grpc.StatusCode.OK if error is None else grpc.StatusCode.CANCELLED
         try:
             if isinstance(error, Exception):  # what else ends a call is its cancellation
+                if isinstance(error, ServeError) and error.denial:
+                    self._door.metrics.access_denied.labels(error.denial).inc()
                 code, text, trailing = to_status(error)
                 await self._context.abort(code, text, trailing)
         finally:
             if self._entered:
-                self._gate.leave()
+                self._door.gate.leave()
             self._observed.handled(code.name).inc()
             self._observed.seconds(time.perf_counter() - self._started)
+
+
+class RpcTable:
+    """Collects a service's methods and hands them to a server. ``scope`` is what a caller needs for a method."""
+
+    def __init__(self, service: str, door: Door) -> None:
+        self._service = service
+        self._door = door
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def unary(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        answer: Callable[[RequestT, Call], Awaitable[bytes]],
+        scope: Scope = "generate",
+    ) -> None:
+        """Add a method with one answer."""
+        observed = RpcMetrics(self._door.metrics, "unary", self._service, method)
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            async with Call(self._door, observed, context) as call:
+                call.enter(scope)
+                return await answer(_parse(request_type, raw), call)
+
+        self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
+
+    def stream(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        answers: Callable[[RequestT, Call], AsyncIterator[bytes]],
+        scope: Scope = "generate",
+    ) -> None:
+        """Add a method with a stream of answers."""
+        observed = RpcMetrics(self._door.metrics, "server_stream", self._service, method)
+
+        async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+            async with Call(self._door, observed, context) as call:
+                call.enter(scope)
+                async for response in answers(_parse(request_type, raw), call):
+                    yield response
+
+        self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods, for ``Server.add_generic_rpc_handlers``."""
+        return grpc.method_handlers_generic_handler(self._service, self._handlers)
 
 
 def to_status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
@@ -158,7 +203,7 @@ def to_status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         else:
             log.error("error %s", error_id, exc_info=error)
         return grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has more", ()
-    if isinstance(error, QueueFullError):
+    if isinstance(error, BusyError):
         return code, str(error), ((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))),)
     return code, str(error), ()
 

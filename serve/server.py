@@ -24,17 +24,21 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
+from serve.access import tls
+from serve.access.callers import Callers
+from serve.access.tokens import TokenFile
 from serve.catalog import Catalog
-from serve.engine import Provider, choose_provider
-from serve.errors import ProviderError, StartError
+from serve.errors import StartError
+from serve.lifecycle import Lifecycle
 from serve.metrics import Metrics
-from serve.model import Model, open_model
+from serve.model_control import SERVICE as MODEL_CONTROL
+from serve.model_control import ModelControlService
 from serve.open_inference import SERVICE as OPEN_INFERENCE
 from serve.open_inference import OpenInferenceService
-from serve.repository import Bundle, latest_bundles, read_bundle
-from serve.rpc import Gate
+from serve.repository import Repository, parse_policies
+from serve.rpc import Door, Gate
 from serve.service import SERVICE, DigitService
-from serve.settings import Settings
+from serve.settings import Settings, is_loopback
 from serve.web import make_app, start_http
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,6 @@ SUPERVISION_S = 1.0
 MAX_REQUEST_BYTES = 4 << 20
 CONNECTION_AGE_GRACE_S = 60
 LAST_WORDS_S = 0.25
-JOIN_S = 5.0
 KEEPALIVE_MS = 30_000
 
 
@@ -62,24 +65,33 @@ class Server:
         self._settings = settings
         self._registry = _new_registry()
         self._metrics = Metrics(self._registry)
+        self._metrics.build.info(
+            {"version": version("digits-serve"), "python": platform.python_version(), "grpcio": version("grpcio")}
+        )
         self._health = health.aio.HealthServicer()
+        self._health_names: set[str] = set()
         self._stop = asyncio.Event()
         self._draining = False
         self._gate = Gate()
-        self.catalog: Catalog
+        self.catalog = Catalog(settings.default_model)
+        repository = Repository(settings.models_dir, parse_policies(settings.versions))
+        self._lifecycle = Lifecycle(repository, self.catalog, settings, self._metrics)
 
     async def run(self, announce: Callable[[Server, Ports], None]) -> None:
         """Serve until ``stop`` is called or SIGTERM or SIGINT arrives. Raises StartError before any port is bound."""
-        self.catalog = await self._open_models()
+        credentials, tokens = self._credentials(), self._tokens()
+        await self._lifecycle.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        grpc_server, grpc_port = self._bind_grpc()
-        app = make_app(self._registry, self._not_ready)
+        grpc_server, grpc_port = self._bind_grpc(credentials, tokens)
+        app = make_app(self._registry if self._settings.metrics else None, self._not_ready)
         http_runner, http_port = await start_http(app, self._settings.http_host, self._settings.http_port)
         await grpc_server.start()
         await self._publish_health()
         background = [asyncio.create_task(self._supervise()), asyncio.create_task(self._self_checks())]
+        if self._settings.model_control == "poll":
+            background.append(asyncio.create_task(self._lifecycle.poll_forever()))
         announce(self, Ports(grpc_port, http_port))
         await self._stop.wait()
         await self._drain(grpc_server)
@@ -91,67 +103,72 @@ class Server:
         """Begin to drain."""
         self._stop.set()
 
-    async def _open_models(self) -> Catalog:
-        bundles = [read_bundle(path) for path in latest_bundles(self._settings.models_dir)]
-        loop = asyncio.get_running_loop()
-        models = await asyncio.to_thread(self._open_all, bundles, choose_provider(self._settings.provider), loop)
-        self._metrics.models_loaded.set(len(models))
-        self._metrics.build.info(
-            {"version": version("digits-serve"), "python": platform.python_version(), "grpcio": version("grpcio")}
-        )
-        return Catalog(models, self._settings.default_model)
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        if cert is None or key is None:
+            return None
+        return tls.credentials(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
 
-    def _open_all(self, bundles: list[Bundle], provider: Provider, loop: asyncio.AbstractEventLoop) -> list[Model]:
-        try:
-            return [open_model(bundle, provider, self._settings, self._metrics, loop) for bundle in bundles]
-        except ProviderError as error:
-            if self._settings.provider != "auto" or provider == "cpu":
-                raise
-            log.warning("provider auto: serving on the CPU, because %s", error)
-            return [open_model(bundle, "cpu", self._settings, self._metrics, loop) for bundle in bundles]
+    def _tokens(self) -> TokenFile | None:
+        path = self._settings.tokens_file
+        return None if path is None else TokenFile(path, self._note_reload("tokens"))
 
-    def _bind_grpc(self) -> tuple[grpc.aio.Server, int]:
+    def _note_reload(self, what: str) -> Callable[[str], None]:
+        return lambda result: self._metrics.access_reloads.labels(what, result).inc()
+
+    def _bind_grpc(self, credentials: grpc.ServerCredentials | None, tokens: TokenFile | None) -> tuple[grpc.aio.Server, int]:
+        settings = self._settings
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it in silence
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-                ("grpc.max_connection_age_ms", int(self._settings.max_connection_age_s * 1000)),
+                ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
                 ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
                 ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
-        DigitService(self.catalog, self._settings).table(self._metrics, self._gate).add_to(server)
-        open_inference = OpenInferenceService(self.catalog, self._settings, lambda: self._not_ready() is None)
-        open_inference.table(self._metrics, self._gate).add_to(server)
+        # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
+        callers = Callers(tokens, settings.caller_images, settings.caller_requests_per_s, is_loopback(settings.host))
+        door = Door(self._metrics, self._gate, callers)
+        open_inference = OpenInferenceService(self.catalog, settings, lambda: self._not_ready() is None)
+        tables = [DigitService(self.catalog, settings).table(door), open_inference.table(door)]
+        tables += ModelControlService(self._lifecycle).tables(door)
+        server.add_generic_rpc_handlers(tuple(table.handler() for table in tables))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if self._settings.reflection:
-            names = (SERVICE, OPEN_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        if settings.reflection:
+            names = (SERVICE, MODEL_CONTROL, OPEN_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        address = f"{self._settings.host}:{self._settings.grpc_port}"
+        host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
+        address = f"{host}:{settings.grpc_port}"
         try:
-            port = server.add_insecure_port(address)
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         if port == 0:
-            raise StartError(f"--grpc-port {self._settings.grpc_port} on {self._settings.host} cannot be had; name another")
+            raise StartError(f"--grpc-port {settings.grpc_port} on {settings.host} cannot be had; name another")
         return server, port
 
     async def _publish_health(self) -> None:
-        for model in self.catalog.models():
-            await self._set_health(f"{SERVICE}/{model.manifest.name}", model.ready and not self._draining)
-        # The process as a whole is healthy with all its models; the service can be used with any of them.
-        await self._set_health("", self._not_ready() is None)
-        await self._set_health(SERVICE, not self._draining and any(model.ready for model in self.catalog.models()))
-
-    async def _set_health(self, service: str, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+        """The process as a whole is healthy with all its models; the service can be used with any of them."""
+        names = self.catalog.names()
+        states = {f"{SERVICE}/{name}": self.catalog.ready(name) and not self._draining for name in names}
+        states[""] = self._not_ready() is None
+        states[SERVICE] = not self._draining and any(self.catalog.ready(name) for name in names)
+        serving = health_pb2.HealthCheckResponse
+        for service, ready in states.items():
+            await self._health.set(service, serving.SERVING if ready else serving.NOT_SERVING)
+        for service in self._health_names - states.keys():
+            await self._health.set(service, serving.SERVICE_UNKNOWN)
+        self._health_names = set(states)
 
     def _not_ready(self) -> str | None:
         if self._draining:
             return "draining"
-        unready = [model.manifest.name for model in self.catalog.models() if not model.ready]
+        names = self.catalog.names()
+        if self.catalog.default_model not in names:
+            return f"default model {self.catalog.default_model} is not served"
+        unready = [name for name in names if not self.catalog.ready(name)]
         return f"not ready: {', '.join(unready)}" if unready else None
 
     async def _supervise(self) -> None:
@@ -176,21 +193,12 @@ class Server:
         deadline = time.monotonic() + self._settings.drain_deadline_s
         self._gate.close()
         await self._gate.wait_idle(self._settings.drain_deadline_s)
-        leftovers = await asyncio.to_thread(self._drain_models, deadline)
+        leftovers = await self._lifecycle.close(max(0.0, deadline - time.monotonic()))
         # What is still open then are answers on their way out, and health watchers, who never leave by themselves.
         await grpc_server.stop(LAST_WORDS_S)
-        await asyncio.to_thread(self._close_models)
         if leftovers:
             self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
-
-    def _drain_models(self, deadline: float) -> int:
-        return sum(model.batcher.drain(deadline) for model in self.catalog.models())
-
-    def _close_models(self) -> None:
-        for model in self.catalog.models():
-            if stuck := model.batcher.close(JOIN_S):
-                log.error("%d instances of %s did not end", stuck, model.manifest.name)
 
 
 def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
@@ -17,10 +18,9 @@ from serve.encode import as_bytes, pack_field, to_grid, to_png
 from serve.errors import RequestError
 from serve.fair_queue import Priority, Ticket
 from serve.latents import INDEX_LIMIT, Span
-from serve.metrics import Metrics
 from serve.model import Model, joined_rows, ordered_rows
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.rpc import Context, Gate, RpcTable
+from serve.rpc import Call, Door, RpcTable
 from serve.settings import Settings
 
 SERVICE = "digits.v1.DigitGenerator"
@@ -44,37 +44,38 @@ class DigitService:
         self._catalog = catalog
         self._settings = settings
 
-    def table(self, metrics: Metrics, gate: Gate) -> RpcTable:
+    def table(self, door: Door) -> RpcTable:
         """The methods, ready for a server."""
-        table = RpcTable(SERVICE, metrics, gate)
+        table = RpcTable(SERVICE, door)
         table.unary("Generate", pb.GenerateRequest, self.generate)
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
         return table
 
-    async def generate(self, request: pb.GenerateRequest, context: Context) -> bytes:
-        model = self._catalog.find(request.model, request.version)
+    async def generate(self, request: pb.GenerateRequest, call: Call) -> bytes:
         image_format = _format(request.format)
-        explicit = request.latents
-        if explicit:
-            span = self._explicit_span(request, model)
+        if request.latents:
+            if request.HasField("seed") or request.start:
+                raise RequestError("seed and start cannot go with latents: a digit has an address or a latent vector, not both")
+            model = self._catalog.find(request.model, request.version, lambda: digest_seed(request.latents))
+            span = _explicit_span(request, model)
         else:
             if request.count == 0:
                 raise RequestError(f"count must be from 1 to {self._max_for(image_format)}, got 0")
             span = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+            model = self._catalog.find(request.model, request.version, lambda: span.seed)
         if span.count > (most := self._max_for(image_format)):
             raise RequestError(
                 f"count must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {span.count}; "
                 "GenerateStream takes any number"
             )
         priority = _priority(request.priority, Priority.INTERACTIVE)
-        deadline = remaining_deadline(context)
-        ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, deadline)
-        return await _encode(model, ticket, image_format)
+        with model.in_use(), call.hold(span.count):
+            ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, call.deadline)
+            return await _encode(model, ticket, image_format)
 
-    async def generate_stream(self, request: pb.GenerateStreamRequest, context: Context) -> AsyncIterator[bytes]:
-        model = self._catalog.find(request.model, request.version)
+    async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncIterator[bytes]:
         image_format = _format(request.format)
         most = self._max_for(image_format)
         chunk = request.chunk or min(DEFAULT_CHUNK, most)
@@ -84,27 +85,29 @@ class DigitService:
             raise RequestError("count must be 1 or more, got 0")
         whole = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
         priority = _priority(request.priority, Priority.BULK)
-        deadline = remaining_deadline(context)
+        model = self._catalog.find(request.model, request.version, lambda: whole.seed)
+        chunks = min(1 + CHUNKS_AHEAD, call.caller.images_limit // chunk or 1) if call.caller.images_limit else 1 + CHUNKS_AHEAD
+        wants_float, deadline = image_format == pb.IMAGE_FORMAT_FLOAT32, call.deadline
         under_way: deque[asyncio.Task[Ticket]] = deque()
-        try:
-            given = 0
-            while given < whole.count or under_way:
-                while given < whole.count and len(under_way) <= CHUNKS_AHEAD:
-                    part = whole.part(given, min(chunk, whole.count - given))
-                    given += part.count
-                    wait = model.generate(part, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, deadline)
-                    under_way.append(asyncio.ensure_future(wait))
-                ticket = await under_way.popleft()
-                yield await _encode(model, ticket, image_format)
-        finally:
-            for task in under_way:
-                task.cancel()
+        with model.in_use(), call.hold(min(whole.count, chunks * chunk)):
+            try:
+                given = 0
+                while given < whole.count or under_way:
+                    while given < whole.count and len(under_way) < chunks:
+                        part = whole.part(given, min(chunk, whole.count - given))
+                        given += part.count
+                        under_way.append(asyncio.ensure_future(model.generate(part, wants_float, priority, deadline)))
+                    ticket = await under_way.popleft()
+                    yield await _encode(model, ticket, image_format)
+            finally:
+                for task in under_way:
+                    task.cancel()
 
-    async def list_models(self, request: pb.ListModelsRequest, context: Context) -> bytes:
+    async def list_models(self, request: pb.ListModelsRequest, call: Call) -> bytes:
         models = [self._summary(model) for model in self._catalog.models()]
         return pb.ListModelsResponse(models=models, default_model=self._catalog.default_model).SerializeToString()
 
-    async def get_model(self, request: pb.GetModelRequest, context: Context) -> bytes:
+    async def get_model(self, request: pb.GetModelRequest, call: Call) -> bytes:
         model = self._catalog.find(request.model, request.version)
         manifest = model.manifest
         return pb.GetModelResponse(
@@ -128,25 +131,35 @@ class DigitService:
 
     def _summary(self, model: Model) -> pb.ModelSummary:
         name, version = model.manifest.name, model.manifest.version
-        is_default = version == self._catalog.default_version(name)
-        return pb.ModelSummary(name=name, version=version, ready=model.ready, default_version=is_default)
+        route = self._catalog.route(name)
+        return pb.ModelSummary(
+            name=name,
+            version=version,
+            ready=model.ready,
+            default_version=version == route.default,
+            traffic_share=route.share(version),
+        )
 
     def _max_for(self, image_format: pb.ImageFormat) -> int:
         return self._settings.max_count_float32 if image_format == pb.IMAGE_FORMAT_FLOAT32 else self._settings.max_count
 
-    def _explicit_span(self, request: pb.GenerateRequest, model: Model) -> Span:
-        row_bytes = model.manifest.latent_size * 4
-        count, rest = divmod(len(request.latents), row_bytes)
-        if rest:
-            raise RequestError(
-                f"latents has {len(request.latents)} bytes, which is no multiple of {row_bytes} "
-                f"({model.manifest.latent_size} float32 values a row)"
-            )
-        if request.count not in (0, count):
-            raise RequestError(f"count is {request.count}, but latents holds {count} rows; leave count at 0")
-        if request.HasField("seed") or request.start:
-            raise RequestError("seed and start cannot go with latents: a digit has an address or a latent vector, not both")
-        return Span(0, 0, count, finite_rows(np.frombuffer(request.latents, "<f4").reshape(count, -1)))
+
+def _explicit_span(request: pb.GenerateRequest, model: Model) -> Span:
+    row_bytes = model.manifest.latent_size * 4
+    count, rest = divmod(len(request.latents), row_bytes)
+    if rest:
+        raise RequestError(
+            f"latents has {len(request.latents)} bytes, which is no multiple of {row_bytes} "
+            f"({model.manifest.latent_size} float32 values a row)"
+        )
+    if request.count not in (0, count):
+        raise RequestError(f"count is {request.count}, but latents holds {count} rows; leave count at 0")
+    return Span(0, 0, count, finite_rows(np.frombuffer(request.latents, "<f4").reshape(count, -1)))
+
+
+def digest_seed(latents: bytes) -> int:
+    """What stands for the seed of explicit latents where traffic is split by seed: the same latents, the same version."""
+    return int.from_bytes(hashlib.blake2b(latents, digest_size=8).digest(), "little")
 
 
 def finite_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -156,12 +169,6 @@ def finite_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
         row, value = np.argwhere(~finite)[0]
         raise RequestError(f"latents must be finite, but row {row} value {value} is {rows[row, value]}")
     return rows.astype(np.float32, copy=False)
-
-
-def remaining_deadline(context: Context) -> float | None:
-    """When the caller's deadline passes, on ``time.monotonic()``; None without one."""
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
 
 
 def tape_span(seed: int | None, start: int, count: int) -> Span:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 from serve.errors import SettingsError
 from serve.one_line import OneLineParser
-from serve.repository import BUNDLED_DIR
+from serve.repository import BUNDLED_DIR, parse_policies
 
 ENV_PREFIX = "DIGITS_"
 
@@ -30,8 +31,18 @@ class Settings:
 
     models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
     default_model: str = _setting("dcgan", "the model that answers requests that name none")
+    versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
+    model_control: str = _setting("none", "what changes the models served", choices=("none", "poll", "explicit"))
+    poll_interval_s: float = _setting(5.0, "time between two looks at the models folder", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
+    tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
+    tls_key: Path | None = _setting(None, "PEM file of its private key")
+    tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are let in, and no others")
+    insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
+    tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; read anew when it changes (serve.access.tokens)")
+    caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
+    caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
     http_port: int = _setting(8080, "port of /metrics, /healthz and /readyz; 0 takes a free one", low=0, high=65535)
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
@@ -50,6 +61,7 @@ class Settings:
     drain_deadline_s: float = _setting(20.0, "on SIGTERM: time for accepted requests to finish", low=0, high=3600)
     max_connection_age_s: float = _setting(300.0, "a client reconnects after this long, so that load spreads", low=1, high=86400)
     reflection: bool = _setting(True, "answer gRPC server reflection")
+    metrics: bool = _setting(True, "answer /metrics")
     log_level: str = _setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
 
     @property
@@ -64,10 +76,29 @@ class Settings:
                 raise SettingsError(f"{flag_name(spec.name)} must be one of {', '.join(meta['choices'])}, got {value!r}")
             if "low" in meta and not meta["low"] <= value <= meta["high"]:
                 raise SettingsError(f"{flag_name(spec.name)} must be from {meta['low']} to {meta['high']}, got {value}")
+        parse_policies(self.versions)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
+            raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
+        if self.caller_images and self.caller_images < self.max_count:
+            raise SettingsError(
+                f"--caller-images {self.caller_images} is under --max-count {self.max_count}: it could never be served"
+            )
         if self.max_count > self.max_queue_images:
             raise SettingsError(
                 f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
             )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def flag_name(name: str) -> str:
@@ -81,9 +112,11 @@ def env_name(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` one flag per setting."""
     for spec in dataclasses.fields(Settings):
-        default = "" if spec.name == "models_dir" else f" (default: {spec.default})"
+        shown = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
+        default = "" if spec.name == "models_dir" or shown is None else f" (default: {shown})"
         text = f"{spec.metadata['help']}{default} [{env_name(spec.name)}]"
-        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE")
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(spec.default, bool) else {}
+        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE", **options)
 
 
 def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Settings:
@@ -111,6 +144,8 @@ def _parse(text: str, kind: Any, source: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise SettingsError(f"{source} must be true or false, got {text!r}")
         return text.lower() == "true"
+    if kind == Path | None:
+        return Path(text)
     try:
         return kind(text)
     except ValueError:

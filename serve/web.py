@@ -11,10 +11,12 @@ from prometheus_client.exposition import choose_encoder
 from serve.errors import StartError
 
 
-def make_app(registry: CollectorRegistry, not_ready: Callable[[], str | None]) -> web.Application:
-    """The application. ``not_ready`` says why the server is not ready, or None when it is."""
+def make_app(registry: CollectorRegistry | None, not_ready: Callable[[], str | None]) -> web.Application:
+    """The application. ``not_ready`` says why the server is not ready, or None when it is; no ``registry``, no /metrics."""
 
     async def metrics(request: web.Request) -> web.Response:
+        if registry is None:
+            return web.Response(status=404, text="metrics are turned off: --metrics true\n")
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 

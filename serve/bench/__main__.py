@@ -44,7 +44,7 @@ from serve.bench.process import Started, started
 from serve.engine import Engine
 from serve.latents import LatentReader, Span
 from serve.metrics import Metrics, ModelMetrics, RpcMetrics
-from serve.repository import BUNDLED_DIR, latest_bundles, read_bundle
+from serve.repository import BUNDLED_DIR, read_bundle
 
 MODELS = ("mlp", "dcgan")
 RAW_BATCHES = (16, 64, 256)
@@ -137,7 +137,7 @@ def normals_rate() -> float:
 def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
     """Requests a second of three kinds of load, the unloaded latency, and the model's own time for a batch of one."""
     say(f"{model}: single digits, 16 and 64 a request, unloaded")
-    bundle = next(read_bundle(path) for path in latest_bundles(BUNDLED_DIR) if path.parent.name == model)
+    bundle = read_bundle(BUNDLED_DIR / model / "1")
     engine = Engine(bundle.model, bundle.manifest, "cpu", 1)
     one = np.zeros((1, bundle.manifest.latent_size), np.float32)
     return {

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from serve.client import CHANNEL_OPTIONS, DigitClient
+from serve.channel import CHANNEL_OPTIONS
+from serve.client import DigitClient
 from serve.latents import draw
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc

@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-from serve.client import CHANNEL_OPTIONS, DigitClient, as_text
+from serve.channel import CHANNEL_OPTIONS
+from serve.client import DigitClient, as_text
 from serve.engine import Engine
 from serve.latents import INDEX_LIMIT, draw
 from serve.pb.digits.v1 import digits_pb2 as pb

@@ -22,7 +22,7 @@ def start_and_fail(*flags: str) -> str:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    lines = [line for line in done.stderr.strip().splitlines() if " WARNING " not in line]
+    lines = [line for line in done.stderr.strip().splitlines() if " WARNING " not in line and " INFO " not in line]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     return lines[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from serve.engine import Engine, choose_provider, golden_difference, golden_samples
-from serve.errors import BundleError, ProviderError
+from serve.errors import BundleError, ProviderError, SettingsError
 from serve.manifest import MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
-from serve.repository import latest_bundles, read_bundle
+from serve.repository import Repository, VersionPolicies, VersionPolicy, parse_policies, read_bundle
+
+
+def repository(folder: Path) -> Repository:
+    return Repository(folder, VersionPolicies(VersionPolicy()))
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -33,12 +38,11 @@ def swap_model(bundle: Path, model: bytes) -> None:
 
 
 def test_the_bundled_models_are_read_and_pass_their_golden_check(bundles: Path) -> None:
-    names = []
-    for path in latest_bundles(bundles):
-        bundle = read_bundle(path)
+    found = repository(bundles).scan()
+    for name, versions in found.items():
+        bundle = repository(bundles).read(name, max(versions))
         Engine(bundle.model, bundle.manifest, "cpu", 1).check_golden()
-        names.append(bundle.manifest.name)
-    assert names == ["dcgan", "mlp"]
+    assert list(found) == ["dcgan", "mlp"]
 
 
 def test_bundled_models_come_from_full_length_runs_on_mnist_itself(bundles: Path) -> None:
@@ -54,14 +58,80 @@ def test_manifest_survives_its_own_json(bundles: Path) -> None:
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
 
 
-def test_the_highest_version_is_taken_and_a_half_copied_one_is_not(bundles: Path) -> None:
-    for number in ("2", "10", "11"):
+def test_complete_versions_are_found_and_half_copied_and_oddly_named_ones_are_not(bundles: Path) -> None:
+    for number in ("2", "10", "11", "007", "-3", "1e3", "９"):
         (bundles / "mlp" / number).mkdir()
-    for number in ("2", "10"):
-        (bundles / "mlp" / number / MANIFEST_FILE).write_text("{}")
+        if number != "11":
+            (bundles / "mlp" / number / MANIFEST_FILE).write_text("{}")
     (bundles / "mlp" / "11" / ONNX_FILE).write_bytes(b"half")  # the manifest comes last
     (bundles / "mlp" / ".new-x").mkdir()
-    assert bundles / "mlp" / "10" in latest_bundles(bundles)
+    (bundles / "Mlp Copy").mkdir()
+    found = repository(bundles).scan()
+    assert {name: list(versions) for name, versions in found.items()} == {"dcgan": [1], "mlp": [1, 2, 10]}
+
+
+def test_a_fingerprint_changes_with_any_file(bundles: Path) -> None:
+    before = repository(bundles).scan()["mlp"][1]
+    assert repository(bundles).scan()["mlp"][1] == before
+    os.utime(bundles / "mlp" / "1" / "preview.png", ns=(1, 1))
+    assert repository(bundles).scan()["mlp"][1] != before
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "picked"),
+    [
+        ("latest", [1, 2, 9], [9]),
+        ("latest:2", [1, 2, 9], [2, 9]),
+        ("latest:5", [1, 2], [1, 2]),
+        ("1+4", [1, 2, 4, 9], [1, 4]),
+        ("7", [1, 2], []),
+        ("latest:3,mlp=1", [1, 2], [1]),
+        ("dcgan=2, latest:2", [1, 2, 3], [2, 3]),
+    ],
+)
+def test_a_policy_picks_versions(text: str, there: list[int], picked: list[int]) -> None:
+    assert parse_policies(text).of("mlp").pick(there) == picked
+
+
+@pytest.mark.parametrize("text", ["", "newest", "latest:0", "latest:x", "1+", "0", "../mlp=1", "mlp=", "mlp=latest:-1"])
+def test_an_unusable_policy_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="--versions: "):
+        parse_policies(text)
+
+
+def test_links_may_stay_inside_the_repository_and_not_leave_it(bundles: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "secret.onnx"
+    outside.write_bytes((bundles / "mlp" / "1" / ONNX_FILE).read_bytes())
+    kept = bundles / "mlp" / "1" / ONNX_FILE
+    kept.rename(bundles / "shared.onnx")
+    kept.symlink_to("../../shared.onnx")  # as Kubernetes mounts and git-sync lay files out
+    assert repository(bundles).read("mlp", 1).manifest.name == "mlp"
+    kept.unlink()
+    kept.symlink_to(outside)
+    with pytest.raises(BundleError, match=r"model\.onnx leads out of"):
+        repository(bundles).read("mlp", 1)
+    (bundles / "dcgan").rename(tmp_path / "dcgan")
+    (bundles / "dcgan").symlink_to(tmp_path / "dcgan")
+    with pytest.raises(BundleError, match=r"manifest\.json leads out of"):
+        repository(bundles).read("dcgan", 1)
+
+
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(bundles: Path) -> None:
+    path = bundles / "mlp" / "1" / ONNX_FILE
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="is no plain file"):
+        repository(bundles).read("mlp", 1)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(BundleError, match="cannot be read"):
+        repository(bundles).read("mlp", 1)
+
+
+@pytest.mark.parametrize("name", ["../mlp", "..", "mlp/../dcgan", "/etc", "mlp\0", "MLP", "mlp ", "", "é", "a" * 64, "-x", "\n"])
+def test_odd_names_are_refused_before_the_disk_is_touched(name: str, bundles: Path) -> None:
+    with pytest.raises(BundleError, match="is no model name"):
+        repository(bundles).read(name, 1)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.ts", "parity.json", "preview.png"])
@@ -133,11 +203,10 @@ def test_no_bytes_make_the_manifest_reader_fail_otherwise_than_by_name(content: 
         parse_manifest(content, "somewhere")
 
 
-def test_a_folder_without_models_says_how_to_get_some(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="holds no complete model; make export writes one"):
-        latest_bundles(tmp_path)
-    with pytest.raises(BundleError, match="is not a folder"):
-        latest_bundles(tmp_path / "nothing")
+def test_a_folder_that_is_not_there_says_how_to_get_one(tmp_path: Path) -> None:
+    assert repository(tmp_path).scan() == {}
+    with pytest.raises(BundleError, match="is not a folder; make export writes one"):
+        repository(tmp_path / "nothing").scan()
 
 
 def graph(inputs: list[Any], batch: str | int, latent_size: int = 100, name: str = "latents") -> bytes:

@@ -31,7 +31,9 @@ def with_model(test: Callable[[Model, CollectorRegistry], Any], **settings: Any)
         registry = CollectorRegistry()
         loop = asyncio.get_running_loop()
         chosen = Settings(instances=1, max_batch_size=16, **settings)
-        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, Metrics(registry), loop)
+        metrics = Metrics(registry)
+        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics, loop)
+        metrics.bind_gauges("mlp", 1, model.provider, model.bundle.digest, {**model.gauges(), "traffic_share": lambda: 1.0})
         try:
             await asyncio.wait_for(test(model, registry), 60)
         finally:

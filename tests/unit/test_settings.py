@@ -15,8 +15,18 @@ from serve.settings import Settings, env_name, flag_name, from_arguments
 OTHER: dict[str, Any] = {
     "models_dir": Path("models"),
     "default_model": "mlp",
-    "host": "0.0.0.0",
+    "versions": "latest:2,mlp=1+4",
+    "model_control": "poll",
+    "poll_interval_s": 1.0,
+    "host": "127.0.0.2",
     "grpc_port": 1234,
+    "tls_cert": Path("tls.crt"),
+    "tls_key": Path("tls.key"),
+    "tls_client_ca": Path("ca.crt"),
+    "insecure": True,
+    "tokens_file": Path("tokens.json"),
+    "caller_images": 8192,
+    "caller_requests_per_s": 0.5,
     "http_host": "0.0.0.0",
     "http_port": 1235,
     "provider": "cpu",
@@ -33,18 +43,33 @@ OTHER: dict[str, Any] = {
     "drain_deadline_s": 3.5,
     "max_connection_age_s": 60.0,
     "reflection": False,
+    "metrics": False,
     "log_level": "debug",
+}
+# What a setting cannot be without.
+WITH: dict[str, list[str]] = {
+    "tls_cert": ["tls_key"],
+    "tls_key": ["tls_cert"],
+    "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in dataclasses.fields(Settings)])
 def test_flag_and_environment_set_the_same_field(name: str) -> None:
-    value = OTHER[name]
-    assert getattr(Settings(), name) != value
-    text = str(value)
-    by_flag = from_arguments([flag_name(name), text], {})
-    by_environment = from_arguments([], {env_name(name): text})
-    assert by_flag == by_environment == dataclasses.replace(Settings(), **{name: value})
+    values = {each: OTHER[each] for each in (name, *WITH.get(name, ()))}
+    assert getattr(Settings(), name) != values[name]
+    by_flag = from_arguments([word for each, value in values.items() for word in (flag_name(each), str(value))], {})
+    by_environment = from_arguments([], {env_name(each): str(value) for each, value in values.items()})
+    assert by_flag == by_environment == dataclasses.replace(Settings(), **values)
+
+
+def test_a_switch_needs_no_value() -> None:
+    assert from_arguments(["--insecure", "--host=0.0.0.0"], {}).insecure
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"])
+def test_plaintext_on_loopback_needs_no_word(host: str) -> None:
+    assert Settings(host=host).host == host
 
 
 def test_the_flag_wins_over_the_environment() -> None:
@@ -59,6 +84,13 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--provider=tpu", "--provider must be one of auto, cuda, cpu, got 'tpu'"),
         ("--watchdog-s=nan", "--watchdog-s must be from"),
         ("--reflection=maybe", "--reflection must be true or false, got 'maybe'"),
+        ("--host=0.0.0.0", "--host 0.0.0.0 would be served in plaintext: give --tls-cert and --tls-key, or --insecure"),
+        ("--host=example.org", "--host example.org would be served in plaintext"),
+        ("--tls-cert=a.pem", "--tls-cert and --tls-key go together"),
+        ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
+        ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
+        ("--versions=newest", "--versions: 'newest' is no policy"),
+        ("--model-control=auto", "--model-control must be one of none, poll, explicit"),
         ("--max-queue-images=100", "--max-count 4096 is over --max-queue-images 100"),
     ],
 )

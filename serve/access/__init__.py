@@ -1,0 +1,1 @@
+"""Who may come in, how, and how much of it: TLS, bearer tokens, limits per caller."""
