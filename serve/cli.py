@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _announce(server: Server, ports: Ports, settings: Settings) -> None:
-    secured = {True: "", False: " with TLS"}[settings.tls_cert is None] + (" and bearer tokens" if settings.tokens_file else "")
-    print(f"gRPC  {settings.host}:{ports.grpc}{secured}")
+    tls, tokens = settings.tls_cert is not None, settings.tokens_file is not None
+    print(f"gRPC  {settings.host}:{ports.grpc}{' with TLS' * tls}{' and bearer tokens' * tokens}")
     print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
     for model in server.catalog.models():
         limits = model.batcher.limits
@@ -43,4 +43,5 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
             f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "
             f"{limits.instances} instances, batches of up to {limits.max_batch_size}"
         )
-    print(f"next  make generate    or: python -m serve.client --target {settings.host}:{ports.grpc}", flush=True)
+    needs = " --ca FILE" * tls + " --token-file FILE" * tokens
+    print(f"next  make generate    or: python -m serve.client --target {settings.host}:{ports.grpc}{needs}", flush=True)

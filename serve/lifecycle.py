@@ -194,7 +194,8 @@ class Lifecycle:
         there = self._scan.get(name, {})
         if not there or (version and version not in there):
             listed = ", ".join(map(str, there)) or "no complete one"
-            raise LifecycleError(f"the repository has no version {version or ''} of {name[:64]!r}; there is {listed}")
+            wanted = f"version {version}" if version else "version"
+            raise LifecycleError(f"the repository has no {wanted} of {name[:64]!r}; there is {listed}")
         if version:
             if problem := await self._load_version(name, version):
                 raise LifecycleError(problem)

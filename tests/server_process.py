@@ -31,7 +31,7 @@ class ServerProcess:
                 break
         else:
             raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
-        grpc_address = re.search(r"^gRPC +(\S+)$", self.announced, re.MULTILINE)
+        grpc_address = re.search(r"^gRPC +(\S+)", self.announced, re.MULTILINE)
         http_address = re.search(r"^HTTP +http://(\S+)/metrics", self.announced, re.MULTILINE)
         assert grpc_address
         assert http_address

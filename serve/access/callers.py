@@ -28,10 +28,10 @@ class Caller:
     requests_per_s: float
     images: int = 0  # in flight
     allowance: float = field(default=0.0, init=False)  # requests that may come at once: a token bucket
-    allowance_at: float = field(default_factory=time.monotonic, init=False)
+    allowance_at: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.allowance = self._burst
+        self.allowance, self.allowance_at = self._burst, time.monotonic()
 
     @property
     def _burst(self) -> float:
@@ -41,9 +41,7 @@ class Caller:
         """Raises CallerLimitError when the caller has had its requests for now."""
         if not self.requests_per_s:
             return
-        now = time.monotonic()
-        self.allowance = min(self._burst, self.allowance + (now - self.allowance_at) * self.requests_per_s)
-        self.allowance_at = now
+        self.allowance, self.allowance_at = self._allowance_now(), time.monotonic()
         if self.allowance < 1:
             raise CallerLimitError(
                 f"{self.name} is over its {self.requests_per_s:g} requests a second",
@@ -70,7 +68,10 @@ class Caller:
     @property
     def at_rest(self) -> bool:
         """Whether forgetting this caller changes nothing for it."""
-        return not self.images and time.monotonic() - self.allowance_at > BURST_S
+        return not self.images and self._allowance_now() == self._burst
+
+    def _allowance_now(self) -> float:
+        return min(self._burst, self.allowance + (time.monotonic() - self.allowance_at) * self.requests_per_s)
 
 
 class Callers:

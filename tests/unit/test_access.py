@@ -1,0 +1,307 @@
+"""Tokens, limits and certificates by themselves."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.access import callers as callers_module
+from serve.access import tokens as tokens_module
+from serve.access.callers import Caller, Callers
+from serve.access.tls import TlsFiles
+from serve.access.tokens import TokenFile, main, parse_tokens
+from serve.errors import CallerLimitError, ForbiddenError, SettingsError, UnauthenticatedError
+
+SHA = "ab" * 32
+
+
+class FakeContext:
+    """As much of a call's context as admission looks at."""
+
+    def __init__(self, *authorization: str | bytes, peer: str = "ipv4:10.0.0.1:999") -> None:
+        self._metadata = tuple(("authorization", value) for value in authorization)
+        self._peer = peer
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self._metadata
+
+    def peer(self) -> str:
+        return self._peer
+
+
+def add(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """A new token in the file, as the command line makes it."""
+    assert main(["add", str(path), *flags]) == 0
+    return capsys.readouterr().out.strip()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.json"
+
+
+@pytest.fixture
+def always_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "RELOAD_CHECK_S", 0.0)
+
+
+def test_a_token_is_let_in_and_the_file_holds_no_trace_of_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token = add(path, capsys, "--name=jobs", "--scopes=generate,admin", "--images=5000")
+    entry = TokenFile(path).check(token)
+    assert (entry.name, entry.scopes, entry.images) == ("jobs", ("generate", "admin"), 5000)
+    assert token.partition(".")[2] not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("presented", "reason"),
+    [
+        ("", "malformed"),
+        ("jobs", "malformed"),
+        ("jobs." + "x" * 300, "malformed"),
+        ("jobs.wrong", "unknown"),
+        ("nobody.wrong", "unknown"),
+        ("jobs." + SHA, "unknown"),
+        ("jobs.\udcff", "unknown"),
+    ],
+)
+def test_what_is_no_token_is_kept_out(presented: str, reason: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(path, capsys, "--name=jobs")
+    with pytest.raises(UnauthenticatedError) as caught:
+        TokenFile(path).check(presented)
+    assert caught.value.denial == reason
+    assert "wrong" not in str(caught.value)
+
+
+def test_a_token_ends_when_it_expires(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    late = add(path, capsys, "--name=late", "--expires=2020-01-01T00:00:00+00:00")
+    fresh = add(path, capsys, "--name=fresh", "--expires=2999-01-01T00:00:00+02:00")
+    tokens = TokenFile(path)
+    assert tokens.check(fresh).name == "fresh"
+    with pytest.raises(UnauthenticatedError, match="'late' expired at 2020-01-01") as caught:
+        tokens.check(late)
+    assert caught.value.denial == "expired"
+
+
+@pytest.mark.usefixtures("always_look")
+def test_a_revoked_token_is_out_at_once_and_a_damaged_file_changes_nothing(
+    path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = add(path, capsys, "--name=first"), add(path, capsys, "--name=second")
+    reloads: list[str] = []
+    tokens = TokenFile(path, reloads.append)
+    assert tokens.check(first).name == "first"
+    assert main(["remove", str(path), "--name=first"]) == 0
+    with pytest.raises(UnauthenticatedError):
+        tokens.check(first)
+    path.write_text("{")
+    assert tokens.check(second).name == "second"
+    path.unlink()
+    assert tokens.check(second).name == "second"
+    assert reloads == ["ok", "failed", "failed"]
+    assert "the tokens stay as they were" in caplog.text
+    assert second not in caplog.text
+
+
+def test_the_command_line_refuses_doubles_and_strangers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(path, capsys, "--name=jobs")
+    before = path.read_text()
+    for flags, message in (
+        (["add", str(path), "--name=jobs"], "has a token 'jobs' already"),
+        (["remove", str(path), "--name=other"], "has no token 'other'; there are jobs"),
+        (["add", str(path), "--name=Jobs Two"], "field 'name' has an unusable value"),
+        (["add", str(path), "--name=x", "--scopes=root"], "field 'scopes' has an unusable value"),
+        (["add", str(path), "--name=x", "--expires=tomorrow"], "field 'expires' has an unusable value"),
+        (["add", str(path), "--name=x", "--expires=2030-01-01T00:00:00"], "field 'expires' has an unusable value"),
+    ):
+        assert main(flags) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert path.read_text() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["tokens.json"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "a", "sha256": SHA}, "token 0: field 'scopes' is missing or unknown"),
+        ({"name": "a", "sha256": SHA, "scopes": ["generate"], "colour": 1}, "field 'colour' is missing or unknown"),
+        ({"name": "a", "sha256": "abc", "scopes": ["generate"]}, "field 'sha256' has an unusable value"),
+        ({"name": "a", "sha256": SHA, "scopes": []}, "field 'scopes' has an unusable value"),
+        ({"name": "a", "sha256": SHA, "scopes": ["generate"], "images": True}, "field 'images' has an unusable value"),
+        ({"name": "a", "sha256": SHA, "scopes": ["generate"], "requests_per_s": -1}, "field 'requests_per_s' has an"),
+        ("a", "token 0 is not an object"),
+    ],
+)
+def test_a_file_that_is_off_is_refused_by_entry_and_field(entry: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_tokens(json.dumps({"tokens": [entry]}).encode(), "somewhere")
+
+
+@given(
+    content=st.binary(max_size=200)
+    | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda value: json.dumps({"tokens": value}).encode())
+)
+def test_no_bytes_make_the_token_reader_fail_otherwise_than_by_name(content: bytes) -> None:
+    try:
+        assert parse_tokens(content, "somewhere") == {}
+    except SettingsError as error:
+        assert str(error).startswith("somewhere")  # noqa: PT017  # an empty list of tokens is fine
+
+
+def test_ten_thousand_guesses_get_nobody_in_and_the_last_takes_no_longer_than_the_first(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = add(path, capsys, "--name=jobs")
+    tokens = TokenFile(path)
+    chance = random.Random(1)
+    alphabet = string.ascii_letters + string.digits + "-_"
+    seconds: list[float] = []
+    for number in range(10_000):
+        guess = "".join(chance.choices(alphabet, k=43))
+        started = time.perf_counter()
+        with pytest.raises(UnauthenticatedError):
+            tokens.check(f"jobs.{guess}" if number % 2 else f"{guess[:5].lower()}.{guess}")
+        seconds.append(time.perf_counter() - started)
+    assert sorted(seconds[-1000:])[500] < 2 * sorted(seconds[:1000])[500]
+    known, unknown = sorted(seconds[1::2])[2500], sorted(seconds[::2])[2500]
+    assert known < 1.5 * unknown
+    assert tokens.check(token).name == "jobs"
+
+
+def test_scopes_are_kept_apart_and_health_needs_none(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token = add(path, capsys, "--name=jobs", "--scopes=generate")
+    callers = Callers(TokenFile(path), 0, 0.0, open_admin=True)
+    assert callers.admit(FakeContext(f"Bearer {token}"), "generate").name == "jobs"
+    assert callers.admit(FakeContext(f"bearer  {token}"), "generate").name == "jobs"
+    with pytest.raises(ForbiddenError, match="the token 'jobs' lacks the scope admin; it has generate"):
+        callers.admit(FakeContext(f"Bearer {token}"), "admin")
+    callers.admit(FakeContext(), "open")
+    for context, reason in (
+        (FakeContext(), "missing"),
+        (FakeContext(token), "malformed"),
+        (FakeContext(f"Basic {token}"), "malformed"),
+        (FakeContext(f"Bearer {token}", f"Bearer {token}"), "malformed"),
+        (FakeContext(b"\xff"), "malformed"),
+    ):
+        with pytest.raises(UnauthenticatedError) as caught:
+            callers.admit(context, "generate")
+        assert caught.value.denial == reason
+
+
+def test_without_tokens_administration_is_for_this_machine_alone() -> None:
+    Callers(None, 0, 0.0, open_admin=True).admit(FakeContext(), "admin")
+    with pytest.raises(ForbiddenError, match="needs --tokens-file and a token with the scope admin"):
+        Callers(None, 0, 0.0, open_admin=False).admit(FakeContext(), "admin")
+
+
+def test_images_in_flight_are_limited_and_come_back() -> None:
+    caller = Caller("jobs", 100, 0.0)
+    with caller.hold(60):
+        with caller.hold(40):
+            with pytest.raises(
+                CallerLimitError, match="jobs has 100 images in flight and asks for 1; its limit is 100"
+            ) as caught:
+                caller.hold(1).__enter__()
+            assert caught.value.denial == "images"
+        with pytest.raises(RuntimeError, match="an error comes through"), caller.hold(40):
+            raise RuntimeError("an error comes through")
+        assert caller.images == 60
+    assert caller.images == 0
+
+
+def test_requests_are_limited_by_a_bucket_that_fills_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(callers_module.time, "monotonic", lambda: now[0])
+    caller = Caller("jobs", 0, 4.0)
+    for _ in range(4):
+        caller.count_request()
+    with pytest.raises(CallerLimitError, match="jobs is over its 4 requests a second") as caught:
+        caller.count_request()
+    assert caught.value.retry_after_s == pytest.approx(0.25)
+    now[0] += 0.25
+    caller.count_request()
+    with pytest.raises(CallerLimitError):
+        caller.count_request()
+    now[0] += 1000
+    for _ in range(4):
+        caller.count_request()
+    with pytest.raises(CallerLimitError):
+        caller.count_request()
+
+
+def test_callers_without_tokens_are_told_apart_by_address_and_forgotten_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(callers_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(callers_module, "MANY_CALLERS", 10)
+    callers = Callers(None, 10, 1.0, open_admin=True)
+    one = callers.admit(FakeContext(peer="ipv4:10.0.0.1:1"), "generate")
+    with pytest.raises(CallerLimitError, match=r"ipv4:10\.0\.0\.1 is over"):
+        callers.admit(FakeContext(peer="ipv4:10.0.0.1:2"), "generate")
+    assert callers.admit(FakeContext(peer="ipv6:[fe80::1]:1"), "generate") is not one
+    with one.hold(5):
+        for turn in range(100):
+            now[0] += 2.0
+            callers.admit(FakeContext(peer=f"ipv4:10.0.1.{turn}:1"), "generate")
+        assert len(callers._known) <= 12
+        assert callers.admit(FakeContext(peer="ipv4:10.0.0.1:3"), "generate") is one, "its images are still in flight"
+
+
+def test_a_tokens_own_limits_replace_the_servers_and_follow_the_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = add(path, capsys, "--name=own", "--images=5", "--requests-per-s=0")
+    usual = add(path, capsys, "--name=usual")
+    callers = Callers(TokenFile(path), 100, 3.0, open_admin=True)
+    caller = callers.admit(FakeContext(f"Bearer {own}"), "generate")
+    assert (caller.images_limit, caller.requests_per_s) == (5, 0)
+    caller = callers.admit(FakeContext(f"Bearer {usual}"), "generate")
+    assert (caller.images_limit, caller.requests_per_s) == (100, 3.0)
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "other key", "no authority"])
+def test_certificates_that_cannot_be_used_are_refused_by_file(fault: str, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    cert, key, ca = tmp_path / "tls.crt", tmp_path / "tls.key", tmp_path / "ca.crt"
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(key)
+    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    authority.cert_pem.write_to_path(ca)
+    files = TlsFiles(cert, key, ca)
+    files.read()
+    if fault == "missing":
+        key.unlink()
+    elif fault == "empty":
+        cert.write_bytes(b"")
+    elif fault == "other key":
+        authority.issue_cert("localhost").private_key_pem.write_to_path(key)
+    else:
+        ca.write_text("nothing")
+    with pytest.raises(
+        SettingsError, match=r"--tls-cert .*tls.crt and --tls-key .*tls.key and --tls-client-ca .* cannot be used: "
+    ):
+        files.read()
+
+
+def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None:
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    issued = trustme.CA().issue_cert("localhost")
+    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  # comes with trustme; this test alone needs it
+
+    plain = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    key.write_bytes(
+        plain.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
+        )
+    )
+    with pytest.raises(SettingsError, match="the key is encrypted; give it without a passphrase"):
+        TlsFiles(cert, key, None).read()
