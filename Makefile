@@ -14,7 +14,7 @@ CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvi
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train export test fuzz check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +60,9 @@ build/triton-client/.ready: | $(BIN)/python
 
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: .venv/.all ## a million odd inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 	$(BIN)/ruff check .

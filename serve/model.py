@@ -168,7 +168,7 @@ def open_model(
 
     def deliver(tickets: Sequence[Ticket]) -> None:
         if tickets:
-            loop.call_soon_threadsafe(_wake_callers, tickets)
+            loop.call_soon_threadsafe(wake_callers, tickets)
 
     model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
     batcher = Batcher(limits, make_runner, deliver, model_metrics)
@@ -204,7 +204,8 @@ def _fastest_run(engine: Engine, size: int) -> float:
     return min(seconds)
 
 
-def _wake_callers(tickets: Sequence[Ticket]) -> None:
+def wake_callers(tickets: Sequence[Ticket]) -> None:
+    """Complete the futures that tickets' callers wait for. For the event loop's thread."""
     for ticket in tickets:
         waiter = ticket.caller
         assert isinstance(waiter, asyncio.Future)

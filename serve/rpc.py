@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -187,6 +187,10 @@ class RpcTable:
                     yield response
 
         self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
+
+    def methods(self) -> Mapping[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The methods by name."""
+        return self._handlers
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The methods, for ``Server.add_generic_rpc_handlers``."""

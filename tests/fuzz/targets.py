@@ -1,0 +1,353 @@
+"""What is fuzzed: everything that reads bytes from outside. A target takes any bytes and raises when it finds a defect.
+
+A defect is a crash, the status INTERNAL, an answer out of proportion, or an allocation beyond the memory limit that
+``tests.fuzz`` sets. Half of a message target's inputs are taken as wire bytes; the other half steer a builder that fills
+the message's fields, so that the checks behind the parser are reached as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from serve.access.callers import Callers
+from serve.access.tokens import parse_tokens
+from serve.batcher import Batcher, Limits
+from serve.catalog import Catalog
+from serve.engine import Outputs
+from serve.errors import BundleError, SettingsError
+from serve.lifecycle import Lifecycle
+from serve.manifest import Golden, parse_manifest
+from serve.metrics import Metrics, ModelMetrics
+from serve.model import Model, wake_callers
+from serve.model_control import ModelControlService
+from serve.open_inference import OpenInferenceService
+from serve.pb.digits.v1 import control_pb2, digits_pb2
+from serve.pb.inference import open_inference_pb2
+from serve.repository import BUNDLED_DIR, Repository, VersionPolicies, read_bundle
+from serve.rpc import Door, Gate, RpcTable
+from serve.service import DigitService
+from serve.settings import Settings
+from train.data import read_idx
+from train.errors import DataError
+
+MAX_COUNT = 64
+MOST_ANSWER_BYTES = 4 * MAX_COUNT * 784 * 5 + 10_000  # typed float contents are the largest
+MESSAGE_DEPTH = 4
+CHUNKS_READ = 3
+
+Target = Callable[[bytes], None]
+
+
+class DefectError(AssertionError):
+    """Something that no input may bring about."""
+
+
+class AbortedError(Exception):
+    """How a handler ends a call with a status."""
+
+
+class FakeContext:
+    """A call's context as handlers use it."""
+
+    def __init__(self) -> None:
+        self.code = grpc.StatusCode.OK
+        self.text = ""
+
+    async def abort(self, code: grpc.StatusCode, text: str, trailing: object) -> None:
+        self.code, self.text = code, text
+        raise AbortedError
+
+    def time_remaining(self) -> float:
+        return 60.0
+
+
+class BlankRunner:
+    """A model whose digits are blank: what is fuzzed is the way there and back."""
+
+    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+        count = len(latents)
+        images = np.zeros((count, 1, 28, 28), np.float32) if want_images else None
+        return Outputs(np.zeros((count, 28, 28), np.uint8), images)
+
+
+class Server:
+    """The services over one blank model, without a wire."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        settings = Settings(default_model="mlp", max_count=MAX_COUNT, max_queue_images=1 << 16, model_control="explicit")
+        metrics = Metrics(CollectorRegistry())
+        catalog = Catalog("mlp")
+        repository = Repository(BUNDLED_DIR, VersionPolicies())
+        door = Door(metrics, Gate(), Callers(None, 0, 0.0, open_admin=True))
+        self.digits = handlers(DigitService(catalog, settings).table(door))
+        self.inference = handlers(OpenInferenceService(catalog, settings, lambda: True).table(door))
+        own, extension = ModelControlService(Lifecycle(repository, catalog, settings, metrics)).tables(door)
+        self.control = {**handlers(own), **handlers(extension)}
+        self._loop.run_until_complete(self._open(catalog, metrics))
+
+    async def _open(self, catalog: Catalog, metrics: Metrics) -> None:
+        bundle = read_bundle(BUNDLED_DIR / "mlp" / "1")
+        observer = ModelMetrics(metrics, "mlp", 1)
+        limits = Limits(
+            latent_size=64, max_batch_size=16, max_queue_images=1 << 16, max_queue_delay_s=0.0, crowd_rest_s=0.0,
+            instances=1, watchdog_s=60.0,
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+
+        batcher = Batcher(limits, BlankRunner, lambda tickets: void(loop.call_soon_threadsafe(wake_callers, tickets)), observer)
+        batcher.start()
+        catalog.put(Model(bundle, "cpu", batcher, observer))
+
+    def call(self, method: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> None:
+        """One call. Raises DefectError."""
+        self._loop.run_until_complete(self._call(method, raw))
+
+    async def _call(self, method: Any, raw: bytes) -> None:
+        context = FakeContext()
+        answered = 0
+        try:
+            if method.response_streaming:
+                answers: AsyncIterator[bytes] = method.unary_stream(raw, context)
+                for _ in range(CHUNKS_READ):
+                    answered += len(await anext(answers, b""))
+                await answers.aclose()  # type: ignore[attr-defined]
+            else:
+                answered = len(await method.unary_unary(raw, context))
+        except AbortedError:
+            pass
+        if context.code is grpc.StatusCode.INTERNAL:
+            raise DefectError(f"INTERNAL: {context.text}")
+        if answered > CHUNKS_READ * MOST_ANSWER_BYTES:
+            raise DefectError(f"an answer of {answered} bytes")
+        if len(context.text) > 1000 or "\n" in context.text:
+            raise DefectError(f"not a one-line text: {context.text!r}")
+
+
+def void(value: object) -> None:
+    """For a callback whose result nobody wants."""
+
+
+def handlers(table: RpcTable) -> dict[str, Any]:
+    """A table's methods by name."""
+    return dict(table.methods())
+
+
+def message_target(call: Callable[[str, bytes], None], requests: Mapping[str, type[Message]]) -> Target:
+    """The first byte picks the method and whether the rest is wire bytes or steers a builder."""
+    methods = sorted(requests)
+
+    def target(data: bytes) -> None:
+        picked, rest = (data[0], data[1:]) if data else (0, b"")
+        method = methods[(picked >> 1) % len(methods)]
+        if picked & 1:
+            message = requests[method]()
+            fill(message, Reader(rest), MESSAGE_DEPTH)
+            rest = message.SerializeToString()
+        call(method, rest)
+
+    return target
+
+
+class Reader:
+    """Takes numbers and pieces out of bytes; zeros when they are used up."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, size: int) -> bytes:
+        piece = self._data[self._at : self._at + size]
+        self._at += size
+        return piece.ljust(size, b"\0")
+
+    def below(self, limit: int) -> int:
+        return self.take(1)[0] % limit
+
+
+WORDS = (
+    b"mlp", b"dcgan", b"", b"latents", b"seed", b"count", b"start", b"pixels", b"images", b"FP32", b"UINT64", b"INT32", b"1",
+    b"\0", b"../mlp", bytes(256), bytes(4), bytes(8),
+)  # fmt: skip
+NUMBERS = (0, 1, 2, 5, 28, 64, MAX_COUNT, MAX_COUNT + 1, 1 << 20, 1 << 31, (1 << 31) - 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+
+
+def fill(message: Message, reader: Reader, depth: int) -> None:
+    """Set some of a message's fields, odd values among them."""
+    for field in message.DESCRIPTOR.fields:
+        if reader.below(3) == 0:
+            continue
+        repeats = reader.below(5) if field.is_repeated else 1
+        for _ in range(repeats):
+            set_field(message, field, reader, depth)
+
+
+def set_field(message: Message, field: FieldDescriptor, reader: Reader, depth: int) -> None:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        if depth:
+            fill(getattr(message, field.name)[WORDS[reader.below(len(WORDS))].decode()], reader, depth - 1)
+        return
+    if field.message_type is not None:
+        if depth:
+            target = getattr(message, field.name)
+            fill(target.add() if field.is_repeated else target, reader, depth - 1)
+        return
+    value = value_for(field, reader)
+    if field.is_repeated:
+        getattr(message, field.name).append(value)
+    else:
+        setattr(message, field.name, value)
+
+
+def value_for(field: FieldDescriptor, reader: Reader) -> Any:
+    kind = field.cpp_type
+    if kind == FieldDescriptor.CPPTYPE_STRING:
+        word = WORDS[reader.below(len(WORDS))] if reader.below(2) else reader.take(reader.below(80))
+        return word if field.type == FieldDescriptor.TYPE_BYTES else word.decode("utf-8", "ignore")
+    if kind == FieldDescriptor.CPPTYPE_BOOL:
+        return bool(reader.below(2))
+    if kind in (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT):
+        return float(np.frombuffer(reader.take(4), np.float32)[0])
+    number = NUMBERS[reader.below(len(NUMBERS))] if reader.below(2) else int.from_bytes(reader.take(3), "little", signed=True)
+    bits = 64 if kind in (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64) else 32
+    unsigned = number % (1 << bits)
+    is_unsigned = kind in (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64)
+    return unsigned if is_unsigned or unsigned < 1 << (bits - 1) else unsigned - (1 << bits)
+
+
+def reader_target(read: Callable[[bytes, str], object], error: type[Exception]) -> Target:
+    """A reader that may refuse, in one line that names the source, and do nothing else."""
+
+    def target(data: bytes) -> None:
+        try:
+            read(data, "somewhere")
+        except error as refusal:
+            if not str(refusal).startswith("somewhere") or "\n" in str(refusal) or len(str(refusal)) > 1000:
+                raise DefectError(f"not a one-line text: {refusal}") from None
+
+    return target
+
+
+def json_target(read: Callable[[bytes, str], object], error: type[Exception], example: Mapping[str, Any]) -> Target:
+    """As ``reader_target``; half the inputs steer what is changed in a valid document."""
+    plain = reader_target(read, error)
+
+    def target(data: bytes) -> None:
+        if data and data[0] & 1:
+            document = copy.deepcopy(dict(example))
+            spoil(document, Reader(data[1:]))
+            data = json.dumps(document).encode()
+        plain(data)
+
+    return target
+
+
+def spoil(value: Any, reader: Reader) -> None:
+    """Replace, drop or add some of a document's values."""
+    places = list(value) if isinstance(value, dict) else range(len(value))
+    for place in places:
+        choice = reader.below(12)
+        if isinstance(value[place], dict | list) and choice < 8:
+            spoil(value[place], reader)
+        elif choice == 9:
+            value[place] = odd_value(reader)
+        elif choice == 10 and isinstance(value, dict):
+            del value[place]
+        elif choice == 11 and isinstance(value, dict):
+            value[reader.take(4).decode("latin1")] = odd_value(reader)
+
+
+def odd_value(reader: Reader) -> Any:
+    text = reader.take(reader.below(64)).decode("latin1")
+    numbers = (-1, 0, 1, 1e308, float("nan"), 10**30)
+    odd = (None, True, *numbers, "", text, [], [text], {}, {text: text}, "A" * 1000, "AAAA", "\ud800")
+    return odd[reader.below(len(odd))]
+
+
+def small_manifest() -> dict[str, Any]:
+    """The bundled mlp's manifest with one golden sample: short enough to be spoiled everywhere."""
+    manifest = read_bundle(BUNDLED_DIR / "mlp" / "1").manifest
+    golden = Golden(count=1, latents=manifest.golden.latents[: 64 * 4], pixels=manifest.golden.pixels[:784])
+    document: dict[str, Any] = json.loads(dataclasses.replace(manifest, golden=golden, training={"step": 1}).to_json())
+    return document
+
+
+TOKENS = {"tokens": [{"name": "a", "sha256": "ab" * 32, "scopes": ["generate"], "expires": "2030-01-01T00:00:00Z", "images": 5}]}
+
+DIGITS = {
+    "Generate": digits_pb2.GenerateRequest,
+    "GenerateStream": digits_pb2.GenerateStreamRequest,
+    "ListModels": digits_pb2.ListModelsRequest,
+    "GetModel": digits_pb2.GetModelRequest,
+}
+INFERENCE = {
+    "ModelInfer": open_inference_pb2.ModelInferRequest,
+    "ModelMetadata": open_inference_pb2.ModelMetadataRequest,
+    "ModelReady": open_inference_pb2.ModelReadyRequest,
+}
+# Load and Unload would read the disk and take the model away; what they check first is what SetDefault checks.
+CONTROL = {
+    "SetDefault": control_pb2.SetDefaultRequest,
+    "Rollback": control_pb2.RollbackRequest,
+    "Status": control_pb2.StatusRequest,
+    "RepositoryIndex": open_inference_pb2.RepositoryIndexRequest,
+}
+
+
+def make_target(name: str) -> Target:
+    """The target of that name. Raises KeyError."""
+    if name in ("digits", "inference", "control"):
+        server = Server()
+        table = getattr(server, name)
+        requests: Mapping[str, type[Message]] = {"digits": DIGITS, "inference": INFERENCE, "control": CONTROL}[name]
+        return message_target(lambda method, raw: server.call(table[method], raw), requests)
+    readers: dict[str, Callable[[], Target]] = {
+        "manifest": lambda: json_target(parse_manifest, BundleError, small_manifest()),
+        "tokens": lambda: json_target(parse_tokens, SettingsError, TOKENS),
+        "idx": lambda: reader_target(read_idx, DataError),
+    }
+    return readers[name]()
+
+
+NAMES = ("digits", "inference", "control", "manifest", "tokens", "idx")
+
+
+def seeds(name: str) -> Iterable[bytes]:
+    """Inputs to begin with: right ones, for the fuzzer to spoil."""
+    generate = digits_pb2.GenerateRequest(model="mlp", count=3, seed=7, start=5)
+    latents = digits_pb2.GenerateRequest(model="mlp", latents=np.ones((2, 64), "<f4").tobytes(), format=2)
+    stream = digits_pb2.GenerateStreamRequest(model="mlp", count=40, chunk=16)
+    tensor = open_inference_pb2.ModelInferRequest.InferInputTensor
+    infer = open_inference_pb2.ModelInferRequest(
+        model_name="mlp",
+        inputs=[tensor(name="seed", datatype="UINT64", shape=[1]), tensor(name="count", datatype="INT32", shape=[1])],
+        raw_input_contents=[bytes(8), b"\x03\0\0\0"],
+    )
+    idx = b"\0\0\x08\x03\0\0\0\x02\0\0\0\x1c\0\0\0\x1c" + bytes(2 * 784)
+    steering = [bytes([picked]) + bytes(range(1, 120)) for picked in range(1, 9, 2)]
+    pick = {"Generate": 0, "GenerateStream": 2, "ModelInfer": 0}
+    return {
+        "digits": [
+            bytes([pick["Generate"]]) + generate.SerializeToString(),
+            bytes([pick["Generate"]]) + latents.SerializeToString(),
+            bytes([pick["GenerateStream"]]) + stream.SerializeToString(),
+            *steering,
+        ],
+        "inference": [bytes([pick["ModelInfer"]]) + infer.SerializeToString(), *steering],
+        "control": steering,
+        "manifest": [json.dumps(small_manifest()).encode(), *steering],
+        "tokens": [json.dumps(TOKENS).encode(), *steering],
+        "idx": [idx],
+    }[name]
