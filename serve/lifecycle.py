@@ -20,22 +20,16 @@ from functools import partial
 from typing import Any
 
 from serve.catalog import Catalog, Route
-from serve.engine import Provider, choose_provider
-from serve.errors import BundleError, DigestError, GoldenError, LifecycleError, ProviderError, SettingsError
+from serve.errors import BundleError, LifecycleError, ProviderError, SettingsError
+from serve.loader import Loader
 from serve.metrics import Metrics
-from serve.model import Model, open_model
-from serve.repository import Bundle, Fingerprint, Repository, Scan
+from serve.model import Model
+from serve.repository import Fingerprint, Repository, Scan
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
 HISTORY = 16  # routes of a model that Rollback can go back through
-FAILURE_KINDS: dict[type[Exception], str] = {
-    DigestError: "digest",
-    GoldenError: "golden",
-    BundleError: "bundle",
-    ProviderError: "provider",
-}
 
 
 @dataclass(frozen=True)
@@ -52,12 +46,6 @@ class VersionStatus:
     queued_images: int = 0
 
 
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-    fingerprint: Fingerprint | None
-
-
 class Lifecycle:
     """Fills the catalog and changes it, one change at a time."""
 
@@ -66,11 +54,9 @@ class Lifecycle:
         self._catalog = catalog
         self._settings = settings
         self._metrics = metrics
-        self._provider: Provider = "cpu"
         self._turn = asyncio.Lock()
         self._scan: Scan = {}
-        self._loading: set[tuple[str, int]] = set()
-        self._failures: dict[tuple[str, int], _Failure] = {}
+        self._loader = Loader(repository, settings, metrics)
         self._asked_for: dict[str, set[int]] = {}  # by number, beside what the policy picks
         self._pinned: dict[str, Route] = {}  # set by an administrator; the policy moves it no more
         self._history: dict[str, list[Route]] = {}
@@ -80,14 +66,11 @@ class Lifecycle:
     async def start(self) -> None:
         """Load what the policies pick. Raises StartError; with ``poll`` and ``explicit`` a bad bundle is only reported."""
         self._scan = await asyncio.to_thread(self._repository.scan)
-        self._provider = await asyncio.to_thread(choose_provider, self._settings.provider)
+        await self._loader.choose_provider()
         try:
             await self._start_models()
         except ProviderError as error:
-            if self._settings.provider != "auto" or self._provider == "cpu":
-                raise
-            log.warning("provider auto: serving on the CPU, because %s", error)
-            self._provider = "cpu"
+            self._loader.fall_back(error)
             await self._start_models()
 
     async def _start_models(self) -> None:
@@ -154,7 +137,7 @@ class Lifecycle:
             scan = {}
         keys = {(name, version) for name, versions in scan.items() for version in versions}
         keys |= {(model.manifest.name, model.manifest.version) for model in (*self._catalog.models(), *self._draining)}
-        keys |= self._failures.keys() | self._loading
+        keys |= self._loader.failures.keys() | self._loader.loading
         return [self._status_of(name, version) for name, version in sorted(keys)]
 
     async def close(self, timeout_s: float) -> int:
@@ -201,14 +184,14 @@ class Lifecycle:
                 raise LifecycleError(problem)
             self._asked_for.setdefault(name, set()).add(version)
             return
-        for key in [key for key in self._failures if key[0] == name]:
-            self._forget_failure(key)  # an administrator's word is reason enough to try again
+        for failed in self._loader.failures_of(name):
+            self._loader.forget_failure((name, failed))  # an administrator's word is reason enough to try again
         for served in set(self._catalog.versions(name)) & set(there):
             if problem := await self._load_version(name, served):
                 raise LifecycleError(problem)
         await self._apply_policy(name)
-        if failed := [failure.reason for key, failure in self._failures.items() if key[0] == name]:
-            raise LifecycleError(failed[0])
+        for failure in self._loader.failures_of(name).values():
+            raise LifecycleError(failure.reason)
 
     async def _unload_now(self, name: str, version: int) -> None:
         served = self._catalog.versions(name)
@@ -255,16 +238,22 @@ class Lifecycle:
         ``strict``, and always ProviderError.
         """
         policy, there = self._repository.policies.of(name), self._scan.get(name, {})
-        for key in [key for key in self._failures if key[0] == name and key[1] not in there]:
-            self._forget_failure(key)
+        failures = self._loader.failures_of(name)
+        for gone in failures.keys() - there.keys():
+            self._loader.forget_failure((name, gone))
         if strict and (missing := set(policy.pinned) - set(there)):
             raise BundleError(f"--versions: {name} has no version {min(missing)}; there are {', '.join(map(str, there))}")
+
+        def has_failed(version: int, fingerprint: Fingerprint) -> bool:
+            failure = self._loader.failures.get((name, version))
+            return failure is not None and failure.fingerprint == fingerprint
+
         while True:
             served = self._catalog.versions(name)
             usable = [
                 version
                 for version, fingerprint in there.items()
-                if version in served or (version not in passed_over and not self._has_failed(name, version, fingerprint))
+                if version in served or (version not in passed_over and not has_failed(version, fingerprint))
             ]
             picked = policy.pick(usable)
             missing_now = [version for version in picked if version not in served]
@@ -283,65 +272,28 @@ class Lifecycle:
             if version not in kept and not self._catalog.route(name).share(version):
                 self._retire(self._catalog.remove(name, version), self._settings.drain_deadline_s)
 
-    def _has_failed(self, name: str, version: int, fingerprint: Fingerprint) -> bool:
-        failure = self._failures.get((name, version))
-        return failure is not None and failure.fingerprint == fingerprint
-
     async def _load_version(self, name: str, version: int, strict: bool = False) -> str | None:
         """Load one version beside what is served and put it into the catalog. Returns what was wrong with it, or None.
 
         A served version is loaded anew if its files have changed. Raises what went wrong if ``strict``.
         """
-        key, current = (name, version), self._catalog.model(name, version)
-        self._loading.add(key)
-        started = time.perf_counter()
+        current = self._catalog.model(name, version)
+        siblings = [model for model in self._catalog.models() if model.manifest.name == name]
         try:
-            bundle = await asyncio.to_thread(self._repository.read, name, version)
-            if current is not None and current.bundle.manifest == bundle.manifest:
-                return None
-            model = await asyncio.to_thread(self._open, bundle, asyncio.get_running_loop())
+            model = await self._loader.open(name, version, siblings)
         except Exception as error:
             if strict or (isinstance(error, ProviderError) and not self._catalog.names()):
                 raise
-            self._note_failure(key, error)
-            return str(error) if type(error) in FAILURE_KINDS else f"{name}/{version} cannot be loaded; the log has more"
-        finally:
-            self._loading.discard(key)
-        self._metrics.model_loads.labels(name, "ok").inc()
-        self._forget_failure(key)
+            return self._loader.note_failure((name, version), error, self._scan.get(name, {}).get(version))
+        if model is None:
+            return None
         if current is not None:
             self._retire(current, self._settings.drain_deadline_s)
         self._catalog.put(model)
         gauges: dict[str, Callable[[], float]] = {**model.gauges(), "traffic_share": partial(self._share, name, version)}
         self._metrics.bind_gauges(name, version, model.provider, model.bundle.digest, gauges)
         self._metrics.models_loaded.set(len(self._catalog.models()))
-        log.info("%s/%d is loaded, in %.2f s", name, version, time.perf_counter() - started)
         return None
-
-    def _open(self, bundle: Bundle, loop: asyncio.AbstractEventLoop) -> Model:
-        manifest = bundle.manifest
-        tuned = [
-            model.batcher.limits.max_batch_size
-            for model in self._catalog.models()
-            if (model.manifest.name, model.manifest.architecture) == (manifest.name, manifest.architecture)
-        ]
-        return open_model(bundle, self._provider, self._settings, self._metrics, loop, batch_size=tuned[0] if tuned else 0)
-
-    def _note_failure(self, key: tuple[str, int], error: Exception) -> None:
-        name, version = key
-        kind = FAILURE_KINDS.get(type(error), "unforeseen")
-        if kind == "unforeseen":
-            log.exception("%s/%d cannot be loaded", name, version)
-        else:
-            log.error("%s/%d cannot be loaded: %s", name, version, error)
-        reason = str(error) if kind != "unforeseen" else type(error).__name__
-        self._failures[key] = _Failure(reason, self._scan.get(name, {}).get(version))
-        self._metrics.model_loads.labels(name, kind).inc()
-        self._metrics.model_failed.labels(name, str(version)).set(1)
-
-    def _forget_failure(self, key: tuple[str, int]) -> None:
-        if self._failures.pop(key, None):
-            self._metrics.model_failed.remove(key[0], str(key[1]))
 
     def _move(self, name: str, route: Route) -> None:
         before = self._catalog.route(name)
@@ -378,10 +330,10 @@ class Lifecycle:
 
     def _status_of(self, name: str, version: int) -> VersionStatus:
         model = self._catalog.model(name, version)
-        failure = self._failures.get((name, version))
+        failure = self._loader.failures.get((name, version))
         if model is not None:
             status = ("READY" if model.ready else "UNREADY", failure.reason if failure else "")
-        elif (name, version) in self._loading:
+        elif (name, version) in self._loader.loading:
             status = ("LOADING", "")
         elif failure is not None:
             status = ("FAILED", failure.reason)

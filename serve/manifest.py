@@ -97,7 +97,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     if not isinstance(values, dict):
         raise BundleError(f"{where} is not a JSON object; export the model again")
     if values.get("schema_version") != SCHEMA_VERSION:
-        found = str(values.get("schema_version"))[:20]
+        found = ascii(values.get("schema_version"))[:20]
         raise BundleError(f"{where} has schema version {found}, this server reads {SCHEMA_VERSION}; export again")
     try:
         values["tolerance"] = Tolerance(**_checked(values.get("tolerance"), Tolerance, where))

@@ -148,7 +148,7 @@ def read_inputs(request: pb.ModelInferRequest) -> dict[str, NDArray[np.generic]]
         if raw and tensor.HasField("contents"):
             raise RequestError(f"inputs: {name} has both contents and raw_input_contents")
         shape = list(tensor.shape)
-        if not 1 <= len(shape) <= 2 or min(shape) < 0:
+        if not 1 <= len(shape) <= 2 or min(shape) < 1:
             raise RequestError(f"inputs: {name} has the impossible shape {shape[:8]}")
         wanted = int(np.prod(shape, dtype=object))
         given = len(raw[index]) / np.dtype(kind).itemsize if raw else len(getattr(tensor.contents, contents_field))

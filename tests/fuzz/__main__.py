@@ -50,7 +50,7 @@ def main() -> int:
         print(f"{name:10s} {done:9,d} {seconds:8.1f} {done / seconds:9,.0f}", flush=True)
         if done < runs:
             failed.append(name)
-            print(log[-3000:], file=sys.stderr)
+            print(log[-1500:], file=sys.stderr)
     print(f"{'all':10s} {total:9,d}; {'defects in ' + ', '.join(failed) if failed else 'no defect'}")
     return 1 if failed else 0
 

@@ -129,8 +129,9 @@ def test_contents_beside_raw_contents_are_refused(shared_server: ServerProcess, 
     assert text in caught.value.details()
 
 
-def test_a_shape_that_announces_more_than_is_given_allocates_nothing(shared_server: ServerProcess) -> None:
-    tensor = pb.ModelInferRequest.InferInputTensor(name="latents", datatype="FP32", shape=[2**62, 2**62])
+@pytest.mark.parametrize(("shape", "raw"), [([2**62, 2**62], bytes(4)), ([0, 2**63 - 1], b""), ([0, 64], b""), ([-1, 64], b"")])
+def test_an_impossible_shape_allocates_nothing_and_is_refused(shape: list[int], raw: bytes, shared_server: ServerProcess) -> None:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="latents", datatype="FP32", shape=shape)
     with pytest.raises(grpc.RpcError) as caught:
-        infer(shared_server.target, pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[bytes(4)]))
+        infer(shared_server.target, pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[raw]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
