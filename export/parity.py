@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.errors import AxesDifferError, NamesDifferError, ShapesDifferError, ValuesDifferError
-from serve.engine import Engine, choose_provider
+from serve.engine import Engine, EngineOptions, choose_provider
 from serve.errors import ProviderError
 from serve.manifest import Manifest, Tolerance
 
@@ -42,7 +42,7 @@ def engine_form(engine: Engine) -> Form:
     """A serving session as a function on arrays."""
 
     def run(latents: NDArray[np.float32]) -> Arrays:
-        outputs = engine.run(latents, want_images=True)
+        outputs = engine.compute(latents, want_images=True)
         assert outputs.images is not None
         return {"images": outputs.images, "pixels": outputs.pixels}
 
@@ -51,12 +51,13 @@ def engine_form(engine: Engine) -> Form:
 
 def serving_forms(model: bytes, manifest: Manifest) -> dict[str, Form]:
     """ONNX Runtime on the CPU, and on CUDA where this machine has it (TF32 off, as the engine sets it)."""
-    forms = {"onnxruntime-cpu": engine_form(Engine(model, manifest, "cpu", intra_op_threads=1))}
+    forms = {"onnxruntime-cpu": engine_form(Engine(model, manifest, EngineOptions(), max(BATCH_SIZES)))}
     try:
         choose_provider("cuda")
     except ProviderError:
         return forms
-    return forms | {"onnxruntime-cuda": engine_form(Engine(model, manifest, "cuda", intra_op_threads=1))}
+    on_cuda = Engine(model, manifest, EngineOptions(provider="cuda"), max(BATCH_SIZES))
+    return forms | {"onnxruntime-cuda": engine_form(on_cuda)}
 
 
 def compare(reference: str, forms: Mapping[str, Form], latent_size: int, tolerance: Tolerance, seed: int) -> dict[str, Any]:

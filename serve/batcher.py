@@ -6,8 +6,6 @@ While there is a crowd, ``REST_CALLERS`` callers or more in one batch not longer
 ``crowd_rest_s`` after each batch before it takes one that is not full: the next of the crowd are on their way, and a run
 costs nearly the same for three as for twelve. A few callers never meet a resting instance.
 
-Each instance is a thread that makes, uses and drops its own model: a CUDA session must stay with one thread.
-
 What becomes of a batch is its own affair: a run that raises fails the callers of that batch and nobody else; one that
 hangs past ``watchdog_s`` or whose thread dies does so too, and is replaced, at most ``MAX_REPLACEMENTS`` times.
 """
@@ -20,14 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from serve.errors import EngineError, ExpiredError, UnavailableError
 from serve.fair_queue import Chunk, FairQueue, Ticket
-from serve.latents import LatentReader
+from serve.instance import Instance, Observer, Rows, Runner
 
 log = logging.getLogger(__name__)
 
@@ -38,31 +32,6 @@ MAX_REPLACEMENTS = 8
 REST_CALLERS = 5
 CROWD_S = 0.1
 LEAST_RETRY_S = 0.005
-INSTANCE_THREAD = "model-instance"  # how the threads' names begin
-
-
-class Rows(Protocol):
-    """What a run returns: rows of pixels, and of images where they were asked for."""
-
-    @property
-    def pixels(self) -> NDArray[np.uint8]: ...
-    @property
-    def images(self) -> NDArray[np.float32] | None: ...
-
-
-class Runner(Protocol):
-    """A loaded model, as an instance uses it."""
-
-    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> Rows: ...
-
-
-class Observer(Protocol):
-    """Where the batcher's figures go; called from the instances' threads, once per batch or drop."""
-
-    def batch(self, images: int, padding: int, assembly_s: float, compute_s: float) -> None: ...
-    def split(self, chunks: int) -> None: ...
-    def dropped(self, images: int, reason: str) -> None: ...
-    def failed(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +45,6 @@ class Limits:
     crowd_rest_s: float
     instances: int
     watchdog_s: float
-
-
-class _Instance:
-    """One thread's place in the batcher."""
-
-    def __init__(self, number: int, lock: threading.Lock) -> None:
-        self.number = number
-        self.wake = threading.Condition(lock)
-        self.batch: list[Chunk] = []
-        self.busy_since: float | None = None
-        self.rests_until = 0.0  # time.monotonic() before which it takes nothing but a full batch
-        self.lost = False
 
 
 class Batcher:
@@ -111,8 +68,8 @@ class Batcher:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)  # nothing waits and nothing runs
         self._queue = FairQueue(limits.max_queue_images, limits.max_batch_size)
-        self._instances: list[_Instance] = []
-        self._idle: deque[_Instance] = deque()
+        self._instances: list[Instance] = []
+        self._idle: deque[Instance] = deque()
         self._running_images = 0
         self._seconds_per_image = 0.0
         self._replacements = 0
@@ -124,8 +81,8 @@ class Batcher:
         """Start every instance and wait until each has its model. Raises what making a model raised."""
         starting = [self._start_instance() for _ in range(self.limits.instances)]
         try:
-            for started in starting:
-                started()
+            for instance in starting:
+                instance.wait_started()
         except BaseException:
             self.close()
             raise
@@ -190,7 +147,7 @@ class Batcher:
             ]
         for instance in stalled:
             log.error("instance %d has run one batch for over %g s: given up", instance.number, self.limits.watchdog_s)
-            self._lose(instance, EngineError("a run of the model hung"), "hung")
+            self.lose(instance, EngineError("a run of the model hung"), "hung")
 
     @property
     def live_instances(self) -> int:
@@ -208,47 +165,19 @@ class Batcher:
     def running_images(self) -> int:
         return self._running_images
 
-    def _start_instance(self) -> Callable[[], None]:
-        """Start a thread; the function returned waits until it has its model, and raises what making it raised."""
-        outcome: list[BaseException | None] = []
-        known = threading.Event()
-        instance = _Instance(len(self._instances) + self._replacements, self._lock)
+    def _start_instance(self) -> Instance:
+        number = len(self._instances) + self._replacements
+        instance = Instance(number, self._lock, self.limits.latent_size, self._make_runner, self._observer)
+        instance.start(self)
+        self._threads = [known for known in self._threads if known.is_alive()] + [instance.thread]
+        return instance
 
-        def run() -> None:
-            try:
-                runner = self._make_runner()
-            except BaseException as error:
-                outcome.append(error)
-                known.set()
-                return
-            with self._lock:
-                self._instances.append(instance)
-            outcome.append(None)
-            known.set()
-            self._work(instance, runner)
+    def add(self, instance: Instance) -> None:
+        """An instance has its model and can take batches."""
+        with self._lock:
+            self._instances.append(instance)
 
-        thread = threading.Thread(target=run, name=f"{INSTANCE_THREAD}-{instance.number}", daemon=True)
-        self._threads = [known for known in self._threads if known.is_alive()] + [thread]
-        thread.start()
-
-        def wait() -> None:
-            known.wait()
-            if outcome[0] is not None:
-                raise outcome[0]
-
-        return wait
-
-    def _work(self, instance: _Instance, runner: Runner) -> None:
-        reader = LatentReader(self.limits.latent_size)
-        latents = np.empty((self.limits.max_batch_size, self.limits.latent_size), np.float32)
-        try:
-            while (chunks := self._next_batch(instance)) is not None:
-                self._run_batch(instance, runner, chunks, reader, latents)
-        except BaseException:  # a thread must not die in silence with its callers waiting
-            log.exception("instance %d died", instance.number)
-            self._lose(instance, EngineError("an instance died"), "died")
-
-    def _next_batch(self, instance: _Instance) -> list[Chunk] | None:
+    def next_batch(self, instance: Instance) -> list[Chunk] | None:
         """Wait for work. None when the batcher is closed or this instance has been given up."""
         while True:
             expired: list[Ticket] = []
@@ -279,28 +208,7 @@ class Batcher:
             if chunks:
                 return chunks
 
-    def _run_batch(
-        self, instance: _Instance, runner: Runner, chunks: list[Chunk], reader: LatentReader, latents: NDArray[np.float32]
-    ) -> None:
-        images = sum(chunk.count for chunk in chunks)
-        started = time.perf_counter()
-        batch = latents[:images]
-        reader.fill(batch, [chunk.ticket.span.part(chunk.first, chunk.count) for chunk in chunks])
-        assembled = time.perf_counter()
-        try:
-            rows = runner.run(batch, any(chunk.ticket.want_images for chunk in chunks))
-        except Exception:
-            log.exception("a run of %d images failed", images)
-            self._observer.failed("raised")
-            self._end_batch(instance, chunks, None, 0.0)
-            return
-        computed = time.perf_counter()
-        self._end_batch(instance, chunks, rows, computed - assembled)
-        self._observer.batch(images, 0, assembled - started, computed - assembled)
-        if splits := sum(chunk.count < chunk.ticket.span.count and chunk.first == 0 for chunk in chunks):
-            self._observer.split(splits)
-
-    def _end_batch(self, instance: _Instance, chunks: list[Chunk], rows: Rows | None, compute_s: float) -> None:
+    def end_batch(self, instance: Instance, chunks: Sequence[Chunk], rows: Rows | None, compute_s: float) -> None:
         """Scatter a batch's rows to its tickets (None: the run failed) and deliver those that are complete."""
         finished: list[Ticket] = []
         with self._lock:
@@ -334,7 +242,8 @@ class Batcher:
         if finished:
             self._deliver(finished)
 
-    def _lose(self, instance: _Instance, error: EngineError, reason: str) -> None:
+    def lose(self, instance: Instance, error: EngineError, reason: str) -> None:
+        """Give an instance up: its callers fail, and another takes its place."""
         with self._lock:
             if instance.lost or instance not in self._instances:
                 return
@@ -353,12 +262,12 @@ class Batcher:
         elif not self._instances:
             self._fail_waiting()
 
-    def _replace(self, instance: _Instance) -> None:
-        wait = self._start_instance()
+    def _replace(self, instance: Instance) -> None:
+        replacement = self._start_instance()
 
         def report() -> None:
             try:
-                wait()
+                replacement.wait_started()
             except Exception:
                 log.exception("instance %d could not be replaced", instance.number)
                 if not self._instances:
@@ -376,7 +285,7 @@ class Batcher:
             failed = [ticket for ticket in self._queue.tickets() if self._fail(ticket, error, "failed")]
         self._deliver(failed)
 
-    def _release(self, instance: _Instance) -> None:
+    def _release(self, instance: Instance) -> None:
         self._running_images -= sum(chunk.count for chunk in instance.batch)
         instance.batch = []
         instance.busy_since = None
@@ -399,11 +308,11 @@ class Batcher:
         self._note_quiet()
         return True
 
-    def _may_take(self, instance: _Instance) -> bool:
+    def _may_take(self, instance: Instance) -> bool:
         waiting = self._queue.images
         return waiting > 0 and (waiting >= self.limits.max_batch_size or self._wait_left_s(instance) is None)
 
-    def _wait_left_s(self, instance: _Instance) -> float | None:
+    def _wait_left_s(self, instance: Instance) -> float | None:
         """How long this instance leaves a batch that is not full where it is; None when it need not."""
         rest = instance.rests_until - time.monotonic() if instance.rests_until else 0.0
         if rest > 0:

@@ -8,8 +8,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from serve.batcher import INSTANCE_THREAD
 from serve.errors import StartError
+from serve.instance import INSTANCE_THREAD
 from serve.server import Ports, Server, serve
 from serve.settings import Settings, from_arguments
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from serve.binding import NO_GRAPH, Binding, Buffers
+from serve.cuda import CAPTURE_GATE
 from serve.errors import BundleError, GoldenError, ProviderError
 from serve.manifest import Manifest
 
@@ -26,6 +30,13 @@ PROVIDER_NAMES = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER}
 
 Provider = Literal["cpu", "cuda"]
 
+PIXELS = ("pixels",)
+PIXELS_AND_IMAGES = ("pixels", "images")
+
+# TF32 is off because parity is proven without it. The arena grows by what is asked for, not by doubling: buckets are
+# warmed from the largest down, so it grows once.
+DEFAULT_CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -33,36 +44,119 @@ class Outputs:
 
     pixels: NDArray[np.uint8]
     images: NDArray[np.float32] | None
+    bucket: int  # rows that were computed, padding included
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a session runs. ``cuda_options`` are the CUDA provider's own, over ``DEFAULT_CUDA_OPTIONS``."""
+
+    provider: Provider = "cpu"
+    intra_op_threads: int = 1
+    powers: bool = False  # pad batches to powers of two; always so on CUDA
+    cuda_graphs: bool = False
+    cuda_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        return self.powers or self.provider == "cuda"
 
 
 class Engine:
-    """A loaded model on one provider. Raises ProviderError or BundleError when it cannot be loaded as asked."""
+    """A loaded model for batches of up to ``largest`` rows. Raises ProviderError or BundleError when it cannot be loaded.
 
-    def __init__(self, model: bytes, manifest: Manifest, provider: Provider, intra_op_threads: int) -> None:
+    A batch is run in the smallest bucket that holds it: on CUDA a power of two, each with a fixed binding and, if asked
+    for, a captured graph; on the CPU, unless ``powers`` is set, one for every size, because padding costs there what it
+    costs to compute.
+    """
+
+    def __init__(self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> None:
         self.manifest = manifest
-        self.provider = provider
-        self._session = _open_session(model, manifest, provider, intra_op_threads)
+        self.options = options
+        self.largest = largest
+        self.captures: dict[int, bool] = {}  # bucket → whether its graph was captured and replays rightly
+        self._session = _open_session(model, manifest, options)
         _check_signature(self._session, manifest)
+        self._buffers = Buffers(manifest, largest, options.provider == "cuda")
+        self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
-    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
-        """Run ``latents`` (n, z) through the model. The arrays returned are new ones, never written again."""
-        if want_images:
-            pixels, images = self._session.run(["pixels", "images"], {"latents": latents})
-            return Outputs(pixels, images)
-        return Outputs(self._session.run(["pixels"], {"latents": latents})[0], None)
+    @property
+    def provider(self) -> Provider:
+        return self.options.provider
+
+    def latents(self, count: int) -> NDArray[np.float32]:
+        """Where the next run's latents (count, z) are to be written."""
+        return self._buffers.latents[:count]
+
+    def run(self, count: int, want_images: bool = False) -> Outputs:
+        """Run the first ``count`` rows of ``latents``. The arrays returned are new ones, never written again."""
+        bucket = self.bucket(count)
+        self._buffers.latents[count:bucket] = 0
+        self._buffers.upload(bucket)
+        replay = self.captures.get(bucket, False) and not want_images
+        with CAPTURE_GATE.run() if self.provider == "cuda" else nullcontext():
+            self._binding(bucket, PIXELS_AND_IMAGES if want_images else PIXELS).run(bucket if replay else NO_GRAPH)
+        images = self._buffers.download("images", count) if want_images else None
+        return Outputs(self._buffers.download("pixels", count), images, bucket)
+
+    def compute(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+        """Run any number of rows (n, z), in pieces if they are more than ``largest``."""
+        pieces = []
+        for first in range(0, len(latents), self.largest):
+            rows = latents[first : first + self.largest]
+            self.latents(len(rows))[:] = rows
+            pieces.append(self.run(len(rows), want_images))
+        pixels = np.concatenate([piece.pixels for piece in pieces])
+        images = [piece.images for piece in pieces if piece.images is not None]
+        return Outputs(pixels, np.concatenate(images) if images else None, sum(piece.bucket for piece in pieces))
+
+    def bucket(self, count: int) -> int:
+        """The rows that are computed for a batch of ``count``."""
+        return min(self.largest, 1 << (count - 1).bit_length()) if self.options.padded else count
+
+    def buckets(self) -> list[int]:
+        """The buckets that ``warm`` runs: powers of two and the largest, the largest first."""
+        return sorted({min(1 << power, self.largest) for power in range(self.largest.bit_length() + 1)}, reverse=True)
 
     def check_golden(self) -> None:
         """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
         latents, expected = golden_samples(self.manifest)
-        if problem := golden_difference(self.manifest, expected, self.run(latents).pixels):
+        if problem := golden_difference(self.manifest, expected, self.compute(latents).pixels):
             raise GoldenError(f"model {self.manifest.name}/{self.manifest.version} on {self.provider}: {problem}")
 
-    def warm(self, largest: int) -> None:
-        """Run every power of two up to ``largest``, the largest first: what a size costs once is paid here."""
-        size = largest
-        while size:
-            self.run(np.zeros((size, self.manifest.latent_size), np.float32))
-            size = size // 2 if size & (size - 1) == 0 else 1 << (size.bit_length() - 1)
+    def warm(self) -> None:
+        """Run every bucket, the largest first, so that the device's memory is taken once; capture graphs if asked for."""
+        for bucket in self.buckets():
+            for want_images in (True, False):
+                self.latents(bucket)[:] = 0
+                self.run(bucket, want_images)
+            if self.options.cuda_graphs and self.provider == "cuda":
+                self._capture(bucket)
+
+    def _capture(self, bucket: int) -> None:
+        """Capture a bucket's graph and believe in it only if it answers two different inputs as a plain run does."""
+        binding = self._binding(bucket, PIXELS)
+        inputs = np.random.default_rng(bucket).standard_normal((2, bucket, self.manifest.latent_size), np.float32)
+        expected = [self.compute(rows).pixels for rows in inputs]
+        where = f"{self.manifest.name}/{self.manifest.version}, batch of {bucket}"
+        problem = None
+        try:
+            with CAPTURE_GATE.capture():
+                binding.run(graph_id=bucket)
+            self.captures[bucket] = True
+            for rows, pixels in zip(inputs, expected, strict=True):
+                problem = problem or golden_difference(self.manifest, pixels, self.compute(rows).pixels)
+        except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
+            problem = str(error).partition("\n")[0][:300] or type(error).__name__
+        if problem is not None:
+            log.warning("%s: runs without a CUDA graph (%s)", where, problem)
+        self.captures[bucket] = problem is None
+
+    def _binding(self, bucket: int, outputs: tuple[str, ...]) -> Binding:
+        binding = self._bindings.get((bucket, outputs))
+        if binding is None:
+            binding = self._bindings[bucket, outputs] = Binding(self._session, self._buffers, bucket, outputs)
+        return binding
 
 
 def choose_provider(wanted: str) -> Provider:
@@ -115,9 +209,10 @@ def _cuda_missing() -> str | None:
     return None
 
 
-def _open_session(model: bytes, manifest: Manifest, provider: Provider, threads: int) -> ort.InferenceSession:
+def _open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort.InferenceSession:
+    provider = chosen.provider
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = chosen.intra_op_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Spinning workers fight the event loop for the cores, and cost a whole one at no traffic.
@@ -126,7 +221,8 @@ def _open_session(model: bytes, manifest: Manifest, provider: Provider, threads:
     if provider == "cuda":
         # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        providers = [(CUDA_PROVIDER, {"use_tf32": "0"})]
+        own = {**DEFAULT_CUDA_OPTIONS, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
+        providers = [(CUDA_PROVIDER, own)]
     name = f"model {manifest.name}/{manifest.version}"
     try:
         session = ort.InferenceSession(model, options, providers=providers)

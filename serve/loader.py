@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from serve.cuda import memory_in_use_bytes
 from serve.engine import Provider, choose_provider
 from serve.errors import BundleError, DigestError, GoldenError, ProviderError
 from serve.metrics import Metrics
@@ -48,6 +49,8 @@ class Loader:
     async def choose_provider(self) -> None:
         """Settle where models run. Raises ProviderError."""
         self._provider = await asyncio.to_thread(choose_provider, self._settings.provider)
+        if self._provider == "cuda":
+            self._metrics.gpu_memory.set_function(memory_in_use_bytes)
 
     def fall_back(self, error: ProviderError) -> None:
         """Go on on the CPU if ``--provider auto`` allows it; raises ``error`` if not."""

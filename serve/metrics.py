@@ -16,6 +16,7 @@ SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.12
 SHORT_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.1, 0.3, 1.0, 3.0)
 IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MODEL = ("model", "version")
+BUCKET = (*MODEL, "bucket")
 RPC = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -41,6 +42,17 @@ class Metrics:
             "digits_batch_images", "Images in one run of the model", MODEL, buckets=IMAGES_BUCKETS, registry=registry
         )
         self.images = Counter("digits_images", "Images returned, by format", (*MODEL, "format"), registry=registry)
+        self.bucket_runs = Counter("digits_bucket_runs", "Runs of the model, by rows computed", BUCKET, registry=registry)
+        self.bucket_seconds = Counter(
+            "digits_bucket_run_seconds",
+            "Time of those runs, by rows up to a power of two",
+            BUCKET,
+            registry=registry,
+        )
+        self.graph_captures = Counter(
+            "digits_cuda_graph_captures", "CUDA graphs captured and checked, by result", (*MODEL, "result"), registry=registry
+        )
+        self.gpu_memory = Gauge("digits_gpu_memory_used_bytes", "Memory in use on the GPU, by all processes", registry=registry)
         self.padding = Counter("digits_padding_images", "Rows computed to fill a batch bucket", MODEL, registry=registry)
         self.dropped = Counter(
             "digits_dropped_images", "Rows that never reached the model, by reason", (*MODEL, "reason"), registry=registry
@@ -121,17 +133,31 @@ class ModelMetrics:
         self._assembly = metrics.assembly.labels(*labels).observe
         self._compute = metrics.compute.labels(*labels).observe
         self._batch_images = metrics.batch_images.labels(*labels).observe
+        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
+
+        @cache
+        def bucket_counters(bucket: int) -> tuple[Callable[[float], None], Callable[[float], None]]:
+            name = str(1 << (bucket - 1).bit_length())
+            return metrics.bucket_runs.labels(*labels, name).inc, metrics.bucket_seconds.labels(*labels, name).inc
+
+        self._bucket = bucket_counters
         self._padding = metrics.padding.labels(*labels).inc
         self._splits = metrics.splits.labels(*labels).inc
         self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
         self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
 
-    def batch(self, images: int, padding: int, assembly_s: float, compute_s: float) -> None:
+    def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None:
         self._batch_images(images)
         self._assembly(assembly_s)
         self._compute(compute_s)
-        if padding:
-            self._padding(padding)
+        count, seconds = self._bucket(bucket)
+        count(1)
+        seconds(compute_s)
+        if bucket > images:
+            self._padding(bucket - images)
+
+    def graph_capture(self, result: str) -> None:
+        self._graph_captures(result).inc()
 
     def split(self, chunks: int) -> None:
         self._splits(chunks)

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.batcher import Batcher, Limits
-from serve.engine import Engine, Provider, golden_difference, golden_samples
+from serve.engine import Engine, EngineOptions, Provider, golden_difference, golden_samples
 from serve.errors import QueueFullError, ServeError, UnavailableError
 from serve.fair_queue import Priority, Ticket
 from serve.latents import Span
 from serve.metrics import Metrics, ModelMetrics
 from serve.repository import Bundle
-from serve.settings import Settings
+from serve.settings import Settings, parse_cuda_options
 
 log = logging.getLogger(__name__)
 
@@ -143,17 +143,18 @@ def open_model(
     ``batch_size`` is what an earlier version was tuned to: on a busy machine timing it again would mislead.
     """
     manifest = bundle.manifest
-
-    def make_engine() -> Engine:
-        engine = Engine(bundle.model, manifest, provider, settings.intra_op_threads)
-        engine.check_golden()
-        return engine
-
-    max_batch_size = settings.max_batch_size or batch_size or tuned_batch_size(make_engine())
+    options = engine_options(settings, provider)
+    model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
+    max_batch_size = settings.max_batch_size or batch_size
+    if not max_batch_size:
+        max_batch_size = tuned_batch_size(Engine(bundle.model, manifest, options, MOST_TUNED_BATCH[provider]))
 
     def make_runner() -> Engine:
-        engine = make_engine()
-        engine.warm(max_batch_size)
+        engine = Engine(bundle.model, manifest, options, max_batch_size)
+        engine.check_golden()
+        engine.warm()
+        for captured in engine.captures.values():
+            model_metrics.graph_capture("captured" if captured else "failed")
         return engine
 
     limits = Limits(
@@ -170,10 +171,23 @@ def open_model(
         if tickets:
             loop.call_soon_threadsafe(wake_callers, tickets)
 
-    model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
     batcher = Batcher(limits, make_runner, deliver, model_metrics)
     batcher.start()
     return Model(bundle, provider, batcher, model_metrics)
+
+
+def engine_options(settings: Settings, provider: Provider) -> EngineOptions:
+    """What the settings say of how sessions run on ``provider``."""
+    cuda_options = parse_cuda_options(settings.cuda_options)
+    if settings.gpu_mem_limit_mib:
+        cuda_options["gpu_mem_limit"] = str(settings.gpu_mem_limit_mib << 20)
+    return EngineOptions(
+        provider=provider,
+        intra_op_threads=settings.intra_op_threads,
+        powers=settings.buckets == "powers",
+        cuda_graphs=settings.cuda_graphs != "off",
+        cuda_options=cuda_options,
+    )
 
 
 def tuned_batch_size(engine: Engine) -> int:
@@ -195,11 +209,11 @@ def ordered_rows(ticket: Ticket) -> list[NDArray[np.uint8]]:
 
 
 def _fastest_run(engine: Engine, size: int) -> float:
-    latents = np.zeros((size, engine.manifest.latent_size), np.float32)
+    engine.latents(size)[:] = 0
     seconds = []
     for _ in range(TIMING_RUNS):
         started = time.perf_counter()
-        engine.run(latents)
+        engine.run(size)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

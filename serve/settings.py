@@ -46,6 +46,12 @@ class Settings:
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
     http_port: int = _setting(8080, "port of /metrics, /healthz and /readyz; 0 takes a free one", low=0, high=65535)
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
+    buckets: str = _setting(
+        "auto", "what batches are padded to; auto: powers of two on CUDA, nothing on the CPU", choices=("auto", "powers")
+    )
+    cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
+    cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, as prefer_nhwc=1,use_tf32=0")
+    gpu_mem_limit_mib: int = _setting(0, "bound of each instance's memory arena on the GPU; 0: none", low=0, high=1 << 20)
     instances: int = _setting(0, "concurrent runs of a model; 0: one per core on the CPU, one on CUDA", low=0, high=256)
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
     max_batch_size: int = _setting(0, "images in one run; 0: as many as a few milliseconds allow", low=0, high=4096)
@@ -77,6 +83,9 @@ class Settings:
             if "low" in meta and not meta["low"] <= value <= meta["high"]:
                 raise SettingsError(f"{flag_name(spec.name)} must be from {meta['low']} to {meta['high']}, got {value}")
         parse_policies(self.versions)
+        parse_cuda_options(self.cuda_options)
+        if self.cuda_graphs == "on" and self.provider != "cuda":
+            raise SettingsError(f"--cuda-graphs on needs --provider cuda, and it is {self.provider}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -99,6 +108,30 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+# What --cuda-options may set, and to what.
+CUDA_OPTIONS = {
+    "use_tf32": ("0", "1"),
+    "prefer_nhwc": ("0", "1"),
+    "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+    "cudnn_conv_use_max_workspace": ("0", "1"),
+    "tunable_op_enable": ("0", "1"),
+    "tunable_op_tuning_enable": ("0", "1"),
+}
+
+
+def parse_cuda_options(text: str) -> dict[str, str]:
+    """Read ``name=value,name=value``. Raises SettingsError naming the option and what it takes."""
+    options = {}
+    for entry in filter(None, text.split(",")):
+        name, _, value = entry.strip().partition("=")
+        if name not in CUDA_OPTIONS:
+            raise SettingsError(f"--cuda-options: {name[:64]!r} is unknown; there are {', '.join(CUDA_OPTIONS)}")
+        if value not in CUDA_OPTIONS[name]:
+            raise SettingsError(f"--cuda-options: {name} must be one of {', '.join(CUDA_OPTIONS[name])}, got {value[:64]!r}")
+        options[name] = value
+    return options
 
 
 def flag_name(name: str) -> str:

@@ -14,6 +14,7 @@ from serve.fair_queue import Priority, Ticket
 from serve.latents import Span
 
 LATENT_SIZE = 8
+LARGEST = 4096
 TIMEOUT_S = 30
 
 
@@ -21,6 +22,7 @@ TIMEOUT_S = 30
 class FakeRows:
     pixels: NDArray[np.uint8]
     images: NDArray[np.float32] | None
+    bucket: int
 
 
 class FakeRunner:
@@ -28,11 +30,16 @@ class FakeRunner:
 
     def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None) -> None:
         self._before = before
+        self._latents = np.zeros((LARGEST, LATENT_SIZE), np.float32)
 
-    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> FakeRows:
+    def latents(self, count: int) -> NDArray[np.float32]:
+        return self._latents[:count]
+
+    def run(self, count: int, want_images: bool = False) -> FakeRows:
+        latents = self._latents[:count]
         self._before(latents)
         pixels = latents.copy().view(np.uint8).reshape(len(latents), -1)
-        return FakeRows(pixels, latents.copy() if want_images else None)
+        return FakeRows(pixels, latents.copy() if want_images else None, count)
 
 
 class RecordingObserver:
@@ -44,7 +51,7 @@ class RecordingObserver:
         self.failures: list[str] = []
         self.splits = 0
 
-    def batch(self, images: int, padding: int, assembly_s: float, compute_s: float) -> None:
+    def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None:
         self.batches.append(images)
 
     def split(self, chunks: int) -> None:

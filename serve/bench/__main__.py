@@ -41,7 +41,7 @@ from prometheus_client import CollectorRegistry
 
 from serve.bench.load import H2LOAD, WARM_UP_S, Load, by_python, closed
 from serve.bench.process import Started, started
-from serve.engine import Engine
+from serve.engine import Engine, EngineOptions
 from serve.latents import LatentReader, Span
 from serve.metrics import Metrics, ModelMetrics, RpcMetrics
 from serve.repository import BUNDLED_DIR, read_bundle
@@ -138,14 +138,13 @@ def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
     """Requests a second of three kinds of load, the unloaded latency, and the model's own time for a batch of one."""
     say(f"{model}: single digits, 16 and 64 a request, unloaded")
     bundle = read_bundle(BUNDLED_DIR / model / "1")
-    engine = Engine(bundle.model, bundle.manifest, "cpu", 1)
-    one = np.zeros((1, bundle.manifest.latent_size), np.float32)
+    engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
     return {
         "64x1": asdict(closed(Load(server.target, model, 1, seconds, 64))),
         "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
         "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
         "unloaded": asdict(closed(Load(server.target, model, 1, seconds))),
-        "batch_of_one_s": 1 / _runs_per_second(lambda: engine.run(one)),
+        "batch_of_one_s": 1 / _runs_per_second(lambda: engine.run(1)),
     }
 
 

@@ -76,10 +76,15 @@ class FakeContext:
 class BlankRunner:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
 
-    def run(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
-        count = len(latents)
+    def __init__(self) -> None:
+        self._latents = np.zeros((MAX_COUNT, 64), np.float32)
+
+    def latents(self, count: int) -> NDArray[np.float32]:
+        return self._latents[:count]
+
+    def run(self, count: int, want_images: bool = False) -> Outputs:
         images = np.zeros((count, 1, 28, 28), np.float32) if want_images else None
-        return Outputs(np.zeros((count, 28, 28), np.uint8), images)
+        return Outputs(np.zeros((count, 28, 28), np.uint8), images, count)
 
 
 class Server:

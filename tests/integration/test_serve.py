@@ -17,7 +17,7 @@ from PIL import Image
 
 from serve.channel import CHANNEL_OPTIONS
 from serve.client import DigitClient, as_text
-from serve.engine import Engine
+from serve.engine import Engine, EngineOptions
 from serve.latents import INDEX_LIMIT, draw
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -48,7 +48,7 @@ def refused(stub: Any, code: grpc.StatusCode, **fields: Any) -> str:
 
 def in_process(model: str, latents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     bundle = read_bundle(BUNDLED_DIR / model / "1")
-    return Engine(bundle.model, bundle.manifest, "cpu", 1).run(latents).pixels
+    return Engine(bundle.model, bundle.manifest, EngineOptions(), 64).compute(latents).pixels
 
 
 @pytest.mark.parametrize("model", LATENT_SIZES)

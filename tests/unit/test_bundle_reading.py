@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from serve.engine import Engine, choose_provider, golden_difference, golden_samples
+from serve.engine import Engine, EngineOptions, choose_provider, golden_difference, golden_samples
 from serve.errors import BundleError, ProviderError, SettingsError
 from serve.manifest import MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
 from serve.repository import Repository, VersionPolicies, VersionPolicy, parse_policies, read_bundle
@@ -41,7 +41,7 @@ def test_the_bundled_models_are_read_and_pass_their_golden_check(bundles: Path) 
     found = repository(bundles).scan()
     for name, versions in found.items():
         bundle = repository(bundles).read(name, max(versions))
-        Engine(bundle.model, bundle.manifest, "cpu", 1).check_golden()
+        Engine(bundle.model, bundle.manifest, EngineOptions(), 64).check_golden()
     assert list(found) == ["dcgan", "mlp"]
 
 
@@ -246,14 +246,14 @@ def test_a_graph_of_the_wrong_kind_is_refused(model: bytes, message: str, bundle
     swap_model(bundles / "dcgan" / "1", model)
     bundle = read_bundle(bundles / "dcgan" / "1")
     with pytest.raises(BundleError, match=message):
-        Engine(bundle.model, bundle.manifest, "cpu", 1)
+        Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
 
 
 def test_another_models_graph_fails_the_golden_check_naming_the_row(bundles: Path) -> None:
     swap_model(bundles / "dcgan" / "1", graph(["batch", 100], "batch"))
     bundle = read_bundle(bundles / "dcgan" / "1")
     with pytest.raises(BundleError, match=r"golden sample \d differs by up to \d+ levels"):
-        Engine(bundle.model, bundle.manifest, "cpu", 1).check_golden()
+        Engine(bundle.model, bundle.manifest, EngineOptions(), 64).check_golden()
 
 
 def test_golden_check_allows_one_level_rarely_and_no_more(bundles: Path) -> None:

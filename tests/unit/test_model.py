@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from serve.engine import Engine, Outputs
+from serve.engine import Engine, EngineOptions, Outputs
 from serve.errors import EngineError, UnavailableError
 from serve.fair_queue import Priority
 from serve.latents import Span, draw
@@ -56,10 +56,10 @@ def test_a_breach_stops_the_model_is_counted_names_the_row_and_ends_when_it_pass
     honest = Engine.run
     wrong = [False]
 
-    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
-        outputs = honest(self, latents, want_images)
+    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
+        outputs = honest(self, count, want_images)
         if wrong[0]:
-            outputs.pixels[2 % len(latents)] ^= 0x40
+            outputs.pixels[2 % count] ^= 0x40
         return outputs
 
     monkeypatch.setattr(Engine, "run", run)
@@ -99,10 +99,10 @@ def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyP
     honest = Engine.run
     fail = [False]
 
-    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
         if fail[0]:
             raise RuntimeError("CUDA failure 700")
-        return honest(self, latents, want_images)
+        return honest(self, count, want_images)
 
     monkeypatch.setattr(Engine, "run", run)
 
@@ -124,11 +124,11 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
     honest = Engine.run
     gate, hang = threading.Event(), [False]
 
-    def run(self: Engine, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
+    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
         if hang[0]:
             hang[0] = False
             assert gate.wait(60)
-        return honest(self, latents, want_images)
+        return honest(self, count, want_images)
 
     monkeypatch.setattr(Engine, "run", run)
 
@@ -153,15 +153,15 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
 @pytest.mark.parametrize("name", ["mlp", "dcgan"])
 def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str) -> None:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
-    engine = Engine(bundle.model, bundle.manifest, "cpu", 1)
+    engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
     size = bundle.manifest.latent_size
     mine = draw(5, 77, 4, size)
-    first = engine.run(np.concatenate([mine, draw(1, 0, 12, size)])).pixels[:4]
-    second = engine.run(np.concatenate([draw(2, 0, 12, size), mine])).pixels[12:]
+    first = engine.compute(np.concatenate([mine, draw(1, 0, 12, size)])).pixels[:4]
+    second = engine.compute(np.concatenate([draw(2, 0, 12, size), mine])).pixels[12:]
     assert np.array_equal(first, second)
 
 
 def test_the_tuned_batch_is_a_power_of_two_within_bounds() -> None:
     bundle = read_bundle(MLP)
-    size = tuned_batch_size(Engine(bundle.model, bundle.manifest, "cpu", 1))
+    size = tuned_batch_size(Engine(bundle.model, bundle.manifest, EngineOptions(), 64))
     assert size in (1, 2, 4, 8, 16, 32, 64)
