@@ -50,8 +50,8 @@ activations: .venv/.all ## draw what happens inside the newest dcgan (ARGS="--sa
 compare: .venv/.all ## the newest mlp run's losses beside the notebook's
 	@$(BIN)/python -m train compare $(if $(RUN),--run $(RUN))
 
-export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one)
-	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(ARGS)
+export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one, PRECISION=fp16)
+	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
 	$(PYTHON) -m venv build/triton-client

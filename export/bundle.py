@@ -19,6 +19,7 @@ from PIL import Image
 from export import parity
 from export.errors import ExportError
 from export.generator import ServedGenerator, fold
+from export.to_fp16 import to_fp16
 from export.to_onnx import OPSET, to_onnx
 from export.to_torchscript import load_torchscript, to_torchscript
 from serve import latents as address
@@ -55,9 +56,13 @@ class Exported:
     worst_pixel_levels: int
 
 
-def export_run(run: Run, models_dir: Path, name: str | None = None) -> Exported:
-    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published."""
-    name = name or run.config.preset
+def export_run(run: Run, models_dir: Path, name: str | None = None, precision: str = "fp32") -> Exported:
+    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
+
+    The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
+    what the ONNX graph is held against.
+    """
+    name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
@@ -68,8 +73,9 @@ def export_run(run: Run, models_dir: Path, name: str | None = None) -> Exported:
     generator = build_generator(run.config)
     generator.load_state_dict(checkpoint["generator"])
     served = ServedGenerator(generator, *run.config.pixel_range).eval()
+    graph = to_onnx(fold(served), run.config.latent_size)
     files = {
-        ONNX_FILE: to_onnx(fold(served), run.config.latent_size),
+        ONNX_FILE: to_fp16(graph) if precision == "fp16" else graph,
         TORCHSCRIPT_FILE: to_torchscript(served),
         PREVIEW_FILE: _preview(served, run.config.latent_size),
     }
@@ -84,11 +90,12 @@ def export_run(run: Run, models_dir: Path, name: str | None = None) -> Exported:
         height=28,
         width=28,
         opset=OPSET,
+        precision=precision,
         producers={
             package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime-gpu")
         } | {"python": platform.python_version()},
         training=_training(run, checkpoint),
-        tolerance=parity.FP32_TOLERANCE,
+        tolerance=parity.TOLERANCES[precision],
         golden=_golden(served, run.config.latent_size),
         files={},
     )  # fmt: skip

@@ -21,6 +21,7 @@ from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.channel import access_from, add_flags
 from serve.client import DigitClient
 from serve.errors import ServeError
+from serve.manifest import PRECISIONS
 from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
@@ -36,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
     run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
-    run.add_argument("--name", help="the model's name (default: its preset)")
+    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
+    run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
@@ -81,7 +83,7 @@ def _run(flags: argparse.Namespace) -> int:
         if not runs:
             raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
     for run in runs:
-        done = export_run(run, flags.models_dir, flags.name)
+        done = export_run(run, flags.models_dir, flags.name, flags.precision)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
     return 0
 

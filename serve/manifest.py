@@ -23,7 +23,7 @@ from typing import Any
 
 from serve.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
@@ -31,6 +31,7 @@ PARITY_FILE = "parity.json"
 PREVIEW_FILE = "preview.png"
 REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 
+PRECISIONS = ("fp32", "fp16")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_LATENT_SIZE = 4096
@@ -72,6 +73,7 @@ class Manifest:
     height: int
     width: int
     opset: int
+    precision: str  # of weights and arithmetic: fp32 or fp16
     producers: Mapping[str, str]
     training: Mapping[str, Any]
     tolerance: Tolerance
@@ -144,6 +146,7 @@ def _check_values(manifest: Manifest, where: str) -> None:
         "name": NAME_PATTERN.fullmatch(manifest.name) is not None,
         "version": 1 <= manifest.version < 1 << 63,
         "latent_size": 1 <= manifest.latent_size <= MAX_LATENT_SIZE,
+        "precision": manifest.precision in PRECISIONS,
         "labels": 0 <= manifest.labels <= 1000,
         "height": manifest.height == 28,
         "width": manifest.width == 28,

@@ -127,6 +127,7 @@ class DigitService:
             ),
             training_json=json.dumps(dict(manifest.training)),
             parity_json=model.bundle.parity_json,
+            precision=manifest.precision,
         ).SerializeToString()
 
     def _summary(self, model: Model) -> pb.ModelSummary:

@@ -30,6 +30,7 @@ from export.errors import (
 )
 from export.generator import ServedGenerator, fold
 from export.to_onnx import check_graph
+from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.repository import BUNDLED_DIR, read_bundle
 from tests.server_process import ServerProcess
@@ -41,6 +42,13 @@ SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
 }
+
+
+def stored_forms(path: Path) -> dict[str, parity.Form]:
+    """A bundle's TorchScript and its ONNX graph."""
+    bundle = read_bundle(path)
+    script = load_torchscript((path / "model.ts").read_bytes())
+    return {"torchscript": parity.torch_form(script)} | parity.serving_forms(bundle.model, bundle.manifest)
 
 
 @pytest.fixture
@@ -60,6 +68,33 @@ def make_run(tmp_path: Path) -> Callable[[str], Run]:
         return run
 
     return make
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report(
+    name: str, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = make_run(name)
+    full, half = export_run(run, tmp_path / "models"), export_run(run, tmp_path / "models", precision="fp16")
+    assert half.path == tmp_path / "models" / f"{name}-fp16" / "1"
+    bundles = {path: read_bundle(path) for path in (full.path, half.path)}
+    manifest = bundles[half.path].manifest
+    assert (manifest.precision, manifest.tolerance) == ("fp16", parity.FP16_TOLERANCE)
+    assert len(bundles[half.path].model) < 0.7 * len(bundles[full.path].model)
+    graph = onnx.load_from_string(bundles[half.path].model).graph
+    assert {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
+        "latents": onnx.TensorProto.FLOAT, "images": onnx.TensorProto.FLOAT, "pixels": onnx.TensorProto.UINT8,
+    }  # fmt: skip
+    weights = {weight.data_type for weight in graph.initializer if len(weight.dims) > 1}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    report = json.loads(bundles[half.path].parity_json)
+    assert report["tolerance"]["images"] == parity.FP16_TOLERANCE.images
+    assert report["worst_images"] < parity.FP16_TOLERANCE.images
+    assert verify(half.path)["worst_pixel_levels"] <= parity.FP16_TOLERANCE.pixel_levels
+    if name == "dcgan":
+        return  # at these widths and without training its pictures are so flat that fp32's measure would not notice
+    with pytest.raises(ExportError):  # by the measure of fp32 it would not have been published
+        parity.compare("torchscript", stored_forms(half.path), manifest.latent_size, parity.FP32_TOLERANCE, 1)
 
 
 @pytest.mark.parametrize("name", SMALL)

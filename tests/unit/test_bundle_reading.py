@@ -176,10 +176,11 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (drop("latent_size"), "field 'latent_size' is missing or unknown"),
         (put("colour", "red"), "field 'colour' is missing or unknown"),
-        (put("schema_version", 99), "schema version 99, this server reads 1"),
-        (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 1"),
+        (put("schema_version", 99), "schema version 99, this server reads 2"),
+        (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 2"),
         (put("latent_size", "100"), "field 'latent_size' is of the wrong type"),
         (put("latent_size", 64), "field 'golden' has an unusable value"),
+        (put("precision", "fp8"), "field 'precision' has an unusable value"),
         (put("version", 0), "field 'version' has an unusable value"),
         (put("name", "../etc"), "field 'name' has an unusable value"),
         (put("files", {}), "field 'files' has an unusable value"),
