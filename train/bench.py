@@ -11,38 +11,54 @@ from pathlib import Path
 
 import torch
 
+from train.capture import CudaRecording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
 from train.device import describe
 from train.loop import Trainer
 
 WARM_UP_STEPS = 5
+STEPS_BETWEEN_LOOKS = 5  # a look waits for the device
 NOTEBOOK = "the notebook: 15 s per 500 mlp steps on its GPU, 90 s on its CPU"
 
 
-def milliseconds_per_step(config: TrainConfig, device: torch.device, seconds: float) -> float:
-    """Mean time of ``train_step`` over at least ``seconds`` on batches of the config's size."""
+def milliseconds_per_step(config: TrainConfig, device: torch.device, seconds: float, capture: bool = False) -> float:
+    """Mean time of a step over at least ``seconds`` on batches of the config's size; ``capture``: as a CUDA graph."""
     low, high = config.pixel_range
     images = torch.rand(config.batch_size, 1, 28, 28, device=device) * (high - low) + low
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(create_run(Path(scratch), config, {}), images, device)
+        recording = CudaRecording if capture else None
+        trainer = Trainer(create_run(Path(scratch), config, {}), images, device, recording=recording)
         for _ in range(WARM_UP_STEPS):
-            trainer.train_step(images)
+            trainer.take_step(images)
         steps = 0
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
-            trainer.train_step(images).sum().item()  # waits for the device
-            steps += 1
+            for _ in range(STEPS_BETWEEN_LOOKS):
+                losses = trainer.take_step(images)
+            losses.sum().item()  # waits for the device
+            steps += STEPS_BETWEEN_LOOKS
         return (time.perf_counter() - started) / steps * 1000
+
+
+def measure(device: torch.device, seconds: float) -> dict[str, float]:
+    """Milliseconds per step of each preset; on CUDA also captured, and in the other precisions."""
+    figures = {}
+    for name, config in PRESETS.items():
+        figures[name] = milliseconds_per_step(config, device, seconds)
+        if device.type == "cuda":
+            for precision in ("fp32", "tf32", "bf16"):
+                changed = config.replace({"precision": precision})
+                figures[f"{name} captured {precision}"] = milliseconds_per_step(changed, device, seconds, capture=True)
+    return figures
 
 
 def table(device: torch.device, seconds: float) -> str:
     machine = describe(device)
     lines = [
         f"{machine['device']} ({machine['device_name']}), {machine['cpu_threads']} CPU threads, torch {machine['torch']}",
-        "preset     ms per step  s per 50 steps  s per 500 steps",
+        "preset                ms per step  s per 50 steps  s per 500 steps",
     ]
-    for name, config in PRESETS.items():
-        per_step = milliseconds_per_step(config, device, seconds)
-        lines.append(f"{name:10s} {per_step:11.2f}  {per_step * 0.05:14.2f}  {per_step * 0.5:15.2f}")
+    for name, per_step in measure(device, seconds).items():
+        lines.append(f"{name:20s} {per_step:12.3f}  {per_step * 0.05:14.3f}  {per_step * 0.5:15.3f}")
     return "\n".join([*lines, NOTEBOOK])

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from train import activations, bench, reference
+from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import load_mnist, training_images
 from train.device import choose_device, describe
 from train.errors import ConfigError, TrainError
 from train.loop import Trainer
+from train.parallel import Ranks, joined, own_device
 
 NEWEST = "newest"
 
@@ -84,6 +86,9 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
         )
     _add_machine_flags(command)
     command.add_argument(
+        "--capture", choices=("auto", "on", "off"), default="auto", help="the step as a CUDA graph; auto: with one GPU"
+    )
+    command.add_argument(
         "--data-dir", type=Path, default=Path("data/mnist"), help="folder of the four idx files; filled if empty"
     )
     command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
@@ -98,27 +103,50 @@ def _add_machine_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _train(flags: argparse.Namespace) -> int:
-    device = _prepare_machine(flags)
+    device = own_device(_prepare_machine(flags))
+    with joined(device) as ranks:
+        return _train_as(ranks, device, flags)
+
+
+def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> int:
+    captured = _wants_capture(flags.capture, device, ranks)
     named = {spec.name for spec in dataclasses.fields(TrainConfig)} & set(vars(flags))
     overrides = {name: parse_field(name, getattr(flags, name)) for name in sorted(named)}
     config = preset(flags.command).replace(overrides)
-    resumed = _resumed_run(flags, overrides) if flags.resume else None
-    data = load_mnist(flags.data_dir)
-    if resumed:
-        run = resumed
+    resumed = _resumed_run(flags, overrides) if flags.resume and ranks.first else None
+    if ranks.first:
+        data = load_mnist(flags.data_dir)  # fetches what is not there
+    folder = ranks.agree(resumed.folder if resumed else None)
+    data = data if ranks.first else load_mnist(flags.data_dir)
+    if folder is not None:
+        run = open_run(folder)
+        if (processes := run.provenance.get("processes", 1)) != ranks.world:
+            raise ConfigError(f"{run.folder} was trained by {processes} processes, and these are {ranks.world}; start as many")
         if run.provenance["data"] != data.digests:
             raise ConfigError(f"{run.folder} was trained on other data than {flags.data_dir} holds; name its own --data-dir")
     else:
-        run = create_run(flags.runs_dir, config, {"data": data.digests, **describe(device)})
-    trainer = Trainer(run, training_images(data, run.config, device), device)
-    if resumed:
+        provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
+        run = open_run(ranks.agree(create_run(flags.runs_dir, config, provenance).folder if ranks.first else None))
+    recording = CudaRecording if captured else None
+    trainer = Trainer(run, training_images(data, run.config, device), device, ranks, recording)
+    if folder is not None:
         trainer.load_state(latest_checkpoint(run))
-    print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
+    if ranks.first:
+        print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
     trainer.fit()
+    if not ranks.first:
+        return 0
     if run.config.architecture == "dcgan":
         activations.draw(run, 0)
     print(f"finished: {run.folder}\nnext: make export RUN={run.folder}")
     return 0
+
+
+def _wants_capture(wanted: str, device: torch.device, ranks: Ranks) -> bool:
+    possible = device.type == "cuda" and ranks.world == 1
+    if wanted == "on" and not possible:
+        raise ConfigError("--capture on takes one process and CUDA; leave it at auto")
+    return possible and wanted != "off"
 
 
 def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run:

@@ -41,6 +41,10 @@ class TrainConfig:
     beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
     batch_size: int = field(metadata={"help": "images per step; the last partial batch of an epoch is kept"})
     epochs: int = field(metadata={"help": "passes over the training set"})
+    precision: str = field(
+        default="fp32",
+        metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
+    )
     seed: int = field(default=0, metadata={"help": "seed of the initial weights, the shuffling and the noise"})
     report_every: int = field(metadata={"help": "steps between two marks (losses recorded, grids saved)"})
     reported_loss: str = field(

@@ -19,6 +19,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def set_precision(precision: str, device: torch.device) -> None:
+    """Let CUDA's matrix units round to TF32, or not. Raises DeviceError for ``tf32`` without CUDA."""
+    if precision == "tf32" and device.type != "cuda":
+        raise DeviceError("--precision tf32 is CUDA's; on the CPU there are fp32 and bf16")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Device name, threads and versions, for a run's records."""
     on_cuda = device.type == "cuda"

@@ -8,42 +8,60 @@ Bit equality is promised on the CPU with an equal thread count, not on CUDA, whe
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train import losses, report
+from train.capture import CapturedStep, Recording
 from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
+from train.device import set_precision
 from train.errors import DivergedError
 from train.models import build_discriminator, build_generator
+from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
 
+ALONE = Ranks()
 PROGRESS_EVERY = 25  # steps between two looks at the losses: each look waits for the device
 
 
 class Trainer:
-    """Both networks, both optimizers and the position in the run. ``images`` is float32 (n, 1, 28, 28) on ``device``."""
+    """Both networks, both optimizers and the position in the run. ``images`` is float32 (n, 1, 28, 28) on ``device``.
 
-    def __init__(self, run: Run, images: Tensor, device: torch.device) -> None:
+    ``ranks`` is this process among those that train together; ``recording`` captures the step as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        images: Tensor,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        recording: Callable[[torch.Generator], Recording] | None = None,
+    ) -> None:
         config = run.config
         self.run = run
         self.config = config
         self.images = images
         self.device = device
+        self.ranks = ranks
+        set_precision(config.precision, device)
         torch.manual_seed(config.seed)
-        # channels_last suits the convolutions (a sixth faster on the CPU) and leaves matrices as they are.
-        self.generator = build_generator(config).to(device).to(memory_format=torch.channels_last)
-        self.discriminator = build_discriminator(config).to(device).to(memory_format=torch.channels_last)
+        self.generator = self._prepared(build_generator(config))
+        self.discriminator = self._prepared(build_discriminator(config))
+        self.trained_generator = ranks.wrap(self.generator)
+        self.trained_discriminator = ranks.wrap(self.discriminator)
         self.generator_parameters = list(self.generator.parameters())
         adam: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
+        adam["capturable"] = recording is not None and device.type == "cuda"
         self.generator_optimizer = torch.optim.Adam(self.generator_parameters, **adam)
         self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
         self.noise = torch.Generator(device).manual_seed(config.seed)
@@ -51,10 +69,14 @@ class Trainer:
         self.step = 0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last mark
         self.marks: list[tuple[int, float, float]] = []
+        example = images[: config.batch_size]
+        self.take_step = CapturedStep(self.train_step, example, recording(self.noise)) if recording else self.train_step
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.images) / self.config.batch_size)
+        whole, rest = divmod(len(self.images), self.config.batch_size * self.ranks.world)
+        least = 1 if self.ranks.world == 1 else 2 * self.ranks.world  # BatchNorm needs two images in each process
+        return whole + (rest >= least)
 
     @property
     def total_steps(self) -> int:
@@ -66,12 +88,15 @@ class Trainer:
             self._save()
         started = time.monotonic()
         first_step = self.step
+        quiet = not self.ranks.first
         with (
-            SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step + 1) as board,
-            tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.preset, mininterval=1) as bar,
+            nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step + 1) as board,
+            tqdm(
+                total=self.total_steps, initial=self.step, unit="step", desc=self.config.preset, mininterval=1, disable=quiet
+            ) as bar,
         ):
             for batch in self._batches():
-                latest = self.train_step(batch)
+                latest = self.ranks.mean(self.take_step(batch))
                 self.sums += latest
                 self.step += 1
                 bar.update()
@@ -86,17 +111,19 @@ class Trainer:
 
     def train_step(self, real: Tensor) -> Tensor:
         """One step of both networks on ``real`` (batch, 1, 28, 28). Returns float64 (2,): generator, discriminator loss."""
-        with torch.no_grad():
-            fake = self.generator(self._noise(len(real)))
-        # Real and fake go through in passes of their own: BatchNorm must see each alone.
-        discriminator_loss = losses.discriminator_loss(
-            self.discriminator(real), self.discriminator(fake), self.config.discriminator_loss
-        )
+        with self._autocast():
+            with torch.no_grad():
+                fake = self.generator(self._noise(len(real)))
+            # Real and fake go through in passes of their own: BatchNorm must see each alone.
+            real_logits, fake_logits = self.trained_discriminator(real), self.trained_discriminator(fake)
+        discriminator_loss = losses.discriminator_loss(real_logits.float(), fake_logits.float(), self.config.discriminator_loss)
         self.discriminator_optimizer.zero_grad()
         discriminator_loss.backward()
         self.discriminator_optimizer.step()
 
-        generator_loss = losses.generator_loss(self.discriminator(self.generator(self._noise(len(real)))))
+        with self._autocast():
+            logits = self.discriminator(self.trained_generator(self._noise(len(real))))
+        generator_loss = losses.generator_loss(logits.float())
         self.generator_optimizer.zero_grad()
         # Only the generator's gradients are wanted: the discriminator's weights are left out of this backward pass.
         generator_loss.backward(inputs=self.generator_parameters)
@@ -132,23 +159,37 @@ class Trainer:
         for epoch in range(first_epoch, self.config.epochs):
             order_generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.images), generator=order_generator).to(self.device)
-            for indices in order.split(self.config.batch_size)[skip:]:
-                yield self.images[indices]
+            whole_batches = order.split(self.config.batch_size * self.ranks.world)[: self.steps_per_epoch]
+            for indices in whole_batches[skip:]:
+                yield self.images[self.ranks.mine(indices)]
             skip = 0
 
-    def _noise(self, count: int) -> Tensor:  # (count, z)
-        return torch.randn(count, self.config.latent_size, generator=self.noise, device=self.device)
+    def _noise(self, count: int) -> Tensor:  # (count, z): this process's rows of all that is drawn for this step
+        total = count * self.ranks.world
+        return self.ranks.mine(torch.randn(total, self.config.latent_size, generator=self.noise, device=self.device))
+
+    def _prepared(self, network: nn.Module) -> nn.Module:
+        # channels_last suits the convolutions (a sixth faster on the CPU) and leaves matrices as they are.
+        network = network.to(self.device).to(memory_format=torch.channels_last)
+        return self.ranks.sync_batch_norm(network, self.device)
+
+    def _autocast(self) -> torch.autocast:
+        # Without the cache of cast weights: a captured step would go on with the weights of its first run.
+        mixed = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
     def _fixed_latents(self, count: int) -> Tensor:  # (count, z), the same in every picture of the run
         generator = torch.Generator().manual_seed(self.config.seed)
         return torch.randn(count, self.config.latent_size, generator=generator).to(self.device)
 
-    def _mark(self, latest: Tensor, board: SummaryWriter) -> None:
+    def _mark(self, latest: Tensor, board: SummaryWriter | None) -> None:
         since = self.step - (self.marks[-1][0] if self.marks else 0)
         generator, discriminator = (self.sums / since if self.config.reported_loss == "mean" else latest).tolist()
         self._check_finite()
         self.sums.zero_()
         self.marks.append((self.step, generator, discriminator))
+        if board is None:
+            return
         log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
         self.generator.eval()  # as exported: running statistics, and the picture leaves no trace in them
         with torch.no_grad():
@@ -164,6 +205,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite()
+        if not self.ranks.first:
+            return
         save_checkpoint(self.run, self.step, self.state())
         self._write_losses()
 
@@ -186,6 +229,8 @@ class Trainer:
         return (images - low) / (high - low)
 
     def _finish(self, seconds: float, steps: int) -> None:
+        if not self.ranks.first:
+            return
         self._write_losses()
         pictures = sorted(self.run.pictures.glob("fake-*.png"))
         if pictures:

@@ -1,0 +1,75 @@
+"""Two processes by torchrun on the CPU: the losses are those of one process with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SMALL = {
+    "mlp": ["--generator-widths=32,64", "--discriminator-widths=32,16", "--learning-rate=1e-3"],
+    "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--norm-init-std=none", "--weight-init-std=none"],
+}
+
+
+def train(processes: int, preset: str, data: Path, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
+    command = [*(torchrun if processes > 1 else [sys.executable, "-m"]), "train", preset, *SMALL[preset]]
+    machine = [f"--data-dir={data}", f"--runs-dir={runs}", "--device=cpu", "--threads=1", "--seed=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *machine, *flags], capture_output=True, text=True, timeout=150, check=False, env=environment)
+
+
+def outcome(runs: Path, preset: str) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """The one run's losses at its marks and the last checkpoint's generator."""
+    [run] = (runs / preset).iterdir()
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    return np.load(run / "losses.npy"), torch.load(newest, weights_only=True)["generator"]
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_two_processes_train_as_one_with_twice_the_batch(preset: str, subset: Path, tmp_path: Path) -> None:
+    common = ("--epochs=4", "--report-every=4", "--reported-loss=mean", "--checkpoint-every=4")
+    two = train(2, preset, subset, tmp_path / "two", "--batch-size=16", *common)
+    assert two.returncode == 0, two.stderr
+    one = train(1, preset, subset, tmp_path / "one", "--batch-size=32", *common)
+    assert one.returncode == 0, one.stderr
+    (losses, weights), (expected, expected_weights) = outcome(tmp_path / "two", preset), outcome(tmp_path / "one", preset)
+    assert losses.shape == expected.shape == (8, 3)
+    assert np.array_equal(losses[:, 0], expected[:, 0])
+    assert np.abs(losses[:, 1:] - expected[:, 1:]).max() < 2e-3
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor.float(), expected_weights[name].float(), atol=5e-3), name
+    assert two.stdout.count("finished: ") == 1, "one of them writes"
+
+
+def test_a_run_of_two_is_resumed_by_two_and_by_no_other_number(subset: Path, tmp_path: Path) -> None:
+    flags = ("--batch-size=16", "--report-every=4", "--epochs=3")
+    assert train(2, "mlp", subset, tmp_path / "whole", *flags).returncode == 0
+    assert train(2, "mlp", subset, tmp_path / "cut", *flags).returncode == 0
+    [run] = (tmp_path / "cut" / "mlp").iterdir()
+    (run / "result.json").unlink()
+    sorted((run / "checkpoints").glob("step-*.pt"))[-1].unlink()  # as if it had been killed in the last epoch
+    machine = [f"--data-dir={subset}", "--device=cpu", "--threads=1", f"--resume={run}"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "train", "mlp", *machine], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert alone.returncode == 2
+    assert "was trained by 2 processes, and these are 1; start as many" in alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "train", "mlp"]
+    again = subprocess.run([*torchrun, *machine], capture_output=True, text=True, timeout=150, check=False)
+    assert again.returncode == 0, again.stderr
+    whole, resumed = outcome(tmp_path / "whole", "mlp"), outcome(tmp_path / "cut", "mlp")
+    assert np.allclose(whole[0], resumed[0], atol=1e-6)
+
+
+def test_capture_with_several_processes_or_without_cuda_is_refused(subset: Path, tmp_path: Path) -> None:
+    done = train(1, "mlp", subset, tmp_path, "--capture=on")
+    assert done.returncode == 2
+    assert "--capture on takes one process and CUDA; leave it at auto" in done.stderr

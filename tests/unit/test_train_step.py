@@ -1,0 +1,109 @@
+"""The step captured, the step in other precisions: as the plain step, as far as each promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.capture import WARM_UP_STEPS, CapturedStep, Step
+from train.checkpoint import create_run
+from train.config import preset
+from train.device import set_precision
+from train.errors import ConfigError, DeviceError
+from train.loop import Trainer
+
+CPU = torch.device("cpu")
+SMALL = {
+    "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,), "batch_size": 8, "epochs": 2},
+    "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
+}
+
+
+class ReplayedByHand:
+    """Records the function and runs it again: what a CUDA graph does, without one. Recording executes nothing."""
+
+    def __init__(self, noise: torch.Generator) -> None:
+        self.noise = noise
+        self.calls: list[str] = []
+
+    def warm_up(self, step: Step, real: Tensor) -> Tensor:
+        self.calls.append("warm up")
+        return step(real)
+
+    def record(self, step: Callable[[], None]) -> None:
+        self.calls.append("record")
+        self._recorded = step
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+        self._recorded()
+
+
+@pytest.fixture(params=["mlp", "dcgan"])
+def trainer_for(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    """Makes trainers of one small preset on the same images."""
+    config = preset(request.param).replace(SMALL[request.param])
+    low, high = config.pixel_range
+    images = torch.rand(44, 1, 28, 28, generator=torch.Generator().manual_seed(5)) * (high - low) + low
+
+    def make(precision: str = "fp32", recording: Callable[[torch.Generator], ReplayedByHand] | None = None) -> Trainer:
+        chosen = config.replace({"precision": precision})
+        return Trainer(create_run(tmp_path, chosen, {}), images, CPU, recording=recording)
+
+    yield make
+    set_precision("fp32", CPU)
+
+
+def train(trainer: Trainer) -> list[list[float]]:
+    """The losses of every step of both epochs."""
+    return [trainer.take_step(batch).tolist() for batch in trainer._batches()]
+
+
+def test_a_captured_run_is_the_plain_run_to_the_bit(trainer_for: Callable[..., Trainer]) -> None:
+    made: list[ReplayedByHand] = []
+
+    def recording(noise: torch.Generator) -> ReplayedByHand:
+        made.append(ReplayedByHand(noise))
+        return made[-1]
+
+    plain, captured = trainer_for(), trainer_for(recording=recording)
+    assert train(captured) == train(plain)
+    for one, other in zip(plain.generator.parameters(), captured.generator.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # 44 images make five batches of 8 and one of 4 an epoch; the small ones do not go through the graph.
+    assert made[0].calls == ["warm up"] * WARM_UP_STEPS + ["record"] + ["replay"] * (10 - WARM_UP_STEPS)
+    assert made[0].noise is captured.noise
+
+
+def test_the_graph_reads_its_own_copy_of_the_batch() -> None:
+    seen: list[Tensor] = []
+
+    def step(real: Tensor) -> Tensor:
+        seen.append(real)
+        return real.sum(dim=0)
+
+    captured = CapturedStep(step, torch.zeros(3, 2), ReplayedByHand(torch.Generator()))
+    results = [captured(torch.full((3, 2), float(number))).tolist() for number in range(WARM_UP_STEPS + 3)]
+    assert results == [[3.0 * number] * 2 for number in range(WARM_UP_STEPS + 3)]
+    assert len({tensor.data_ptr() for tensor in seen[WARM_UP_STEPS:]}) == 1, "every replay reads the same memory"
+
+
+def test_bf16_follows_the_losses_of_fp32(trainer_for: Callable[..., Trainer]) -> None:
+    full, mixed = torch.tensor(train(trainer_for())), torch.tensor(train(trainer_for("bf16")))
+    assert not torch.equal(full, mixed)
+    assert (full - mixed).abs().max() < 0.05
+    assert mixed.isfinite().all()
+
+
+def test_tf32_is_refused_without_cuda(trainer_for: Callable[..., Trainer]) -> None:
+    with pytest.raises(DeviceError, match="--precision tf32 is CUDA's; on the CPU there are fp32 and bf16"):
+        trainer_for("tf32")
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision must be one of fp32, tf32, bf16, got 'fp8'"):
+        preset("mlp").replace({"precision": "fp8"})
