@@ -13,8 +13,11 @@ TARGET ?= localhost:50051
 CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi)),cuda)
 comma := ,
 
+# An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
+OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test fuzz check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -63,6 +66,9 @@ test: .venv/.all build/triton-client/.ready ## run the tests
 
 fuzz: .venv/.all ## a million odd inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## all that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
+	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
 
 check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 	$(BIN)/ruff check .

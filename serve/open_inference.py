@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from serve.pb.inference import open_inference_pb2 as pb
 from serve.rpc import Call, Door, RpcTable
 from serve.service import digest_seed, finite_rows, tape_span
 from serve.settings import Settings
+from serve.version import release
 
 SERVICE = "inference.GRPCInferenceService"
 RAW_FIELD = pb.ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"].number
@@ -69,7 +69,7 @@ class OpenInferenceService:
         return pb.ModelReadyResponse(ready=self._find(request.name, request.version).ready).SerializeToString()
 
     async def server_metadata(self, request: pb.ServerMetadataRequest, call: Call) -> bytes:
-        return pb.ServerMetadataResponse(name="digits-serve", version=version("digits-serve")).SerializeToString()
+        return pb.ServerMetadataResponse(name="digits-serve", version=release()).SerializeToString()
 
     async def model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> bytes:
         model = self._find(request.name, request.version)

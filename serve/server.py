@@ -39,6 +39,7 @@ from serve.repository import Repository, parse_policies
 from serve.rpc import Door, Gate
 from serve.service import SERVICE, DigitService
 from serve.settings import Settings, is_loopback
+from serve.version import release
 from serve.web import make_app, start_http
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,7 @@ class Server:
         self._settings = settings
         self._registry = _new_registry()
         self._metrics = Metrics(self._registry)
-        self._metrics.build.info(
-            {"version": version("digits-serve"), "python": platform.python_version(), "grpcio": version("grpcio")}
-        )
+        self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
         self._health = health.aio.HealthServicer()
         self._health_names: set[str] = set()
         self._stop = asyncio.Event()

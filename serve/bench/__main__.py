@@ -23,15 +23,11 @@ nine tenths of the matrix peak of a core, which bounds what rewriting them as co
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +37,7 @@ from prometheus_client import CollectorRegistry
 
 from serve.bench.load import H2LOAD, WARM_UP_S, Load, by_python, closed
 from serve.bench.process import Started, started
+from serve.bench.report import Target, machine, print_targets, runs_per_second, say, write
 from serve.engine import Engine, EngineOptions
 from serve.latents import LatentReader, Span
 from serve.metrics import Metrics, ModelMetrics, RpcMetrics
@@ -53,20 +50,6 @@ SERVER = ("serve", "--grpc-port=0", "--http-port=0")
 OVERLOAD_QUEUE = 1024  # images: as many as wait at capacity, with 16 requests of 64 in flight
 SOAK_REQUESTS = 200_000
 ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Target:
-    """A measured figure and its bound; ``at_most`` says on which side of it the figure has to be."""
-
-    name: str
-    value: float
-    bound: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
 def main() -> int:
@@ -97,7 +80,7 @@ def main() -> int:
         figures["memory_growth"] = memory_growth()
         targets.append(Target("RSS growth over 200,000 mixed requests, percent", figures["memory_growth"] * 100, 2, at_most=True))
     print_targets(targets)
-    write(flags.out, figures, targets)
+    write(flags.out, {"figures": figures}, targets)
     return 0
 
 
@@ -124,14 +107,14 @@ def raw_rate(path: Path) -> float:
     for batch in RAW_BATCHES:
         latents = np.zeros((batch, latent_size), np.float32)
         session.run(None, {"latents": latents})
-        rates.append(batch * _runs_per_second(lambda latents=latents: session.run(None, {"latents": latents})))
+        rates.append(batch * runs_per_second(partial(session.run, None, {"latents": latents})))
     return max(rates)
 
 
 def normals_rate() -> float:
     """Normal values a second by the address rule, on one core."""
     reader, out = LatentReader(64), np.empty((4096, 64), np.float32)
-    return out.size * _runs_per_second(lambda: reader.fill(out, [Span(7, 0, len(out))]))
+    return out.size * runs_per_second(lambda: reader.fill(out, [Span(7, 0, len(out))]))
 
 
 def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
@@ -144,7 +127,7 @@ def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
         "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
         "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
         "unloaded": asdict(closed(Load(server.target, model, 1, seconds))),
-        "batch_of_one_s": 1 / _runs_per_second(lambda: engine.run(1)),
+        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(1)),
     }
 
 
@@ -199,7 +182,7 @@ def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
     after = server.process.cpu_times()
     used = after.user + after.system - before.user - before.system
     images, batches = (server.metric(f"digits_batch_images_{name}", model="mlp") for name in ("sum", "count"))
-    cost = 1 / _runs_per_second(request) + batches / images / _runs_per_second(batch)
+    cost = 1 / runs_per_second(request) + batches / images / runs_per_second(batch)
     return {"metrics_s": cost, "server_cpu_s": used / answered}
 
 
@@ -254,52 +237,6 @@ def overload_targets(seen: dict[str, Any]) -> list[Target]:
         Target("5 goodput / capacity", flood["requests_per_s"] / capacity["requests_per_s"], 0.9),
         Target("5 other refusals", len(others), 0, at_most=True),
     ]
-
-
-def print_targets(targets: list[Target]) -> None:
-    print(f"{'target':52s} {'measured':>10s} {'bound':>10s}")
-    for target in targets:
-        sign = "≤" if target.at_most else "≥"
-        print(f"{target.name:52s} {target.value:10.3f} {sign}{target.bound:9.3f}  {'met' if target.met else 'MISSED'}")
-
-
-def write(path: Path, figures: dict[str, Any], targets: list[Target]) -> None:
-    listed = [asdict(target) | {"met": target.met} for target in targets]
-    content = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "figures": figures,
-        "targets": listed,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written: {path}")
-
-
-def machine() -> dict[str, Any]:
-    cpu = "unknown CPU"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    packages = ("onnxruntime-gpu", "grpcio", "numpy", "uvloop")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _runs_per_second(run: Any, seconds: float = 1.0) -> float:
-    runs, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        run()
-        runs += 1
-    return runs / (time.perf_counter() - begun)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,80 @@
+"""Measured figures beside their targets: for the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measured figure and its bound; ``at_most`` says on which side of it the figure has to be."""
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+def print_targets(targets: list[Target]) -> None:
+    """A line for each."""
+    print(f"{'target':52s} {'measured':>10s} {'bound':>10s}")
+    for target in targets:
+        sign = "≤" if target.at_most else "≥"
+        print(f"{target.name:52s} {target.value:10.3f} {sign}{target.bound:9.3f}  {'met' if target.met else 'MISSED'}")
+
+
+def write(path: Path, figures: dict[str, Any], targets: list[Target]) -> None:
+    """One JSON object: when, where, ``figures``, and how the targets stand."""
+    listed = [asdict(target) | {"met": target.met} for target in targets]
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        **figures,
+        "targets": listed,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written: {path}")
+
+
+def machine() -> dict[str, Any]:
+    """Processor and versions."""
+    cpu = "unknown CPU"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    packages = ("onnxruntime-gpu", "grpcio", "numpy", "uvloop")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def say(text: str) -> None:
+    """Tell the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def runs_per_second(run: Callable[[], Any], seconds: float = 1.0) -> float:
+    """How often ``run`` can be called in a second, over ``seconds``."""
+    runs, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        run()
+        runs += 1
+    return runs / (time.perf_counter() - begun)

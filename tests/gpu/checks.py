@@ -1,0 +1,346 @@
+"""What is checked and measured on a GPU. Each check takes a plan and returns figures and targets; none prints.
+
+The plan's provider may be ``cpu``: the same code then runs where there is no GPU, which is how the tests try it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+
+from export.parity import torch_form
+from export.to_fp16 import to_fp16
+from export.to_torchscript import load_torchscript
+from serve import cuda
+from serve.bench.load import Load, by_python
+from serve.bench.process import Started, started
+from serve.bench.report import Target, runs_per_second
+from serve.engine import Engine, EngineOptions, Provider
+from serve.latents import LatentReader, Span, draw
+from serve.manifest import TORCHSCRIPT_FILE
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from serve.repository import BUNDLED_DIR, Bundle, read_bundle
+from train.bench import measure
+from train.capture import CudaRecording
+from train.checkpoint import create_run
+from train.config import PRESETS, TrainConfig
+from train.loop import Trainer
+
+MODELS = ("mlp", "dcgan")
+SEED = 7
+WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
+PIXELS_BYTES = 784
+ALGORITHMS = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where to check, and how long each measurement takes."""
+
+    provider: Provider = "cuda"
+    largest: int = 1024
+    seconds: float = 2.0
+    memory_seconds: float = 45.0
+    count: int = WIRE_COUNT
+    mnist: Path = Path("data/mnist")
+
+    def options(self, **changes: Any) -> EngineOptions:
+        return EngineOptions(provider=self.provider, powers=True, **changes)
+
+    @property
+    def graphs(self) -> bool:
+        return self.provider == "cuda"
+
+    @contextmanager
+    def server(self) -> Iterator[Started]:
+        """This plan's server, as a process."""
+        flags = [f"--provider={self.provider}", "--buckets=powers", f"--max-batch-size={self.largest}"]
+        with started("serve", "--grpc-port=0", "--http-port=0", *flags) as server:
+            yield server
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found. ``fixed`` targets must hold anywhere; the others are aims for a fast GPU."""
+
+    figures: dict[str, Any]
+    fixed: tuple[Target, ...] = ()
+    aims: tuple[Target, ...] = ()
+
+
+Check = Callable[[Plan], Outcome]
+
+
+def bundle_of(model: str) -> Bundle:
+    return read_bundle(BUNDLED_DIR / model / "1")
+
+
+def engine_of(model: str, plan: Plan, **changes: Any) -> Engine:
+    bundle = bundle_of(model)
+    return Engine(bundle.model, bundle.manifest, plan.options(**changes), plan.largest)
+
+
+def strictness(plan: Plan) -> Outcome:
+    """Every node is where it was asked to be; and with no GPU to be seen, ``--provider cuda`` refuses to start."""
+    providers = {model: engine_of(model, plan)._session.get_providers()[0] for model in MODELS}
+    command = [sys.executable, "-m", "serve", "--grpc-port=0", "--http-port=0", "--provider=cuda"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=hidden)
+    refused = done.returncode == 2 and "gRPC" not in done.stdout and "error: " in done.stderr
+    wanted = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[plan.provider]
+    return Outcome(
+        {"providers": providers, "without_gpu": done.stderr.strip().splitlines()[-1:]},
+        (
+            Target("models on the provider that was asked for", list(providers.values()).count(wanted), len(MODELS)),
+            Target("--provider cuda refuses without a GPU", float(refused), 1),
+        ),
+    )
+
+
+def parity(plan: Plan) -> Outcome:
+    """The largest difference from fp32 TorchScript on the CPU, at every bucket: as served, with TF32, and in fp16."""
+    figures: dict[str, Any] = {}
+    targets = []
+    for model in MODELS:
+        bundle = bundle_of(model)
+        reference = torch_form(load_torchscript((bundle.path / TORCHSCRIPT_FILE).read_bytes()))
+        engines = {
+            "fp32": engine_of(model, plan, cuda_graphs=plan.graphs),
+            "tf32": engine_of(model, plan, cuda_options={"use_tf32": "1"}),
+            "fp16": Engine(to_fp16(bundle.model), bundle.manifest, plan.options(), plan.largest),
+        }
+        engines["fp32"].warm()
+        for form, engine in engines.items():
+            worst, levels = 0.0, 0
+            for bucket in engine.buckets():
+                rows = draw(SEED, bucket, bucket, bundle.manifest.latent_size)
+                expected, with_images, replayed = reference(rows), engine.compute(rows, want_images=True), engine.compute(rows)
+                assert with_images.images is not None
+                worst = max(worst, float(np.abs(expected["images"] - with_images.images).max()))
+                apart = np.abs(expected["pixels"].astype(np.int16) - replayed.pixels).max()
+                levels = max(levels, int(apart))
+            figures[f"{model} {form}"] = {"images": worst, "pixel_levels": levels}
+        targets.append(
+            Target(f"{model}: largest difference of an image, × 1e-5", figures[f"{model} fp32"]["images"] * 1e5, 1, True)
+        )
+        targets.append(
+            Target(f"{model}: largest difference of a pixel, levels", figures[f"{model} fp32"]["pixel_levels"], 1, True)
+        )
+    return Outcome(figures, tuple(targets))
+
+
+def graphs(plan: Plan) -> Outcome:
+    """Every bucket's graph captured and right for two inputs; and what replaying saves at small batches."""
+    figures: dict[str, Any] = {}
+    targets, aims = [], []
+    for model in MODELS:
+        engine, plain = engine_of(model, plan, cuda_graphs=plan.graphs), engine_of(model, plan)
+        engine.warm()
+        plain.warm()
+        size = engine.manifest.latent_size
+        apart = 0
+        for bucket in engine.buckets():
+            for seed in (1, 2):
+                rows = draw(seed, 0, bucket, size)
+                apart = max(apart, int(np.abs(engine.compute(rows).pixels.astype(np.int16) - plain.compute(rows).pixels).max()))
+        ratios = {bucket: _run_s(engine, bucket, plan) / _run_s(plain, bucket, plan) for bucket in (1, 2, 4, 8)}
+        captured = sum(engine.captures.values())
+        figures[model] = {"captured": captured, "of": len(engine.buckets()), "apart_levels": apart, "run_time_ratio": ratios}
+        if plan.graphs:
+            targets.append(Target(f"{model}: buckets with a graph", captured, len(engine.buckets())))
+            aims.append(Target(f"{model}: run time with / without, up to 8", max(ratios.values()), 0.5, at_most=True))
+        targets.append(Target(f"{model}: replay and plain run apart, levels", apart, 1, at_most=True))
+    return Outcome(figures, tuple(targets), tuple(aims))
+
+
+def buckets(plan: Plan) -> Outcome:
+    """Seconds of a run and digits a second at every bucket, host copies included."""
+    figures: dict[str, Any] = {}
+    for model in MODELS:
+        engine = engine_of(model, plan, cuda_graphs=plan.graphs)
+        engine.warm()
+        seconds = {bucket: _run_s(engine, bucket, plan) for bucket in engine.buckets()}
+        figures[model] = {
+            "run_s": seconds,
+            "digits_per_s": max(bucket / run_s for bucket, run_s in seconds.items()),
+            "best_bucket": max(seconds, key=lambda bucket: bucket / seconds[bucket]),
+        }
+    reader, out = LatentReader(100), np.empty((plan.largest, 100), np.float32)
+    figures["latents_digits_per_s"] = len(out) * runs_per_second(
+        lambda: reader.fill(out, [Span(7, 0, len(out))]), plan.seconds / 4
+    )
+    return Outcome(figures)
+
+
+def provider_options(plan: Plan) -> Outcome:
+    """Digits a second at the largest bucket under each of the CUDA provider's options, beside the defaults'."""
+    if plan.provider != "cuda":
+        return Outcome({"skipped": "these are the CUDA provider's"})
+    choices = [{"cudnn_conv_algo_search": name} for name in ALGORITHMS]
+    choices += [{"prefer_nhwc": "1"}, {"use_tf32": "1"}, {"tunable_op_enable": "1", "tunable_op_tuning_enable": "1"}]
+    figures: dict[str, Any] = {}
+    for model in MODELS:
+        default = engine_of(model, plan)
+        default.warm()
+        base = _run_s(default, plan.largest, plan)
+        figures[model] = {"default": plan.largest / base}
+        for choice in choices:
+            name = ",".join(f"{key}={value}" for key, value in choice.items())
+            try:
+                engine = engine_of(model, plan, cuda_options=choice)
+                engine.warm()
+                figures[model][name] = plan.largest / _run_s(engine, plan.largest, plan)
+            except Exception as error:  # an option this machine cannot take is a finding, not a failure
+                figures[model][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return Outcome(figures)
+
+
+def warmness(plan: Plan) -> Outcome:
+    """After SERVING: the first request of every size beside the median of the next ones."""
+    worst: dict[str, float] = {}
+    with plan.server() as server, grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.DigitGeneratorStub(channel)
+        stub.ListModels(pb.ListModelsRequest())  # the connection itself is not what is measured
+
+        def ask_s(model: str, count: int) -> float:
+            begun = time.perf_counter()
+            stub.Generate(pb.GenerateRequest(model=model, count=count, seed=SEED), timeout=60)
+            return time.perf_counter() - begun
+
+        for model in MODELS:
+            ask_s(model, 1)
+            ratios = []
+            size = 1
+            while size <= plan.largest:
+                first = ask_s(model, size)
+                ratios.append(first / statistics.median(ask_s(model, size) for _ in range(15)))
+                size *= 2
+            worst[model] = max(ratios)
+    targets = [Target(f"{model}: first request / median of its size", ratio, 2, at_most=True) for model, ratio in worst.items()]
+    return Outcome({"first_over_median": worst}, aims=tuple(targets))
+
+
+def memory(plan: Plan) -> Outcome:
+    """Batches of random sizes for a while: what the device, or without one the process, takes at the end and at a tenth."""
+
+    def used() -> float:
+        if plan.provider == "cuda":
+            return cuda.memory_in_use_bytes()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    engines = [engine_of(model, plan, cuda_graphs=plan.graphs) for model in MODELS]
+    for engine in engines:
+        engine.warm()
+    chance = random.Random(SEED)
+    begun = time.monotonic()
+    early, runs = 0.0, 0
+    while (spent := time.monotonic() - begun) < plan.memory_seconds:
+        for engine in engines:
+            engine.run(chance.randint(1, plan.largest), want_images=chance.random() < 0.2)
+            runs += 1
+        if not early and spent > plan.memory_seconds / 10:
+            early = used()
+    growth = used() / early - 1
+    return Outcome({"runs": runs, "growth": growth}, (Target("memory growth over random sizes, percent", growth * 100, 2, True),))
+
+
+def wire(plan: Plan) -> Outcome:
+    """Digits a second through gRPC on loopback when the answer is ready-made: the limit that no model can pass."""
+    with started("serve.bench.floor", str(plan.count * PIXELS_BYTES + 64)) as floor:
+        rate = _digits_per_s(floor.target, "", plan)
+    return Outcome({"digits_per_s": rate, "bytes_per_s": rate * PIXELS_BYTES})
+
+
+def served(plan: Plan) -> Outcome:
+    """Large requests through gRPC beside the lesser of the raw model and the wire; one digit's latency beside the floor's."""
+    raw, limit = buckets(plan).figures, wire(plan).figures["digits_per_s"]
+    figures: dict[str, Any] = {"wire_digits_per_s": limit}
+    aims = []
+    with plan.server() as server:
+        for model in MODELS:
+            rate = _digits_per_s(server.target, model, plan)
+            bound = min(raw[model]["digits_per_s"], limit)
+            figures[model] = {"digits_per_s": rate, "raw_digits_per_s": raw[model]["digits_per_s"], "share": rate / bound}
+            aims.append(Target(f"{model}: served / the lesser of raw and wire", rate / bound, 0.8))
+            aims.append(Target(f"{model}: digits a second, millions", rate / 1e6, 1))
+        one = by_python(Load(server.target, "mlp", 1, plan.seconds)).p50_s
+    with started("serve.bench.floor", "832") as floor:
+        bare = by_python(Load(floor.target, "", 1, plan.seconds)).p50_s
+    figures["one_digit"] = {"p50_s": one, "floor_p50_s": bare}
+    aims.append(Target("one digit unloaded: p50 beyond the floor's, ms", (one - bare) * 1e3, 0.5, at_most=True))
+    return Outcome(figures, aims=tuple(aims))
+
+
+def training(plan: Plan) -> Outcome:
+    """Milliseconds a step; the captured step's losses beside the plain one's; whole runs, if MNIST is at hand."""
+    device = torch.device(plan.provider)
+    figures: dict[str, Any] = {"ms_per_step": measure(device, plan.seconds)}
+    fixed, aims = [], []
+    for name, config in PRESETS.items():
+        if plan.provider != "cuda":
+            continue
+        plain, captured = _losses(config, device, None), _losses(config, device, CudaRecording)
+        apart = float((plain - captured).abs().max())
+        figures[f"{name} captured and plain losses apart"] = apart
+        fixed.append(Target(f"{name}: captured and plain losses apart over 200 steps", apart, 0.05, at_most=True))
+        steps = {"mlp": 93_800, "dcgan": 9_380}[name]
+        whole = figures["ms_per_step"][f"{name} captured fp32"] * steps / 1e3
+        figures[f"{name} whole run at that pace, s"] = whole
+        aims.append(Target(f"{name}: a whole run's steps, s", whole, {"mlp": 60, "dcgan": 15}[name], at_most=True))
+    if plan.provider == "cuda":
+        mlp = figures["ms_per_step"]["mlp captured fp32"] * 0.5
+        aims.append(Target("mlp: 500 steps, s (the notebook: 15)", mlp, 0.25, at_most=True))
+    return Outcome(figures, tuple(fixed), tuple(aims))
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__: check
+    for check in (strictness, parity, graphs, buckets, provider_options, warmness, memory, wire, served, training)
+}
+
+
+def _run_s(engine: Engine, bucket: int, plan: Plan) -> float:
+    return 1 / runs_per_second(lambda: engine.run(bucket), plan.seconds / 8)
+
+
+def _digits_per_s(target: str, model: str, plan: Plan) -> float:
+    """By several callers' processes at once: one alone would be the limit."""
+    load = Load(target, model, plan.count, plan.seconds, WIRE_IN_FLIGHT // WIRE_PROCESSES)
+    rates = [0.0] * WIRE_PROCESSES
+
+    def call(number: int) -> None:
+        rates[number] = by_python(load).requests_per_s
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(WIRE_PROCESSES)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates) * plan.count
+
+
+def _losses(config: TrainConfig, device: torch.device, recording: Any, steps: int = 200) -> torch.Tensor:
+    """The losses of some steps on blank-to-white noise: the same images and seeds whichever way the step runs."""
+    low, high = config.pixel_range
+    generator = torch.Generator().manual_seed(SEED)
+    images = (torch.rand(config.batch_size * 8, 1, 28, 28, generator=generator) * (high - low) + low).to(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        shorter = replace(config, epochs=steps // 8)
+        trainer = Trainer(create_run(Path(scratch), shorter, {}), images, device, recording=recording)
+        return torch.stack([trainer.take_step(batch).clone() for batch in trainer._batches()]).cpu()

@@ -1,0 +1,58 @@
+"""The GPU's checks with the CPU in its place: the code that will run there runs here, all but CUDA itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.bench.report import Target
+from tests.gpu import checks
+from tests.gpu.__main__ import no_gpu, run
+from tests.gpu.checks import CHECKS, Outcome, Plan
+
+TWIN = Plan(provider="cpu", largest=8, seconds=0.2, memory_seconds=1.0, count=64)
+
+
+@pytest.mark.skipif(no_gpu() is None, reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_and_exits_three(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.gpu", f"--out={tmp_path / 'out.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("no GPU to check on: ")
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "training"])
+def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
+    outcome = CHECKS[name](TWIN)
+    assert outcome.figures
+    assert all(target.met for target in outcome.fixed), outcome
+    if name == "served":
+        assert {target.name.split(":")[0] for target in outcome.aims} == {"mlp", "dcgan", "one digit unloaded"}
+        assert outcome.figures["dcgan"]["digits_per_s"] > 100
+    if name == "wire":
+        assert outcome.figures["bytes_per_s"] == outcome.figures["digits_per_s"] * 784 > 1e6
+
+
+def test_the_report_names_what_is_missed_and_what_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(plan: Plan) -> Outcome:
+        raise RuntimeError("CUDA failure 700")
+
+    monkeypatch.setitem(checks.CHECKS, "wire", raising)
+    monkeypatch.setitem(checks.CHECKS, "memory", lambda plan: Outcome({"growth": 1}, (Target("growth", 9, 2, at_most=True),)))
+    monkeypatch.setitem(checks.CHECKS, "served", lambda plan: Outcome({"rate": 1}, (), (Target("an aim", 1, 2),)))
+    out = tmp_path / "gpu-check.json"
+    assert run(TWIN, ["served"], out) == 0, "an aim that is missed is no failure"
+    assert run(TWIN, ["memory"], out) == 1
+    assert run(TWIN, ["wire", "served"], out) == 1
+    written = json.loads(out.read_text())
+    assert written["raised"] == ["wire"]
+    assert written["figures"]["wire"] == {"raised": "RuntimeError: CUDA failure 700"}
+    assert [target["met"] for target in written["targets"]] == [False]
+    assert "MISSED" in capsys.readouterr().out
