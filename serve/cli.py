@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 
 from serve.errors import StartError
 from serve.instance import INSTANCE_THREAD
+from serve.logs import configure
 from serve.server import Ports, Server, serve
 from serve.settings import Settings, from_arguments
 
@@ -18,9 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit status; an error is one line on stderr."""
     try:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
+        configure(settings.log_level, settings.log_format)
         serve(settings, lambda server, ports: _announce(server, ports, settings))
         if any(thread.name.startswith(INSTANCE_THREAD) for thread in threading.enumerate()):
             # A hung run cannot be ended, and ending the interpreter under it would abort the process.

@@ -102,7 +102,7 @@ class OpenInferenceService:
             raise RequestError(f"count must be from 1 to {most} for {' and '.join(names)}, got {span.count}")
         with model.in_use(), call.hold(span.count):
             ticket = await model.generate(span, "images" in names, Priority.INTERACTIVE, call.deadline)
-            return _respond(request, model, ticket, names)
+            return _respond(request, model, ticket, names, call)
 
     def _find(self, name: str, number: str, seed: Callable[[], int] = lambda: 0) -> Model:
         if not name:
@@ -167,7 +167,7 @@ def _seed_of(tensors: Mapping[str, NDArray[np.generic]]) -> int:
     return digest_seed(tensors["latents"].tobytes() if "latents" in tensors else b"")
 
 
-def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names: list[str]) -> bytes:
+def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names: list[str], call: Call) -> bytes:
     started = time.perf_counter()
     manifest, count = model.manifest, ticket.span.count
     shapes = {"pixels": [count, manifest.height, manifest.width], "images": [count, 1, manifest.height, manifest.width]}
@@ -189,7 +189,9 @@ def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names:
             getattr(output.contents, OUTPUTS[output.name][1]).extend(values.tolist())
         response = head.SerializeToString()
     model.metrics.images("float32" if "images" in names else "uint8").inc(count)
-    model.metrics.encode(time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    model.metrics.encode(seconds)
+    call.encoded(ticket, seconds)
     return response
 
 

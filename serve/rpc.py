@@ -32,7 +32,10 @@ from serve.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from serve.fair_queue import Ticket
+from serve.logs import current_call
 from serve.metrics import Metrics, RpcMetrics
+from serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +94,11 @@ class Gate:
 class Door:
     """What every call of a server goes through: the gate, who may come in, the metrics."""
 
-    def __init__(self, metrics: Metrics, gate: Gate, callers: Callers) -> None:
+    def __init__(self, metrics: Metrics, gate: Gate, callers: Callers, tracing: Tracing | None = None) -> None:
         self.metrics = metrics
         self.gate = gate
         self.callers = callers
+        self.tracing = tracing
 
 
 class Call:
@@ -116,6 +120,7 @@ class Call:
 
     def enter(self, scope: Scope) -> None:
         """Go through the gate. Raises UnavailableError when it is closed, or as ``Callers.admit`` does."""
+        current_call.set(self._context)
         self._door.gate.enter()
         self._entered = True
         self.caller = self._door.callers.admit(self._context, scope)
@@ -123,6 +128,11 @@ class Call:
     def hold(self, images: int) -> AbstractContextManager[None]:
         """Count images in flight against the caller's limit. Raises CallerLimitError."""
         return self.caller.hold(images)
+
+    def encoded(self, ticket: Ticket, encode_s: float) -> None:
+        """A ticket's rows are encoded: its phases are known."""
+        if self._door.tracing is not None:
+            self._door.tracing.phases(ticket, encode_s)
 
     @property
     def deadline(self) -> float | None:

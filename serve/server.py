@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import platform
 import signal
 import time
@@ -39,6 +40,7 @@ from serve.repository import Repository, parse_policies
 from serve.rpc import Door, Gate
 from serve.service import SERVICE, DigitService
 from serve.settings import Settings, is_loopback
+from serve.tracing import Tracing, set_up
 from serve.version import release
 from serve.web import make_app, start_http
 
@@ -71,6 +73,7 @@ class Server:
         self._health_names: set[str] = set()
         self._stop = asyncio.Event()
         self._draining = False
+        self._tracing: Tracing | None = None
         self._gate = Gate()
         self.catalog = Catalog(settings.default_model)
         repository = Repository(settings.models_dir, parse_policies(settings.versions))
@@ -79,6 +82,7 @@ class Server:
     async def run(self, announce: Callable[[Server, Ports], None]) -> None:
         """Serve until ``stop`` is called or SIGTERM or SIGINT arrives. Raises StartError before any port is bound."""
         credentials, tokens = self._credentials(), self._tokens()
+        self._tracing = set_up(os.environ)
         await self._lifecycle.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,6 +101,8 @@ class Server:
         for task in background:
             task.cancel()
         await http_runner.cleanup()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.shut_down)
 
     def stop(self) -> None:
         """Begin to drain."""
@@ -118,6 +124,7 @@ class Server:
     def _bind_grpc(self, credentials: grpc.ServerCredentials | None, tokens: TokenFile | None) -> tuple[grpc.aio.Server, int]:
         settings = self._settings
         server = grpc.aio.server(
+            interceptors=[self._tracing.interceptor] if self._tracing else None,
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it in silence
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -125,11 +132,11 @@ class Server:
                 ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
                 ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
                 ("grpc.keepalive_permit_without_calls", 1),
-            ]
+            ],
         )
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
         callers = Callers(tokens, settings.caller_images, settings.caller_requests_per_s, is_loopback(settings.host))
-        door = Door(self._metrics, self._gate, callers)
+        door = Door(self._metrics, self._gate, callers, self._tracing)
         open_inference = OpenInferenceService(self.catalog, settings, lambda: self._not_ready() is None)
         tables = [DigitService(self.catalog, settings).table(door), open_inference.table(door)]
         tables += ModelControlService(self._lifecycle).tables(door)

@@ -73,7 +73,7 @@ class DigitService:
         priority = _priority(request.priority, Priority.INTERACTIVE)
         with model.in_use(), call.hold(span.count):
             ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, call.deadline)
-            return await _encode(model, ticket, image_format)
+            return await _encode(model, ticket, image_format, call)
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncIterator[bytes]:
         image_format = _format(request.format)
@@ -98,7 +98,7 @@ class DigitService:
                         given += part.count
                         under_way.append(asyncio.ensure_future(model.generate(part, wants_float, priority, deadline)))
                     ticket = await under_way.popleft()
-                    yield await _encode(model, ticket, image_format)
+                    yield await _encode(model, ticket, image_format, call)
             finally:
                 for task in under_way:
                     task.cancel()
@@ -196,7 +196,7 @@ def _priority(value: pb.Priority, default: Priority) -> Priority:
     return PRIORITIES[value]
 
 
-async def _encode(model: Model, ticket: Ticket, image_format: pb.ImageFormat) -> bytes:
+async def _encode(model: Model, ticket: Ticket, image_format: pb.ImageFormat, call: Call) -> bytes:
     started = time.perf_counter()
     if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
         # Compressing takes long enough to hold up other callers: not on the event loop.
@@ -218,7 +218,9 @@ async def _encode(model: Model, ticket: Ticket, image_format: pb.ImageFormat) ->
         head.seed = span.seed
     response = pack_field(head.SerializeToString(), IMAGES_FIELD, entries)
     model.metrics.images(FORMAT_NAMES[image_format]).inc(span.count)
-    model.metrics.encode(time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    model.metrics.encode(seconds)
+    call.encoded(ticket, seconds)
     return response
 
 

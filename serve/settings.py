@@ -68,6 +68,7 @@ class Settings:
     max_connection_age_s: float = _setting(300.0, "a client reconnects after this long, so that load spreads", low=1, high=86400)
     reflection: bool = _setting(True, "answer gRPC server reflection")
     metrics: bool = _setting(True, "answer /metrics")
+    log_format: str = _setting("text", "lines for people, or JSON objects for machines", choices=("text", "json"))
     log_level: str = _setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
 
     @property

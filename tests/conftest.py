@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,8 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Starts server processes with the given flags on free ports, and ends them when the test is over."""
     running: list[ServerProcess] = []
 
-    def start(*flags: str) -> ServerProcess:
-        running.append(ServerProcess(*flags))
+    def start(*flags: str, environment: Mapping[str, str] | None = None) -> ServerProcess:
+        running.append(ServerProcess(*flags, environment=environment))
         return running[-1]
 
     yield start

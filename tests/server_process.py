@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from serve.bench.process import sample_sum
@@ -19,10 +21,12 @@ STOP_TIMEOUT_S = 60
 class ServerProcess:
     """``python -m serve`` on free ports unless the flags say otherwise. The constructor returns once it serves."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, environment: Mapping[str, str] | None = None) -> None:
         ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
         command = [sys.executable, "-m", "serve", *ports, "--http-port=0", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+        )
         assert self.process.stdout is not None
         self.announced = ""
         for line in self.process.stdout:

@@ -1,0 +1,132 @@
+"""Traces and logs as a collector sees them: a request's spans hang together, and its lines carry its ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from serve import tracing
+from serve.errors import SettingsError
+from serve.logs import JsonFormatter, current_call
+from serve.pb.digits.v1 import control_pb2, control_pb2_grpc
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from tests.server_process import ServerProcess
+
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = ("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01")
+
+
+class Collector(collector_grpc.TraceServiceServicer):
+    """Keeps what is sent to it over OTLP."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.resource: dict[str, str] = {}
+        self._server = grpc.server(futures.ThreadPoolExecutor(2))
+        collector_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802  # the RPC's name
+        for group in request.resource_spans:
+            self.resource |= {each.key: each.value.string_value for each in group.resource.attributes}
+            self.spans += [span for scope in group.scope_spans for span in scope.spans]
+        return collector.ExportTraceServiceResponse()
+
+    def stop(self) -> threading.Event:
+        return self._server.stop(0)
+
+
+@pytest.fixture
+def collecting() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.stop().wait(10)
+
+
+def test_a_requests_spans_hang_together_and_follow_the_callers_trace(
+    collecting: Collector, start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server(environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint})
+    with grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.DigitGeneratorStub(channel)
+        answer = stub.Generate(pb.GenerateRequest(model="mlp", count=300, seed=1), metadata=(TRACEPARENT,), timeout=20)
+        chunks = list(stub.GenerateStream(pb.GenerateStreamRequest(model="mlp", count=40, chunk=20), timeout=20))
+        with pytest.raises(grpc.RpcError):
+            stub.Generate(pb.GenerateRequest(count=0), timeout=20)
+    assert server.terminate()[0] == 0, "what has not been sent is sent at the end"
+    assert collecting.resource["service.name"] == "digits-serve"
+    [request] = [span for span in collecting.spans if span.trace_id.hex() == TRACE_ID and span.parent_span_id.hex() == PARENT_ID]
+    assert request.name == "/digits.v1.DigitGenerator/Generate"
+    phases = {span.name: span for span in collecting.spans if span.parent_span_id == request.span_id}
+    assert list(phases) == ["queue", "compute", "encode"]
+    assert phases["queue"].end_time_unix_nano == phases["compute"].start_time_unix_nano
+    assert phases["compute"].end_time_unix_nano == phases["encode"].start_time_unix_nano
+    slack = 2_000_000  # two clocks
+    assert request.start_time_unix_nano - slack <= phases["queue"].start_time_unix_nano
+    assert phases["encode"].end_time_unix_nano <= request.end_time_unix_nano + slack
+    computed = {each.key: each.value for each in phases["compute"].attributes}
+    assert computed["digits.images"].int_value == 300
+    assert computed["digits.compute_seconds"].double_value == pytest.approx(answer.timing.compute_seconds)
+    [stream] = [span for span in collecting.spans if span.name.endswith("GenerateStream")]
+    assert len([span for span in collecting.spans if span.parent_span_id == stream.span_id]) == 3 * len(chunks)
+    failed = [span for span in collecting.spans if span.name.endswith("/Generate") and span.status.code == 2]
+    assert len(failed) <= 1, "the caller's own mistake is no error of the server's"
+
+
+def test_json_logs_carry_the_request_and_its_trace(collecting: Collector, start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(
+        "--log-format=json", "--model-control=explicit", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint}
+    )
+    with grpc.insecure_channel(server.target) as channel:
+        stub = control_pb2_grpc.ModelControlStub(channel)
+        stub.Unload(control_pb2.UnloadRequest(model="mlp"), metadata=(("x-request-id", "ticket-4711"), TRACEPARENT), timeout=30)
+    status, log = server.terminate()
+    assert status == 0
+    entries = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
+    [released] = [entry for entry in entries if entry["message"] == "mlp/1 is released"]
+    assert (released["request_id"], released["trace_id"]) == ("ticket-4711", TRACE_ID)
+    assert all("request_id" not in entry for entry in entries if entry["message"].startswith("stop"))
+
+
+def test_an_internal_errors_line_has_its_request_and_trace(caplog: pytest.LogCaptureFixture) -> None:
+    class Context:
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return (("x-request-id", "ticket-4711"),)
+
+    token = current_call.set(Context())
+    try:
+        try:
+            raise KeyError("planted")
+        except KeyError:
+            record = logging.LogRecord("serve.rpc", logging.ERROR, "", 0, "error %s", ("abc",), sys.exc_info())
+        entry = json.loads(JsonFormatter().format(record))
+    finally:
+        current_call.reset(token)
+    assert (entry["request_id"], entry["level"], entry["message"]) == ("ticket-4711", "error", "error abc")
+    assert "KeyError: 'planted'" in entry["error"]
+    assert "request_id" not in json.loads(JsonFormatter().format(record))
+
+
+def test_without_an_endpoint_nothing_is_set_up() -> None:
+    assert tracing.set_up({}) is None
+    assert tracing.set_up({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}) is None
+
+
+def test_an_endpoint_without_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(SettingsError, match="OTEL_EXPORTER_OTLP_ENDPOINT is set, but the tracing extra is not installed"):
+        tracing.set_up({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"})
