@@ -1,0 +1,267 @@
+"""A data set of any size from one tape, by any number of processes: each writes its shard, and they are joined.
+
+    python -m serve.dataset write --out digits --count 1000000 --seed 7 --shards 8 --shard 3   # shard 3 of 0 to 7
+    python -m serve.dataset join --out digits --format idx                                      # or npz
+
+In a Kubernetes Indexed Job the shard is ``JOB_COMPLETION_INDEX``. The model runs here, without a server. Whole batches
+aligned to the tape are run whichever shard a digit falls into, so that its bytes do not depend on how the work was split;
+across different processors or providers they are the same within one grey level.
+
+A shard is written beside and renamed when it is whole: one that was killed is not there, and one that is there is kept.
+idx files are laid out as MNIST's; the model of an unconditional generator knows no labels, and 255 stands for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.engine import Engine, EngineOptions, choose_provider
+from serve.errors import ServeError, SettingsError
+from serve.latents import INDEX_LIMIT, SEED_LIMIT, draw
+from serve.one_line import OneLineParser
+from serve.repository import BUNDLED_DIR, Bundle, Repository, VersionPolicies
+
+BATCH = 64  # rows of one run; index 0 of the tape begins one
+RUNS_A_TASK = 16
+UNKNOWN_LABEL = 255
+COPY_BYTES = 1 << 20
+TEST_SHARE = 7  # one digit in so many goes to the test files, as in MNIST
+HEADER_FILE = "dataset.json"
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What a data set is of. ``digest`` is the model file's; a shard of another one is not mixed in."""
+
+    model: str
+    version: int
+    digest: str
+    seed: int
+    start: int
+    count: int
+    shards: int
+    height: int
+    width: int
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First index of a shard on the tape, and how many digits it holds."""
+        first = self.count * shard // self.shards
+        return self.start + first, self.count * (shard + 1) // self.shards - first
+
+    def shard_file(self, folder: Path, shard: int) -> Path:
+        return folder / f"part-{shard:05d}-of-{self.shards:05d}.pixels"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What makes the digits, on ``threads`` engines side by side."""
+
+    bundle: Bundle
+    options: EngineOptions
+    threads: int
+
+    def digits(self, seed: int, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
+        """The digits ``first`` … of a tape in order, some at a time: uint8 (n, height, width)."""
+        own = threading.local()
+        size = BATCH * RUNS_A_TASK
+
+        def task(begin: int) -> NDArray[np.uint8]:
+            if not hasattr(own, "engine"):
+                own.engine = Engine(self.bundle.model, self.bundle.manifest, self.options, BATCH)
+            rows = draw(seed, begin, size, self.bundle.manifest.latent_size)
+            pixels: NDArray[np.uint8] = own.engine.compute(rows).pixels
+            return pixels[max(0, first - begin) : first + count - begin]
+
+        begins = range(first - first % BATCH, first + count, size)
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead = 2 * self.threads  # so much of the result is held in memory, whatever the shard's size
+            for position in range(0, len(begins), ahead):
+                yield from pool.map(task, begins[position : position + ahead])
+
+
+def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator) -> Path:
+    """Write one shard, whole or not at all; raw uint8 pixels, row-major. Raises SettingsError when the folder is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _agree(folder, dataset)
+    path = dataset.shard_file(folder, shard)
+    first, count = dataset.shard_range(shard)
+    if path.exists() and path.stat().st_size == count * dataset.height * dataset.width:
+        return path
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            for digits in generator.digits(dataset.seed, first, count):
+                file.write(digits.data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def join(folder: Path, file_format: str) -> list[Path]:
+    """Join all shards into ``idx`` files or one ``npz``. Raises SettingsError naming the first shard that is missing."""
+    dataset = read_header(folder)
+    parts = [dataset.shard_file(folder, shard) for shard in range(dataset.shards)]
+    for shard, part in enumerate(parts):
+        wanted = dataset.shard_range(shard)[1] * dataset.height * dataset.width
+        if not part.exists() or part.stat().st_size != wanted:
+            raise SettingsError(f"{part} is missing or not whole; write it with --shard {shard}")
+    return _join_idx(folder, dataset, parts) if file_format == "idx" else [_join_npz(folder, dataset, parts)]
+
+
+def read_header(folder: Path) -> Dataset:
+    """What the folder's data set is of. Raises SettingsError."""
+    try:
+        return Dataset(**json.loads((folder / HEADER_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise SettingsError(f"{folder / HEADER_FILE} cannot be read; write a shard first") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a shard or join them. Returns the exit status; an error is one line on stderr."""
+    flags = _parser().parse_args(arguments)
+    try:
+        if flags.action == "join":
+            for path in join(flags.out, flags.format):
+                print(path)
+            return 0
+        _write(flags)
+    except (ServeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(flags: argparse.Namespace) -> None:
+    bounds = {
+        "--count": (flags.count, 1, INDEX_LIMIT),
+        "--seed": (flags.seed, 0, SEED_LIMIT - 1),
+        "--start": (flags.start, 0, INDEX_LIMIT - flags.count),
+        "--shards": (flags.shards, 1, 1 << 20),
+        "--shard": (flags.shard, 0, flags.shards - 1),
+        "--threads": (flags.threads, 1, 256),
+    }
+    for flag, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            raise SettingsError(f"{flag} must be from {low} to {high}, got {value}")
+    bundle = _bundle(flags.models_dir, flags.model, flags.version)
+    manifest = bundle.manifest
+    dataset = Dataset(
+        model=manifest.name, version=manifest.version, digest=bundle.digest, seed=flags.seed, start=flags.start,
+        count=flags.count, shards=flags.shards, height=manifest.height, width=manifest.width,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    options = EngineOptions(provider=choose_provider(flags.provider))
+    path = write_shard(flags.out, dataset, flags.shard, Generator(bundle, options, flags.threads))
+    seconds, count = time.perf_counter() - begun, dataset.shard_range(flags.shard)[1]
+    print(f"{path}: {count:,} digits by {dataset.model}/{dataset.version} in {seconds:.1f} s, {count / seconds:,.0f} a second")
+
+
+def _bundle(models_dir: Path, model: str, version: int) -> Bundle:
+    repository = Repository(models_dir, VersionPolicies())
+    there = repository.scan().get(model)
+    if not there:
+        raise SettingsError(f"--models-dir {models_dir} has no model {model[:64]!r}")
+    bundle = repository.read(model, version or max(there))
+    Engine(bundle.model, bundle.manifest, EngineOptions(), BATCH).check_golden()
+    return bundle
+
+
+def _agree(folder: Path, dataset: Dataset) -> None:
+    """The folder belongs to one data set: the first shard says which, the others must be of the same."""
+    header = folder / HEADER_FILE
+    if not header.exists():
+        beside = folder / f".{HEADER_FILE}.{os.getpid()}"
+        beside.write_text(json.dumps(asdict(dataset), indent=2) + "\n")
+        beside.replace(header)
+    there = asdict(read_header(folder))
+    for name, value in asdict(dataset).items():
+        if there[name] != value:
+            raise SettingsError(f"{folder} holds a data set with {name} {there[name]}, not {value}; name another --out")
+
+
+def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
+    """MNIST's four files below ``MNIST/raw``, where torchvision's class of that name looks for them."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    test = dataset.count // TEST_SHARE
+    digit = dataset.height * dataset.width
+    written = []
+    for kind, skip, count in (("train", 0, dataset.count - test), ("t10k", dataset.count - test, test)):
+        images, labels = raw / f"{kind}-images-idx3-ubyte", raw / f"{kind}-labels-idx1-ubyte"
+        with images.open("wb") as file:
+            file.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
+            _copy(parts, skip * digit, count * digit, file)
+        labels.write_bytes(struct.pack(">2I", LABELS_MAGIC, count) + bytes([UNKNOWN_LABEL]) * count)
+        written += [images, labels]
+    return written
+
+
+def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
+    """``images`` uint8 (count, height, width), readable by ``numpy.load``."""
+    path = folder / "digits.npz"
+    shape = (dataset.count, dataset.height, dataset.width)
+    with zipfile.ZipFile(path, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)
+    return path
+
+
+def _copy(parts: list[Path], skip: int, size: int, to: Any) -> None:
+    """Copy ``size`` bytes of the files read as one, after the first ``skip``."""
+    for part in parts:
+        here = part.stat().st_size
+        if skip < here and size:
+            with part.open("rb") as file:
+                file.seek(skip)
+                while size and (chunk := file.read(min(size, COPY_BYTES))):
+                    to.write(chunk)
+                    size -= len(chunk)
+        skip = max(0, skip - here)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m serve.dataset", description="Make a data set of any size, shard by shard.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    write = actions.add_parser("write", help="write one shard")
+    write.add_argument("--count", type=int, required=True, help="digits of the whole data set")
+    write.add_argument("--seed", type=int, default=0, help="which tape (default: 0)")
+    write.add_argument("--start", type=int, default=0, help="index of the data set's first digit (default: 0)")
+    write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
+    index = os.environ.get(INDEX_VARIABLE, "0")
+    write.add_argument("--shard", type=int, default=index, help=f"which one this is (default: ${INDEX_VARIABLE}, or 0)")
+    write.add_argument("--model", default="dcgan", help="model name (default: dcgan)")
+    write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
+    write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
+    write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
+    cores = len(os.sched_getaffinity(0))
+    write.add_argument("--threads", type=int, default=cores, help=f"runs side by side (default: the cores, {cores})")
+    join_them = actions.add_parser("join", help="join all shards")
+    join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
+    for action in (write, join_them):
+        action.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""A data set comes out the same however the work was split and interrupted, and others can read it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import MNIST
+
+from serve.client import DigitClient
+from serve.dataset import Dataset, main, read_header
+from tests.server_process import ServerProcess
+
+COUNT = 3001
+BASE = ["write", "--model=mlp", "--provider=cpu", "--seed=7", "--start=100", f"--count={COUNT}"]
+
+
+def write(out: Path, shards: int, shard: int) -> None:
+    assert main([*BASE, f"--out={out}", f"--shards={shards}", f"--shard={shard}"]) == 0
+
+
+def whole(folder: Path) -> bytes:
+    return b"".join(part.read_bytes() for part in sorted(folder.glob("part-*")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    write(folder, 1, 0)
+    return folder
+
+
+@pytest.mark.parametrize("shards", [2, 7, 64])
+def test_shards_joined_are_the_uninterrupted_run(shards: int, uninterrupted: Path, tmp_path: Path) -> None:
+    for shard in reversed(range(shards)):
+        write(tmp_path, shards, shard)
+    assert whole(tmp_path) == whole(uninterrupted)
+    assert len(whole(tmp_path)) == COUNT * 784
+
+
+def test_its_digits_are_the_servers_at_the_same_addresses(uninterrupted: Path, shared_server: ServerProcess) -> None:
+    with DigitClient(shared_server.target) as client:
+        served = client.generate(50, model="mlp", seed=7, start=100).pixels.astype(int)
+    written = np.frombuffer(whole(uninterrupted), np.uint8).reshape(-1, 28, 28)[:50]
+    assert np.abs(served - written).max() <= 1
+
+
+def test_a_shard_that_is_killed_is_not_there_and_repeats_its_bytes(tmp_path: Path) -> None:
+    flags = ["write", "--model=dcgan", "--provider=cpu", "--count=8000", "--shards=2", "--shard=1", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "serve.dataset", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(".part-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+    assert not list(tmp_path.glob("part-*"))
+    assert main(flags) == 0
+    [part] = tmp_path.glob("part-*")
+    again = tmp_path / "again"
+    assert main([*flags[:-1], f"--out={again}"]) == 0
+    assert part.read_bytes() == (again / part.name).read_bytes()
+
+
+def test_torchvision_reads_the_idx_files_and_numpy_the_npz(uninterrupted: Path) -> None:
+    pixels = np.frombuffer(whole(uninterrupted), np.uint8).reshape(-1, 28, 28)
+    assert main(["join", f"--out={uninterrupted}"]) == 0
+    train, test = MNIST(uninterrupted, train=True), MNIST(uninterrupted, train=False)
+    assert len(test) == COUNT // 7
+    assert np.array_equal(np.concatenate([train.data.numpy(), test.data.numpy()]), pixels)
+    assert set(train.targets.tolist()) == {255}
+    assert main(["join", "--format=npz", f"--out={uninterrupted}"]) == 0
+    with np.load(uninterrupted / "digits.npz") as archive:
+        assert np.array_equal(archive["images"], pixels)
+
+
+def test_a_finished_shard_is_kept_and_the_index_comes_from_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    flags = [*BASE, f"--out={tmp_path}", "--shards=4"]
+    assert main(flags) == 0
+    part = tmp_path / "part-00002-of-00004.pixels"
+    before = part.stat().st_mtime_ns
+    assert main(flags) == 0
+    assert part.stat().st_mtime_ns == before
+    assert "digits by mlp/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed=8"], "holds a data set with seed 7, not 8; name another --out"),
+        (["--shards=3"], "holds a data set with shards 2, not 3"),
+        (["--shard=2"], "--shard must be from 0 to 1, got 2"),
+        (["--count=0"], "--count must be from 1 to"),
+        (["--model=vae"], "has no model 'vae'"),
+        (["--version=9"], "cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 2, 0)
+    assert main([*BASE, f"--out={tmp_path}", "--shards=2", "--shard=1", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_joining_names_the_shard_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["join", f"--out={tmp_path}"]) == 2
+    assert "dataset.json cannot be read; write a shard first" in capsys.readouterr().err
+    write(tmp_path, 2, 1)
+    assert main(["join", f"--out={tmp_path}"]) == 2
+    assert "part-00000-of-00002.pixels is missing or not whole; write it with --shard 0" in capsys.readouterr().err
+
+
+def test_shards_cover_the_tape_without_gap_or_overlap() -> None:
+    values = {"model": "m", "version": 1, "digest": "", "seed": 0, "height": 28, "width": 28}
+    for count, shards in ((10, 3), (7, 8), (1_000_003, 16)):
+        dataset = Dataset(start=5, count=count, shards=shards, **values)  # type: ignore[arg-type]
+        at = 5
+        for shard in range(shards):
+            first, size = dataset.shard_range(shard)
+            assert first == at
+            at += size
+        assert at == 5 + count
+
+
+def test_the_header_says_what_the_digits_are(uninterrupted: Path) -> None:
+    header = read_header(uninterrupted)
+    assert (header.model, header.version, header.seed, header.start, header.count) == ("mlp", 1, 7, 100, COUNT)
