@@ -37,8 +37,9 @@ class ServerProcess:
             raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
         grpc_address = re.search(r"^gRPC +(\S+)", self.announced, re.MULTILINE)
         http_address = re.search(r"^HTTP +http://(\S+)/metrics", self.announced, re.MULTILINE)
-        assert grpc_address
-        assert http_address
+        if grpc_address is None or http_address is None:
+            self.kill()
+            raise AssertionError(f"the server announced no addresses: {self.announced}")
         self.target = grpc_address[1]
         self.http = http_address[1]
 

@@ -137,7 +137,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
     def poisoned_step(real: torch.Tensor) -> torch.Tensor:
         return honest_step(real if trainer.step < 4 else real * float("nan"))
 
-    trainer.train_step = poisoned_step  # type: ignore[method-assign]
+    trainer.take_step = poisoned_step
     with pytest.raises(DivergedError, match=r"at or before step 6; the last good checkpoint \(step-00000003.pt\) is kept"):
         trainer.fit()
     folder = only_run(tmp_path, "mlp")
