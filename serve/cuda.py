@@ -40,6 +40,11 @@ def memory_in_use_bytes() -> int:
     return int(total - free)
 
 
+def memory_total_bytes() -> int:
+    """Of the current device. Raises EngineError."""
+    return int(_call("cudaMemGetInfo")[1])
+
+
 def _call(function: str, *arguments: Any) -> Any:
     runtime = _runtime()
     code, *values = getattr(runtime, function)(*arguments)

@@ -10,7 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from serve.cuda import memory_in_use_bytes
+from serve.cuda import memory_in_use_bytes, memory_total_bytes
 from serve.engine import Provider, choose_provider
 from serve.errors import BundleError, DigestError, GoldenError, ProviderError
 from serve.metrics import Metrics
@@ -51,6 +51,7 @@ class Loader:
         self._provider = await asyncio.to_thread(choose_provider, self._settings.provider)
         if self._provider == "cuda":
             self._metrics.gpu_memory.set_function(memory_in_use_bytes)
+            self._metrics.gpu_memory_total.set(memory_total_bytes())
 
     def fall_back(self, error: ProviderError) -> None:
         """Go on on the CPU if ``--provider auto`` allows it; raises ``error`` if not."""

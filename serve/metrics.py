@@ -53,6 +53,10 @@ class Metrics:
             "digits_cuda_graph_captures", "CUDA graphs captured and checked, by result", (*MODEL, "result"), registry=registry
         )
         self.gpu_memory = Gauge("digits_gpu_memory_used_bytes", "Memory in use on the GPU, by all processes", registry=registry)
+        self.gpu_memory_total = Gauge("digits_gpu_memory_total_bytes", "Memory of the GPU", registry=registry)
+        self.expected_provider = Gauge(
+            "digits_expected_provider", "1 for what --provider asks for", ("provider",), registry=registry
+        )
         self.padding = Counter("digits_padding_images", "Rows computed to fill a batch bucket", MODEL, registry=registry)
         self.dropped = Counter(
             "digits_dropped_images", "Rows that never reached the model, by reason", (*MODEL, "reason"), registry=registry

@@ -32,6 +32,7 @@ from serve.catalog import Catalog
 from serve.errors import StartError
 from serve.lifecycle import Lifecycle
 from serve.metrics import Metrics
+from serve.model import JOIN_S
 from serve.model_control import SERVICE as MODEL_CONTROL
 from serve.model_control import ModelControlService
 from serve.open_inference import SERVICE as OPEN_INFERENCE
@@ -50,6 +51,9 @@ SUPERVISION_S = 1.0
 MAX_REQUEST_BYTES = 4 << 20
 CONNECTION_AGE_GRACE_S = 60
 LAST_WORDS_S = 0.25
+LIVENESS = "liveness"  # a health name that is SERVING as long as the process answers, draining or not
+# What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, last words, spans not yet sent.
+DRAIN_OVERHEAD_S = JOIN_S + LAST_WORDS_S + 4.0
 KEEPALIVE_MS = 30_000
 
 
@@ -69,6 +73,7 @@ class Server:
         self._registry = _new_registry()
         self._metrics = Metrics(self._registry)
         self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
+        self._metrics.expected_provider.labels(settings.provider).set(1)
         self._health = health.aio.HealthServicer()
         self._health_names: set[str] = set()
         self._stop = asyncio.Event()
@@ -160,6 +165,7 @@ class Server:
         names = self.catalog.names()
         states = {f"{SERVICE}/{name}": self.catalog.ready(name) and not self._draining for name in names}
         states[""] = self._not_ready() is None
+        states[LIVENESS] = True
         states[SERVICE] = not self._draining and any(self.catalog.ready(name) for name in names)
         serving = health_pb2.HealthCheckResponse
         for service, ready in states.items():

@@ -18,11 +18,12 @@ from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, ope
 from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import load_mnist, training_images
 from train.device import choose_device, describe
-from train.errors import ConfigError, TrainError
+from train.errors import CheckpointError, ConfigError, TrainError
 from train.loop import Trainer
 from train.parallel import Ranks, joined, own_device
 
 NEWEST = "newest"
+AUTO = "auto"
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -93,7 +94,11 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
     )
     command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
     command.add_argument(
-        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="go on with this run, or with the newest unfinished one"
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="RUN",
+        help="go on with this run, or with the newest unfinished one; auto: with that, or begin a new one",
     )
 
 
@@ -113,7 +118,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     named = {spec.name for spec in dataclasses.fields(TrainConfig)} & set(vars(flags))
     overrides = {name: parse_field(name, getattr(flags, name)) for name in sorted(named)}
     config = preset(flags.command).replace(overrides)
-    resumed = _resumed_run(flags, overrides) if flags.resume and ranks.first else None
+    resumed = _resumed_run(flags, overrides) if flags.resume and ranks.first else None  # for auto: if there is one
     if ranks.first:
         data = load_mnist(flags.data_dir)  # fetches what is not there
     folder = ranks.agree(resumed.folder if resumed else None)
@@ -149,7 +154,14 @@ def _wants_capture(wanted: str, device: torch.device, ranks: Ranks) -> bool:
     return possible and wanted != "off"
 
 
-def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run:
+def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run | None:
+    if flags.resume == AUTO:
+        try:
+            unfinished = newest_run(flags.runs_dir, flags.command, finished=False)
+        except CheckpointError:
+            return None
+        flags.resume = str(unfinished.folder)
+        overrides = {name: value for name, value in overrides.items() if getattr(unfinished.config, name) != value}
     if overrides:
         flag = "--" + next(iter(overrides)).replace("_", "-")
         raise ConfigError(f"{flag} cannot be changed by --resume; start a new run for other numbers")

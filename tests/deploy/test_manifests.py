@@ -1,0 +1,273 @@
+"""What deploy/ holds is valid by the platform's own tools, and true of the program."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from export.cli import build_parser as export_parser
+from export.watch import WatchMetrics
+from serve.dataset import main as dataset_main
+from serve.metrics import Metrics
+from serve.server import DRAIN_OVERHEAD_S, LIVENESS
+from serve.service import SERVICE
+from serve.settings import Settings, env_name, from_arguments
+from tests.deploy.tools import run
+from tests.server_process import ServerProcess
+from train.cli import build_parser as train_parser
+
+DEPLOY = Path("deploy")
+FOLDERS = ("overlays/cpu", "overlays/gpu", "overlays/dev", "jobs", "parity-watch", "monitoring")
+OVERLAYS = FOLDERS[:3]
+KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
+LOOSE = ("jobs/train-pytorchjob.yaml", "monitoring/keda-scaledobject.yaml")  # alternatives, in no kustomization
+
+# What a custom resource must have, by its own published schema: group and version, and the fields it requires.
+CUSTOM = {
+    "PodMonitor": ("monitoring.coreos.com/v1", {"selector", "podMetricsEndpoints"}),
+    "PrometheusRule": ("monitoring.coreos.com/v1", {"groups"}),
+    "ScaledObject": ("keda.sh/v1alpha1", {"scaleTargetRef", "triggers"}),
+    "PyTorchJob": ("kubeflow.org/v1", {"pytorchReplicaSpecs"}),
+}
+# Checks that are left out, and why.
+SKIPPED_CHECKS = {
+    "CKV_K8S_43": "images are named by tag here; a digest is the registry's, and kustomize edit set image puts it in",
+    "CKV_K8S_11": "no CPU limit on purpose: throttling costs callers latency, and the request guarantees the share",
+    "CKV_K8S_15": "imagePullPolicy IfNotPresent: tags are releases and do not move",
+    "CKV_K8S_21": "the namespace is the platform's choice: kubectl apply -n",
+    "CKV2_K8S_6": "there is a NetworkPolicy for each workload; jobs need none of their own",
+    "CKV_DOCKER_2": "no HEALTHCHECK: Kubernetes probes the health service",
+    "CKV_DOCKER_7": "the base image is a build argument with a fixed tag",
+}
+
+
+@cache
+def rendered(folder: str) -> list[dict[str, Any]]:
+    """A kustomization's objects."""
+    done = run("kubectl", "kustomize", str(DEPLOY / folder))
+    assert done.returncode == 0, done.stderr
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+def everything() -> Iterator[tuple[str, dict[str, Any]]]:
+    for folder in FOLDERS:
+        for item in rendered(folder):
+            yield folder, item
+    for name in LOOSE:
+        yield name, yaml.safe_load((DEPLOY / name).read_text())
+
+
+def of_kind(folder: str, kind: str) -> dict[str, Any]:
+    [item] = [item for item in rendered(folder) if item["kind"] == kind]
+    return item
+
+
+def containers(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The containers of a workload, whatever its kind."""
+    spec = item.get("spec", {})
+    templates = [spec.get("template")] + [each["template"] for each in spec.get("pytorchReplicaSpecs", {}).values()]
+    return [container for template in templates if template for container in template["spec"]["containers"]]
+
+
+def settings_of(folder: str) -> Settings:
+    """The settings a server in that overlay starts with."""
+    data = {}
+    for item in rendered(folder):
+        if item["kind"] == "ConfigMap":
+            data |= item["data"]
+    return from_arguments([], data)
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_object_is_valid(folder: str, version: str, tmp_path: Path) -> None:
+    known = [item for item in rendered(folder) if item["kind"] not in CUSTOM]
+    path = tmp_path / "objects.yaml"
+    path.write_text(yaml.safe_dump_all(known))
+    done = run("kubernetes-validate", "--strict", "--quiet", "-k", version, str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_custom_resources_have_what_their_schemas_require() -> None:
+    seen = set()
+    for where, item in everything():
+        if item["kind"] in CUSTOM:
+            version, required = CUSTOM[item["kind"]]
+            assert item["apiVersion"] == version, where
+            assert required <= item["spec"].keys(), where
+            seen.add(item["kind"])
+    assert seen == set(CUSTOM)
+
+
+def test_checkov_finds_nothing_beyond_what_is_left_out_for_a_reason(tmp_path: Path) -> None:
+    for folder in FOLDERS:
+        known = [item for item in rendered(folder) if item["kind"] not in CUSTOM]
+        (tmp_path / f"{folder.replace('/', '-')}.yaml").write_text(yaml.safe_dump_all(known))
+    (tmp_path / "Dockerfile").write_text((DEPLOY / "Dockerfile").read_text())
+    skip = ",".join(SKIPPED_CHECKS)
+    frameworks = ("--framework", "kubernetes", "dockerfile")
+    done = run("checkov", "-d", str(tmp_path), *frameworks, "--quiet", "--compact", "--skip-check", skip, "-o", "json")
+    reports = json.loads(done.stdout)
+    for report in reports if isinstance(reports, list) else [reports]:
+        failed = [(each["check_id"], each["check_name"], each["resource"]) for each in report["results"]["failed_checks"]]
+        assert not failed
+        assert report["summary"]["passed"] > 20 or report["check_type"] == "dockerfile"
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = run("hadolint", str(DEPLOY / "Dockerfile"))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_the_environment_is_the_programs_own_and_ports_and_probes_are_there(folder: str) -> None:
+    known = {env_name(name) for name in Settings.__dataclass_fields__}
+    for item in rendered(folder):
+        if item["kind"] == "ConfigMap":
+            assert item["data"].keys() <= known
+    settings = settings_of(folder)
+    [container] = containers(of_kind(folder, "Deployment"))
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": settings.grpc_port, "http": settings.http_port}
+    health = {"", SERVICE, LIVENESS}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if settings.tls_cert is None:
+            assert container[probe]["grpc"]["port"] == settings.grpc_port
+            assert container[probe]["grpc"]["service"] in health
+        else:  # the kubelet's gRPC probes speak plaintext
+            assert "grpc" not in container[probe]
+            assert container[probe]["httpGet"]["path"] in ("/readyz", "/healthz")
+    mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+    for path in (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.tokens_file):
+        assert path is None or str(path.parent) in mounts
+    assert settings.insecure == (settings.tls_cert is None)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_draining_fits_into_the_grace_period(folder: str) -> None:
+    settings = settings_of(folder)
+    pod = of_kind(folder, "Deployment")["spec"]["template"]["spec"]
+    asleep = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    longest = asleep + settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
+    assert longest <= pod["terminationGracePeriodSeconds"]
+
+
+def test_pods_are_restricted_and_memory_and_gpus_are_guaranteed() -> None:
+    for where, item in everything():
+        for container in containers(item):
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True, where
+            assert security["allowPrivilegeEscalation"] is False, where
+            assert security["capabilities"]["drop"] == ["ALL"], where
+            resources = container["resources"]
+            for name in resources["limits"]:
+                assert resources["requests"][name] == resources["limits"][name], (where, name)
+            assert "memory" in resources["limits"], where
+
+
+def test_every_command_line_is_one_that_the_program_takes() -> None:
+    parsers = {"train": train_parser(), "export": export_parser()}
+    checked = 0
+    for where, item in everything():
+        for container in containers(item):
+            if "command" not in container:
+                continue
+            module = container["command"][-1]
+            if module == "serve.dataset":
+                continue  # below
+            parsers[module].parse_args(container["args"])
+            checked += 1
+            assert where
+    assert checked == 5
+
+
+def test_the_dataset_jobs_shards_are_its_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [job] = [item for item in rendered("jobs") if item["metadata"]["name"] == "digits-dataset"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[arguments.index("--shards") + 1] == str(job["spec"]["completions"])
+    shown = [*arguments]
+    shown[shown.index("--out") + 1] = str(tmp_path)
+    shown[shown.index("--count") + 1] = "80"
+    assert dataset_main(shown) == 0
+    assert "10 digits by dcgan/1" in capsys.readouterr().out
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """Every PromQL expression, and where it stands."""
+    rules = yaml.safe_load((DEPLOY / "monitoring" / "prometheusrule.yaml").read_text())
+    for group in rules["spec"]["groups"]:
+        for rule in group["rules"]:
+            yield rule.get("record") or rule["alert"], rule["expr"]
+    for panel in json.loads((DEPLOY / "monitoring" / "dashboard.json").read_text())["panels"]:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    keda = yaml.safe_load((DEPLOY / "monitoring" / "keda-scaledobject.yaml").read_text())
+    yield "keda", keda["spec"]["triggers"][0]["metadata"]["query"]
+    autoscaler = of_kind("overlays/cpu", "HorizontalPodAutoscaler")
+    yield "autoscaler", autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    adapter = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-adapter.yaml").read_text())
+    yield "adapter", adapter["rules"]["custom"][0]["seriesQuery"]
+
+
+def test_every_metric_that_is_asked_for_is_exported_or_recorded(shared_server: ServerProcess) -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    WatchMetrics(registry)
+    exported = {"up"}
+    for family in (*registry.collect(), *text_string_to_metric_families(shared_server.get("/metrics")[1])):
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "info": ["_info"]}.get(family.type, [""])
+        exported |= {family.name.removesuffix("_total") + suffix for suffix in suffixes}
+    recorded = {name for name, _ in queries() if ":" in name}
+    asked = 0
+    for where, expression in queries():
+        bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)|on \([^)]*\)', "", expression)
+        for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare):
+            if re.fullmatch(r"(digits|grpc_server|process)_\w+|digits:[\w:]+|up", name):
+                asked += 1
+                assert name in exported | recorded, f"{where} asks for {name}"
+    assert asked > 50
+
+
+def test_the_autoscaler_goes_by_a_gauge(shared_server: ServerProcess) -> None:
+    name = of_kind("overlays/cpu", "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    families = text_string_to_metric_families(shared_server.get("/metrics")[1])
+    assert [family.type for family in families if family.name == name] == ["gauge"]
+
+
+def test_the_locks_hold_versions_and_hashes_only_and_what_the_project_asks_for() -> None:
+    for name in ("serve.txt", "cuda.txt", "train.txt"):
+        lines = (DEPLOY / "requirements" / name).read_text().splitlines()
+        for line in lines:
+            assert re.fullmatch(r"[a-z0-9._-]+==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+    serve = (DEPLOY / "requirements" / "serve.txt").read_text()
+    assert re.search(r"^onnxruntime-gpu==1\.31\.", serve, re.MULTILINE)
+    assert not re.search(r"^(torch|onnx|torchvision)==", serve, re.MULTILINE), "serving needs no torch"
+    assert re.search(r"^torch==2\.15\.", (DEPLOY / "requirements" / "train.txt").read_text(), re.MULTILINE)
+
+
+def test_every_alert_has_a_runbook_in_the_readme() -> None:
+    text = (DEPLOY / "README.md").read_text().lower()
+    rules = yaml.safe_load((DEPLOY / "monitoring" / "prometheusrule.yaml").read_text())
+    for group in rules["spec"]["groups"]:
+        for rule in group["rules"]:
+            if "alert" in rule:
+                anchor = rule["annotations"]["runbook"].partition("#")[2]
+                assert f"### {anchor}" in text
+
+
+def test_serving_in_the_image_needs_nothing_that_is_not_locked() -> None:
+    code = "import serve.cli, serve.client, serve.admin, serve.dataset, serve.access.tokens, sys; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in re.findall(r"'(\w+)'", done.stdout)
