@@ -1,7 +1,7 @@
 """Lock what the images install: ``make lock`` writes deploy/requirements/*.txt, versions and hashes only.
 
-serve.txt is what the server needs beside ONNX Runtime; cpu.txt and gpu.txt are that runtime, the one without CUDA and the
-one with CUDA and cuDNN; train.txt is for training and export. The hashes are of every file that the index has for a
+serve.txt is what the server needs beside ONNX Runtime; cpu.txt and gpu.txt are that runtime, without CUDA and with it;
+cuda.txt is CUDA and cuDNN themselves; train.txt is for training and export. The hashes are of every file that the index has for a
 version, so the lock holds for any base with Python 3.11 or newer.
 """
 
@@ -23,7 +23,8 @@ def main() -> int:
     pinned = runtime.partition(" ")[0].replace("onnxruntime-gpu", "onnxruntime")
     write("serve.txt", serve)
     write("cpu.txt", {"onnxruntime": resolve(("tracing",), pinned)["onnxruntime"]})
-    write("gpu.txt", {name: entry for name, entry in on_gpu.items() if name not in serve})
+    write("gpu.txt", {"onnxruntime-gpu": runtime})
+    write("cuda.txt", {name: entry for name, entry in on_gpu.items() if name not in (*serve, "onnxruntime-gpu")})
     write("train.txt", resolve(("tracing", "train")))
     return 0
 

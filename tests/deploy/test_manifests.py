@@ -247,7 +247,7 @@ def test_the_autoscaler_goes_by_a_gauge(shared_server: ServerProcess) -> None:
 
 
 def test_the_locks_hold_versions_and_hashes_only_and_what_the_project_asks_for() -> None:
-    for name in ("serve.txt", "cpu.txt", "gpu.txt", "train.txt"):
+    for name in ("serve.txt", "cpu.txt", "gpu.txt", "cuda.txt", "train.txt"):
         lines = (DEPLOY / "requirements" / name).read_text().splitlines()
         for line in lines:
             assert re.fullmatch(r"[a-z0-9._-]+==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
