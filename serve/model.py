@@ -9,8 +9,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,25 @@ TIMING_RUNS = 3
 JOIN_S = 5.0  # for an instance's running batch to end
 
 
+class Usage:
+    """Counts the blocks that are in it. One object for all of them: it is entered once for every request."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    def __enter__(self) -> None:
+        if not self.calls:
+            self.unused.clear()
+        self.calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.calls -= 1
+        if not self.calls:
+            self.unused.set()
+
+
 class Model:
     """A model version that answers requests. Make it with ``open_model``."""
 
@@ -44,33 +63,28 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
-        self.calls = 0  # under way
-        self._unused = asyncio.Event()
-        self._unused.set()
+        self._usage = Usage()
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
         return not self.breached and self.batcher.live_instances > 0
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keeps the model from being released while a call, however long, is answered by it."""
-        self.calls += 1
-        self._unused.clear()
-        try:
-            yield
-        finally:
-            self.calls -= 1
-            if not self.calls:
-                self._unused.set()
+    @property
+    def calls(self) -> int:
+        """Calls under way."""
+        return self._usage.calls
+
+    def in_use(self) -> Usage:
+        """A block that keeps the model from being released while a call, however long, is answered by it."""
+        return self._usage
 
     async def release(self, timeout_s: float) -> int:
         """Let the calls under way finish, then end the instances. Returns how many requests the timeout cut off."""
         deadline = time.monotonic() + timeout_s
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._unused.wait()
+                await self._usage.unused.wait()
         cut_off = await asyncio.to_thread(self.batcher.drain, deadline)
         if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
             log.error("%d instances of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ SCHEME = "bearer "
 BURST_S = 1.0  # a caller may use up a second's requests at once
 IMAGES_RETRY_S = 0.1  # the images of a caller's own calls come back at their own pace
 MANY_CALLERS = 10_000
+NO_LIMIT = nullcontext()  # one for all: it is entered once for every request
 
 
 @dataclass
@@ -50,10 +51,13 @@ class Caller:
             )
         self.allowance -= 1
 
+    def hold(self, images: int) -> AbstractContextManager[None]:
+        """A block in which so many images count as in flight. Entering it raises CallerLimitError when they are too many."""
+        return self._holding(images) if self.images_limit else NO_LIMIT
+
     @contextmanager
-    def hold(self, images: int) -> Iterator[None]:
-        """Count images in flight. Raises CallerLimitError when they would be too many."""
-        if self.images_limit and self.images + images > self.images_limit:
+    def _holding(self, images: int) -> Iterator[None]:
+        if self.images + images > self.images_limit:
             raise CallerLimitError(
                 f"{self.name} has {self.images} images in flight and asks for {images}; its limit is {self.images_limit}",
                 IMAGES_RETRY_S,
