@@ -30,6 +30,7 @@ from serve import cuda
 from serve.bench.load import Load, by_python
 from serve.bench.process import Started, started
 from serve.bench.report import Target, runs_per_second
+from serve.encode import as_bytes, pack_field
 from serve.engine import Engine, EngineOptions, Provider
 from serve.latents import LatentReader, Span, draw
 from serve.manifest import TORCHSCRIPT_FILE
@@ -261,10 +262,17 @@ def memory(plan: Plan) -> Outcome:
 
 
 def wire(plan: Plan) -> Outcome:
-    """Digits a second through gRPC on loopback when the answer is ready-made: the limit that no model can pass."""
-    with started("serve.bench.floor", str(plan.count * PIXELS_BYTES + 64)) as floor:
-        rate = _digits_per_s(floor.target, "", plan)
-    return Outcome({"digits_per_s": rate, "bytes_per_s": rate * PIXELS_BYTES})
+    """Digits a second through gRPC on loopback when the answer is ready-made, the limit that no model can pass; by the
+    answer's size, and what our own copy into the message takes beside it."""
+    by_count = {}
+    for count in (plan.count // 16, plan.count // 4, plan.count):
+        with started("serve.bench.floor", str(count * PIXELS_BYTES + 64)) as floor:
+            by_count[count] = _digits_per_s(floor.target, "", replace(plan, count=count))
+    rows = [np.zeros((plan.largest, 28, 28), np.uint8)] * max(1, plan.count // plan.largest)
+    packed = len(rows) * len(rows[0]) * runs_per_second(lambda: pack_field(b"", 1, [[as_bytes(each) for each in rows]]), 0.5)
+    rate = by_count[plan.count]
+    figures = {"digits_per_s": rate, "bytes_per_s": rate * PIXELS_BYTES, "by_count": by_count, "packed_digits_per_s": packed}
+    return Outcome(figures)
 
 
 def served(plan: Plan) -> Outcome:
