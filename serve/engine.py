@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,9 +75,10 @@ class Engine:
         self.options = options
         self.largest = largest
         self.captures: dict[int, bool] = {}  # bucket → whether its graph was captured and replays rightly
-        self._session = _open_session(model, manifest, options)
-        _check_signature(self._session, manifest)
-        self._buffers = Buffers(manifest, largest, options.provider == "cuda")
+        with self._not_during_a_capture():
+            self._session = _open_session(model, manifest, options)
+            _check_signature(self._session, manifest)
+            self._buffers = Buffers(manifest, largest, options.provider == "cuda")
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
     @property
@@ -92,12 +93,13 @@ class Engine:
         """Run the first ``count`` rows of ``latents``. The arrays returned are new ones, never written again."""
         bucket = self.bucket(count)
         self._buffers.latents[count:bucket] = 0
-        self._buffers.upload(bucket)
         replay = self.captures.get(bucket, False) and not want_images
-        with CAPTURE_GATE.run() if self.provider == "cuda" else nullcontext():
+        with self._not_during_a_capture():  # the copies as well: a synchronous one elsewhere breaks a capture
+            self._buffers.upload(bucket)
             self._binding(bucket, PIXELS_AND_IMAGES if want_images else PIXELS).run(bucket if replay else NO_GRAPH)
-        images = self._buffers.download("images", count) if want_images else None
-        return Outputs(self._buffers.download("pixels", count), images, bucket)
+            images = self._buffers.download("images", count) if want_images else None
+            pixels = self._buffers.download("pixels", count)
+        return Outputs(pixels, images, bucket)
 
     def compute(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
         """Run any number of rows (n, z), in pieces if they are more than ``largest``."""
@@ -151,6 +153,10 @@ class Engine:
         if problem is not None:
             log.warning("%s: runs without a CUDA graph (%s)", where, problem)
         self.captures[bucket] = problem is None
+
+    def _not_during_a_capture(self) -> AbstractContextManager[None]:
+        """A block that uses the device; on the CPU there is nothing to keep apart."""
+        return CAPTURE_GATE.run() if self.provider == "cuda" else nullcontext()
 
     def _binding(self, bucket: int, outputs: tuple[str, ...]) -> Binding:
         binding = self._bindings.get((bucket, outputs))

@@ -6,8 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -19,6 +18,7 @@ from serve.repository import BUNDLED_DIR
 from tests.bundle_copies import add_version
 from tests.deploy.tools import tool
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 CALLERS = 6
 CHECK = "inter 100ms fall 1 rise 1"
@@ -127,7 +127,7 @@ class Rehearsal:
 
     def more_calls(self, count: int) -> None:
         wanted = len(self.versions) + count
-        until(lambda: len(self.versions) >= wanted)
+        wait_until(lambda: len(self.versions) >= wanted)
 
     def stop(self) -> None:
         self._stop.set()
@@ -136,13 +136,6 @@ class Rehearsal:
         self.proxy.stop()
         for replica in self.replicas:
             replica.kill()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -158,7 +151,7 @@ def test_a_roll_to_a_new_release_fails_no_call(rehearsal: Rehearsal) -> None:
         assert status == 0
         assert "0 requests were cancelled" in log
         rehearsal.replicas[number] = rehearsal.start(number, 2)
-        until(lambda: rehearsal.replicas[number].metric("grpc_server_handled_total", grpc_method="Generate") > 50)  # noqa: B023
+        wait_until(lambda: rehearsal.replicas[number].metric("grpc_server_handled_total", grpc_method="Generate") > 50)  # noqa: B023
     rehearsal.more_calls(100)
     assert rehearsal.failures == []
     assert rehearsal.versions[:100] == [1] * 100
@@ -170,7 +163,7 @@ def test_a_replica_killed_outright_costs_a_second_try_of_what_it_was_at_and_no_m
     rehearsal.replicas[0].kill()
     rehearsal.more_calls(300)
     rehearsal.replicas[0] = rehearsal.start(0, 1)
-    until(lambda: rehearsal.replicas[0].metric("grpc_server_handled_total", grpc_method="Generate") > 50)
+    wait_until(lambda: rehearsal.replicas[0].metric("grpc_server_handled_total", grpc_method="Generate") > 50)
     assert rehearsal.failures == []
     # Each caller has one call in flight; until the proxy has noticed, a tenth of a second, more may be sent there.
     assert rehearsal.proxy.retries - before <= 10 * CALLERS

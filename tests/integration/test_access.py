@@ -28,6 +28,7 @@ from serve.pb.digits.v1 import control_pb2, control_pb2_grpc
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 ONE = pb.GenerateRequest(model="mlp", count=1, seed=1)
 GUESSES = 10_000
@@ -157,13 +158,6 @@ def steady_calls(call: Callable[[], grpc.StatusCode]) -> Iterator[list[grpc.Stat
         stop.set()
         for thread in threads:
             thread.join(60)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)
 
 
 def presented_certificate(target: str, ca: Path) -> bytes | None:

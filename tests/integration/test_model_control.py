@@ -7,12 +7,10 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -28,6 +26,7 @@ from serve.pb.digits.v1 import control_pb2_grpc as pb_grpc
 from serve.pb.digits.v1 import digits_pb2, digits_pb2_grpc
 from tests.bundle_copies import add_version, break_golden
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 SWAPS = 50
 TRITON_CALLER = Path(__file__).parent / "triton_administrator.py"
@@ -82,13 +81,6 @@ def load(target: str, callers: int = 4) -> Iterator[Counter[int]]:
         for thread in threads:
             thread.join(60)
     assert not failures, failures[:5]
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)
 
 
 def test_fifty_swaps_under_load_fail_no_call_and_keep_no_memory(models: Path, start_server: Callable[..., ServerProcess]) -> None:
