@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,18 +19,19 @@ from PIL import Image
 
 from export import parity
 from export.errors import ExportError
-from export.generator import ServedGenerator, fold
+from export.generator import ServedGenerator, fold, served_generator
 from export.to_fp16 import to_fp16
 from export.to_onnx import OPSET, to_onnx
 from export.to_torchscript import load_torchscript, to_torchscript
-from serve import latents as address
 from serve.errors import BundleError
+from serve.latents import Span, draw_span
 from serve.manifest import (
     MANIFEST_FILE,
     NAME_PATTERN,
     ONNX_FILE,
     PARITY_FILE,
     PREVIEW_FILE,
+    QUALITY_FILE,
     SCHEMA_VERSION,
     TORCHSCRIPT_FILE,
     Golden,
@@ -37,8 +39,10 @@ from serve.manifest import (
     sha256,
 )
 from serve.repository import read_bundle
+from train import evaluate
 from train.checkpoint import RESULT_FILE, Run, latest_checkpoint
-from train.models import build_generator
+from train.config import TrainConfig
+from train.models import trained_generator
 
 EAGER = "eager"
 TORCHSCRIPT = "torchscript"
@@ -56,11 +60,17 @@ class Exported:
     worst_pixel_levels: int
 
 
-def export_run(run: Run, models_dir: Path, name: str | None = None, precision: str = "fp32") -> Exported:
+def export_run(
+    run: Run,
+    models_dir: Path,
+    name: str | None = None,
+    precision: str = "fp32",
+    floors: Mapping[str, float] | None = None,
+) -> Exported:
     """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
 
     The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
-    what the ONNX graph is held against.
+    what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
     """
     name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
     if not NAME_PATTERN.fullmatch(name):
@@ -70,15 +80,16 @@ def export_run(run: Run, models_dir: Path, name: str | None = None, precision: s
             f"{run.folder} is not finished; finish it with: python -m train {run.config.preset} --resume {run.folder}"
         )
     checkpoint = latest_checkpoint(run)
-    generator = build_generator(run.config)
-    generator.load_state_dict(checkpoint["generator"])
-    served = ServedGenerator(generator, *run.config.pixel_range).eval()
-    graph = to_onnx(fold(served), run.config.latent_size)
+    quality = _quality(run, checkpoint, floors or {})
+    served = served_generator(run.config, trained_generator(run.config, checkpoint))
+    graph = to_onnx(fold(served), run.config)
     files = {
         ONNX_FILE: to_fp16(graph) if precision == "fp16" else graph,
         TORCHSCRIPT_FILE: to_torchscript(served),
-        PREVIEW_FILE: _preview(served, run.config.latent_size),
+        PREVIEW_FILE: _preview(served, run.config),
     }
+    if quality is not None:
+        files[QUALITY_FILE] = quality
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -86,7 +97,7 @@ def export_run(run: Run, models_dir: Path, name: str | None = None, precision: s
         architecture=run.config.architecture,
         latent_size=run.config.latent_size,
         latent_distribution=DISTRIBUTION,
-        labels=0,
+        labels=run.config.labels,
         height=28,
         width=28,
         opset=OPSET,
@@ -96,11 +107,11 @@ def export_run(run: Run, models_dir: Path, name: str | None = None, precision: s
         } | {"python": platform.python_version()},
         training=_training(run, checkpoint),
         tolerance=parity.TOLERANCES[precision],
-        golden=_golden(served, run.config.latent_size),
+        golden=_golden(served, run.config),
         files={},
     )  # fmt: skip
     forms = {EAGER: parity.torch_form(served)} | _stored_forms(files[ONNX_FILE], files[TORCHSCRIPT_FILE], manifest)
-    report = parity.compare(EAGER, forms, manifest.latent_size, manifest.tolerance, _fresh_seed())
+    report = parity.compare(EAGER, forms, manifest, _fresh_seed())
     files[PARITY_FILE] = (json.dumps(report, indent=2) + "\n").encode()
     path = _publish(models_dir, manifest, files)
     return Exported(path, report["worst_images"], report["worst_pixel_levels"])
@@ -113,7 +124,7 @@ def verify(path: Path) -> dict[str, Any]:
     except BundleError as error:
         raise ExportError(str(error)) from None
     forms = _stored_forms(bundle.model, (path / TORCHSCRIPT_FILE).read_bytes(), bundle.manifest)
-    return parity.compare(TORCHSCRIPT, forms, bundle.manifest.latent_size, bundle.manifest.tolerance, _fresh_seed())
+    return parity.compare(TORCHSCRIPT, forms, bundle.manifest, _fresh_seed())
 
 
 def _stored_forms(model: bytes, script: bytes, manifest: Manifest) -> dict[str, parity.Form]:
@@ -133,19 +144,53 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _golden(served: ServedGenerator, latent_size: int) -> Golden:
-    rows = address.draw(GOLDEN_SEED, 0, GOLDEN_COUNT, latent_size)
-    pixels = parity.torch_form(served)(rows)["pixels"]
-    return Golden(count=GOLDEN_COUNT, latents=rows.astype("<f4").tobytes(), pixels=pixels.tobytes())
+def _golden(served: ServedGenerator, config: TrainConfig) -> Golden:
+    rows, labels = draw_span(Span(GOLDEN_SEED, 0, GOLDEN_COUNT), config.latent_size, config.labels)
+    pixels = parity.torch_form(served)(rows, labels)["pixels"]
+    return Golden(
+        count=GOLDEN_COUNT,
+        latents=rows.astype("<f4").tobytes(),
+        labels=b"" if labels is None else labels.astype("<i8").tobytes(),
+        pixels=pixels.tobytes(),
+    )
 
 
-def _preview(served: ServedGenerator, latent_size: int) -> bytes:
-    rows = address.draw(PREVIEW_SEED, 0, PREVIEW_SIDE**2, latent_size)
-    pixels = parity.torch_form(served)(rows)["pixels"]
-    grid = pixels.reshape(PREVIEW_SIDE, PREVIEW_SIDE, 28, 28).swapaxes(1, 2).reshape(PREVIEW_SIDE * 28, -1)
+def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
+    """Digits of one tape in rows of eight; of a conditional model a row for each label."""
+    rows = config.labels or PREVIEW_SIDE
+    latents, _ = draw_span(Span(PREVIEW_SEED, 0, rows * PREVIEW_SIDE), config.latent_size, config.labels)
+    labels = np.repeat(np.arange(config.labels), PREVIEW_SIDE) if config.labels else None
+    pixels = parity.torch_form(served)(latents, labels)["pixels"]
+    grid = pixels.reshape(rows, PREVIEW_SIDE, 28, 28).swapaxes(1, 2).reshape(rows * 28, -1)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(grid)).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float]) -> bytes | None:
+    """The run's quality.json, held against ``floors``; None when it was not judged. Raises ExportError."""
+    path, way_out = run.folder / evaluate.QUALITY_FILE, f"judge it with: python -m train evaluate --run {run.folder}"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if floors:
+            raise ExportError(f"--min-quality: {run.folder} was not judged; {way_out}") from None
+        return None
+    try:
+        report = json.loads(content)
+        step, reached = report["step"], report["model"]
+        if step != checkpoint["step"]:
+            raise ExportError(f"{path} is of step {step}, and the run has come to step {checkpoint['step']}; {way_out}")
+        for figure, floor in floors.items():
+            value = reached[figure]
+            good = value is not None and (value >= floor if evaluate.HIGHER_IS_BETTER[figure] else value <= floor)
+            if not good:
+                bound = "at least" if evaluate.HIGHER_IS_BETTER[figure] else "at most"
+                shown = "not known of this model" if value is None else f"{value:.4g}"
+                raise ExportError(f"--min-quality: {figure} of {run.folder} is {shown}, and must be {bound} {floor:g}")
+    except (ValueError, KeyError, TypeError):
+        raise ExportError(f"{path} cannot be read; {way_out}") from None
+    return content
 
 
 def _publish(models_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> Path:

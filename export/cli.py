@@ -27,6 +27,7 @@ from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
 from train.config import PRESETS
 from train.errors import CheckpointError, TrainError
+from train.evaluate import parse_floors
 from train.models import build_generator
 
 
@@ -39,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
     run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
+    run.add_argument(
+        "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
+    )
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    floors = parse_floors(flags.min_quality)
     if flags.run:
         runs = [open_run(flags.run)]
     elif flags.name:
@@ -83,7 +88,7 @@ def _run(flags: argparse.Namespace) -> int:
         if not runs:
             raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
     for run in runs:
-        done = export_run(run, flags.models_dir, flags.name, flags.precision)
+        done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
     return 0
 
@@ -93,7 +98,7 @@ def _plain(flags: argparse.Namespace) -> int:
         flags.folder.mkdir(parents=True, exist_ok=True)
         for name, config in PRESETS.items():
             generator = build_generator(config).eval()
-            (flags.folder / f"{name}.onnx").write_bytes(to_onnx(generator, config.latent_size, ("images",)))
+            (flags.folder / f"{name}.onnx").write_bytes(to_onnx(generator, config, ("images",)))
     except OSError as error:
         raise ExportError(f"cannot write to {flags.folder} ({error.strerror}); name another folder") from None
     return 0

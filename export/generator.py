@@ -1,7 +1,8 @@
-"""The generator as it is served: latents in, ``images`` in [0, 1] and ``pixels`` out, whatever range it was trained in.
+"""The generator as it is served: latents in, and labels for a conditional one; ``images`` in [0, 1] and ``pixels`` out,
+whatever range it was trained in.
 
 ``fold`` rewrites it for speed without changing the function: BatchNorm goes into the layer before it, and a transposed
-convolution over a single position is the matrix product that it is.
+convolution over a single position is the matrix product that it is. A label's part of that product is looked up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from export.errors import ExportError
+from train.config import TrainConfig
+from train.models import CdcganGenerator
 
 
 class ServedGenerator(nn.Module):
@@ -31,6 +34,22 @@ class ServedGenerator(nn.Module):
         return images, pixels
 
 
+class ServedConditionalGenerator(ServedGenerator):
+    """The same for a generator that takes labels."""
+
+    def forward(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(batch, z) and int64 (batch,) → as ``ServedGenerator``."""
+        images = self.generator(latents, labels) * self.scale + self.offset
+        pixels = torch.round(images * 255.0).to(torch.uint8).squeeze(1)
+        return images, pixels
+
+
+def served_generator(config: TrainConfig, generator: nn.Module) -> ServedGenerator:
+    """A config's generator as it is served, in evaluation mode."""
+    kind = ServedConditionalGenerator if config.conditional else ServedGenerator
+    return kind(generator, *config.pixel_range).eval()
+
+
 class FirstLayer(nn.Module):
     """A transposed convolution whose input is one position: a matrix product and a reshape. (batch, z) → NCHW."""
 
@@ -47,6 +66,27 @@ class FirstLayer(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         maps: Tensor = self.linear(latents).unflatten(1, self.shape)
         return maps
+
+
+class LabelledLayers(nn.Module):
+    """A folded conditional generator: what the first layer makes of a label, its bias included, is a row of a table."""
+
+    def __init__(self, first: FirstLayer, rest: nn.Sequential, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.shape = first.shape
+        latent_size = first.linear.in_features - embedding.embedding_dim
+        weight = first.linear.weight
+        self.linear = nn.Linear(latent_size, first.linear.out_features, bias=False)
+        self.table = nn.Embedding(embedding.num_embeddings, first.linear.out_features)
+        self.rest = rest
+        with torch.no_grad():
+            self.linear.weight.copy_(weight[:, :latent_size])
+            self.table.weight.copy_(embedding.weight @ weight[:, latent_size:].t() + first.linear.bias)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        maps = (self.linear(latents) + self.table(labels)).unflatten(1, self.shape)
+        images: Tensor = self.rest(maps)
+        return images
 
 
 class _Reshaped(nn.Module):
@@ -79,8 +119,11 @@ def fold(served: ServedGenerator) -> ServedGenerator:
         else:
             folded.append(layer)
     if isinstance(folded[0], nn.ConvTranspose2d):
-        folded[0] = FirstLayer(folded[0])
-        served.generator = nn.Sequential(*folded)
+        first = FirstLayer(folded[0])
+        if isinstance(served.generator, CdcganGenerator):
+            served.generator = LabelledLayers(first, nn.Sequential(*folded[1:]), served.generator.embedding)
+        else:
+            served.generator = nn.Sequential(first, *folded[1:])
     else:
         served.generator = _Reshaped(nn.Sequential(*folded))
     return served.eval()

@@ -29,15 +29,17 @@ FP16_TOLERANCE = Tolerance(images=1e-2, pixel_levels=3, pixel_identical_share=0.
 TOLERANCES = {"fp32": FP32_TOLERANCE, "fp16": FP16_TOLERANCE}
 
 Arrays = Mapping[str, NDArray[Any]]
-Form = Callable[[NDArray[np.float32]], Arrays]
+# Of latents float32 (batch, z), and for a conditional model labels int64 (batch,), else None.
+Form = Callable[[NDArray[np.float32], NDArray[np.int64] | None], Arrays]
 
 
 def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:
     """An eager or scripted served generator as a function on arrays."""
 
-    def run(latents: NDArray[np.float32]) -> Arrays:
+    def run(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Arrays:
+        given = [latents] if labels is None else [latents, labels]
         with torch.no_grad():
-            images, pixels = module(torch.from_numpy(latents))
+            images, pixels = module(*(torch.from_numpy(array) for array in given))
         return {"images": images.numpy(), "pixels": pixels.numpy()}
 
     return run
@@ -46,8 +48,8 @@ def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:
 def engine_form(engine: Engine) -> Form:
     """A serving session as a function on arrays."""
 
-    def run(latents: NDArray[np.float32]) -> Arrays:
-        outputs = engine.compute(latents, want_images=True)
+    def run(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Arrays:
+        outputs = engine.compute(latents, labels, want_images=True)
         assert outputs.images is not None
         return {"images": outputs.images, "pixels": outputs.pixels}
 
@@ -65,21 +67,27 @@ def serving_forms(model: bytes, manifest: Manifest) -> dict[str, Form]:
     return forms | {"onnxruntime-cuda": engine_form(on_cuda)}
 
 
-def compare(reference: str, forms: Mapping[str, Form], latent_size: int, tolerance: Tolerance, seed: int) -> dict[str, Any]:
-    """Compare every form with ``forms[reference]`` on fresh random latents of every batch size.
+def compare(reference: str, forms: Mapping[str, Form], manifest: Manifest, seed: int) -> dict[str, Any]:
+    """Compare every form with ``forms[reference]`` on fresh random latents, and labels, of every batch size.
 
     Returns the report. Raises a ParityError naming the pair, the batch size and the worst element.
     """
+    tolerance = manifest.tolerance
     generator = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for batch in BATCH_SIZES:
-        latents = generator.standard_normal((batch, latent_size), dtype=np.float32)
-        expected = forms[reference](latents)
+        latents = generator.standard_normal((batch, manifest.latent_size), dtype=np.float32)
+        labels = generator.integers(manifest.labels, size=batch) if manifest.labels else None
+        expected = forms[reference](latents, labels)
         for name, form in forms.items():
             if name != reference:
                 where = f"{reference} and {name}, batch size {batch}"
                 rows.append(
-                    {"pair": [reference, name], "batch_size": batch, **difference(expected, form(latents), tolerance, where)}
+                    {
+                        "pair": [reference, name],
+                        "batch_size": batch,
+                        **difference(expected, form(latents, labels), tolerance, where),
+                    }
                 )
     _check_identical_share(rows, tolerance)
     return {

@@ -10,28 +10,32 @@ import torch
 from torch import nn
 
 from export.errors import GraphError
+from train.config import TrainConfig
 
 OPSET = 20
 BATCH_AXIS = "batch"
 OUTPUTS = ("images", "pixels")
 
 
-def to_onnx(served: nn.Module, latent_size: int, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
+def to_onnx(served: nn.Module, config: TrainConfig, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
     """Export with a symbolic batch axis. Raises GraphError when the exporter froze that axis or left a BatchNorm."""
-    example = (torch.zeros(3, latent_size),)
+    example = {"latents": torch.zeros(3, config.latent_size)}
+    if config.conditional:
+        example["labels"] = torch.zeros(3, dtype=torch.int64)
+    batch = torch.export.Dim(BATCH_AXIS, min=1)
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecations inside the exporter
         program = torch.onnx.export(
             served,
-            example,
+            tuple(example.values()),
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=["latents"],
+            input_names=list(example),
             output_names=list(outputs),
-            dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS, min=1)},),
+            dynamic_shapes=tuple({0: batch} for _ in example),
         )
     if program is None:
         raise GraphError("the exporter returned nothing")

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from export.errors import ExportError
+from export.parity import torch_form
 from export.to_torchscript import load_torchscript
-from serve import latents as address
 from serve.client import DigitClient
 from serve.errors import BundleError
-from serve.latents import INDEX_LIMIT, SEED_LIMIT
+from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span
 from serve.manifest import TORCHSCRIPT_FILE, Manifest
 from serve.repository import read_bundle
 
@@ -95,14 +95,21 @@ class Watch:
         for name, version in sorted(served):
             manifest, module = self._modules.get((name, version)) or self._load(name, version)
             seed, start = self._chance.randrange(SEED_LIMIT), self._chance.randrange(INDEX_LIMIT - ROWS)
-            rows = address.draw(seed, start, ROWS, manifest.latent_size)
+            rows, labels = draw_span(Span(seed, start, ROWS), manifest.latent_size, manifest.labels)
             by_address = self._client.generate(
                 ROWS, seed=seed, start=start, model=name, version=version, as_float=True, bulk=True
             )
-            checks.append(_check(manifest, module, "address", rows, by_address.pixels))
+            checks.append(_check(manifest, module, "address", (rows, labels), by_address.pixels))
             rows = np.array([[self._chance.gauss(0, 1) for _ in range(manifest.latent_size)] for _ in range(ROWS)], np.float32)
-            by_latents = self._client.generate(latents=rows, model=name, version=version, as_float=True, bulk=True)
-            checks.append(_check(manifest, module, "latents", rows, by_latents.pixels))
+            by_latents = self._client.generate(
+                latents=rows,
+                labels=() if labels is None else labels.tolist(),
+                model=name,
+                version=version,
+                as_float=True,
+                bulk=True,
+            )
+            checks.append(_check(manifest, module, "latents", (rows, labels), by_latents.pixels))
         return checks
 
     def _load(self, name: str, version: int) -> tuple[Manifest, torch.jit.ScriptModule]:
@@ -143,9 +150,12 @@ def table(checks: list[Check]) -> str:
 
 
 def _check(
-    manifest: Manifest, module: torch.jit.ScriptModule, source: str, rows: NDArray[np.float32], served: NDArray[np.float32]
+    manifest: Manifest,
+    module: torch.jit.ScriptModule,
+    source: str,
+    inputs: tuple[NDArray[np.float32], NDArray[np.int64] | None],
+    served: NDArray[np.float32],
 ) -> Check:
-    with torch.no_grad():
-        images, _ = module(torch.from_numpy(rows))
-    difference = float(np.abs(images.numpy()[:, 0] - served).max())
-    return Check(manifest.name, manifest.version, source, len(rows), difference, manifest.tolerance.images)
+    expected = torch_form(module)(*inputs)["images"]
+    difference = float(np.abs(expected[:, 0] - served).max())
+    return Check(manifest.name, manifest.version, source, len(served), difference, manifest.tolerance.images)

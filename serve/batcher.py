@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve.errors import EngineError, ExpiredError, UnavailableError
-from serve.fair_queue import Chunk, FairQueue, Ticket
+from serve.fair_queue import Chunk, FairQueue, Part, Ticket
 from serve.instance import Instance, Observer, Rows, Runner
+from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Limits:
     """The batcher's bounds; images, seconds."""
 
     latent_size: int
+    labels: int  # how many there are to choose from; 0 for an unconditional model
     max_batch_size: int
     max_queue_images: int
     max_queue_delay_s: float
@@ -167,7 +169,8 @@ class Batcher:
 
     def _start_instance(self) -> Instance:
         number = len(self._instances) + self._replacements
-        instance = Instance(number, self._lock, self.limits.latent_size, self._make_runner, self._observer)
+        reader = LatentReader(self.limits.latent_size, self.limits.labels)
+        instance = Instance(number, self._lock, reader, self._make_runner, self._observer)
         instance.start(self)
         self._threads = [known for known in self._threads if known.is_alive()] + [instance.thread]
         return instance
@@ -232,7 +235,8 @@ class Batcher:
                     continue
                 source = rows.images if ticket.want_images else rows.pixels
                 assert source is not None
-                ticket.parts.append((chunk.first, source[first:offset]))
+                own_labels = None if rows.labels is None else rows.labels[first:offset]
+                ticket.parts.append(Part(chunk.first, source[first:offset], own_labels))
                 ticket.compute_seconds += compute_s
                 ticket.done += chunk.count
                 if ticket.done == ticket.span.count:

@@ -25,13 +25,15 @@ class Buffers:
     def __init__(self, manifest: Manifest, largest: int, on_cuda: bool) -> None:
         height, width = manifest.height, manifest.width
         self.latents: NDArray[np.float32] = np.zeros((largest, manifest.latent_size), np.float32)
+        self.labels: NDArray[np.int64] = np.zeros(largest, np.int64)
+        self.inputs = ("latents", "labels") if manifest.labels else ("latents",)
         self.pixels: NDArray[np.uint8] = np.zeros((largest, height, width), np.uint8)
         self.images: NDArray[np.float32] = np.zeros((largest, 1, height, width), np.float32)
         self.device = "cuda" if on_cuda else "cpu"
         self._twins: dict[str, Any] = {}
         self._locked: list[NDArray[Any]] = []
         if on_cuda:
-            for name in ("latents", "pixels", "images"):
+            for name in (*self.inputs, "pixels", "images"):
                 array = self.host(name)
                 self._twins[name] = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, "cuda", 0)
                 cuda.lock_pages(array)
@@ -51,10 +53,11 @@ class Buffers:
         return int(self.host(name).ctypes.data if twin is None else twin.data_ptr())
 
     def upload(self, rows: int) -> None:
-        """Bring the first rows of latents to the device."""
+        """Bring the first rows of the inputs to the device."""
         if self._twins:
-            size = rows * self.latents.strides[0]
-            cuda.copy(self.address("latents"), self.latents.ctypes.data, size, cuda.HOST_TO_DEVICE)
+            for name in self.inputs:
+                array = self.host(name)
+                cuda.copy(self.address(name), array.ctypes.data, rows * array.strides[0], cuda.HOST_TO_DEVICE)
 
     def download(self, name: str, rows: int) -> NDArray[Any]:
         """The first rows of an output, in an array of their own."""
@@ -70,8 +73,9 @@ class Binding:
     def __init__(self, session: ort.InferenceSession, buffers: Buffers, size: int, outputs: tuple[str, ...]) -> None:
         self._session = session
         self._binding = session.io_binding()
-        latents = buffers.latents[:size]
-        self._binding.bind_input("latents", buffers.device, 0, np.float32, list(latents.shape), buffers.address("latents"))
+        for name in buffers.inputs:
+            rows = buffers.host(name)[:size]
+            self._binding.bind_input(name, buffers.device, 0, rows.dtype.type, list(rows.shape), buffers.address(name))
         for name in outputs:
             rows = buffers.host(name)[:size]
             self._binding.bind_output(name, buffers.device, 0, rows.dtype.type, list(rows.shape), buffers.address(name))

@@ -3,6 +3,7 @@
     with DigitClient("localhost:50051") as client:
         digits = client.generate(count=25, seed=7)
         digits.pixels  # uint8 (25, 28, 28)
+        sevens = client.generate(count=5, seed=7, labels=7)
 
 ``python -m serve.client`` is its command line.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from serve.channel import DEFAULT_TARGET, PLAIN, Access, access_from, add_flags
 from serve.encode import to_grid, to_png
 from serve.errors import SettingsError
+from serve.latents import Span, draw_span
 from serve.one_line import OneLineParser
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -32,6 +34,7 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 DEFAULT_TIMEOUT_S = 30.0
 STREAM_ATTEMPTS = 5
 STREAM_BACKOFF_S = 0.2
+Labels = int | Sequence[int]  # one digit for all, or one for each; empty: the addresses' own
 STREAM_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
@@ -44,6 +47,7 @@ class Digits:
     version: int
     seed: int | None
     start: int
+    labels: NDArray[np.int64]  # (n,), empty for a model that cannot be asked for a digit
     queue_seconds: float
     compute_seconds: float
 
@@ -64,28 +68,74 @@ class DigitClient:
         seed: int | None = None,
         start: int = 0,
         latents: NDArray[np.float32] | None = None,
+        labels: Labels = (),
+        truncation: float = 0.0,
         model: str = "",
         version: int = 0,
         as_float: bool = False,
         bulk: bool = False,
     ) -> Digits:
-        """Digits ``start`` … of ``seed`` (drawn by the server when None), or those of explicit ``latents`` (n, z)."""
+        """Digits ``start`` … of ``seed`` (drawn by the server when None), or those of explicit ``latents`` (n, z).
+
+        ``labels``: the digit wanted, or one for each; without, the addresses' own. ``truncation``: no latent value beyond it.
+        """
         request = pb.GenerateRequest(
             model=model,
             version=version,
             count=0 if latents is not None else count,
             seed=seed,
             start=start,
+            labels=_as_list(labels),
+            truncation=truncation,
             latents=b"" if latents is None else np.ascontiguousarray(latents, "<f4").tobytes(),
             format=pb.IMAGE_FORMAT_FLOAT32 if as_float else pb.IMAGE_FORMAT_UINT8,
             priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
         )
         return _digits(self._stub.Generate(request, **self._options))
 
+    def interpolate(
+        self,
+        begin: tuple[int, int],
+        end: tuple[int, int],
+        steps: int,
+        *,
+        labels: Labels = (),
+        truncation: float = 0.0,
+        model: str = "",
+        version: int = 0,
+    ) -> Digits:
+        """``steps`` digits on the arc from one address, (seed, index), to another; ``labels`` as in ``generate``."""
+        request = pb.InterpolateRequest(
+            model=model,
+            version=version,
+            begin=pb.Address(seed=begin[0], index=begin[1]),
+            end=pb.Address(seed=end[0], index=end[1]),
+            steps=steps,
+            labels=_as_list(labels),
+            truncation=truncation,
+        )
+        return _digits(self._stub.Interpolate(request, **self._options))
+
+    def latents(
+        self, seed: int, start: int = 0, count: int = 1, *, truncation: float = 0.0, model: str = "", version: int = 0
+    ) -> NDArray[np.float32]:
+        """The latent vectors (count, z) of addresses, for arithmetic: what ``generate(latents=…)`` takes. Made here."""
+        about = self.get_model(model, version)
+        return draw_span(Span(seed, start, count, truncation=truncation), about.latent_size, about.labels)[0]
+
     def stream(
-        self, count: int, *, seed: int | None = None, start: int = 0, model: str = "", version: int = 0, chunk: int = 0
+        self,
+        count: int,
+        *,
+        seed: int | None = None,
+        start: int = 0,
+        labels: Labels = (),
+        truncation: float = 0.0,
+        model: str = "",
+        version: int = 0,
+        chunk: int = 0,
     ) -> Iterator[Digits]:
-        """Any number of digits, chunk by chunk in order, without a deadline.
+        """Any number of digits, chunk by chunk in order, without a deadline. The digit at index i is ``labels[i % n]``.
 
         If the server goes away half-way, the stream goes on at another replica with the next address: gRPC itself
         cannot retry a stream that has begun. After ``STREAM_ATTEMPTS`` failures without a chunk between, it raises.
@@ -93,7 +143,14 @@ class DigitClient:
         given = failures = 0
         while given < count:
             request = pb.GenerateStreamRequest(
-                model=model, version=version, count=count - given, seed=seed, start=start + given, chunk=chunk
+                model=model,
+                version=version,
+                count=count - given,
+                seed=seed,
+                start=start + given,
+                chunk=chunk,
+                labels=_as_list(labels),
+                truncation=truncation,
             )
             try:
                 for response in self._stub.GenerateStream(request, metadata=self._options["metadata"]):
@@ -142,7 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         with DigitClient(flags.target, flags.timeout, access_from(flags)) as client:
-            digits = client.generate(flags.count, seed=flags.seed, start=flags.start, model=flags.model, version=flags.version)
+            digits = client.generate(
+                flags.count,
+                seed=flags.seed,
+                start=flags.start,
+                labels=flags.digit,
+                truncation=flags.truncation,
+                model=flags.model,
+                version=flags.version,
+            )
     except grpc.RpcError as error:
         print(f"error: {flags.target}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
@@ -168,11 +233,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=25, help="how many digits (default: 25)")
     parser.add_argument("--seed", type=int, help="which tape (default: the server draws one)")
     parser.add_argument("--start", type=int, default=0, help="index of the first digit (default: 0)")
+    parser.add_argument("--digit", type=int, nargs="+", default=(), help="which digit: one for all, or one for each")
+    parser.add_argument("--truncation", type=float, default=0.0, help="no latent value beyond it (default: 0, none)")
     parser.add_argument("--model", default="", help="model name (default: the server's)")
     parser.add_argument("--version", type=int, default=0, help="model version (default: the model's)")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write (default: digits.png)")
     return parser
+
+
+def _as_list(labels: Labels) -> Sequence[int]:
+    return [labels] if isinstance(labels, int) else [int(label) for label in labels]
 
 
 def _digits(response: pb.GenerateResponse) -> Digits:
@@ -184,6 +255,7 @@ def _digits(response: pb.GenerateResponse) -> Digits:
         version=response.version,
         seed=response.seed if response.HasField("seed") else None,
         start=response.start,
+        labels=np.array(response.labels, np.int64),
         queue_seconds=response.timing.queue_seconds,
         compute_seconds=response.timing.compute_seconds,
     )

@@ -8,7 +8,8 @@ aligned to the tape are run whichever shard a digit falls into, so that its byte
 across different processors or providers they are the same within one grey level.
 
 A shard is written beside and renamed when it is whole: one that was killed is not there, and one that is there is kept.
-idx files are laid out as MNIST's; the model of an unconditional generator knows no labels, and 255 stands for that.
+idx files are laid out as MNIST's. A conditional model's labels are the tape's own, or with ``--labels`` those in turn; an
+unconditional model's digits have none, and 255 stands for that.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from numpy.typing import NDArray
 
 from serve.engine import Engine, EngineOptions, choose_provider
 from serve.errors import ServeError, SettingsError
-from serve.latents import INDEX_LIMIT, SEED_LIMIT, draw
+from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span
 from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR, Bundle, Repository, VersionPolicies
+from serve.settings import DEFAULT_MODEL
 
 BATCH = 64  # rows of one run; index 0 of the tape begins one
 RUNS_A_TASK = 16
 UNKNOWN_LABEL = 255
+LABELS_AT_ONCE = 1 << 16
 COPY_BYTES = 1 << 20
 TEST_SHARE = 7  # one digit in so many goes to the test files, as in MNIST
 HEADER_FILE = "dataset.json"
@@ -59,6 +62,24 @@ class Dataset:
     shards: int
     height: int
     width: int
+    latent_size: int
+    classes: int  # labels that the model can be asked for; 0 for an unconditional one
+    labels: Sequence[int] = ()  # the digit at index i is labels[i % n]; empty: the tape's own
+
+    def rows(self, first: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+        """Latents (count, z) of tape indices, and their labels (count,) unless the model is unconditional."""
+        latents, labels = draw_span(Span(self.seed, first, count), self.latent_size, self.classes)
+        if self.labels:
+            labels = np.resize(np.roll(self.labels, -(first % len(self.labels))), count).astype(np.int64)
+        return latents, labels
+
+    def label_bytes(self, first: int, count: int) -> Iterator[bytes]:
+        """One byte a digit, some at a time, from the ``first``-th of the data set on."""
+        for begin in range(first, first + count, LABELS_AT_ONCE):
+            some = min(LABELS_AT_ONCE, first + count - begin)
+            labels = self.rows(self.start + begin, some)[1] if self.classes else np.full(some, UNKNOWN_LABEL)
+            assert labels is not None
+            yield labels.astype(np.uint8).tobytes()
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First index of a shard on the tape, and how many digits it holds."""
@@ -77,16 +98,15 @@ class Generator:
     options: EngineOptions
     threads: int
 
-    def digits(self, seed: int, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
-        """The digits ``first`` … of a tape in order, some at a time: uint8 (n, height, width)."""
+    def digits(self, dataset: Dataset, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
+        """The digits ``first`` … of the data set's tape in order, some at a time: uint8 (n, height, width)."""
         own = threading.local()
         size = BATCH * RUNS_A_TASK
 
         def task(begin: int) -> NDArray[np.uint8]:
             if not hasattr(own, "engine"):
                 own.engine = Engine(self.bundle.model, self.bundle.manifest, self.options, BATCH)
-            rows = draw(seed, begin, size, self.bundle.manifest.latent_size)
-            pixels: NDArray[np.uint8] = own.engine.compute(rows).pixels
+            pixels: NDArray[np.uint8] = own.engine.compute(*dataset.rows(begin, size)).pixels
             return pixels[max(0, first - begin) : first + count - begin]
 
         begins = range(first - first % BATCH, first + count, size)
@@ -107,7 +127,7 @@ def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
-            for digits in generator.digits(dataset.seed, first, count):
+            for digits in generator.digits(dataset, first, count):
                 file.write(digits.data)
             file.flush()
             os.fsync(file.fileno())
@@ -165,9 +185,14 @@ def _write(flags: argparse.Namespace) -> None:
             raise SettingsError(f"{flag} must be from {low} to {high}, got {value}")
     bundle = _bundle(flags.models_dir, flags.model, flags.version)
     manifest = bundle.manifest
+    for label in flags.labels:
+        if not 0 <= label < manifest.labels:
+            known = f"has 0 to {manifest.labels - 1}" if manifest.labels else "is unconditional"
+            raise SettingsError(f"--labels {label}: model {manifest.name}/{manifest.version} {known}")
     dataset = Dataset(
         model=manifest.name, version=manifest.version, digest=bundle.digest, seed=flags.seed, start=flags.start,
         count=flags.count, shards=flags.shards, height=manifest.height, width=manifest.width,
+        latent_size=manifest.latent_size, classes=manifest.labels, labels=flags.labels,
     )  # fmt: skip
     begun = time.perf_counter()
     options = EngineOptions(provider=choose_provider(flags.provider))
@@ -194,7 +219,7 @@ def _agree(folder: Path, dataset: Dataset) -> None:
         beside.write_text(json.dumps(asdict(dataset), indent=2) + "\n")
         beside.replace(header)
     there = asdict(read_header(folder))
-    for name, value in asdict(dataset).items():
+    for name, value in json.loads(json.dumps(asdict(dataset))).items():
         if there[name] != value:
             raise SettingsError(f"{folder} holds a data set with {name} {there[name]}, not {value}; name another --out")
 
@@ -211,19 +236,25 @@ def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
         with images.open("wb") as file:
             file.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
             _copy(parts, skip * digit, count * digit, file)
-        labels.write_bytes(struct.pack(">2I", LABELS_MAGIC, count) + bytes([UNKNOWN_LABEL]) * count)
+        with labels.open("wb") as file:
+            file.write(struct.pack(">2I", LABELS_MAGIC, count))
+            file.writelines(dataset.label_bytes(skip, count))
         written += [images, labels]
     return written
 
 
 def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
-    """``images`` uint8 (count, height, width), readable by ``numpy.load``."""
+    """``images`` uint8 (count, height, width) and ``labels`` uint8 (count,), readable by ``numpy.load``."""
     path = folder / "digits.npz"
     shape = (dataset.count, dataset.height, dataset.width)
-    with zipfile.ZipFile(path, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)
+        with archive.open("labels.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape[:1]})
+            for some in dataset.label_bytes(0, dataset.count):
+                file.write(some)
     return path
 
 
@@ -250,7 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
     index = os.environ.get(INDEX_VARIABLE, "0")
     write.add_argument("--shard", type=int, default=index, help=f"which one this is (default: ${INDEX_VARIABLE}, or 0)")
-    write.add_argument("--model", default="dcgan", help="model name (default: dcgan)")
+    write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
+    write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the tape's own)")
     write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
     write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
     write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ def pack_field(head: bytes, number: int, entries: Sequence[Sequence[memoryview |
     return b"".join(pieces)
 
 
-def as_bytes(array: NDArray[np.uint8] | NDArray[np.float32]) -> memoryview:
+def as_bytes(array: NDArray[Any]) -> memoryview:
     """The array's memory, row-major and little-endian, without a copy where it already is so."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return little.data.cast("B")

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from serve.binding import NO_GRAPH, Binding, Buffers
 from serve.cuda import CAPTURE_GATE
 from serve.errors import BundleError, GoldenError, ProviderError
+from serve.latents import Span, draw_span
 from serve.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Outputs:
 
     pixels: NDArray[np.uint8]
     images: NDArray[np.float32] | None
+    labels: NDArray[np.int64] | None  # a conditional model's, as they were given: (n,)
     bucket: int  # rows that were computed, padding included
 
 
@@ -89,28 +91,47 @@ class Engine:
         """Where the next run's latents (count, z) are to be written."""
         return self._buffers.latents[:count]
 
+    def labels(self, count: int) -> NDArray[np.int64] | None:
+        """Where the next run's labels (count,) are to be written; None for an unconditional model."""
+        return self._buffers.labels[:count] if self.manifest.labels else None
+
     def run(self, count: int, want_images: bool = False) -> Outputs:
-        """Run the first ``count`` rows of ``latents``. The arrays returned are new ones, never written again."""
+        """Run the first ``count`` rows of ``latents`` and ``labels``. The arrays returned are new ones, never written again.
+
+        Labels must be in range: nothing checks them after this.
+        """
         bucket = self.bucket(count)
         self._buffers.latents[count:bucket] = 0
+        self._buffers.labels[count:bucket] = 0
         replay = self.captures.get(bucket, False) and not want_images
         with self._not_during_a_capture():  # the copies as well: a synchronous one elsewhere breaks a capture
             self._buffers.upload(bucket)
             self._binding(bucket, PIXELS_AND_IMAGES if want_images else PIXELS).run(bucket if replay else NO_GRAPH)
             images = self._buffers.download("images", count) if want_images else None
             pixels = self._buffers.download("pixels", count)
-        return Outputs(pixels, images, bucket)
+        own_labels = self.labels(count)
+        return Outputs(pixels, images, None if own_labels is None else own_labels.copy(), bucket)
 
-    def compute(self, latents: NDArray[np.float32], want_images: bool = False) -> Outputs:
-        """Run any number of rows (n, z), in pieces if they are more than ``largest``."""
+    def compute(
+        self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, *, want_images: bool = False
+    ) -> Outputs:
+        """Run any number of rows (n, z), in pieces if they are more than ``largest``.
+
+        ``labels`` (n,) are a conditional model's, which must have them. Raises ValueError otherwise.
+        """
+        if (labels is not None) != bool(self.manifest.labels):
+            raise ValueError(f"model {self.manifest.name} takes {self.manifest.labels} labels")
         pieces = []
         for first in range(0, len(latents), self.largest):
-            rows = latents[first : first + self.largest]
-            self.latents(len(rows))[:] = rows
-            pieces.append(self.run(len(rows), want_images))
+            rows = slice(first, min(first + self.largest, len(latents)))
+            count = rows.stop - first
+            self.latents(count)[:] = latents[rows]
+            if labels is not None:
+                self._buffers.labels[:count] = labels[rows]
+            pieces.append(self.run(count, want_images))
         pixels = np.concatenate([piece.pixels for piece in pieces])
         images = [piece.images for piece in pieces if piece.images is not None]
-        return Outputs(pixels, np.concatenate(images) if images else None, sum(piece.bucket for piece in pieces))
+        return Outputs(pixels, np.concatenate(images) if images else None, labels, sum(piece.bucket for piece in pieces))
 
     def bucket(self, count: int) -> int:
         """The rows that are computed for a batch of ``count``."""
@@ -122,8 +143,8 @@ class Engine:
 
     def check_golden(self) -> None:
         """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
-        latents, expected = golden_samples(self.manifest)
-        if problem := golden_difference(self.manifest, expected, self.compute(latents).pixels):
+        samples = golden_samples(self.manifest)
+        if problem := golden_difference(self.manifest, samples.pixels, self.compute(samples.latents, samples.labels).pixels):
             raise GoldenError(f"model {self.manifest.name}/{self.manifest.version} on {self.provider}: {problem}")
 
     def warm(self) -> None:
@@ -138,8 +159,9 @@ class Engine:
     def _capture(self, bucket: int) -> None:
         """Capture a bucket's graph and believe in it only if it answers two different inputs as a plain run does."""
         binding = self._binding(bucket, PIXELS)
-        inputs = np.random.default_rng(bucket).standard_normal((2, bucket, self.manifest.latent_size), np.float32)
-        expected = [self.compute(rows).pixels for rows in inputs]
+        shape = (self.manifest.latent_size, self.manifest.labels)
+        inputs = [draw_span(Span(seed, 0, bucket), *shape) for seed in (1, 2)]
+        expected = [self.compute(*rows).pixels for rows in inputs]
         where = f"{self.manifest.name}/{self.manifest.version}, batch of {bucket}"
         problem = None
         try:
@@ -147,7 +169,7 @@ class Engine:
                 binding.run(graph_id=bucket)
             self.captures[bucket] = True
             for rows, pixels in zip(inputs, expected, strict=True):
-                problem = problem or golden_difference(self.manifest, pixels, self.compute(rows).pixels)
+                problem = problem or golden_difference(self.manifest, pixels, self.compute(*rows).pixels)
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = str(error).partition("\n")[0][:300] or type(error).__name__
         if problem is not None:
@@ -178,12 +200,22 @@ def choose_provider(wanted: str) -> Provider:
     return "cpu"
 
 
-def golden_samples(manifest: Manifest) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """The golden latents (n, z) and the pixels (n, 28, 28) that eager PyTorch made of them."""
-    count = manifest.golden.count
-    latents = np.frombuffer(manifest.golden.latents, "<f4").astype(np.float32).reshape(count, manifest.latent_size)
-    pixels = np.frombuffer(manifest.golden.pixels, np.uint8).reshape(count, manifest.height, manifest.width)
-    return latents, pixels
+class GoldenSamples(NamedTuple):
+    """The golden latents (n, z), a conditional model's labels (n,), and the pixels (n, 28, 28) that eager PyTorch made."""
+
+    latents: NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+    pixels: NDArray[np.uint8]
+
+
+def golden_samples(manifest: Manifest) -> GoldenSamples:
+    """The manifest's golden samples as arrays."""
+    golden = manifest.golden
+    return GoldenSamples(
+        np.frombuffer(golden.latents, "<f4").astype(np.float32).reshape(golden.count, manifest.latent_size),
+        np.frombuffer(golden.labels, "<i8").astype(np.int64) if manifest.labels else None,
+        np.frombuffer(golden.pixels, np.uint8).reshape(golden.count, manifest.height, manifest.width),
+    )
 
 
 def golden_difference(manifest: Manifest, expected: NDArray[np.uint8], got: NDArray[np.uint8]) -> str | None:
@@ -244,17 +276,23 @@ def _open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> or
 
 
 def _check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
-    inputs = [(item.name, item.type, item.shape) for item in session.get_inputs()]
+    inputs = {item.name: (item.type, item.shape) for item in session.get_inputs()}
     outputs = {item.name: (item.type, item.shape) for item in session.get_outputs()}
     where = f"model {manifest.name}/{manifest.version}"
-    if [(name, kind, shape[1:]) for name, kind, shape in inputs] != [("latents", "tensor(float)", [manifest.latent_size])]:
-        raise BundleError(f"{where} has inputs {inputs}, not latents float32 [batch, {manifest.latent_size}]; export again")
+    taken: dict[str, Any] = {"latents": ("tensor(float)", [manifest.latent_size])}
+    if manifest.labels:
+        taken["labels"] = ("tensor(int64)", [])
+    if {name: (kind, shape[1:]) for name, (kind, shape) in inputs.items()} != taken:
+        labels = " and labels int64 [batch]" if manifest.labels else ""
+        raise BundleError(
+            f"{where} has inputs {inputs}, not latents float32 [batch, {manifest.latent_size}]{labels}; export again"
+        )
     wanted = {
         "images": ("tensor(float)", [1, manifest.height, manifest.width]),
         "pixels": ("tensor(uint8)", [manifest.height, manifest.width]),
     }
     if {name: (kind, shape[1:]) for name, (kind, shape) in outputs.items()} != wanted:
         raise BundleError(f"{where} has outputs {outputs}, not images and pixels as the manifest says; export again")
-    batch_axes = [inputs[0][2][0], *(shape[0] for _, shape in outputs.values())]
+    batch_axes = [shape[0] for _, shape in (*inputs.values(), *outputs.values())]
     if any(isinstance(axis, int) for axis in batch_axes):
         raise BundleError(f"{where} has a fixed batch axis {batch_axes}; export it with a symbolic one")

@@ -14,7 +14,7 @@ import heapq
 import itertools
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.errors import QueueFullError
 from serve.latents import Span
@@ -27,6 +27,14 @@ class Priority(IntEnum):
 
     INTERACTIVE = 0
     BULK = 1
+
+
+class Part(NamedTuple):
+    """Rows of a ticket that have come back, from its ``first``-th on, and their labels if the model takes any."""
+
+    first: int
+    rows: Any
+    labels: Any
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +54,7 @@ class Ticket:
     cancelled: bool = False
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
-    parts: list[tuple[int, Any]] = field(default_factory=list)  # (first row, rows), in order of completion
+    parts: list[Part] = field(default_factory=list)  # in order of completion
 
     @property
     def waiting(self) -> int:

@@ -25,20 +25,24 @@ INSTANCE_THREAD = "model-instance"  # how the threads' names begin
 
 
 class Rows(Protocol):
-    """What a run returns: rows of pixels, of images where they were asked for, and how many rows were computed."""
+    """What a run returns: rows of pixels, of images where they were asked for, of labels where the model takes them, and how
+    many rows were computed."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]: ...
     @property
     def images(self) -> NDArray[np.float32] | None: ...
     @property
+    def labels(self) -> NDArray[np.int64] | None: ...
+    @property
     def bucket(self) -> int: ...
 
 
 class Runner(Protocol):
-    """A loaded model, as an instance uses it: its latents are written in place, then so many rows are run."""
+    """A loaded model, as an instance uses it: its inputs are written in place, then so many rows are run."""
 
     def latents(self, count: int) -> NDArray[np.float32]: ...
+    def labels(self, count: int) -> NDArray[np.int64] | None: ...
     def run(self, count: int, want_images: bool = False) -> Rows: ...
 
 
@@ -64,7 +68,7 @@ class Instance:
     """A thread and its place in the batcher. All but the thread's own doings are under the batcher's ``lock``."""
 
     def __init__(
-        self, number: int, lock: threading.Lock, latent_size: int, make_runner: Callable[[], Runner], observer: Observer
+        self, number: int, lock: threading.Lock, reader: LatentReader, make_runner: Callable[[], Runner], observer: Observer
     ) -> None:
         self.number = number
         self.wake = threading.Condition(lock)
@@ -74,7 +78,7 @@ class Instance:
         self.lost = False
         self._make_runner = make_runner
         self._observer = observer
-        self._reader = LatentReader(latent_size)
+        self._reader = reader
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self.thread: threading.Thread
@@ -111,7 +115,7 @@ class Instance:
         images = sum(chunk.count for chunk in chunks)
         started = time.perf_counter()
         spans = [chunk.ticket.span.part(chunk.first, chunk.count) for chunk in chunks]
-        self._reader.fill(runner.latents(images), spans)
+        self._reader.fill(runner.latents(images), spans, runner.labels(images))
         assembled = time.perf_counter()
         try:
             rows = runner.run(images, any(chunk.ticket.want_images for chunk in chunks))

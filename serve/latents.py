@@ -1,21 +1,26 @@
-"""The address rule: row ``index`` of ``seed``'s endless tape of latents, as a pure function of the two.
+"""The address rule: row ``index`` of ``seed``'s endless tape of latents and labels, as a pure function of the two.
 
 Bits: Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with key (seed, 0) and a
 256-bit counter, as in ``numpy.random.Philox``. A row of z values takes ceil(z / 8) consecutive counter blocks, so row i
 starts at block i * ceil(z / 8); numpy steps the counter before it draws, so block b is Philox of counter b + 1.
 Each block gives four 64-bit words, read little-endian as eight 32-bit words, one for each value of the row in order;
-the words beyond z in the last block are dropped.
+the words beyond z in the last block are dropped. A conditional model's row has one value more, after the others: its word
+w gives the label floor(w * labels / 2**32), so that each comes up equally often.
 
 Normal values: the word's top bit is the sign, the other 31 bits m give the tail probability (m + 0.5) / 2**32, and
 the magnitude is the inverse normal distribution function there, linear between 128 knots in each octave of m + 0.5
 (largest error 4e-6). That takes additions, multiplications and two table look-ups in float32 and nothing else:
 no sine or logarithm whose last bit depends on the processor or the library. So the bits are the same everywhere,
 which Box-Muller and ziggurat cannot promise.
+
+Truncation at t (Brock et al. 2019, arXiv:1809.11096: no value beyond t) takes the tail probability p to
+p_t + p * (1 - 2 p_t) before it is looked up, where p_t is the tail beyond t: the normal distribution cut off at t exactly,
+with no value drawn anew, so that an address stays an address at any truncation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -40,24 +45,34 @@ SEED_LIMIT = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive rows: of ``seed``'s tape from ``start`` on, or of ``explicit`` (n, z) from row ``start`` on."""
+    """Consecutive rows: of ``seed``'s tape from ``start`` on, or of ``explicit`` (n, z) from row ``start`` on.
+
+    ``labels`` int64 (count,) stand in for the tape's own; ``truncation`` cuts the tape's values off there, unless it is 0.
+    """
 
     seed: int
     start: int
     count: int
     explicit: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+    truncation: float = 0.0
 
     def part(self, first: int, count: int) -> Span:
         """``count`` of these rows, from the ``first``-th on."""
-        return Span(self.seed, self.start + first, count, self.explicit)
+        labels = None if self.labels is None else self.labels[first : first + count]
+        return Span(self.seed, self.start + first, count, self.explicit, labels, self.truncation)
 
 
 class LatentReader:
-    """Writes spans into a batch. It holds generator state and scratch space, so each thread has its own."""
+    """Writes spans into a batch. It holds generator state and scratch space, so each thread has its own.
 
-    def __init__(self, latent_size: int) -> None:
+    ``labels`` is how many there are to choose from; 0 for an unconditional model.
+    """
+
+    def __init__(self, latent_size: int, labels: int = 0) -> None:
         self._latent_size = latent_size
-        self._blocks = blocks_per_row(latent_size)
+        self._labels = labels
+        self._blocks = blocks_per_row(latent_size + (labels > 0))
         self._philox = np.random.Philox(key=0)
         self._key = np.zeros(2, np.uint64)
         self._counter = np.zeros(4, np.uint64)
@@ -71,34 +86,42 @@ class LatentReader:
         }
         self._words = np.zeros((BLOCK_ROWS, self._blocks * WORDS_PER_BLOCK), np.uint64)
 
-    def fill(self, out: NDArray[np.float32], spans: Iterable[Span]) -> None:
+    def fill(self, out: NDArray[np.float32], spans: Iterable[Span], labels: NDArray[np.int64] | None = None) -> None:
         """Write the spans' rows one after the other into ``out`` (rows, z), which they must fill exactly.
+
+        The labels of a conditional model's rows go into ``labels`` (rows,).
 
         All spans' bits are drawn first and transformed together: a batch of many callers' single digits costs
         little more than one span of the same size.
         """
         row = 0
         pending = 0
-        explicit: list[tuple[int, Span]] = []
+        given: list[tuple[int, Span]] = []  # spans that bring latents or labels of their own
+        cuts: list[tuple[int, int, float]] = []  # rows of this block that are truncated
         for span in spans:
-            if span.explicit is not None:
-                explicit.append((row + pending, span))
+            if span.explicit is not None or span.labels is not None:
+                given.append((row + pending, span))
             done = 0
             while done < span.count:
                 rows = min(span.count - done, BLOCK_ROWS - pending)
                 if span.explicit is None:
                     self._draw(span.seed, span.start + done, self._words[pending : pending + rows])
+                if span.truncation:
+                    cuts.append((pending, pending + rows, span.truncation))
                 pending += rows
                 done += rows
                 if pending == BLOCK_ROWS:
-                    self._transform(out[row : row + pending])
+                    self._transform(row, pending, out, labels, cuts)
                     row += pending
                     pending = 0
+                    cuts = []
         if pending:
-            self._transform(out[row : row + pending])
-        for first, span in explicit:
-            assert span.explicit is not None
-            out[first : first + span.count] = span.explicit[span.start : span.start + span.count]
+            self._transform(row, pending, out, labels, cuts)
+        for first, span in given:
+            if span.explicit is not None:
+                out[first : first + span.count] = span.explicit[span.start : span.start + span.count]
+            if span.labels is not None and labels is not None:
+                labels[first : first + span.count] = span.labels
 
     def _draw(self, seed: int, start: int, out: NDArray[np.uint64]) -> None:
         block = start * self._blocks
@@ -109,28 +132,76 @@ class LatentReader:
         self._philox.state = self._state
         out.ravel()[:] = self._philox.random_raw(out.size)
 
-    def _transform(self, out: NDArray[np.float32]) -> None:
-        words = self._words[: len(out)].astype("<u8", copy=False).view(np.uint32)
-        to_normal(words[:, : self._latent_size], out)
+    def _transform(
+        self,
+        first: int,
+        rows: int,
+        out: NDArray[np.float32],
+        labels: NDArray[np.int64] | None,
+        cuts: Sequence[tuple[int, int, float]],
+    ) -> None:
+        words = self._words[:rows].astype("<u8", copy=False).view(np.uint32)
+        tails = None
+        if cuts:
+            tails = np.zeros((rows, 1), np.float32)
+            for begin, end, truncation in cuts:
+                tails[begin:end] = _tail(truncation)
+        to_normal(words[:, : self._latent_size], out[first : first + rows], tails)
+        if labels is not None:
+            labels[first : first + rows] = words[:, self._latent_size].astype(np.uint64) * np.uint64(self._labels) >> np.uint64(
+                32
+            )
 
 
-def blocks_per_row(latent_size: int) -> int:
+def blocks_per_row(values: int) -> int:
     """Counter blocks that one row takes."""
-    return -(-latent_size // VALUES_PER_BLOCK)
+    return -(-values // VALUES_PER_BLOCK)
 
 
 def draw(seed: int, start: int, count: int, latent_size: int) -> NDArray[np.float32]:
     """Rows ``start`` to ``start + count`` of ``seed`` as a new float32 array (count, latent_size)."""
-    out = np.empty((count, latent_size), np.float32)
-    LatentReader(latent_size).fill(out, [Span(seed, start, count)])
-    return out
+    return draw_span(Span(seed, start, count), latent_size, 0)[0]
 
 
-def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32]) -> None:
-    """Map uniform 32-bit words to normal values of the same shape, as the module's text says."""
+def draw_span(span: Span, latent_size: int, labels: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """A span's rows (count, latent_size), and for a model with ``labels`` to choose from its labels (count,), else None."""
+    out = np.empty((span.count, latent_size), np.float32)
+    chosen = np.empty(span.count, np.int64) if labels else None
+    LatentReader(latent_size, labels).fill(out, [span], chosen)
+    return out, chosen
+
+
+def slerp(begin: NDArray[np.float32], end: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+    """``steps`` rows float32 (steps, z) from ``begin`` (z,) to ``end`` (z,), both included, on the arc between them.
+
+    Spherical interpolation (Shoemake 1985) keeps to the length that normal latents have, which a straight line leaves;
+    lengths that differ are led over evenly. Where the two point the same way or opposite ways it is a straight line.
+    """
+    starts, ends = begin.astype(np.float64), end.astype(np.float64)
+    share = np.linspace(0.0, 1.0, steps)[:, None]
+    lengths = np.linalg.norm(starts), np.linalg.norm(ends)
+    straight = (1 - share) * starts + share * ends
+    if min(lengths) == 0.0:
+        return straight.astype(np.float32)
+    angle = np.arccos(np.clip(starts @ ends / (lengths[0] * lengths[1]), -1.0, 1.0))
+    if np.sin(angle) < 1e-6:
+        return straight.astype(np.float32)
+    arc = np.sin((1 - share) * angle) * starts / lengths[0] + np.sin(share * angle) * ends / lengths[1]
+    rows: NDArray[np.float32] = (((1 - share) * lengths[0] + share * lengths[1]) * arc / np.sin(angle)).astype(np.float32)
+    return rows
+
+
+def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32], tails: NDArray[np.float32] | None = None) -> None:
+    """Map uniform 32-bit words to normal values of the same shape, as the module's text says.
+
+    ``tails`` float32 (rows, 1) are p_t of each row's truncation.
+    """
     knots, slopes = _table()
     position = (words & np.uint32(0x7FFFFFFF)).view(np.int32).astype(np.float32)
     position += np.float32(0.5)
+    if tails is not None:
+        position *= 1 - 2 * tails
+        position += tails * np.float32(2**32)
     bits = position.view(np.int32)
     index = bits >> FRACTION_BITS
     index -= FIRST_KNOT
@@ -139,6 +210,12 @@ def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32]) -> None:
     out *= fraction
     out += np.take(knots, index, mode="clip")
     np.bitwise_or(out.view(np.uint32), words & np.uint32(0x80000000), out=out.view(np.uint32))
+
+
+@cache
+def _tail(truncation: float) -> np.float32:
+    """The probability beyond ``truncation``, on a grid that keeps the last bit of a library's erf out of it."""
+    return np.float32(round(NormalDist().cdf(-truncation) * 2**20) / 2**20)
 
 
 @cache

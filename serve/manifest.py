@@ -1,10 +1,11 @@
 """The bundle's manifest: the contract between export, which writes it, and serve, which reads it. Standard library only.
 
 models/<name>/<version>/
-    model.onnx     inputs ``latents`` float32 [batch, z]; outputs ``images`` float32 [batch, 1, 28, 28] in [0, 1]
-                   and ``pixels`` uint8 [batch, 28, 28]
+    model.onnx     inputs ``latents`` float32 [batch, z] and, of a conditional model, ``labels`` int64 [batch];
+                   outputs ``images`` float32 [batch, 1, 28, 28] in [0, 1] and ``pixels`` uint8 [batch, 28, 28]
     model.ts       the same function as TorchScript
     parity.json    eager, TorchScript and ONNX Runtime compared
+    quality.json   its digits judged beside real ones (train/evaluate.py); not in every bundle
     preview.png    what it makes
     manifest.json  everything below, with the SHA-256 of every other file
 """
@@ -17,18 +18,20 @@ import dataclasses
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
 PARITY_FILE = "parity.json"
 PREVIEW_FILE = "preview.png"
+QUALITY_FILE = "quality.json"
 REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 
 PRECISIONS = ("fp32", "fp16")
@@ -36,17 +39,20 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_LATENT_SIZE = 4096
 MAX_GOLDEN_SAMPLES = 64
+GOLDEN_ARRAYS = ("latents", "labels", "pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
     """Samples made by eager PyTorch at export, for the server's own check.
 
-    ``latents`` holds ``count`` rows of little-endian float32 (z values each), ``pixels`` the same rows' uint8 pixels.
+    ``latents`` holds ``count`` rows of little-endian float32 (z values each), ``labels`` a little-endian int64 for each of
+    a conditional model's rows, ``pixels`` the same rows' uint8 pixels.
     """
 
     count: int
     latents: bytes
+    labels: bytes
     pixels: bytes
 
 
@@ -83,7 +89,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         values = dataclasses.asdict(self)
-        for name in ("latents", "pixels"):
+        for name in GOLDEN_ARRAYS:
             values["golden"][name] = base64.b64encode(getattr(self.golden, name)).decode()
         return json.dumps(values, indent=2) + "\n"
 
@@ -104,7 +110,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         values["tolerance"] = Tolerance(**_checked(values.get("tolerance"), Tolerance, where))
         golden = _checked(values.get("golden"), Golden, where)
-        golden |= {name: base64.b64decode(golden[name], validate=True) for name in ("latents", "pixels")}
+        golden |= {name: base64.b64decode(golden[name], validate=True) for name in GOLDEN_ARRAYS}
         values["golden"] = Golden(**golden)
     except (binascii.Error, ValueError, TypeError):
         raise BundleError(f"{where}: golden samples are not base64; export the model again") from None
@@ -152,6 +158,8 @@ def _check_values(manifest: Manifest, where: str) -> None:
         "width": manifest.width == 28,
         "golden": 1 <= golden.count <= MAX_GOLDEN_SAMPLES
         and len(golden.latents) == golden.count * manifest.latent_size * 4
+        and len(golden.labels) == golden.count * (8 if manifest.labels else 0)
+        and all(0 <= label < manifest.labels for (label,) in struct.iter_unpack("<q", golden.labels))
         and len(golden.pixels) == golden.count * manifest.height * manifest.width,
         "tolerance": 0 <= manifest.tolerance.images < 1
         and 0 <= manifest.tolerance.pixel_levels < 256

@@ -124,9 +124,10 @@ class Model:
 
     async def self_check(self) -> None:
         """The golden check through the live batcher; a breach stops the model until a later check passes."""
-        latents, expected = golden_samples(self.manifest)
+        samples = golden_samples(self.manifest)
+        span = Span(0, 0, len(samples.latents), samples.latents, samples.labels)
         try:
-            ticket = await self._run(Span(0, 0, len(latents), latents), False, Priority.BULK, None)
+            ticket = await self._run(span, False, Priority.BULK, None)
         except QueueFullError:
             self.metrics.self_checks("skipped").inc()
             return
@@ -134,7 +135,7 @@ class Model:
             self.metrics.self_checks("failed").inc()
             log.error("self-check of %s/%s could not run: %s", self.manifest.name, self.manifest.version, error)
             return
-        problem = golden_difference(self.manifest, expected, joined_rows(ticket))
+        problem = golden_difference(self.manifest, samples.pixels, joined_rows(ticket))
         self.metrics.self_checks("breach" if problem else "passed").inc()
         if problem:
             log.error("self-check of %s/%s: %s", self.manifest.name, self.manifest.version, problem)
@@ -173,6 +174,7 @@ def open_model(
 
     limits = Limits(
         latent_size=manifest.latent_size,
+        labels=manifest.labels,
         max_batch_size=max_batch_size,
         max_queue_images=settings.max_queue_images,
         max_queue_delay_s=settings.max_queue_delay_us / 1e6,
@@ -219,7 +221,13 @@ def joined_rows(ticket: Ticket) -> NDArray[np.uint8]:
 
 def ordered_rows(ticket: Ticket) -> list[NDArray[np.uint8]]:
     """A finished ticket's rows in order, in the pieces they were computed in."""
-    return [rows for _, rows in sorted(ticket.parts, key=lambda part: part[0])]
+    return [part.rows for part in sorted(ticket.parts, key=lambda part: part.first)]
+
+
+def ordered_labels(ticket: Ticket) -> NDArray[np.int64] | None:
+    """The labels of a finished ticket's rows in order; None for an unconditional model's."""
+    parts = sorted(ticket.parts, key=lambda part: part.first)
+    return None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
 
 
 def _fastest_run(engine: Engine, size: int) -> float:

@@ -1,14 +1,17 @@
 """``inference.GRPCInferenceService``: the Open Inference Protocol v2, through the same models and batcher as digits.v1.
 
-A request gives ``latents`` FP32 [n, z], or ``seed`` UINT64 [1] and ``count`` INT32 [1], with ``start`` UINT64 [1] or
-without; it asks for ``pixels`` UINT8 [n, 28, 28] and ``images`` FP32 [n, 1, 28, 28], or for nothing and gets ``pixels``.
+A request gives ``latents`` FP32 [n, z], or ``seed`` UINT64 [1] and ``count`` INT32 [1], with ``start`` UINT64 [1] and
+``truncation`` FP32 [1] or without; and to a conditional model ``labels`` INT64 [1] or [n], which latents need and addresses
+have of their own. It asks for ``pixels`` UINT8 [n, 28, 28], ``images`` FP32 [n, 1, 28, 28] and, of a conditional model,
+``labels`` INT64 [n], or for nothing and gets ``pixels``.
 Values come as raw bytes or as typed contents; a raw request gets a raw answer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +21,10 @@ from serve.encode import as_bytes, pack_field
 from serve.errors import RequestError, UnknownModelError
 from serve.fair_queue import Priority, Ticket
 from serve.latents import Span
-from serve.model import Model, joined_rows, ordered_rows
+from serve.model import Model, joined_rows, ordered_labels, ordered_rows
 from serve.pb.inference import open_inference_pb2 as pb
 from serve.rpc import Call, Door, RpcTable
-from serve.service import digest_seed, finite_rows, tape_span
+from serve.service import checked_truncation, digest_seed, finite_rows, labelled, tape_span
 from serve.settings import Settings
 from serve.version import release
 
@@ -35,9 +38,11 @@ INPUTS = {
     "seed": ("UINT64", "<u8", "uint64_contents"),
     "count": ("INT32", "<i4", "int_contents"),
     "start": ("UINT64", "<u8", "uint64_contents"),
+    "truncation": ("FP32", "<f4", "fp32_contents"),
+    "labels": ("INT64", "<i8", "int64_contents"),
 }
 # Output name → (datatype, field of typed contents).
-OUTPUTS = {"pixels": ("UINT8", "uint_contents"), "images": ("FP32", "fp32_contents")}
+OUTPUTS = {"pixels": ("UINT8", "uint_contents"), "images": ("FP32", "fp32_contents"), "labels": ("INT64", "int64_contents")}
 
 
 class OpenInferenceService:
@@ -75,16 +80,16 @@ class OpenInferenceService:
         model = self._find(request.name, request.version)
         manifest = model.manifest
         tensor = pb.ModelMetadataResponse.TensorMetadata
-        shapes = {"latents": [-1, manifest.latent_size], "seed": [1], "count": [1], "start": [1]}
+        taken = {"latents": [-1, manifest.latent_size], "seed": [1], "count": [1], "start": [1], "truncation": [1]}
+        given = {"pixels": [-1, manifest.height, manifest.width], "images": [-1, 1, manifest.height, manifest.width]}
+        if manifest.labels:
+            taken["labels"] = given["labels"] = [-1]
         return pb.ModelMetadataResponse(
             name=manifest.name,
             versions=[str(number) for number in self._catalog.versions(manifest.name)],
             platform=PLATFORM,
-            inputs=[tensor(name=name, datatype=INPUTS[name][0], shape=shape) for name, shape in shapes.items()],
-            outputs=[
-                tensor(name="pixels", datatype="UINT8", shape=[-1, manifest.height, manifest.width]),
-                tensor(name="images", datatype="FP32", shape=[-1, 1, manifest.height, manifest.width]),
-            ],
+            inputs=[tensor(name=name, datatype=INPUTS[name][0], shape=shape) for name, shape in taken.items()],
+            outputs=[tensor(name=name, datatype=OUTPUTS[name][0], shape=shape) for name, shape in given.items()],
         ).SerializeToString()
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
@@ -96,6 +101,8 @@ class OpenInferenceService:
             raise RequestError("outputs: the same tensor is asked for twice")
         tensors = read_inputs(request)
         model = self._find(request.model_name, request.model_version, lambda: _seed_of(tensors))
+        if "labels" in names and not model.manifest.labels:
+            raise RequestError(f"outputs: labels cannot be had of {model.manifest.name}, which is unconditional")
         span = self._span(tensors, model)
         most = self._settings.max_count_float32 if "images" in names else self._settings.max_count
         if not 1 <= span.count <= most:
@@ -112,9 +119,16 @@ class OpenInferenceService:
         return self._catalog.find(name, int(number or 0), seed)
 
     def _span(self, tensors: Mapping[str, NDArray[np.generic]], model: Model) -> Span:
+        labels = tensors.get("labels", np.empty(0, np.int64))
+        if labels.ndim != 1:
+            raise RequestError(f"inputs: labels must have shape [1] or [n], got {list(labels.shape)}")
+        rest = {name: values for name, values in tensors.items() if name != "labels"}
+        return labelled(self._unlabelled(rest, model), labels.tolist(), model)
+
+    def _unlabelled(self, tensors: Mapping[str, NDArray[np.generic]], model: Model) -> Span:
         if "latents" in tensors:
             if len(tensors) > 1:
-                raise RequestError("inputs: latents cannot go with seed, count or start")
+                raise RequestError("inputs: latents cannot go with seed, count, start or truncation")
             rows = tensors["latents"].astype(np.float32, copy=False)
             size = model.manifest.latent_size
             if rows.ndim != 2 or rows.shape[1] != size:
@@ -126,8 +140,9 @@ class OpenInferenceService:
         for name, values in tensors.items():
             if values.shape != (1,):
                 raise RequestError(f"inputs: {name} must have shape [1], got {list(values.shape)}")
-        numbers = {name: int(values[0]) for name, values in tensors.items()}
-        return tape_span(numbers["seed"], numbers.get("start", 0), numbers["count"])
+        numbers = {name: values[0].item() for name, values in tensors.items()}
+        truncation = checked_truncation(numbers.get("truncation", 0.0))
+        return tape_span(numbers["seed"], numbers.get("start", 0), numbers["count"], truncation)
 
 
 def read_inputs(request: pb.ModelInferRequest) -> dict[str, NDArray[np.generic]]:
@@ -170,7 +185,11 @@ def _seed_of(tensors: Mapping[str, NDArray[np.generic]]) -> int:
 def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names: list[str], call: Call) -> bytes:
     started = time.perf_counter()
     manifest, count = model.manifest, ticket.span.count
-    shapes = {"pixels": [count, manifest.height, manifest.width], "images": [count, 1, manifest.height, manifest.width]}
+    shapes = {
+        "pixels": [count, manifest.height, manifest.width],
+        "images": [count, 1, manifest.height, manifest.width],
+        "labels": [count],
+    }
     head = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
     for key, parameter in request.parameters.items():
         head.parameters[key].CopyFrom(parameter)
@@ -195,7 +214,11 @@ def _respond(request: pb.ModelInferRequest, model: Model, ticket: Ticket, names:
     return response
 
 
-def _output(name: str, ticket: Ticket, names: list[str]) -> list[NDArray[np.uint8]] | list[NDArray[np.float32]]:
+def _output(name: str, ticket: Ticket, names: list[str]) -> Sequence[NDArray[Any]]:
+    if name == "labels":
+        labels = ordered_labels(ticket)
+        assert labels is not None
+        return [labels]
     if name == "images" or "images" not in names:
         return ordered_rows(ticket)
     # Both are wanted and the ticket carries the float images: the graph's own rounding, repeated here.

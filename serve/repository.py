@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.errors import BundleError, DigestError, SettingsError
-from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, Manifest, parse_manifest, sha256
+from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, QUALITY_FILE, Manifest, parse_manifest, sha256
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 MAX_FILE_BYTES = 1 << 30
@@ -33,6 +33,7 @@ class Bundle:
     manifest: Manifest
     model: bytes
     parity_json: str
+    quality_json: str = ""  # empty for a bundle whose digits were not judged
 
     @property
     def digest(self) -> str:
@@ -130,7 +131,8 @@ def read_bundle(path: Path, root: Path | None = None) -> Bundle:
         contents[name] = _read(path / name, root)
         if sha256(contents[name]) != digest:
             raise DigestError(f"{path / name} is not the file that was exported (SHA-256 differs); export the model again")
-    return Bundle(path, manifest, contents[ONNX_FILE], contents[PARITY_FILE].decode("utf-8", "replace"))
+    parity, quality = (contents.get(name, b"").decode("utf-8", "replace") for name in (PARITY_FILE, QUALITY_FILE))
+    return Bundle(path, manifest, contents[ONNX_FILE], parity, quality)
 
 
 def _read(path: Path, root: Path) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,8 @@ from serve.catalog import Catalog
 from serve.encode import as_bytes, pack_field, to_grid, to_png
 from serve.errors import RequestError
 from serve.fair_queue import Priority, Ticket
-from serve.latents import INDEX_LIMIT, Span
-from serve.model import Model, joined_rows, ordered_rows
+from serve.latents import INDEX_LIMIT, Span, draw_span, slerp
+from serve.model import Model, joined_rows, ordered_labels, ordered_rows
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.rpc import Call, Door, RpcTable
 from serve.settings import Settings
@@ -26,6 +28,7 @@ from serve.settings import Settings
 SERVICE = "digits.v1.DigitGenerator"
 IMAGES_FIELD = pb.GenerateResponse.DESCRIPTOR.fields_by_name["images"].number
 DEFAULT_CHUNK = 256
+LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BULK: Priority.BULK}
@@ -49,31 +52,44 @@ class DigitService:
         table = RpcTable(SERVICE, door)
         table.unary("Generate", pb.GenerateRequest, self.generate)
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
+        table.unary("Interpolate", pb.InterpolateRequest, self.interpolate)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
         return table
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> bytes:
         image_format = _format(request.format)
+        most, named = self._max_for(image_format), FORMAT_NAMES[image_format]
         if request.latents:
-            if request.HasField("seed") or request.start:
-                raise RequestError("seed and start cannot go with latents: a digit has an address or a latent vector, not both")
+            if request.HasField("seed") or request.start or request.truncation:
+                raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
             model = self._catalog.find(request.model, request.version, lambda: digest_seed(request.latents))
             span = _explicit_span(request, model)
         else:
             if request.count == 0:
-                raise RequestError(f"count must be from 1 to {self._max_for(image_format)}, got 0")
-            span = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+                raise RequestError(f"count must be from 1 to {most}, got 0")
+            seed = request.seed if request.HasField("seed") else None
+            span = tape_span(seed, request.start, request.count, checked_truncation(request.truncation))
             model = self._catalog.find(request.model, request.version, lambda: span.seed)
-        if span.count > (most := self._max_for(image_format)):
-            raise RequestError(
-                f"count must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {span.count}; "
-                "GenerateStream takes any number"
-            )
+        if span.count > most:
+            raise RequestError(f"count must be from 1 to {most} for {named}, got {span.count}; GenerateStream takes any number")
+        span = labelled(span, request.labels, model)
         priority = _priority(request.priority, Priority.INTERACTIVE)
-        with model.in_use(), call.hold(span.count):
-            ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, call.deadline)
-            return await _encode(model, ticket, image_format, call)
+        return await self._answer(model, span, image_format, priority, call)
+
+    async def interpolate(self, request: pb.InterpolateRequest, call: Call) -> bytes:
+        image_format = _format(request.format)
+        most = self._max_for(image_format)
+        if not 2 <= request.steps <= most:
+            raise RequestError(f"steps must be from 2 to {most} for {FORMAT_NAMES[image_format]}, got {request.steps}")
+        for name in ("begin", "end"):
+            if not request.HasField(name):
+                raise RequestError(f"{name} is missing; give the seed and index of both ends")
+        truncation = checked_truncation(request.truncation)
+        ends = [tape_span(end.seed, end.index, 1, truncation) for end in (request.begin, request.end)]
+        model = self._catalog.find(request.model, request.version, lambda: ends[0].seed)
+        span = labelled(arc_span(ends[0], ends[1], request.steps, model), request.labels, model)
+        return await self._answer(model, span, image_format, _priority(request.priority, Priority.INTERACTIVE), call)
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncIterator[bytes]:
         image_format = _format(request.format)
@@ -83,9 +99,11 @@ class DigitService:
             raise RequestError(f"chunk must be from 1 to {most} for {FORMAT_NAMES[image_format]}, got {chunk}")
         if request.count == 0:
             raise RequestError("count must be 1 or more, got 0")
-        whole = tape_span(request.seed if request.HasField("seed") else None, request.start, request.count)
+        seed = request.seed if request.HasField("seed") else None
+        whole = tape_span(seed, request.start, request.count, checked_truncation(request.truncation))
         priority = _priority(request.priority, Priority.BULK)
         model = self._catalog.find(request.model, request.version, lambda: whole.seed)
+        in_turn = checked_labels(request.labels, model)
         chunks = min(1 + CHUNKS_AHEAD, call.caller.images_limit // chunk or 1) if call.caller.images_limit else 1 + CHUNKS_AHEAD
         wants_float, deadline = image_format == pb.IMAGE_FORMAT_FLOAT32, call.deadline
         under_way: deque[asyncio.Task[Ticket]] = deque()
@@ -96,6 +114,9 @@ class DigitService:
                     while given < whole.count and len(under_way) < chunks:
                         part = whole.part(given, min(chunk, whole.count - given))
                         given += part.count
+                        if in_turn is not None:
+                            turn = np.arange(part.start % len(in_turn), part.start % len(in_turn) + part.count)
+                            part = replace(part, labels=in_turn[turn % len(in_turn)])
                         under_way.append(asyncio.ensure_future(model.generate(part, wants_float, priority, deadline)))
                     ticket = await under_way.popleft()
                     yield await _encode(model, ticket, image_format, call)
@@ -128,6 +149,8 @@ class DigitService:
             training_json=json.dumps(dict(manifest.training)),
             parity_json=model.bundle.parity_json,
             precision=manifest.precision,
+            labels=manifest.labels,
+            quality_json=model.bundle.quality_json,
         ).SerializeToString()
 
     def _summary(self, model: Model) -> pb.ModelSummary:
@@ -140,6 +163,11 @@ class DigitService:
             default_version=version == route.default,
             traffic_share=route.share(version),
         )
+
+    async def _answer(self, model: Model, span: Span, image_format: pb.ImageFormat, priority: Priority, call: Call) -> bytes:
+        with model.in_use(), call.hold(span.count):
+            ticket = await model.generate(span, image_format == pb.IMAGE_FORMAT_FLOAT32, priority, call.deadline)
+            return await _encode(model, ticket, image_format, call)
 
     def _max_for(self, image_format: pb.ImageFormat) -> int:
         return self._settings.max_count_float32 if image_format == pb.IMAGE_FORMAT_FLOAT32 else self._settings.max_count
@@ -172,11 +200,55 @@ def finite_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows.astype(np.float32, copy=False)
 
 
-def tape_span(seed: int | None, start: int, count: int) -> Span:
+def tape_span(seed: int | None, start: int, count: int, truncation: float = 0.0) -> Span:
     """Rows of a tape; a seed that is None is drawn. Raises RequestError when they reach beyond its end."""
     if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
         raise RequestError(f"start + count must be at most 2^63, got {start} + {count}")
-    return Span(secrets.randbits(64) if seed is None else seed, start, count)
+    return Span(secrets.randbits(64) if seed is None else seed, start, count, truncation=truncation)
+
+
+def arc_span(begin: Span, end: Span, steps: int, model: Model) -> Span:
+    """``steps`` rows from the first row of ``begin`` to that of ``end``, each with the label of the nearer."""
+    shape = (model.manifest.latent_size, model.manifest.labels)
+    (row,), first = draw_span(begin, *shape)
+    (last_row,), last = draw_span(end, *shape)
+    labels = None
+    if first is not None and last is not None:
+        labels = np.repeat(np.concatenate((first, last)), (steps - steps // 2, steps // 2))
+    return Span(0, 0, steps, slerp(row, last_row, steps), labels)
+
+
+def checked_truncation(value: float) -> float:
+    """Raises RequestError for a truncation that leaves nothing or is no number."""
+    if value and not LEAST_TRUNCATION <= value < math.inf:
+        raise RequestError(f"truncation must be {LEAST_TRUNCATION} or more, or 0 for none, got {value:g}")
+    return value
+
+
+def checked_labels(labels: Sequence[int], model: Model) -> NDArray[np.int64] | None:
+    """A request's labels as int64, None if it gives none. Raises RequestError for what the model cannot be asked for."""
+    if not len(labels):
+        return None
+    manifest = model.manifest
+    name = f"model {manifest.name}/{manifest.version}"
+    if not manifest.labels:
+        raise RequestError(f"{name} is unconditional and takes no labels; ask a conditional model, as GetModel tells")
+    numbers = np.asarray(labels)
+    if odd := numbers[(numbers < 0) | (numbers >= manifest.labels)].tolist():
+        raise RequestError(f"labels must be from 0 to {manifest.labels - 1} for {name}, got {odd[0]}")
+    return numbers.astype(np.int64)
+
+
+def labelled(span: Span, labels: Sequence[int], model: Model) -> Span:
+    """The span with a request's labels, one for all or one for each of its rows. Raises RequestError."""
+    chosen = checked_labels(labels, model)
+    if chosen is None:
+        if span.explicit is not None and span.labels is None and model.manifest.labels:
+            raise RequestError("labels are needed with latents: only an address has labels of its own")
+        return span
+    if len(chosen) not in (1, span.count):
+        raise RequestError(f"labels has {len(chosen)} entries for {span.count} digits; give one for all, or one for each")
+    return replace(span, labels=np.broadcast_to(chosen, span.count))
 
 
 def _format(value: pb.ImageFormat) -> pb.ImageFormat:
@@ -216,6 +288,9 @@ async def _encode(model: Model, ticket: Ticket, image_format: pb.ImageFormat, ca
     )
     if span.explicit is None:
         head.seed = span.seed
+    labels = ordered_labels(ticket)
+    if labels is not None:
+        head.labels.extend(labels.tolist())
     response = pack_field(head.SerializeToString(), IMAGES_FIELD, entries)
     model.metrics.images(FORMAT_NAMES[image_format]).inc(span.count)
     seconds = time.perf_counter() - started

@@ -25,12 +25,15 @@ def _setting(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
+DEFAULT_MODEL = "cdcgan"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to serve. Raises SettingsError, naming the flag, when made with an unusable value."""
 
     models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
-    default_model: str = _setting("dcgan", "the model that answers requests that name none")
+    default_model: str = _setting(DEFAULT_MODEL, "the model that answers requests that name none")
     versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
     model_control: str = _setting("none", "what changes the models served", choices=("none", "poll", "explicit"))
     poll_interval_s: float = _setting(5.0, "time between two looks at the models folder", low=0.05, high=86400)

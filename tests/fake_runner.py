@@ -22,24 +22,30 @@ TIMEOUT_S = 30
 class FakeRows:
     pixels: NDArray[np.uint8]
     images: NDArray[np.float32] | None
+    labels: NDArray[np.int64] | None
     bucket: int
 
 
 class FakeRunner:
-    """Returns the latents' own bytes as pixels. ``before`` may wait, raise or record."""
+    """Returns the latents' own bytes as pixels. ``before`` may wait, raise or record; ``labelled`` takes labels."""
 
-    def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None) -> None:
+    def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None, *, labelled: bool = False) -> None:
         self._before = before
         self._latents = np.zeros((LARGEST, LATENT_SIZE), np.float32)
+        self._labels = np.zeros(LARGEST, np.int64) if labelled else None
 
     def latents(self, count: int) -> NDArray[np.float32]:
         return self._latents[:count]
+
+    def labels(self, count: int) -> NDArray[np.int64] | None:
+        return None if self._labels is None else self._labels[:count]
 
     def run(self, count: int, want_images: bool = False) -> FakeRows:
         latents = self._latents[:count]
         self._before(latents)
         pixels = latents.copy().view(np.uint8).reshape(len(latents), -1)
-        return FakeRows(pixels, latents.copy() if want_images else None, count)
+        labels = self.labels(count)
+        return FakeRows(pixels, latents.copy() if want_images else None, None if labels is None else labels.copy(), count)
 
 
 class RecordingObserver:
@@ -95,7 +101,7 @@ class Delivery:
 
 def make_limits(**changes: float) -> Limits:
     values: dict[str, float] = {
-        "latent_size": LATENT_SIZE, "max_batch_size": 16, "max_queue_images": 100_000, "max_queue_delay_s": 0.0,
+        "latent_size": LATENT_SIZE, "labels": 0, "max_batch_size": 16, "max_queue_images": 100_000, "max_queue_delay_s": 0.0,
         "crowd_rest_s": 0.001, "instances": 1, "watchdog_s": 30.0,
     }  # fmt: skip
     return Limits(**(values | changes))  # type: ignore[arg-type]

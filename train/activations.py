@@ -1,4 +1,4 @@
-"""Inside the DCGAN generator: what each layer makes of 36 latents, and one sample's filters as 8×8 mosaics."""
+"""Inside a DCGAN generator, conditional or not: what each layer makes of 36 latents, and one sample's filters as mosaics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.errors import CheckpointError, ConfigError
-from train.models import build_generator
+from train.models import trained_generator
 from train.report import save_grid
 
 SAMPLES = 36
 MOSAIC_SIDE = 8  # 64 filters: all of the last hidden layer, the first 64 of the others
 
 
-def record(generator: nn.Module, latents: Tensor) -> list[Tensor]:
-    """The outputs after each ReLU and the tanh, shallow to deep, for ``latents`` (n, z).
+def record(generator: nn.Module, latents: Tensor, *labels: Tensor) -> list[Tensor]:
+    """The outputs after each ReLU and the tanh, shallow to deep, for ``latents`` (n, z), and ``labels`` (n,) of a cdcgan.
 
     For the preset's widths and 36 latents: (36,256,4,4), (36,128,8,8), (36,64,16,16), (36,1,28,28).
     """
@@ -28,7 +28,7 @@ def record(generator: nn.Module, latents: Tensor) -> list[Tensor]:
     ]
     generator.eval()
     with torch.no_grad():
-        generator(latents)
+        generator(latents, *labels)
     for hook in hooks:
         hook.remove()
     return taken
@@ -37,16 +37,17 @@ def record(generator: nn.Module, latents: Tensor) -> list[Tensor]:
 def draw(run: Run, sample: int) -> str:
     """Write the activations of the run's newest weights and the mosaics of ``sample``; says what was written.
 
-    Raises ConfigError for a sample outside 0–35, CheckpointError for a run that is no dcgan or has no checkpoint.
+    A conditional generator is asked for the digits in turn. Raises ConfigError for a sample outside 0–35, CheckpointError
+    for a run of an mlp or without a checkpoint.
     """
     if not 0 <= sample < SAMPLES:
         raise ConfigError(f"--sample must be from 0 to {SAMPLES - 1}, got {sample}")
-    if run.config.architecture != "dcgan":
-        raise CheckpointError(f"{run.folder} is a {run.config.preset} run; activations are drawn for dcgan runs")
-    generator = build_generator(run.config)
-    generator.load_state_dict(latest_checkpoint(run)["generator"])
+    if run.config.architecture == "mlp":
+        raise CheckpointError(f"{run.folder} is a {run.config.preset} run; activations are drawn for dcgan and cdcgan runs")
+    generator = trained_generator(run.config, latest_checkpoint(run))
     latents = torch.randn(SAMPLES, run.config.latent_size, generator=torch.Generator().manual_seed(run.config.seed))
-    layers = record(generator, latents)
+    labels = [torch.arange(SAMPLES) % run.config.labels] if run.config.conditional else []
+    layers = record(generator, latents, *labels)
     folder = run.folder / "activations"
     folder.mkdir(exist_ok=True)
     arrays = {f"layer{number}": layer.numpy() for number, layer in enumerate(layers, start=1)}

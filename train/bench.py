@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from train.capture import CudaRecording
+from train.capture import Batch, CudaRecording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
 from train.device import describe
@@ -25,17 +25,19 @@ NOTEBOOK = "the notebook: 15 s per 500 mlp steps on its GPU, 90 s on its CPU"
 def milliseconds_per_step(config: TrainConfig, device: torch.device, seconds: float, capture: bool = False) -> float:
     """Mean time of a step over at least ``seconds`` on batches of the config's size; ``capture``: as a CUDA graph."""
     low, high = config.pixel_range
-    images = torch.rand(config.batch_size, 1, 28, 28, device=device) * (high - low) + low
+    examples: Batch = (torch.rand(config.batch_size, 1, 28, 28, device=device) * (high - low) + low,)
+    if config.conditional:
+        examples += (torch.arange(config.batch_size, device=device) % config.labels,)
     with tempfile.TemporaryDirectory() as scratch:
         recording = CudaRecording if capture else None
-        trainer = Trainer(create_run(Path(scratch), config, {}), images, device, recording=recording)
+        trainer = Trainer(create_run(Path(scratch), config, {}), examples, device, recording=recording)
         for _ in range(WARM_UP_STEPS):
-            trainer.take_step(images)
+            trainer.take_step(examples)
         steps = 0
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             for _ in range(STEPS_BETWEEN_LOOKS):
-                losses = trainer.take_step(images)
+                losses = trainer.take_step(examples)
             losses.sum().item()  # waits for the device
             steps += STEPS_BETWEEN_LOOKS
         return (time.perf_counter() - started) / steps * 1000

@@ -15,13 +15,14 @@ from torch import Tensor
 # PyTorch asks for a few steps before a capture, off the default stream: optimizers make their state, cuDNN its choices.
 WARM_UP_STEPS = 3
 
-Step = Callable[[Tensor], Tensor]
+Batch = tuple[Tensor, ...]  # images float32 (batch, 1, 28, 28), and for a conditional preset their labels int64 (batch,)
+Step = Callable[[Batch], Tensor]
 
 
 class Recording(Protocol):
     """Something that can record what a function does to the device, and do it again."""
 
-    def warm_up(self, step: Step, real: Tensor) -> Tensor: ...
+    def warm_up(self, step: Step, real: Batch) -> Tensor: ...
     def record(self, step: Callable[[], None]) -> None: ...
     def replay(self) -> None: ...
 
@@ -34,7 +35,7 @@ class CudaRecording:
         self._graph.register_generator_state(noise)
         self._side = torch.cuda.Stream()
 
-    def warm_up(self, step: Step, real: Tensor) -> Tensor:
+    def warm_up(self, step: Step, real: Batch) -> Tensor:
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             losses = step(real)
@@ -53,20 +54,21 @@ class CapturedStep:
     """``step`` on batches shaped like ``example``, by replay once it has been warmed up. The result is overwritten by
     the next call."""
 
-    def __init__(self, step: Step, example: Tensor, recording: Recording) -> None:
+    def __init__(self, step: Step, example: Batch, recording: Recording) -> None:
         self._step = step
         self._recording = recording
-        self._real = torch.empty_like(example)
+        self._real = tuple(torch.empty_like(part) for part in example)
         self._warm = 0
         self._losses: Tensor | None = None
 
-    def __call__(self, real: Tensor) -> Tensor:
-        if real.shape != self._real.shape:
+    def __call__(self, real: Batch) -> Tensor:
+        if real[0].shape != self._real[0].shape:
             return self._step(real)
         if self._warm < WARM_UP_STEPS:
             self._warm += 1
             return self._recording.warm_up(self._step, real)
-        self._real.copy_(real)
+        for own, given in zip(self._real, real, strict=True):
+            own.copy_(given)
         if self._losses is None:
             self._recording.record(self._record)  # records and does not execute
         self._recording.replay()

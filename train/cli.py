@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from train import activations, bench, reference
+from train import activations, bench, evaluate, reference
 from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import PRESETS, TrainConfig, parse_field, preset
-from train.data import load_mnist, training_images
+from train.data import load_mnist, training_examples
 from train.device import choose_device, describe
 from train.errors import CheckpointError, ConfigError, TrainError
+from train.judge import kept_judge
 from train.loop import Trainer
 from train.parallel import Ranks, joined, own_device
 
@@ -45,11 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
     view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
     table = commands.add_parser("compare", help="an mlp run's losses beside the notebook's")
     table.add_argument("--run", type=Path, help="run folder (default: the newest mlp run)")
+    judged = commands.add_parser("evaluate", help="judge 10,000 digits of a run, or of the newest finished run of each preset")
+    judged.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
+    judged.add_argument("--missing", action="store_true", help="leave out runs that have been judged")
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
-    for command in (view, table):
+    for command in (view, table, judged):
         command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    _add_machine_flags(speed)
+    for command in (speed, judged):
+        _add_machine_flags(command)
+    _add_data_flag(judged)
     return parser
 
 
@@ -57,16 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors of the user's making are one line on stderr."""
     flags = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    commands = {"activations": _activations, "compare": _compare, "evaluate": _evaluate, "bench": _bench}
     try:
-        if flags.command in PRESETS:
-            return _train(flags)
-        if flags.command == "activations":
-            run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "dcgan", finished=True)
-            print(activations.draw(run, flags.sample))
-            return 0
-        if flags.command == "compare":
-            return _compare(flags)
-        return _bench(flags)
+        return commands.get(flags.command, _train)(flags)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,9 +88,7 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
     command.add_argument(
         "--capture", choices=("auto", "on", "off"), default="auto", help="the step as a CUDA graph; auto: with one GPU"
     )
-    command.add_argument(
-        "--data-dir", type=Path, default=Path("data/mnist"), help="folder of the four idx files; filled if empty"
-    )
+    _add_data_flag(command)
     command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
     command.add_argument(
         "--resume",
@@ -99,6 +96,12 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
         const=NEWEST,
         metavar="RUN",
         help="go on with this run, or with the newest unfinished one; auto: with that, or begin a new one",
+    )
+
+
+def _add_data_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", type=Path, default=Path("data/mnist"), help="folder of the four idx files; filled if empty"
     )
 
 
@@ -133,7 +136,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
         run = open_run(ranks.agree(create_run(flags.runs_dir, config, provenance).folder if ranks.first else None))
     recording = CudaRecording if captured else None
-    trainer = Trainer(run, training_images(data, run.config, device), device, ranks, recording)
+    trainer = Trainer(run, training_examples(data, run.config, device), device, ranks, recording)
     if folder is not None:
         trainer.load_state(latest_checkpoint(run))
     if ranks.first:
@@ -141,7 +144,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     trainer.fit()
     if not ranks.first:
         return 0
-    if run.config.architecture == "dcgan":
+    if run.config.architecture != "mlp":
         activations.draw(run, 0)
     print(f"finished: {run.folder}\nnext: make export RUN={run.folder}")
     return 0
@@ -176,6 +179,12 @@ def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run | 
     return run
 
 
+def _activations(flags: argparse.Namespace) -> int:
+    run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "dcgan", finished=True)
+    print(activations.draw(run, flags.sample))
+    return 0
+
+
 def _compare(flags: argparse.Namespace) -> int:
     if flags.run:
         run = open_run(flags.run)
@@ -187,6 +196,29 @@ def _compare(flags: argparse.Namespace) -> int:
     table, within = reference.compare_losses(run)
     print(table)
     return 0 if within else 1
+
+
+def _evaluate(flags: argparse.Namespace) -> int:
+    device = _prepare_machine(flags)
+    runs = [open_run(flags.run)] if flags.run else _newest_finished(flags.runs_dir)
+    if flags.missing:
+        runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
+    if not runs:
+        return 0
+    data = load_mnist(flags.data_dir)
+    evaluator = evaluate.Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device)
+    print(evaluate.table([(run.config.preset, evaluator.evaluate(run)) for run in runs]))
+    return 0
+
+
+def _newest_finished(runs_dir: Path) -> list[Run]:
+    runs = []
+    for name in PRESETS:
+        try:
+            runs.append(newest_run(runs_dir, name, finished=True))
+        except CheckpointError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    return runs
 
 
 def _bench(flags: argparse.Namespace) -> int:

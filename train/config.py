@@ -1,7 +1,8 @@
 """What a training run is made of: one frozen dataclass, one instance of it per preset.
 
-Every number of the two notebooks stands here and nowhere else. Fields become command-line flags of the same
-name (``--learning-rate`` for ``learning_rate``), and the resolved config is written beside the weights.
+Every number of the two notebooks stands here and nowhere else; the cdcgan's come from trials with this very code. Fields
+become command-line flags of the same name (``--learning-rate`` for ``learning_rate``), and the resolved config is written
+beside the weights.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ class TrainConfig:
     """Every number of one run. Raises ConfigError, naming the field, when made with an unusable value."""
 
     preset: str = field(metadata={"help": "which of the presets this config started from"})
-    architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan")})
+    architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan", "cdcgan")})
     latent_size: int = field(metadata={"help": "z: length of the generator's input vector"})
+    labels: int = field(default=0, metadata={"help": "classes that can be asked for (cdcgan); 0: an unconditional generator"})
+    label_size: int = field(default=0, metadata={"help": "values that stand for a label beside the latents (cdcgan)"})
+    projection_size: int = field(default=0, metadata={"help": "features that the discriminator holds against a label (cdcgan)"})
     generator_widths: tuple[int, ...] = field(
         metadata={"help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
     )
@@ -37,6 +41,12 @@ class TrainConfig:
     )
     discriminator_loss: str = field(metadata={"help": "how the real and the fake half are joined", "choices": ("mean", "sum")})
     learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
+    learning_rate_end: float = field(
+        default=1.0, metadata={"help": "share of the learning rate that a linear decay leaves at the last step; 1: no decay"}
+    )
+    average_decay: float = field(
+        default=0.0, metadata={"help": "of the exponential moving average of the generator that is exported; 0: none"}
+    )
     beta1: float = field(metadata={"help": "Adam's decay of the first moment"})
     beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
     batch_size: int = field(metadata={"help": "images per step; the last partial batch of an epoch is kept"})
@@ -67,6 +77,8 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         _require(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
+        _require(self, "learning_rate_end", 0 <= self.learning_rate_end <= 1, "in [0, 1]")
+        _require(self, "average_decay", 0 <= self.average_decay < 1, "in [0, 1)")
         _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         _require(self, "leaky_slope", 0 <= self.leaky_slope < 1, "in [0, 1)")
@@ -74,10 +86,21 @@ class TrainConfig:
         for name in ("generator_widths", "discriminator_widths"):
             widths = getattr(self, name)
             _require(self, name, len(widths) > 0 and min(widths) >= 1, "a list of positive widths")
-        if self.architecture == "dcgan":
+        if self.architecture != "mlp":
             # Three doublings lead from 4x4 to 28x28 and back; another number of layers gives another picture size.
             for name in ("generator_widths", "discriminator_widths"):
                 _require(self, name, len(getattr(self, name)) == 3, "three channel counts for a dcgan")
+        for name in ("labels", "label_size", "projection_size"):
+            value, wanted = (
+                getattr(self, name),
+                "at least 1 for a cdcgan" if self.conditional else "0: only a cdcgan takes labels",
+            )
+            _require(self, name, value >= 1 if self.conditional else value == 0, wanted)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the networks take a label beside their input."""
+        return self.architecture == "cdcgan"
 
     @property
     def pixel_range(self) -> tuple[float, float]:
@@ -150,6 +173,33 @@ PRESETS: Mapping[str, TrainConfig] = {
         grid_images=36,
         grid_columns=6,
         keep_checkpoints=0,
+    ),
+    "cdcgan": TrainConfig(
+        preset="cdcgan",
+        architecture="cdcgan",
+        latent_size=100,
+        labels=10,
+        label_size=32,
+        projection_size=64,
+        generator_widths=(256, 128, 64),
+        discriminator_widths=(64, 128, 256),
+        leaky_slope=0.2,
+        weight_init_std=0.02,
+        norm_init_std=0.01,
+        discriminator_loss="sum",
+        learning_rate=2e-4,
+        learning_rate_end=0.05,
+        average_decay=0.999,
+        beta1=0.5,
+        beta2=0.999,
+        batch_size=64,
+        epochs=40,
+        precision="bf16",
+        report_every=250,
+        reported_loss="mean",
+        grid_images=100,
+        grid_columns=10,
+        keep_checkpoints=2,
     ),
 }
 

@@ -106,11 +106,19 @@ def load_mnist(data_dir: Path) -> Mnist:
     )
 
 
-def training_images(data: Mnist, config: TrainConfig, device: torch.device) -> Tensor:
-    """All training images on ``device``, float32 (n, 1, 28, 28), in the range the config's networks use."""
+def training_examples(data: Mnist, config: TrainConfig, device: torch.device) -> tuple[Tensor, ...]:
+    """All training images on ``device``, float32 (n, 1, 28, 28), in the range the config's networks use.
+
+    For a conditional preset their labels come behind them, int64 (n,). Raises DataError for a label it has no class for.
+    """
     low, high = config.pixel_range
     unit = data.train_images.to(device).unsqueeze(1).float() / 255
-    return unit * (high - low) + low
+    images = unit * (high - low) + low
+    if not config.labels:
+        return (images,)
+    if (highest := int(data.train_labels.max())) >= config.labels:
+        raise DataError(f"the data has label {highest}, and --labels is {config.labels}; it must be {highest + 1} at least")
+    return images, data.train_labels.to(device)
 
 
 def fetch_mnist(data_dir: Path) -> None:

@@ -25,3 +25,7 @@ class CheckpointError(TrainError):
 
 class DivergedError(TrainError):
     """A loss or a weight became NaN or infinite."""
+
+
+class QualityError(TrainError):
+    """Generated digits that cannot be judged."""

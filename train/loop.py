@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from train import losses, report
-from train.capture import CapturedStep, Recording
+from train.capture import Batch, CapturedStep, Recording
 from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
 from train.device import set_precision
 from train.errors import DivergedError
@@ -34,15 +35,16 @@ PROGRESS_EVERY = 25  # steps between two looks at the losses: each look waits fo
 
 
 class Trainer:
-    """Both networks, both optimizers and the position in the run. ``images`` is float32 (n, 1, 28, 28) on ``device``.
+    """Both networks, both optimizers and the position in the run.
 
+    ``examples`` are all images float32 (n, 1, 28, 28), and for a conditional preset their labels int64 (n,), on ``device``.
     ``ranks`` is this process among those that train together; ``recording`` captures the step as a CUDA graph.
     """
 
     def __init__(
         self,
         run: Run,
-        images: Tensor,
+        examples: Batch,
         device: torch.device,
         ranks: Ranks = ALONE,
         recording: Callable[[torch.Generator], Recording] | None = None,
@@ -50,26 +52,32 @@ class Trainer:
         config = run.config
         self.run = run
         self.config = config
-        self.images = images
+        self.examples = examples
+        self.images = examples[0]
         self.device = device
         self.ranks = ranks
         set_precision(config.precision, device)
         torch.manual_seed(config.seed)
         self.generator = self._prepared(build_generator(config))
         self.discriminator = self._prepared(build_discriminator(config))
+        self.average = self._prepared(build_generator(config)) if config.average_decay else None
+        if self.average is not None:
+            self.average.load_state_dict(self.generator.state_dict())
         self.trained_generator = ranks.wrap(self.generator)
         self.trained_discriminator = ranks.wrap(self.discriminator)
         self.generator_parameters = list(self.generator.parameters())
-        adam: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
-        adam["capturable"] = recording is not None and device.type == "cuda"
+        capturable = recording is not None and device.type == "cuda"
+        # A graph reads the rate from where it was when the step was recorded: there it has to stay.
+        self.rate = torch.tensor(config.learning_rate, device=device) if capturable else config.learning_rate
+        adam: dict[str, Any] = {"lr": self.rate, "betas": (config.beta1, config.beta2), "fused": True, "capturable": capturable}
         self.generator_optimizer = torch.optim.Adam(self.generator_parameters, **adam)
         self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
         self.noise = torch.Generator(device).manual_seed(config.seed)
-        self.grid_latents = self._fixed_latents(config.grid_images)
+        self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last mark
         self.marks: list[tuple[int, float, float]] = []
-        example = images[: config.batch_size]
+        example = tuple(part[: config.batch_size] for part in examples)
         self.take_step = CapturedStep(self.train_step, example, recording(self.noise)) if recording else self.train_step
 
     @property
@@ -96,7 +104,9 @@ class Trainer:
             ) as bar,
         ):
             for batch in self._batches():
+                self._set_learning_rate()
                 latest = self.ranks.mean(self.take_step(batch))
+                self._average()
                 self.sums += latest
                 self.step += 1
                 bar.update()
@@ -109,20 +119,23 @@ class Trainer:
                     self._save()
         self._finish(time.monotonic() - started, self.step - first_step)
 
-    def train_step(self, real: Tensor) -> Tensor:
-        """One step of both networks on ``real`` (batch, 1, 28, 28). Returns float64 (2,): generator, discriminator loss."""
+    def train_step(self, real: Batch) -> Tensor:
+        """One step of both networks on ``real``. Returns float64 (2,): generator, discriminator loss."""
+        count = len(real[0])
+        noise, *labels = self._fake_inputs(count)
         with self._autocast():
             with torch.no_grad():
-                fake = self.generator(self._noise(len(real)))
+                fake = self.generator(noise, *labels)
             # Real and fake go through in passes of their own: BatchNorm must see each alone.
-            real_logits, fake_logits = self.trained_discriminator(real), self.trained_discriminator(fake)
+            real_logits, fake_logits = self.trained_discriminator(*real), self.trained_discriminator(fake, *labels)
         discriminator_loss = losses.discriminator_loss(real_logits.float(), fake_logits.float(), self.config.discriminator_loss)
         self.discriminator_optimizer.zero_grad()
         discriminator_loss.backward()
         self.discriminator_optimizer.step()
 
+        noise, *labels = self._fake_inputs(count)
         with self._autocast():
-            logits = self.discriminator(self.trained_generator(self._noise(len(real))))
+            logits = self.discriminator(self.trained_generator(noise, *labels), *labels)
         generator_loss = losses.generator_loss(logits.float())
         self.generator_optimizer.zero_grad()
         # Only the generator's gradients are wanted: the discriminator's weights are left out of this backward pass.
@@ -136,6 +149,7 @@ class Trainer:
             "step": self.step,
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
+            **({"average": self.average.state_dict()} if self.average is not None else {}),
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "noise": self.noise.get_state(),
@@ -148,25 +162,49 @@ class Trainer:
         self.step = state["step"]
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.noise.set_state(state["noise"])
         self.sums = state["sums"].to(self.device)
         self.marks = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _set_learning_rate(self) -> None:
+        """The linear decay, as a function of the step alone."""
+        rate = self.config.learning_rate * (1 - (1 - self.config.learning_rate_end) * self.step / self.total_steps)
+        self.rate = self.rate.fill_(rate) if isinstance(self.rate, Tensor) else rate
+        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
+            optimizer.param_groups[0]["lr"] = self.rate
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Let the average follow the generator, weights and BatchNorm's statistics alike, after ``step`` steps."""
+        if self.average is None:
+            return
+        followed = [value for value in self.generator.state_dict().values() if value.is_floating_point()]
+        averages = [value for value in self.average.state_dict().values() if value.is_floating_point()]
+        # The first steps count for less, or the average would hold on to the initial weights for thousands of steps.
+        decay = min(self.config.average_decay, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averages, followed, None)
+
+    def _batches(self) -> Iterator[Batch]:
         first_epoch, skip = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order_generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.images), generator=order_generator).to(self.device)
             whole_batches = order.split(self.config.batch_size * self.ranks.world)[: self.steps_per_epoch]
             for indices in whole_batches[skip:]:
-                yield self.images[self.ranks.mine(indices)]
+                mine = self.ranks.mine(indices)
+                yield tuple(part[mine] for part in self.examples)
             skip = 0
 
-    def _noise(self, count: int) -> Tensor:  # (count, z): this process's rows of all that is drawn for this step
+    def _fake_inputs(self, count: int) -> Batch:  # (count, z) and labels: this process's rows of all drawn for this step
         total = count * self.ranks.world
-        return self.ranks.mine(torch.randn(total, self.config.latent_size, generator=self.noise, device=self.device))
+        drawn = [torch.randn(total, self.config.latent_size, generator=self.noise, device=self.device)]
+        if self.config.labels:
+            drawn.append(torch.randint(self.config.labels, (total,), generator=self.noise, device=self.device))
+        return tuple(self.ranks.mine(part) for part in drawn)
 
     def _prepared(self, network: nn.Module) -> nn.Module:
         # channels_last suits the convolutions (a sixth faster on the CPU) and leaves matrices as they are.
@@ -178,9 +216,12 @@ class Trainer:
         mixed = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
-    def _fixed_latents(self, count: int) -> Tensor:  # (count, z), the same in every picture of the run
+    def _fixed_inputs(self, count: int) -> Batch:  # (count, z) and labels in turn, the same in every picture of the run
         generator = torch.Generator().manual_seed(self.config.seed)
-        return torch.randn(count, self.config.latent_size, generator=generator).to(self.device)
+        inputs = [torch.randn(count, self.config.latent_size, generator=generator)]
+        if self.config.labels:
+            inputs.append(torch.arange(count) % self.config.labels)
+        return tuple(part.to(self.device) for part in inputs)
 
     def _mark(self, latest: Tensor, board: SummaryWriter | None) -> None:
         since = self.step - (self.marks[-1][0] if self.marks else 0)
@@ -191,10 +232,11 @@ class Trainer:
         if board is None:
             return
         log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
-        self.generator.eval()  # as exported: running statistics, and the picture leaves no trace in them
+        shown = self.average or self.generator
+        shown.eval()  # as exported: running statistics, and the picture leaves no trace in them
         with torch.no_grad():
-            fakes = self._to_unit(self.generator(self.grid_latents))
-        self.generator.train()
+            fakes = self._to_unit(shown(*self.grid_inputs))
+        shown.train()
         window = torch.arange(self.config.grid_images, device=self.device) + self.step * self.config.grid_images
         reals = self._to_unit(self.images[window % len(self.images)])
         report.save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")

@@ -1,13 +1,17 @@
 """The networks of both systems: generators and discriminators, built from a TrainConfig. Nothing about training.
 
 Every generator maps ``latents`` (batch, z) to images (batch, 1, 28, 28) in its own range: [0, 1] after a sigmoid
-(mlp), [-1, 1] after a tanh (dcgan). Every discriminator maps such images to logits (batch,).
-The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3.
+(mlp), [-1, 1] after a tanh (dcgan, cdcgan). Every discriminator maps such images to logits (batch,). Those of the cdcgan
+take ``labels`` int64 (batch,) as their second argument.
+The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3; the cdcgan adds an embedding of the label
+beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,16 +102,59 @@ class DcganDiscriminator(nn.Module):
         return logits.flatten()
 
 
+class CdcganGenerator(nn.Module):
+    """The DCGAN's layers on the latents with an embedding of the label behind them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.labels, config.label_size)
+        self.layers = DcganGenerator(config.replace({"latent_size": config.latent_size + config.label_size})).layers
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (batch, z), (batch,) → (batch, 1, 28, 28) in [-1, 1]
+        both = torch.cat((latents, self.embedding(labels)), dim=1)
+        images: Tensor = self.layers(both[:, :, None, None])
+        return images
+
+
+class CdcganDiscriminator(nn.Module):
+    """The DCGAN's features, their own logit, and how well their projection agrees with the label's."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        layers = DcganDiscriminator(config).layers
+        self.features = layers[:-1]
+        self.logit = layers[-1]
+        self.projection = nn.Conv2d(config.discriminator_widths[-1], config.projection_size, 4, bias=False)
+        self.embedding = nn.Embedding(config.labels, config.projection_size)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:  # (batch, 1, 28, 28), (batch,) → (batch,)
+        features = self.features(images)
+        agreement = (self.projection(features).flatten(1) * self.embedding(labels)).sum(1)
+        logits: Tensor = self.logit(features).flatten() + agreement
+        return logits
+
+
+GENERATORS = {"mlp": MlpGenerator, "dcgan": DcganGenerator, "cdcgan": CdcganGenerator}
+DISCRIMINATORS = {"mlp": MlpDiscriminator, "dcgan": DcganDiscriminator, "cdcgan": CdcganDiscriminator}
+
+
+def trained_generator(config: TrainConfig, checkpoint: Mapping[str, Any]) -> nn.Module:
+    """The generator that a checkpoint is kept for: the average over the steps, if there is one."""
+    generator = build_generator(config)
+    generator.load_state_dict(checkpoint["average" if config.average_decay else "generator"])
+    return generator
+
+
 def build_generator(config: TrainConfig) -> nn.Module:
     """The config's generator with its initial weights, drawn from torch's global generator."""
-    network = {"mlp": MlpGenerator, "dcgan": DcganGenerator}[config.architecture](config)
+    network = GENERATORS[config.architecture](config)
     _initialise(network, config)
     return network
 
 
 def build_discriminator(config: TrainConfig) -> nn.Module:
     """The config's discriminator with its initial weights, drawn from torch's global generator."""
-    network = {"mlp": MlpDiscriminator, "dcgan": DcganDiscriminator}[config.architecture](config)
+    network = DISCRIMINATORS[config.architecture](config)
     _initialise(network, config)
     return network
 
@@ -117,6 +164,9 @@ def _initialise(network: nn.Module, config: TrainConfig) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and config.weight_init_std is not None:
             module.weight.normal_(0.0, config.weight_init_std)
+        if isinstance(module, CdcganDiscriminator):
+            # As large as the projection it is multiplied with: a unit normal would drown the features' own logit.
+            module.embedding.weight.normal_(0.0, config.projection_size**-0.5)
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and config.norm_init_std is not None:
             module.weight.normal_(1.0, config.norm_init_std)
             module.bias.zero_()

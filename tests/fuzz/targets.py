@@ -38,11 +38,12 @@ from serve.pb.inference import open_inference_pb2
 from serve.repository import BUNDLED_DIR, Repository, VersionPolicies, read_bundle
 from serve.rpc import Door, Gate, RpcTable
 from serve.service import DigitService
-from serve.settings import Settings
+from serve.settings import DEFAULT_MODEL, Settings
 from train.data import read_idx
 from train.errors import DataError
 
 MAX_COUNT = 64
+LATENT_SIZE = 100  # of the default model
 MOST_ANSWER_BYTES = 4 * MAX_COUNT * 784 * 5 + 10_000  # typed float contents are the largest
 MESSAGE_DEPTH = 4
 CHUNKS_READ = 3
@@ -77,14 +78,21 @@ class BlankRunner:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
 
     def __init__(self) -> None:
-        self._latents = np.zeros((MAX_COUNT, 64), np.float32)
+        self._latents = np.zeros((MAX_COUNT, LATENT_SIZE), np.float32)
+        self._labels = np.zeros(MAX_COUNT, np.int64)
 
     def latents(self, count: int) -> NDArray[np.float32]:
         return self._latents[:count]
 
+    def labels(self, count: int) -> NDArray[np.int64]:
+        return self._labels[:count]
+
     def run(self, count: int, want_images: bool = False) -> Outputs:
         images = np.zeros((count, 1, 28, 28), np.float32) if want_images else None
-        return Outputs(np.zeros((count, 28, 28), np.uint8), images, count)
+        labels = self._labels[:count].copy()
+        if labels.min() < 0 or labels.max() > 9:
+            raise DefectError(f"labels from {labels.min()} to {labels.max()} reached the model")
+        return Outputs(np.zeros((count, 28, 28), np.uint8), images, labels, count)
 
 
 class Server:
@@ -92,9 +100,9 @@ class Server:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        settings = Settings(default_model="mlp", max_count=MAX_COUNT, max_queue_images=1 << 16, model_control="explicit")
+        settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16, model_control="explicit")
         metrics = Metrics(CollectorRegistry())
-        catalog = Catalog("mlp")
+        catalog = Catalog(DEFAULT_MODEL)
         repository = Repository(BUNDLED_DIR, VersionPolicies())
         door = Door(metrics, Gate(), Callers(None, 0, 0.0, open_admin=True))
         self.digits = handlers(DigitService(catalog, settings).table(door))
@@ -104,11 +112,11 @@ class Server:
         self._loop.run_until_complete(self._open(catalog, metrics))
 
     async def _open(self, catalog: Catalog, metrics: Metrics) -> None:
-        bundle = read_bundle(BUNDLED_DIR / "mlp" / "1")
-        observer = ModelMetrics(metrics, "mlp", 1)
+        bundle = read_bundle(BUNDLED_DIR / DEFAULT_MODEL / "1")
+        observer = ModelMetrics(metrics, DEFAULT_MODEL, 1)
         limits = Limits(
-            latent_size=64, max_batch_size=16, max_queue_images=1 << 16, max_queue_delay_s=0.0, crowd_rest_s=0.0,
-            instances=1, watchdog_s=60.0,
+            latent_size=LATENT_SIZE, labels=10, max_batch_size=16, max_queue_images=1 << 16, max_queue_delay_s=0.0,
+            crowd_rest_s=0.0, instances=1, watchdog_s=60.0,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
 
@@ -284,7 +292,7 @@ def odd_value(reader: Reader) -> Any:
 def small_manifest() -> dict[str, Any]:
     """The bundled mlp's manifest with one golden sample: short enough to be spoiled everywhere."""
     manifest = read_bundle(BUNDLED_DIR / "mlp" / "1").manifest
-    golden = Golden(count=1, latents=manifest.golden.latents[: 64 * 4], pixels=manifest.golden.pixels[:784])
+    golden = Golden(count=1, latents=manifest.golden.latents[: 64 * 4], labels=b"", pixels=manifest.golden.pixels[:784])
     document: dict[str, Any] = json.loads(dataclasses.replace(manifest, golden=golden, training={"step": 1}).to_json())
     return document
 
@@ -294,6 +302,7 @@ TOKENS = {"tokens": [{"name": "a", "sha256": "ab" * 32, "scopes": ["generate"], 
 DIGITS = {
     "Generate": digits_pb2.GenerateRequest,
     "GenerateStream": digits_pb2.GenerateStreamRequest,
+    "Interpolate": digits_pb2.InterpolateRequest,
     "ListModels": digits_pb2.ListModelsRequest,
     "GetModel": digits_pb2.GetModelRequest,
 }
@@ -331,23 +340,26 @@ NAMES = ("digits", "inference", "control", "manifest", "tokens", "idx")
 
 def seeds(name: str) -> Iterable[bytes]:
     """Inputs to begin with: right ones, for the fuzzer to spoil."""
-    generate = digits_pb2.GenerateRequest(model="mlp", count=3, seed=7, start=5)
-    latents = digits_pb2.GenerateRequest(model="mlp", latents=np.ones((2, 64), "<f4").tobytes(), format=2)
-    stream = digits_pb2.GenerateStreamRequest(model="mlp", count=40, chunk=16)
+    generate = digits_pb2.GenerateRequest(count=3, seed=7, start=5, labels=[1, 2, 3], truncation=0.5)
+    latents = digits_pb2.GenerateRequest(latents=np.ones((2, LATENT_SIZE), "<f4").tobytes(), labels=[7], format=2)
+    stream = digits_pb2.GenerateStreamRequest(count=40, chunk=16, labels=[4, 2])
+    ends = digits_pb2.Address(seed=1, index=2), digits_pb2.Address(seed=3, index=4)
+    arc = digits_pb2.InterpolateRequest(begin=ends[0], end=ends[1], steps=9, labels=[5])
     tensor = open_inference_pb2.ModelInferRequest.InferInputTensor
     infer = open_inference_pb2.ModelInferRequest(
-        model_name="mlp",
+        model_name=DEFAULT_MODEL,
         inputs=[tensor(name="seed", datatype="UINT64", shape=[1]), tensor(name="count", datatype="INT32", shape=[1])],
         raw_input_contents=[bytes(8), b"\x03\0\0\0"],
     )
     idx = b"\0\0\x08\x03\0\0\0\x02\0\0\0\x1c\0\0\0\x1c" + bytes(2 * 784)
     steering = [bytes([picked]) + bytes(range(1, 120)) for picked in range(1, 9, 2)]
-    pick = {"Generate": 0, "GenerateStream": 2, "ModelInfer": 0}
+    pick = {"Generate": 0, "GenerateStream": 2, "Interpolate": 6, "ModelInfer": 0}
     return {
         "digits": [
             bytes([pick["Generate"]]) + generate.SerializeToString(),
             bytes([pick["Generate"]]) + latents.SerializeToString(),
             bytes([pick["GenerateStream"]]) + stream.SerializeToString(),
+            bytes([pick["Interpolate"]]) + arc.SerializeToString(),
             *steering,
         ],
         "inference": [bytes([pick["ModelInfer"]]) + infer.SerializeToString(), *steering],

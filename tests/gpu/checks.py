@@ -32,7 +32,7 @@ from serve.bench.process import Started, started
 from serve.bench.report import Target, runs_per_second
 from serve.encode import as_bytes, pack_field
 from serve.engine import Engine, EngineOptions, Provider
-from serve.latents import LatentReader, Span, draw
+from serve.latents import LatentReader, Span, draw_span
 from serve.manifest import TORCHSCRIPT_FILE
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -43,7 +43,7 @@ from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
 from train.loop import Trainer
 
-MODELS = ("mlp", "dcgan")
+MODELS = ("mlp", "dcgan", "cdcgan")
 SEED = 7
 WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
 PIXELS_BYTES = 784
@@ -134,8 +134,9 @@ def parity(plan: Plan) -> Outcome:
         for form, engine in engines.items():
             worst, levels = 0.0, 0
             for bucket in engine.buckets():
-                rows = draw(SEED, bucket, bucket, bundle.manifest.latent_size)
-                expected, with_images, replayed = reference(rows), engine.compute(rows, want_images=True), engine.compute(rows)
+                rows = draw_span(Span(SEED, bucket, bucket), bundle.manifest.latent_size, bundle.manifest.labels)
+                expected, replayed = reference(*rows), engine.compute(*rows)
+                with_images = engine.compute(*rows, want_images=True)
                 assert with_images.images is not None
                 worst = max(worst, float(np.abs(expected["images"] - with_images.images).max()))
                 apart = np.abs(expected["pixels"].astype(np.int16) - replayed.pixels).max()
@@ -155,12 +156,13 @@ def graphs(plan: Plan) -> Outcome:
         engine, plain = engine_of(model, plan, cuda_graphs=plan.graphs), engine_of(model, plan)
         engine.warm()
         plain.warm()
-        size = engine.manifest.latent_size
+        shape = engine.manifest.latent_size, engine.manifest.labels
         apart = 0
         for bucket in engine.buckets():
             for seed in (1, 2):
-                rows = draw(seed, 0, bucket, size)
-                apart = max(apart, int(np.abs(engine.compute(rows).pixels.astype(np.int16) - plain.compute(rows).pixels).max()))
+                rows = draw_span(Span(seed, 0, bucket), *shape)
+                replayed, expected = engine.compute(*rows).pixels.astype(np.int16), plain.compute(*rows).pixels
+                apart = max(apart, int(np.abs(replayed - expected).max()))
         ratios = {bucket: _run_s(engine, bucket, plan) / _run_s(plain, bucket, plan) for bucket in (1, 2, 4, 8)}
         captured = sum(engine.captures.values())
         figures[model] = {"captured": captured, "of": len(engine.buckets()), "apart_levels": apart, "run_time_ratio": ratios}
@@ -346,7 +348,10 @@ def _losses(config: TrainConfig, device: torch.device, recording: Any, steps: in
     low, high = config.pixel_range
     generator = torch.Generator().manual_seed(SEED)
     images = (torch.rand(config.batch_size * 8, 1, 28, 28, generator=generator) * (high - low) + low).to(device)
+    examples: tuple[torch.Tensor, ...] = (images,)
+    if config.conditional:
+        examples += (torch.arange(len(images), device=device) % config.labels,)
     with tempfile.TemporaryDirectory() as scratch:
         shorter = replace(config, epochs=steps // 8)
-        trainer = Trainer(create_run(Path(scratch), shorter, {}), images, device, recording=recording)
+        trainer = Trainer(create_run(Path(scratch), shorter, {}), examples, device, recording=recording)
         return torch.stack([trainer.take_step(batch).clone() for batch in trainer._batches()]).cpu()

@@ -18,13 +18,13 @@ from PIL import Image
 from serve.channel import CHANNEL_OPTIONS
 from serve.client import DigitClient, as_text
 from serve.engine import Engine, EngineOptions
-from serve.latents import INDEX_LIMIT, draw
+from serve.latents import INDEX_LIMIT, Span, draw, draw_span
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from serve.repository import BUNDLED_DIR, read_bundle
 from tests.server_process import ServerProcess
 
-LATENT_SIZES = {"mlp": 64, "dcgan": 100}
+MODELS = ("mlp", "dcgan", "cdcgan")
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +46,22 @@ def refused(stub: Any, code: grpc.StatusCode, **fields: Any) -> str:
     return str(caught.value.details())
 
 
-def in_process(model: str, latents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def in_process(model: str, span: Span) -> np.ndarray[Any, Any]:
     bundle = read_bundle(BUNDLED_DIR / model / "1")
-    return Engine(bundle.model, bundle.manifest, EngineOptions(), 64).compute(latents).pixels
+    rows = draw_span(span, bundle.manifest.latent_size, bundle.manifest.labels)
+    return Engine(bundle.model, bundle.manifest, EngineOptions(), 64).compute(*rows).pixels
 
 
-@pytest.mark.parametrize("model", LATENT_SIZES)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("count", [1, 3, 100])
 def test_digits_of_an_address_are_the_models_own_for_its_latents(client: DigitClient, model: str, count: int) -> None:
     digits = client.generate(count, model=model, seed=7, start=1000)
     assert (digits.model, digits.version, digits.seed, digits.start) == (model, 1, 7, 1000)
-    expected = in_process(model, draw(7, 1000, count, LATENT_SIZES[model]))
+    expected = in_process(model, Span(7, 1000, count))
     assert int(np.abs(digits.pixels.astype(int) - expected.astype(int)).max()) <= 1
 
 
-@pytest.mark.parametrize("model", LATENT_SIZES)
+@pytest.mark.parametrize("model", MODELS)
 def test_an_address_gives_the_same_pixels_in_any_company(client: DigitClient, model: str) -> None:
     whole = client.generate(200, model=model, seed=5, start=50).pixels.astype(int)
     alone = np.concatenate([client.generate(1, model=model, seed=5, start=50 + row).pixels for row in range(12)])
@@ -91,7 +92,7 @@ def test_seed_zero_is_a_seed(client: DigitClient) -> None:
 
 
 def test_the_default_model_answers_when_none_is_named(client: DigitClient) -> None:
-    assert client.generate(1).model == client.list_models().default_model == "dcgan"
+    assert client.generate(1).model == client.list_models().default_model == "cdcgan"
 
 
 def test_explicit_latents_give_what_their_address_gives(client: DigitClient) -> None:
@@ -140,6 +141,7 @@ def test_a_stream_is_chunks_in_order_that_add_up(client: DigitClient) -> None:
 def test_models_are_listed_and_described(client: DigitClient) -> None:
     listed = client.list_models()
     assert [(model.name, model.version, model.ready, model.default_version) for model in listed.models] == [
+        ("cdcgan", 1, True, True),
         ("dcgan", 1, True, True),
         ("mlp", 1, True, True),
     ]
@@ -169,8 +171,8 @@ NAN_ROW = struct.pack("<100f", *[0.0] * 57, float("nan"), *[0.0] * 42)
         (INVALID, "latents has 399 bytes, which is no multiple of 400", {"latents": bytes(399)}),
         (INVALID, "count is 3, but latents holds 2 rows", {"latents": bytes(800), "count": 3}),
         (INVALID, "latents must be finite, but row 0 value 57 is nan", {"latents": NAN_ROW}),
-        (INVALID, "seed and start cannot go with latents", {"latents": bytes(400), "seed": 1}),
-        (MISSING, "model 'vae' is not served; there are dcgan, mlp", {"count": 1, "model": "vae"}),
+        (INVALID, "seed, start and truncation cannot go with latents", {"latents": bytes(400), "seed": 1}),
+        (MISSING, "model 'vae' is not served; there are cdcgan, dcgan, mlp", {"count": 1, "model": "vae"}),
         (MISSING, "model 'mlp' has no version 9; there are 1", {"count": 1, "model": "mlp", "version": 9}),
         (MISSING, "model 'mlp' has no version -1", {"count": 1, "model": "mlp", "version": -1}),
     ],
@@ -244,7 +246,7 @@ def test_metrics_count_what_was_done(start_server: Any) -> None:
     assert server.metric("digits_queue_wait_seconds_count", model="mlp") == 1
     assert server.metric("digits_compute_seconds_count", model="mlp") == 3
     assert server.metric("digits_encode_seconds_count", model="mlp") == 1
-    assert server.metric("digits_models_loaded") == 2
+    assert server.metric("digits_models_loaded") == 3
     assert server.metric("digits_provider", provider="cpu") == 2
     assert server.metric("digits_model_ready", model="mlp") == 1
     assert server.metric("digits_queue_images") == 0
@@ -268,7 +270,7 @@ def test_the_clients_picture_and_text(shared_server: ServerProcess, tmp_path: An
         assert picture.size == (140, 140)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 * 7 + 1
-    assert "25 digits by dcgan/1, seed 5, from 0" in lines[-1]
+    assert "25 digits by cdcgan/1, seed 5, from 0" in lines[-1]
 
 
 def test_text_shows_the_pixels_where_they_are() -> None:

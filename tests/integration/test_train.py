@@ -131,11 +131,11 @@ def wait_for_checkpoint(parent: Path, process: subprocess.Popen[bytes], newer_th
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     config = preset("mlp").replace({"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 3})
     images = torch.rand(12, 1, 28, 28)
-    trainer = Trainer(create_run(tmp_path, config, {}), images, torch.device("cpu"))
+    trainer = Trainer(create_run(tmp_path, config, {}), (images,), torch.device("cpu"))
     honest_step = trainer.train_step
 
-    def poisoned_step(real: torch.Tensor) -> torch.Tensor:
-        return honest_step(real if trainer.step < 4 else real * float("nan"))
+    def poisoned_step(real: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return honest_step(real if trainer.step < 4 else (real[0] * float("nan"),))
 
     trainer.take_step = poisoned_step
     with pytest.raises(DivergedError, match=r"at or before step 6; the last good checkpoint \(step-00000003.pt\) is kept"):

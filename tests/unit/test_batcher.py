@@ -26,7 +26,7 @@ from tests.fake_runner import (
 
 
 def rows_of(ticket: Ticket) -> bytes:
-    return b"".join(rows.tobytes() for _, rows in sorted(ticket.parts, key=lambda part: part[0]))
+    return b"".join(rows.tobytes() for _, rows, _ in sorted(ticket.parts, key=lambda part: part.first))
 
 
 def expected_rows(ticket: Ticket) -> bytes:

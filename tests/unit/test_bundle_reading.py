@@ -42,11 +42,11 @@ def test_the_bundled_models_are_read_and_pass_their_golden_check(bundles: Path) 
     for name, versions in found.items():
         bundle = repository(bundles).read(name, max(versions))
         Engine(bundle.model, bundle.manifest, EngineOptions(), 64).check_golden()
-    assert list(found) == ["dcgan", "mlp"]
+    assert list(found) == ["cdcgan", "dcgan", "mlp"]
 
 
 def test_bundled_models_come_from_full_length_runs_on_mnist_itself(bundles: Path) -> None:
-    steps = {"mlp": 93_800, "dcgan": 9_380}
+    steps = {"mlp": 93_800, "dcgan": 9_380, "cdcgan": 37_520}
     for name, step in steps.items():
         training = read_bundle(bundles / name / "1").manifest.training
         assert training["step"] == step
@@ -67,7 +67,7 @@ def test_complete_versions_are_found_and_half_copied_and_oddly_named_ones_are_no
     (bundles / "mlp" / ".new-x").mkdir()
     (bundles / "Mlp Copy").mkdir()
     found = repository(bundles).scan()
-    assert {name: list(versions) for name, versions in found.items()} == {"dcgan": [1], "mlp": [1, 2, 10]}
+    assert {name: list(versions) for name, versions in found.items()} == {"cdcgan": [1], "dcgan": [1], "mlp": [1, 2, 10]}
 
 
 def test_a_fingerprint_changes_with_any_file(bundles: Path) -> None:
@@ -176,8 +176,8 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (drop("latent_size"), "field 'latent_size' is missing or unknown"),
         (put("colour", "red"), "field 'colour' is missing or unknown"),
-        (put("schema_version", 99), "schema version 99, this server reads 2"),
-        (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 2"),
+        (put("schema_version", 99), "schema version 99, this server reads 3"),
+        (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 3"),
         (put("latent_size", "100"), "field 'latent_size' is of the wrong type"),
         (put("latent_size", 64), "field 'golden' has an unusable value"),
         (put("precision", "fp8"), "field 'precision' has an unusable value"),
@@ -185,6 +185,8 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("name", "../etc"), "field 'name' has an unusable value"),
         (put("files", {}), "field 'files' has an unusable value"),
         (lambda values: values["golden"].update(latents="?"), "golden samples are not base64"),
+        (lambda values: values["golden"].update(labels="AAAA"), "field 'golden' has an unusable value"),
+        (put("labels", 10), "field 'golden' has an unusable value"),
         (lambda values: values["golden"].update(count=10**9), "field 'golden' has an unusable value"),
     ],
 )
@@ -259,7 +261,7 @@ def test_another_models_graph_fails_the_golden_check_naming_the_row(bundles: Pat
 
 def test_golden_check_allows_one_level_rarely_and_no_more(bundles: Path) -> None:
     manifest = read_bundle(bundles / "mlp" / "1").manifest
-    _, expected = golden_samples(manifest)
+    expected = golden_samples(manifest).pixels
     near = expected.copy()
     near[3, 14, 14] ^= 1
     assert golden_difference(manifest, expected, near) is None

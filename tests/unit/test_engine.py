@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from serve.binding import NO_GRAPH, Binding
 from serve.cuda import CaptureGate
 from serve.engine import Engine, EngineOptions
-from serve.latents import draw
+from serve.latents import Span, draw, draw_span
 from serve.repository import BUNDLED_DIR, read_bundle
 
 POWERS = EngineOptions(powers=True)
 
 
-@pytest.fixture(scope="module", params=["mlp", "dcgan"])
+@pytest.fixture(scope="module", params=["mlp", "dcgan", "cdcgan"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -26,6 +27,11 @@ def name(request: pytest.FixtureRequest) -> str:
 def make_engine(name: str, options: EngineOptions, largest: int = 16) -> Engine:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
     return Engine(bundle.model, bundle.manifest, options, largest)
+
+
+def rows(engine: Engine, seed: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """A tape's first rows, with labels for a conditional model."""
+    return draw_span(Span(seed, 0, count), engine.manifest.latent_size, engine.manifest.labels)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +60,10 @@ def test_every_bucket_is_warmed_the_largest_first(largest: int, buckets: list[in
 
 def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(name: str) -> None:
     padded, plain = make_engine(name, POWERS), make_engine(name, EngineOptions())
-    padded.compute(np.full((16, padded.manifest.latent_size), 9, np.float32))  # what an earlier batch left behind
+    padded.compute(*rows(padded, 99, 16))  # what an earlier batch left behind
     for count in range(1, 17):
-        rows = draw(count, 0, count, padded.manifest.latent_size)
-        got, expected = padded.compute(rows, want_images=True), plain.compute(rows, want_images=True)
+        given = rows(padded, count, count)
+        got, expected = padded.compute(*given, want_images=True), plain.compute(*given, want_images=True)
         assert got.pixels.shape == (count, 28, 28)
         assert got.images is not None
         assert expected.images is not None
@@ -69,10 +75,10 @@ def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(name: s
 
 def test_what_a_run_returned_is_never_written_again(name: str) -> None:
     engine = make_engine(name, POWERS)
-    first = engine.compute(draw(1, 0, 5, engine.manifest.latent_size), want_images=True)
+    first = engine.compute(*rows(engine, 1, 5), want_images=True)
     assert first.images is not None
     pixels, images = first.pixels.copy(), first.images.copy()
-    engine.compute(draw(2, 0, 16, engine.manifest.latent_size), want_images=True)
+    engine.compute(*rows(engine, 2, 16), want_images=True)
     assert np.array_equal(first.pixels, pixels)
     assert np.array_equal(first.images, images)
 
@@ -80,21 +86,42 @@ def test_what_a_run_returned_is_never_written_again(name: str) -> None:
 def test_buffers_stay_where_they_are(name: str) -> None:
     engine = make_engine(name, POWERS)
     engine.warm()
-    addresses = {output: engine._buffers.address(output) for output in ("latents", "pixels", "images")}
+    addresses = {output: engine._buffers.address(output) for output in ("latents", "labels", "pixels", "images")}
     bindings = dict(engine._bindings)
     for count in (1, 7, 16, 3):
-        engine.compute(draw(1, 0, count, engine.manifest.latent_size))
+        engine.compute(*rows(engine, 1, count))
     assert addresses == {output: engine._buffers.address(output) for output in addresses}
     assert engine._bindings == bindings, "each bucket is bound once"
 
 
 def test_more_rows_than_the_largest_batch_go_through_in_pieces(name: str) -> None:
-    rows = draw(3, 0, 37, make_engine(name, POWERS).manifest.latent_size)
-    in_pieces = make_engine(name, POWERS, 8).compute(rows, want_images=True)
-    at_once = make_engine(name, POWERS, 64).compute(rows, want_images=True)
+    engine = make_engine(name, POWERS, 8)
+    given = rows(engine, 3, 37)
+    in_pieces = engine.compute(*given, want_images=True)
+    at_once = make_engine(name, POWERS, 64).compute(*given, want_images=True)
     assert in_pieces.images is not None
     assert at_once.images is not None
     assert np.abs(in_pieces.images - at_once.images).max() <= 1e-5
+
+
+def test_labels_choose_the_digit_and_go_through_with_their_rows() -> None:
+    engine = make_engine("cdcgan", EngineOptions())
+    latents = np.repeat(rows(engine, 4, 1)[0], 10, axis=0)
+    ten = engine.compute(latents, np.arange(10))
+    assert ten.labels is not None
+    assert ten.labels.tolist() == list(range(10))
+    assert len({digit.tobytes() for digit in ten.pixels}) == 10, "one latent vector, ten digits"
+    for label in (3, 8):
+        [alone] = engine.compute(latents[:1], np.array([label])).pixels
+        assert np.abs(alone.astype(np.int16) - ten.pixels[label]).max() <= 1
+
+
+@pytest.mark.parametrize(("model", "labels"), [("mlp", np.zeros(1, np.int64)), ("cdcgan", None)])
+def test_labels_go_to_conditional_models_and_to_no_other(model: str, labels: NDArray[np.int64] | None) -> None:
+    engine = make_engine(model, EngineOptions())
+    assert (engine.labels(3) is None) == (model == "mlp")
+    with pytest.raises(ValueError, match=f"model {model} takes (0|10) labels"):
+        engine.compute(draw(1, 0, 1, engine.manifest.latent_size), labels)
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[Callable[..., None], Binding, int], None]) -> Engine:

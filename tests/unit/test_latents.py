@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -10,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.latents import BLOCK_ROWS, INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, blocks_per_row, draw, to_normal
+from serve.latents import (
+    BLOCK_ROWS,
+    INDEX_LIMIT,
+    SEED_LIMIT,
+    LatentReader,
+    Span,
+    blocks_per_row,
+    draw,
+    draw_span,
+    slerp,
+    to_normal,
+)
+
+GOLDEN_LABELS = [7, 8, 2, 5, 0, 3, 9, 4, 4, 9, 8, 3]  # of (7, 1000 …), z = 100
 
 seeds = st.integers(0, SEED_LIMIT - 1)
 
@@ -70,6 +84,90 @@ def test_any_batch_mates_give_the_same_rows(data: st.DataObject, latent_size: in
         )
         assert batch[row : row + span.count].tobytes() == expected.tobytes()
         row += span.count
+
+
+def test_a_row_has_the_same_latents_whether_or_not_it_has_a_label() -> None:
+    rows, labels = draw_span(Span(7, 1000, 50), 100, 10)
+    assert rows.tobytes() == draw(7, 1000, 50, 100).tobytes(), "z = 100 leaves words to spare in its last block"
+    assert labels is not None
+    assert labels[:12].tolist() == GOLDEN_LABELS
+    assert draw_span(Span(7, 1020, 1), 100, 10)[1] == labels[20]
+
+
+def test_labels_are_the_documented_word_of_the_row() -> None:
+    for latent_size in (64, 100):
+        blocks = blocks_per_row(latent_size + 1)
+        words = np.random.Philox(key=5, counter=3 * blocks).random_raw(blocks * 4).view(np.uint32)
+        _, labels = draw_span(Span(5, 3, 1), latent_size, 10)
+        assert labels is not None
+        assert labels.tolist() == [int(words[latent_size]) * 10 >> 32]
+
+
+def test_labels_come_up_equally_often() -> None:
+    _, labels = draw_span(Span(1, 0, 20_000), 100, 10)
+    assert labels is not None
+    counts = np.bincount(labels, minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 2000) ** 2 / 2000).sum() < 40  # chi-squared of 9 degrees is above it once in 130,000 times
+
+
+def test_labels_that_are_given_take_the_place_of_the_tapes() -> None:
+    own = np.array([7, 7, 2], np.int64)
+    spans = [Span(1, 0, 2), Span(1, 2, 3, labels=own), Span(9, 0, BLOCK_ROWS)]
+    batch, labels = np.empty((5 + BLOCK_ROWS, 100), np.float32), np.empty(5 + BLOCK_ROWS, np.int64)
+    LatentReader(100, 10).fill(batch, spans, labels)
+    assert labels[2:5].tolist() == [7, 7, 2]
+    assert batch[:5].tobytes() == draw(1, 0, 5, 100).tobytes()
+    assert labels[:2].tolist() == draw_span(Span(1, 0, 2), 100, 10)[1].tolist()
+    assert labels[5:].tolist() == draw_span(Span(9, 0, BLOCK_ROWS), 100, 10)[1].tolist()
+    assert Span(1, 2, 3, labels=own).part(1, 2).labels.tolist() == [7, 2]
+
+
+@pytest.mark.parametrize("truncation", [0.01, 0.5, 1.0, 2.0])
+def test_truncation_is_the_normal_distribution_cut_off_there(truncation: float) -> None:
+    whole = draw(3, 0, 4000, 64)
+    cut, _ = draw_span(Span(3, 0, 4000, truncation=truncation), 64, 0)
+    assert np.abs(cut).max() <= truncation + 2e-4, "p_t lies on a grid of 2**-20"
+    assert (np.signbit(cut) == np.signbit(whole)).all()
+    normal = NormalDist()
+    inside = 1 - 2 * normal.cdf(-truncation)
+    for value in (0.25, 0.5, 0.9):
+        share = (2 * normal.cdf(value * truncation) - 1) / inside
+        assert abs(float((np.abs(cut) < value * truncation).mean()) - share) < 0.005
+
+
+def test_truncation_of_one_caller_leaves_the_batch_mates_alone() -> None:
+    spans = [Span(1, 0, BLOCK_ROWS - 3), Span(2, 0, 7, truncation=0.5), Span(3, 0, 4)]
+    batch = np.empty((BLOCK_ROWS + 8, 64), np.float32)
+    LatentReader(64).fill(batch, spans)
+    row = 0
+    for span in spans:
+        assert batch[row : row + span.count].tobytes() == draw_span(span, 64, 0)[0].tobytes()
+        row += span.count
+    assert batch[: BLOCK_ROWS - 3].tobytes() == draw(1, 0, BLOCK_ROWS - 3, 64).tobytes()
+
+
+def test_a_truncation_far_out_changes_nothing_worth_a_name() -> None:
+    assert np.abs(draw_span(Span(3, 0, 1000, truncation=6.0), 64, 0)[0] - draw(3, 0, 1000, 64)).max() == 0
+
+
+def test_slerp_goes_from_end_to_end_on_the_sphere() -> None:
+    begin, end = draw(1, 0, 1, 100)[0], draw(2, 0, 1, 100)[0]
+    rows = slerp(begin, end, 9)
+    assert np.abs(rows[0] - begin).max() < 1e-6
+    assert np.abs(rows[-1] - end).max() < 1e-6
+    lengths = np.linalg.norm(rows, axis=1)
+    assert np.abs(lengths - np.linspace(lengths[0], lengths[-1], 9)).max() < 1e-4
+    angles = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in itertools.pairwise(rows)]
+    assert max(angles) - min(angles) < 1e-5, "even steps"
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, -1.0, 0.0])
+def test_slerp_between_vectors_on_one_line_is_straight_and_finite(factor: float) -> None:
+    begin = draw(1, 0, 1, 8)[0]
+    rows = slerp(begin, begin * np.float32(factor), 5)
+    assert np.isfinite(rows).all()
+    assert np.abs(rows[2] - begin * (1 + factor) / 2).max() < 1e-6
 
 
 def test_part_of_a_span_is_the_same_rows() -> None:

@@ -74,7 +74,8 @@ def with_lifecycle(test: Callable[[Fixture], Awaitable[None]], models_dir: Path,
 @pytest.fixture
 def models(bundles: Path) -> Path:
     """The mlp alone: it loads in a twentieth of a second."""
-    shutil.rmtree(bundles / "dcgan")
+    for name in ("dcgan", "cdcgan"):
+        shutil.rmtree(bundles / name)
     return bundles
 
 

@@ -150,14 +150,15 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
     with_model(test, watchdog_s=0.05)
 
 
-@pytest.mark.parametrize("name", ["mlp", "dcgan"])
+@pytest.mark.parametrize("name", ["mlp", "dcgan", "cdcgan"])
 def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str) -> None:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
     engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
-    size = bundle.manifest.latent_size
+    size, labels = bundle.manifest.latent_size, np.arange(16) % 10 if bundle.manifest.labels else None
     mine = draw(5, 77, 4, size)
-    first = engine.compute(np.concatenate([mine, draw(1, 0, 12, size)])).pixels[:4]
-    second = engine.compute(np.concatenate([draw(2, 0, 12, size), mine])).pixels[12:]
+    first = engine.compute(np.concatenate([mine, draw(1, 0, 12, size)]), labels).pixels[:4]
+    shifted = None if labels is None else np.roll(labels, 12)
+    second = engine.compute(np.concatenate([draw(2, 0, 12, size), mine]), shifted).pixels[12:]
     assert np.array_equal(first, second)
 
 

@@ -33,6 +33,22 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("dcgan", {"labels": 10}, "labels must be 0: only a cdcgan takes labels, got 10"),
+        ("cdcgan", {"labels": 0}, "labels must be at least 1 for a cdcgan, got 0"),
+        ("cdcgan", {"projection_size": 0}, "projection_size must be at least 1 for a cdcgan"),
+        ("cdcgan", {"generator_widths": (8,)}, "three channel counts"),
+        ("cdcgan", {"learning_rate_end": 1.5}, "learning_rate_end must be in"),
+        ("cdcgan", {"average_decay": 1.0}, "average_decay must be in"),
+    ],
+)
+def test_what_makes_a_preset_conditional_goes_together(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preset(name).replace(change)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate must be between 0 and 1, got 0.0"),
@@ -94,5 +110,5 @@ def test_flag_text_of_the_wrong_type_names_the_flag() -> None:
 
 
 def test_unknown_preset_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'vae'; there are mlp, dcgan"):
+    with pytest.raises(ConfigError, match="unknown preset 'vae'; there are mlp, dcgan, cdcgan"):
         preset("vae")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import preset
-from train.data import DIGESTS, SUMS_FILE, fetch_mnist, load_mnist, read_idx, training_images
+from train.data import DIGESTS, SUMS_FILE, fetch_mnist, load_mnist, read_idx, training_examples
 from train.errors import DataError
 
 IMAGES = "train-images-idx3-ubyte"
@@ -32,9 +32,10 @@ def test_the_subset_is_real_digits_with_their_labels(subset: Path) -> None:
     assert data.digests[IMAGES] == hashlib.sha256((subset / IMAGES).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("name", "low"), [("mlp", 0.0), ("dcgan", -1.0)])
+@pytest.mark.parametrize(("name", "low"), [("mlp", 0.0), ("dcgan", -1.0), ("cdcgan", -1.0)])
 def test_images_are_scaled_to_the_networks_range(subset: Path, name: str, low: float) -> None:
-    images = training_images(load_mnist(subset), preset(name), torch.device("cpu"))
+    images, *labels = training_examples(load_mnist(subset), preset(name), torch.device("cpu"))
+    assert [part.tolist()[:10] for part in labels] == ([[5, 0, 4, 1, 9, 2, 1, 3, 1, 4]] if name == "cdcgan" else [])
     assert images.shape == (256, 1, 28, 28)
     assert images.dtype == torch.float32
     assert (float(images.min()), float(images.max())) == (low, 1.0)

@@ -28,11 +28,15 @@ SIZES = {
         16 * (100 * 256 + 256 * 128 + 128 * 64 + 64) + 2 * (256 + 128 + 64),
         16 * (64 + 64 * 128 + 128 * 256 + 256) + 2 * (128 + 256),
     ),
+    "cdcgan": (
+        10 * 32 + 16 * (132 * 256 + 256 * 128 + 128 * 64 + 64) + 2 * (256 + 128 + 64),
+        10 * 64 + 16 * (64 + 64 * 128 + 128 * 256 + 256 + 256 * 64) + 2 * (128 + 256),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_networks_have_the_notebooks_sizes(name: str) -> None:
+def test_networks_have_the_sizes_that_their_layers_add_up_to(name: str) -> None:
     config = preset(name)
     assert (parameters(build_generator(config)), parameters(build_discriminator(config))) == SIZES[name]
 
@@ -40,11 +44,22 @@ def test_networks_have_the_notebooks_sizes(name: str) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_generator_makes_images_in_its_range_and_discriminator_judges_each(name: str) -> None:
     config = preset(name)
-    images = build_generator(config)(torch.randn(5, config.latent_size)).detach()
+    labels = [torch.arange(5)] if config.conditional else []
+    images = build_generator(config)(torch.randn(5, config.latent_size), *labels).detach()
     assert images.shape == (5, 1, 28, 28)
     low, high = config.pixel_range
     assert low <= float(images.min()) < float(images.max()) <= high
-    assert build_discriminator(config)(images).shape == (5,)
+    assert build_discriminator(config)(images, *labels).shape == (5,)
+
+
+def test_the_label_reaches_both_networks_of_the_cdcgan() -> None:
+    torch.manual_seed(0)
+    config = preset("cdcgan")
+    latents, ones, twos = torch.randn(4, 100), torch.full((4,), 1), torch.full((4,), 2)
+    generator, discriminator = build_generator(config).eval(), build_discriminator(config).eval()
+    images = generator(latents, ones)
+    assert not torch.allclose(images, generator(latents, twos))
+    assert not torch.allclose(discriminator(images, ones), discriminator(images, twos))
 
 
 def test_dcgan_weights_start_as_the_notebook_draws_them() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.capture import WARM_UP_STEPS, CapturedStep, Step
+from train.capture import WARM_UP_STEPS, Batch, CapturedStep, Step
 from train.checkpoint import create_run
 from train.config import preset
 from train.device import set_precision
@@ -19,6 +19,7 @@ from train.loop import Trainer
 CPU = torch.device("cpu")
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,), "batch_size": 8, "epochs": 2},
+    "cdcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
 }
 
@@ -30,7 +31,7 @@ class ReplayedByHand:
         self.noise = noise
         self.calls: list[str] = []
 
-    def warm_up(self, step: Step, real: Tensor) -> Tensor:
+    def warm_up(self, step: Step, real: Batch) -> Tensor:
         self.calls.append("warm up")
         return step(real)
 
@@ -43,16 +44,17 @@ class ReplayedByHand:
         self._recorded()
 
 
-@pytest.fixture(params=["mlp", "dcgan"])
+@pytest.fixture(params=["mlp", "dcgan", "cdcgan"])
 def trainer_for(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
     """Makes trainers of one small preset on the same images."""
     config = preset(request.param).replace(SMALL[request.param])
     low, high = config.pixel_range
     images = torch.rand(44, 1, 28, 28, generator=torch.Generator().manual_seed(5)) * (high - low) + low
+    examples = (images, torch.arange(44) % 10) if config.conditional else (images,)
 
     def make(precision: str = "fp32", recording: Callable[[torch.Generator], ReplayedByHand] | None = None) -> Trainer:
         chosen = config.replace({"precision": precision})
-        return Trainer(create_run(tmp_path, chosen, {}), images, CPU, recording=recording)
+        return Trainer(create_run(tmp_path, chosen, {}), examples, CPU, recording=recording)
 
     yield make
     set_precision("fp32", CPU)
@@ -82,12 +84,12 @@ def test_a_captured_run_is_the_plain_run_to_the_bit(trainer_for: Callable[..., T
 def test_the_graph_reads_its_own_copy_of_the_batch() -> None:
     seen: list[Tensor] = []
 
-    def step(real: Tensor) -> Tensor:
-        seen.append(real)
-        return real.sum(dim=0)
+    def step(real: Batch) -> Tensor:
+        seen.extend(real)
+        return real[0].sum(dim=0)
 
-    captured = CapturedStep(step, torch.zeros(3, 2), ReplayedByHand(torch.Generator()))
-    results = [captured(torch.full((3, 2), float(number))).tolist() for number in range(WARM_UP_STEPS + 3)]
+    captured = CapturedStep(step, (torch.zeros(3, 2),), ReplayedByHand(torch.Generator()))
+    results = [captured((torch.full((3, 2), float(number)),)).tolist() for number in range(WARM_UP_STEPS + 3)]
     assert results == [[3.0 * number] * 2 for number in range(WARM_UP_STEPS + 3)]
     assert len({tensor.data_ptr() for tensor in seen[WARM_UP_STEPS:]}) == 1, "every replay reads the same memory"
 

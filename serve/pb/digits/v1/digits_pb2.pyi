@@ -30,7 +30,7 @@ PRIORITY_INTERACTIVE: Priority
 PRIORITY_BULK: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority")
+    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority", "labels", "truncation")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,8 @@ class GenerateRequest(_message.Message):
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -47,10 +49,12 @@ class GenerateRequest(_message.Message):
     latents: bytes
     format: ImageFormat
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    truncation: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "start", "chunk", "format", "priority")
+    __slots__ = ("model", "version", "count", "seed", "start", "chunk", "format", "priority", "labels", "truncation")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +63,8 @@ class GenerateStreamRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -67,10 +73,42 @@ class GenerateStreamRequest(_message.Message):
     chunk: int
     format: ImageFormat
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., chunk: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    truncation: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., chunk: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ...) -> None: ...
+
+class Address(_message.Message):
+    __slots__ = ("seed", "index")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    index: int
+    def __init__(self, seed: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class InterpolateRequest(_message.Message):
+    __slots__ = ("model", "version", "begin", "end", "steps", "labels", "truncation", "format", "priority")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    begin: Address
+    end: Address
+    steps: int
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    truncation: float
+    format: ImageFormat
+    priority: Priority
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., begin: _Optional[_Union[Address, _Mapping]] = ..., end: _Optional[_Union[Address, _Mapping]] = ..., steps: _Optional[int] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("images", "model", "version", "seed", "start", "count", "height", "width", "format", "timing")
+    __slots__ = ("images", "model", "version", "seed", "start", "count", "height", "width", "format", "timing", "labels")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +119,7 @@ class GenerateResponse(_message.Message):
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedScalarFieldContainer[bytes]
     model: str
     version: int
@@ -91,7 +130,8 @@ class GenerateResponse(_message.Message):
     width: int
     format: ImageFormat
     timing: Timing
-    def __init__(self, images: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, images: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_seconds", "compute_seconds")
@@ -136,7 +176,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision")
+    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision", "labels", "quality_json")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LATENT_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +189,8 @@ class GetModelResponse(_message.Message):
     TRAINING_JSON_FIELD_NUMBER: _ClassVar[int]
     PARITY_JSON_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_JSON_FIELD_NUMBER: _ClassVar[int]
     summary: ModelSummary
     architecture: str
     latent_size: int
@@ -161,7 +203,9 @@ class GetModelResponse(_message.Message):
     training_json: str
     parity_json: str
     precision: str
-    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ...) -> None: ...
+    labels: int
+    quality_json: str
+    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ..., labels: _Optional[int] = ..., quality_json: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_count", "max_count_float32", "max_batch_size", "max_queue_images")

@@ -44,6 +44,11 @@ class DigitGeneratorStub:
                 request_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Interpolate = channel.unary_unary(
+                '/digits.v1.DigitGenerator/Interpolate',
+                request_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.InterpolateRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/digits.v1.DigitGenerator/ListModels',
                 request_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.ListModelsRequest.SerializeToString,
@@ -68,6 +73,13 @@ class DigitGeneratorServicer:
 
     def GenerateStream(self, request, context):
         """Generate any number of digits as consecutive chunks, in order. Each chunk is a full answer with its own start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Interpolate(self, request, context):
+        """Generate the way from one address to another, in so many steps, on the arc between their latent vectors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +110,11 @@ def add_DigitGeneratorServicer_to_server(servicer, server):
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
                     request_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateStreamRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Interpolate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Interpolate,
+                    request_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.InterpolateRequest.FromString,
                     response_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
@@ -164,6 +181,33 @@ class DigitGenerator:
             target,
             '/digits.v1.DigitGenerator/GenerateStream',
             serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateStreamRequest.SerializeToString,
+            serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Interpolate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/digits.v1.DigitGenerator/Interpolate',
+            serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.InterpolateRequest.SerializeToString,
             serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

@@ -1,0 +1,135 @@
+"""The classifier that judges generated digits: a small convolutional network, trained on real ones and kept.
+
+Its last hidden layer is the feature space in which sets of digits are compared. The same network and the same training on
+a generator's digits give the classification accuracy score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample
+
+from train.checkpoint import load_checkpoint, write_atomically
+from train.data import Mnist
+from train.errors import QualityError
+
+log = logging.getLogger(__name__)
+
+FEATURES = 128
+LABELS = 10
+EPOCHS = 8
+BATCH = 128
+PEAK_RATE = 4e-3
+ACCURACY_NEEDED = 0.993  # of the MNIST test set; a worse judge says little of digits that are better than it
+READ_BATCH = 500
+
+# How far a training image is moved before it is shown, either way: what leaves a digit the digit that it is.
+TURN = 0.17  # radians
+STRETCH = 0.1
+SHEAR = 0.1
+SHIFT = 2 / 14  # of half the width: two pixels
+
+
+class Judge(nn.Module):
+    """Two blocks of two 3×3 convolutions with BatchNorm, a hidden layer of 128, and a logit per digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 32), (32, 64)):
+            for channels in (inputs, outputs):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        self.features = nn.Sequential(
+            *layers, nn.Dropout(0.25), nn.Flatten(), nn.Linear(64 * 7 * 7, FEATURES), nn.ReLU(), nn.Dropout(0.5)
+        )
+        self.logits = nn.Linear(FEATURES, LABELS)
+
+    def forward(self, images: Tensor) -> Tensor:  # float32 (batch, 1, 28, 28) in [0, 1] → (batch, 10)
+        logits: Tensor = self.logits(self.features(images))
+        return logits
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features float32 (n, 128) and probabilities float32 (n, 10) of ``pixels`` uint8 (n, 28, 28), on the CPU."""
+        self.eval()
+        device = self.logits.weight.device
+        features, probabilities = [], []
+        for part in pixels.split(READ_BATCH):
+            hidden = self.features(part.to(device).unsqueeze(1).float() / 255)
+            features.append(hidden.cpu())
+            probabilities.append(self.logits(hidden).softmax(1).cpu())
+        return torch.cat(features), torch.cat(probabilities)
+
+    def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
+        """Share of ``pixels`` uint8 (n, 28, 28) that are judged as ``labels`` (n,) has them."""
+        return float((self.read(pixels)[1].argmax(1) == labels).double().mean())
+
+
+def train_judge(pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0) -> Judge:
+    """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        judge = Judge().to(device).to(memory_format=torch.channels_last)
+        batches = max(1, len(pixels) // BATCH)
+        optimizer = torch.optim.AdamW(judge.parameters(), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
+        pixels, labels = pixels.to(device), labels.to(device)
+        judge.train()
+        for epoch in range(epochs):
+            for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
+                images = moved(pixels[chosen].unsqueeze(1).float() / 255)
+                with torch.autocast(device.type, torch.bfloat16):
+                    logits = judge(images)
+                loss = cross_entropy(logits.float(), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            log.info("judge: epoch %d of %d, loss %.4f", epoch + 1, epochs, loss.item())
+    return judge.eval()
+
+
+def moved(images: Tensor) -> Tensor:
+    """Each of ``images`` (batch, 1, 28, 28) turned, stretched, sheared and shifted at random, a little."""
+    turn, across, along, shear, right, down = (2 * torch.rand(6, len(images), device=images.device) - 1).unbind()
+    turn, across, along, shear = TURN * turn, 1 + STRETCH * across, 1 + STRETCH * along, SHEAR * shear
+    rows = torch.stack(
+        (
+            torch.stack((turn.cos() * across, shear - turn.sin(), SHIFT * right), dim=1),
+            torch.stack((turn.sin(), turn.cos() * along, SHIFT * down), dim=1),
+        ),
+        dim=1,
+    )
+    return grid_sample(images, affine_grid(rows, list(images.shape), align_corners=False), align_corners=False)
+
+
+def kept_judge(data: Mnist, folder: Path, device: torch.device, train: Callable[..., Judge] = train_judge) -> Judge:
+    """The judge of this data from ``folder``, trained and written there first if need be. Raises QualityError if it is bad."""
+    recipe = {"data": data.digests, "epochs": EPOCHS, "rate": PEAK_RATE, "moved": [TURN, STRETCH, SHEAR, SHIFT], "batch": BATCH}
+    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"judge-{name}.pt"
+    if path.exists():
+        judge = Judge().to(device)
+        judge.load_state_dict(load_checkpoint(path))
+        return judge.eval()
+    log.info("training the judge; it is kept as %s", path)
+    judge = train(data.train_images, data.train_labels, device)
+    accuracy = judge.accuracy(data.test_images, data.test_labels)
+    if accuracy < ACCURACY_NEEDED:
+        raise QualityError(
+            f"the judge knows {accuracy:.2%} of the test images, and {ACCURACY_NEEDED:.1%} are needed; evaluate on all of MNIST"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda stream: torch.save(judge.state_dict(), stream))
+    except OSError as error:
+        raise QualityError(f"cannot keep the judge in {folder} ({error.strerror}); name another with --runs-dir") from None
+    return judge
