@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PB := serve/pb
 
-PRESET ?= dcgan
+PRESET ?= cdcgan
 RUN ?=
 ARGS ?=
 TARGET ?= localhost:50051
@@ -21,7 +21,7 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train export test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export test page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -48,7 +48,7 @@ serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (AR
 generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the terminal (TARGET, ARGS)
 	@$(BIN)/python -m serve.client --target $(TARGET) $(ARGS)
 
-train: .venv/.all ## train PRESET=mlp|dcgan (ARGS="--epochs 1", ARGS=--resume)
+train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
 activations: .venv/.all ## draw what happens inside the newest dcgan (ARGS="--sample 3")
@@ -57,7 +57,14 @@ activations: .venv/.all ## draw what happens inside the newest dcgan (ARGS="--sa
 compare: .venv/.all ## the newest mlp run's losses beside the notebook's
 	@$(BIN)/python -m train compare $(if $(RUN),--run $(RUN))
 
-export: .venv/.all ## export the newest finished run of each preset into models/ (RUN=runs/... for one, PRECISION=fp16)
+evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one)
+	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(RUN)) $(ARGS)
+
+gallery: .venv/.all ## draw the pictures of the newest finished cdcgan (RUN=runs/... for another, ARGS="--out docs")
+	@$(BIN)/python -m train gallery $(if $(RUN),--run $(RUN)) $(ARGS)
+
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
+	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))
 	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
@@ -67,6 +74,10 @@ build/triton-client/.ready: | $(BIN)/python
 
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+page-test: .venv/.all ## try the page in a headless Chromium (apt-get installs it where it is missing)
+	@if ! command -v chromium >/dev/null && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends chromium >/dev/null; fi
+	$(BIN)/python -m pytest tests/page $(ARGS)
 
 fuzz: .venv/.all ## a million odd inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)

@@ -34,6 +34,8 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
     tls, tokens = settings.tls_cert is not None, settings.tokens_file is not None
     print(f"gRPC  {settings.host}:{ports.grpc}{' with TLS' * tls}{' and bearer tokens' * tokens}")
     print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
+    if settings.page:
+        print(f"page  http://{settings.http_host}:{ports.http}/")
     for model in server.catalog.models():
         limits = model.batcher.limits
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""

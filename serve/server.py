@@ -30,6 +30,7 @@ from serve.access.callers import Callers
 from serve.access.tokens import TokenFile
 from serve.catalog import Catalog
 from serve.errors import StartError
+from serve.http_api import HttpApi
 from serve.lifecycle import Lifecycle
 from serve.metrics import Metrics
 from serve.model import JOIN_S
@@ -92,8 +93,14 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        grpc_server, grpc_port = self._bind_grpc(credentials, tokens)
+        # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
+        limits = (self._settings.caller_images, self._settings.caller_requests_per_s)
+        door = Door(self._metrics, self._gate, Callers(tokens, *limits, is_loopback(self._settings.host)), self._tracing)
+        digits = DigitService(self.catalog, self._settings)
+        grpc_server, grpc_port = self._bind_grpc(credentials, door, digits)
         app = make_app(self._registry if self._settings.metrics else None, self._not_ready)
+        if self._settings.page:
+            app.add_routes(HttpApi(digits, self.catalog, door, f"{self._settings.host}:{grpc_port}").routes())
         http_runner, http_port = await start_http(app, self._settings.http_host, self._settings.http_port)
         await grpc_server.start()
         await self._publish_health()
@@ -126,7 +133,9 @@ class Server:
     def _note_reload(self, what: str) -> Callable[[str], None]:
         return lambda result: self._metrics.access_reloads.labels(what, result).inc()
 
-    def _bind_grpc(self, credentials: grpc.ServerCredentials | None, tokens: TokenFile | None) -> tuple[grpc.aio.Server, int]:
+    def _bind_grpc(
+        self, credentials: grpc.ServerCredentials | None, door: Door, digits: DigitService
+    ) -> tuple[grpc.aio.Server, int]:
         settings = self._settings
         server = grpc.aio.server(
             interceptors=[self._tracing.interceptor] if self._tracing else None,
@@ -139,11 +148,8 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
-        callers = Callers(tokens, settings.caller_images, settings.caller_requests_per_s, is_loopback(settings.host))
-        door = Door(self._metrics, self._gate, callers, self._tracing)
         open_inference = OpenInferenceService(self.catalog, settings, lambda: self._not_ready() is None)
-        tables = [DigitService(self.catalog, settings).table(door), open_inference.table(door)]
+        tables = [digits.table(door), open_inference.table(door)]
         tables += ModelControlService(self._lifecycle).tables(door)
         server.add_generic_rpc_handlers(tuple(table.handler() for table in tables))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

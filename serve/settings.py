@@ -47,7 +47,8 @@ class Settings:
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
-    http_port: int = _setting(8080, "port of /metrics, /healthz and /readyz; 0 takes a free one", low=0, high=65535)
+    http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz and the page; 0 takes a free one", low=0, high=65535)
+    page: bool = _setting(True, "answer with a page to look at, and digits at /v1/digits, on the HTTP port")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
         "auto", "what batches are padded to; auto: powers of two on CUDA, nothing on the CPU", choices=("auto", "powers")

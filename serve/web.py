@@ -1,4 +1,4 @@
-"""The HTTP port: /metrics, /healthz, /readyz. Everything on it only reads."""
+"""The HTTP port: /metrics, /healthz, /readyz; serve.http_api adds the page. Everything on it only reads."""
 
 from __future__ import annotations
 

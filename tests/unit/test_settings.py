@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "max_connection_age_s": 60.0,
     "reflection": False,
     "metrics": False,
+    "page": False,
     "log_format": "json",
     "log_level": "debug",
 }

@@ -1,0 +1,181 @@
+"""Digits over HTTP: the gRPC service's own answers, limits and errors under another protocol."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.access.tokens import main as tokens_main
+from serve.client import DigitClient
+from serve.encode import to_grid
+from tests.server_process import ServerProcess
+
+
+def get(server: ServerProcess, path: str, **headers: str) -> tuple[int, Any, bytes]:
+    """Status, headers and body."""
+    request = urllib.request.Request(f"http://{server.http}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+def picture(content: bytes) -> np.ndarray[Any, Any]:
+    with Image.open(io.BytesIO(content)) as opened:
+        return np.asarray(opened)
+
+
+def apart(some: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> int:
+    assert some.shape == others.shape
+    return int(np.abs(some.astype(int) - others.astype(int)).max())
+
+
+def test_json_has_the_digits_of_the_address_one_by_one(shared_server: ServerProcess) -> None:
+    seed = 2**64 - 1
+    status, headers, body = get(shared_server, f"/v1/digits?seed={seed}&start=3&count=4&labels=7,1,0,9&truncation=1.5")
+    answer = json.loads(body)
+    assert (status, headers["Content-Type"].split(";")[0], headers["Cache-Control"]) == (200, "application/json", "no-store")
+    assert (answer["model"], answer["version"], answer["seed"]) == ("cdcgan", 1, str(seed)), "64 bits as text"
+    assert [(digit["index"], digit["label"]) for digit in answer["digits"]] == [("3", 7), ("4", 1), ("5", 0), ("6", 9)]
+    with DigitClient(shared_server.target) as client:
+        same = client.generate(4, seed=seed, start=3, labels=[7, 1, 0, 9], truncation=1.5)
+    for digit, pixels in zip(answer["digits"], same.pixels, strict=True):
+        assert apart(picture(base64.b64decode(digit["png"])), pixels) <= 1
+
+
+def test_png_is_one_picture_with_the_address_in_its_headers(shared_server: ServerProcess) -> None:
+    status, headers, body = get(shared_server, "/v1/digits?seed=5&count=6&labels=2&format=png")
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert (headers["Digits-Model"], headers["Digits-Seed"], headers["Digits-Start"]) == ("cdcgan/1", "5", "0")
+    assert headers["Digits-Labels"] == "2,2,2,2,2,2"
+    with DigitClient(shared_server.target) as client:
+        assert apart(picture(body), to_grid(client.generate(6, seed=5, labels=2).pixels)) <= 1
+    assert get(shared_server, "/v1/digits?seed=5&count=6&labels=2&format=png")[2] == body
+
+
+def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(shared_server: ServerProcess) -> None:
+    answer = json.loads(get(shared_server, "/v1/digits?model=mlp&seed=1")[2])
+    assert [digit["label"] for digit in answer["digits"]] == [None]
+    way = json.loads(get(shared_server, "/v1/interpolation?seed=1&to_seed=1&to_start=5&steps=7&labels=4")[2])
+    assert (way["seed"], len(way["digits"]), way["digits"][0]["label"]) == (None, 7, 4)
+    with DigitClient(shared_server.target) as client:
+        same = client.interpolate((1, 0), (1, 5), 7, labels=4)
+    assert apart(picture(base64.b64decode(way["digits"][3]["png"])), same.pixels[3]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "path"),
+    [
+        (400, "count must be a whole number, got 'x'", "/v1/digits?count=x"),
+        (400, "count must be from 1 to 4096 for png, got 5000", "/v1/digits?count=5000"),
+        (400, "count is out of range: -1", "/v1/digits?count=-1"),
+        (400, "seed is out of range: 18446744073709551616", f"/v1/digits?seed={2**64}"),
+        (400, "labels must be digits joined by commas, got '7;8'", "/v1/digits?labels=7;8"),
+        (400, "labels is out of range", "/v1/digits?labels=-1"),
+        (400, "labels must be from 0 to 9 for model cdcgan/1, got 12", "/v1/digits?labels=12"),
+        (400, "truncation must be a number, got ''", "/v1/digits?truncation="),
+        (400, "truncation must be 0.01 or more", "/v1/digits?truncation=-2"),
+        (400, "format must be one of json, png, got 'gif'", "/v1/digits?format=gif"),
+        (400, "parameter 'colour' is unknown; there are model", "/v1/digits?colour=red"),
+        (400, "steps must be from 2 to 4096", "/v1/interpolation?steps=1"),
+        (404, "model 'vae' is not served; there are cdcgan, dcgan, mlp", "/v1/digits?model=vae"),
+    ],
+)
+def test_what_is_refused_is_named_with_its_status(shared_server: ServerProcess, status: int, text: str, path: str) -> None:
+    got, headers, body = get(shared_server, path)
+    assert (got, text in json.loads(body)["error"]) == (status, True), body
+    assert headers["Content-Type"].startswith("application/json")
+
+
+def test_status_counts_what_either_protocol_returned(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    before = json.loads(get(server, "/v1/status")[2])
+    assert {model["name"]: (model["labels"], model["provider"]) for model in before["models"]} == {
+        "cdcgan": (10, "cpu"), "dcgan": (0, "cpu"), "mlp": (0, "cpu"),
+    }  # fmt: skip
+    assert (before["grpc"], before["default_model"]) == (server.target, "cdcgan")
+    get(server, "/v1/digits?count=5")
+    with DigitClient(server.target) as client:
+        client.generate(7)
+    after = json.loads(get(server, "/v1/status")[2])
+    assert after["images_total"] - before["images_total"] == 12
+    assert after["calls_total"] - before["calls_total"] == 2
+    assert 0 < after["seconds_total"] - before["seconds_total"] < 10
+    assert server.metric("grpc_server_handled_total", grpc_service="http", grpc_method="/v1/digits", grpc_code="OK") == 1
+
+
+def test_limits_hold_for_http_as_well(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--caller-requests-per-s=2")
+    answers = [get(server, "/v1/digits") for _ in range(6)]
+    refused = [answer for answer in answers if answer[0] == 429]
+    assert 1 <= len(refused) <= 5
+    assert "over its 2 requests a second" in json.loads(refused[0][2])["error"]
+    assert refused[0][1]["Retry-After"] == "1"
+
+
+def test_a_full_queue_is_429(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-count=256", "--max-queue-images=256", "--instances=1")
+    seen: list[int] = []
+
+    def flood() -> None:
+        seen.extend(get(server, "/v1/digits?count=256&format=png")[0] for _ in range(3))
+
+    threads = [threading.Thread(target=flood) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {200, 429}
+
+
+def test_tokens_are_needed_where_grpc_needs_them(
+    start_server: Callable[..., ServerProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
+    token = capsys.readouterr().out.strip()
+    server = start_server(f"--tokens-file={tokens}")
+    for path in ("/v1/digits", "/v1/interpolation?steps=3", "/v1/status"):
+        status, headers, _ = get(server, path)
+        assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert get(server, path, Authorization="Bearer reader.wrong")[0] == 401
+        assert get(server, path, Authorization=f"Bearer {token}")[0] == 200
+    assert get(server, "/")[0] == 200, "the page itself is open: it has a field for the token"
+
+
+def test_the_page_is_three_files_and_can_be_turned_off(
+    shared_server: ServerProcess, start_server: Callable[..., ServerProcess]
+) -> None:
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        status, headers, body = get(shared_server, path)
+        assert (status, headers["Content-Type"].split(";")[0], len(body) > 100) == (200, kind, True)
+        assert "default-src 'self'" in headers["Content-Security-Policy"]
+    for path in ("/page/../../settings.py", "/..%2fsettings.py", "/index.html"):
+        assert get(shared_server, path)[0] == 404
+    server = start_server("--page=false")
+    assert "page" not in server.announced
+    for path in ("/", "/page.js", "/v1/digits", "/v1/status"):
+        assert get(server, path)[0] == 404
+    assert get(server, "/healthz")[0] == 200
+
+
+def test_only_get_is_answered(shared_server: ServerProcess) -> None:
+    for method in ("POST", "PUT", "DELETE"):
+        request = urllib.request.Request(f"http://{shared_server.http}/v1/digits", method=method)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=20)
+        caught.value.close()
+        assert caught.value.code == 405

@@ -1,0 +1,229 @@
+"""The page in a headless Chromium: every control changes the picture, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from serve.access.tokens import main as tokens_main
+from serve.client import main as client_main
+from tests.server_process import ServerProcess
+
+WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
+QUICK_MS = 15_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    binary = shutil.which("chromium")
+    assert binary, "chromium is missing; make page-test installs it where it may"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens the page of a server and waits for its first digits; any error in its script fails the test."""
+    contexts: list[Any] = []
+    faults: list[str] = []
+
+    def open_it(server: ServerProcess, query: str = "?seed=7", drawn: bool = True, **options: Any) -> Page:
+        context = browser.new_context(**({"viewport": WIDE} | options))
+        contexts.append(context)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.set_default_timeout(QUICK_MS)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(f"http://{server.http}/{query}")
+        if drawn:
+            expect(page.locator("#digits img").first).to_be_visible(timeout=QUICK_MS)
+            expect(page.locator("#strip img")).to_have_count(11, timeout=QUICK_MS)
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def pictures(page: Page, place: str = "digits") -> list[str]:
+    sources: list[str] = page.eval_on_selector_all(f"#{place} img", "images => images.map(image => image.src)")
+    return sources
+
+
+def changed(page: Page, act: Callable[[], object], place: str = "digits") -> list[str]:
+    """The pictures once they are others than before ``act``."""
+    before = pictures(page, place)
+    act()
+    page.wait_for_function(
+        "([place, before]) => JSON.stringify([...document.querySelectorAll(`#${place} img`)].map(i => i.src)) !== before",
+        arg=[place, page.evaluate("list => JSON.stringify(list)", before)],
+    )
+    return pictures(page, place)
+
+
+def test_it_loads_with_digits_a_strip_and_live_figures(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    assert len(pictures(page)) == 25
+    assert len(set(pictures(page))) == 25
+    expect(page.locator("#provider")).to_have_text("cpu")
+    expect(page.locator("#queue")).to_have_text("0")
+    expect(page.locator("#rate")).not_to_have_text("–")
+    page.locator("#draw").click()
+    expect(page.locator("#latency")).to_contain_text("ms")
+    expect(page.locator("#message")).to_be_hidden()
+
+
+def test_each_control_changes_the_picture(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    sevens = changed(page, lambda: page.select_option("#digit", "7"))
+    assert all(text.startswith("7 ·") for text in page.locator("#digits span").all_inner_texts())
+    fewer = changed(page, lambda: page.locator("#count").fill("9") or page.locator("#count").press("Enter"))
+    assert fewer == sevens[:9]
+    later = changed(page, lambda: page.locator("#start").fill("3") or page.locator("#start").press("Enter"))
+    assert later[:6] == sevens[3:9]
+    cut = changed(page, lambda: page.locator("#truncation").fill("0.3"))
+    assert page.locator("#truncation-shown").inner_text() == "0.3"
+    assert cut != later
+    other = changed(page, lambda: page.locator("#another").click())
+    assert set(other).isdisjoint(cut)
+    unconditional = changed(page, lambda: page.select_option("#model", "dcgan"))
+    assert len(unconditional) == 9
+    expect(page.locator("#digit")).to_be_disabled()
+    strip = pictures(page, "strip")
+    assert changed(page, lambda: page.locator("#end").fill("8") or page.locator("#end").press("Enter"), "strip") != strip
+    assert pictures(page, "strip")[0] == strip[0], "the strip begins at the same address"
+
+
+def test_an_address_gives_the_same_bytes_again(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server, "?seed=18446744073709551615&labels=3&count=4&truncation=1.1")
+    first = pictures(page)
+    address = page.url
+    changed(page, lambda: page.select_option("#digit", "5"))
+    page.goto(address)
+    expect(page.locator("#digits img")).to_have_count(4)
+    assert pictures(page) == first
+    assert page.locator("#seed").input_value() == "18446744073709551615", "seeds keep all their 64 bits"
+
+
+def test_choosing_a_digit_copies_the_call_that_makes_it_again(
+    shared_server: ServerProcess, open_page: Callable[..., Page], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = open_page(shared_server, "?seed=5&labels=8&start=2&count=3&truncation=0.7")
+    page.locator("#digits button").nth(1).click()
+    expect(page.locator("#copied")).to_contain_text("copied: python -m serve.client")
+    command = page.evaluate("navigator.clipboard.readText()")
+    words = command.split()
+    assert words[:3] == ["python", "-m", "serve.client"]
+    assert client_main([*words[3:], "--out", str(tmp_path / "digit.png")]) == 0
+    assert "1 digits by cdcgan/1, seed 5, from 3" in capsys.readouterr().out
+    picture = page.evaluate(
+        """async () => { const image = document.querySelectorAll('#digits img')[1];
+        const canvas = new OffscreenCanvas(28, 28).getContext('2d'); canvas.drawImage(image, 0, 0, 28, 28);
+        return [...canvas.getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0); }"""
+    )
+    with Image.open(tmp_path / "digit.png") as drawn:
+        mine = np.asarray(drawn).ravel().tolist()
+    assert max(abs(a - b) for a, b in zip(mine, picture, strict=True)) <= 1
+
+
+def test_it_works_by_keyboard_alone(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    page.locator("#model").focus()
+    order = []
+    for _ in range(9):
+        order.append(page.evaluate("document.activeElement.id"))
+        page.keyboard.press("Tab")
+    assert order[:8] == ["model", "digit", "seed", "start", "count", "truncation", "draw", "another"]
+    page.locator("#digit").focus()
+    changed(page, lambda: page.keyboard.press("4"))
+    assert page.locator("#digit").input_value() == "4"
+    page.locator("#digits button").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#copied")).to_contain_text("--digit 4")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_dark_mode(shared_server: ServerProcess, open_page: Callable[..., Page], scheme: str) -> None:
+    page = open_page(shared_server, viewport=PHONE, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "nothing sticks out"
+    paper, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+
+    def light(colour: str) -> int:
+        return sum(int(part) for part in colour[4:-1].split(","))
+
+    assert (light(paper) < light(ink)) == (scheme == "dark")
+    for control in page.locator("button:visible, input:visible, select:visible").all():
+        box = control.bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) >= 24, "large enough for a finger (WCAG 2.2, 2.5.8)"
+
+
+def test_a_server_that_refuses_says_why(open_page: Callable[..., Page], start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-count=64", "--max-queue-images=64", "--caller-images=64")
+    page = open_page(server)
+    page.locator("#count").fill("65")
+    page.locator("#count").press("Enter")
+    expect(page.locator("#message")).to_contain_text("The server refuses: count must be from 1 to 64")
+    assert len(pictures(page)) == 25, "what was there stays"
+    changed(page, lambda: page.locator("#count").fill("5") or page.locator("#count").press("Enter"))
+    expect(page.locator("#message")).to_be_hidden()
+
+
+def test_overload_is_said_and_passes(open_page: Callable[..., Page], start_server: Callable[..., ServerProcess]) -> None:
+    """The page's own caller limit is reached by a flood of its own requests."""
+    server = start_server("--caller-requests-per-s=4")
+    page = open_page(server)
+    page.evaluate("for (let i = 0; i < 30; i++) document.getElementById('draw').click()")
+    expect(page.locator("#message")).to_contain_text("over its 4 requests a second")
+    expect(page.locator("#message")).to_contain_text("try again in 1 s")
+    page.wait_for_timeout(2500)
+    page.locator("#draw").click()
+    expect(page.locator("#message")).to_be_hidden()
+
+
+def test_a_server_that_is_gone_is_said_and_its_return_noticed(
+    open_page: Callable[..., Page], start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server()
+    page = open_page(server)
+    server.kill()
+    expect(page.locator("#message")).to_contain_text("The server cannot be reached")
+    start_server(f"--http-port={server.http.rpartition(':')[2]}")
+    expect(page.locator("#message")).to_be_hidden()
+
+
+def test_a_token_is_asked_for_where_one_is_needed(
+    open_page: Callable[..., Page],
+    start_server: Callable[..., ServerProcess],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
+    token = capsys.readouterr().out.strip()
+    page = open_page(start_server(f"--tokens-file={tokens}"), drawn=False)
+    expect(page.locator("#message")).to_contain_text("a bearer token is needed")
+    page.locator("#token").fill(token)
+    page.locator("#token").press("Enter")
+    expect(page.locator("#digits img")).to_have_count(25)
+
+
+def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser: Browser) -> None:
+    context = browser.new_context(viewport=WIDE)
+    page = context.new_page()
+    hosts: set[str] = set()
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "://" in request.url else "data"))
+    page.goto(f"http://{shared_server.http}/")
+    expect(page.locator("#digits img")).to_have_count(25, timeout=QUICK_MS)
+    context.close()
+    assert hosts <= {shared_server.http, "data"}
