@@ -61,7 +61,7 @@ evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each p
 	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(RUN)) $(ARGS)
 
 gallery: .venv/.all ## draw the pictures of the newest finished cdcgan (RUN=runs/... for another, ARGS="--out docs")
-	@$(BIN)/python -m train gallery $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m export gallery $(if $(RUN),--run $(RUN)) $(ARGS)
 
 export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
 	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))

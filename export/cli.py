@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from export.bundle import export_run, verify
 from export.errors import ExportError
+from export.gallery import Gallery
 from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.channel import access_from, add_flags
@@ -26,6 +27,7 @@ from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
 from train.checkpoint import newest_run, open_run
 from train.config import PRESETS
+from train.data import load_mnist
 from train.errors import CheckpointError, TrainError
 from train.evaluate import parse_floors
 from train.models import build_generator
@@ -47,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
+    pictures = commands.add_parser("gallery", help="draw what a run's generator can do")
+    pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished cdcgan run)")
+    pictures.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    pictures.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="folder of the training images' files")
+    pictures.add_argument("--out", type=Path, default=Path("build/gallery"), help="where to write (default: build/gallery)")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
     add_flags(live)
     live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(["run", *given] if bare else given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        commands = {"run": _run, "verify": _verify, "watch": _watch, "plain": _plain}
+        commands = {"run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery}
         return commands[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -90,6 +97,13 @@ def _run(flags: argparse.Namespace) -> int:
     for run in runs:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
+    return 0
+
+
+def _gallery(flags: argparse.Namespace) -> int:
+    run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "cdcgan", finished=True)
+    for path in Gallery(run, flags.out).draw(load_mnist(flags.data_dir)):
+        print(path)
     return 0
 
 

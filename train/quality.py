@@ -38,9 +38,9 @@ def precision_and_recall(fakes: Tensor, reals: Tensor, neighbours: int = NEIGHBO
     return _share_within(fakes, reals, neighbours), _share_within(reals, fakes, neighbours)
 
 
-def nearest(rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (n,) of each of ``rows`` (n, d) to the nearest of ``among`` (m, d), and its index (n,)."""
-    found = [part.min(dim=1) for part in _distances(rows, among)]
+def nearest(rows: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Euclidean distances (n, count) of each of ``rows`` (n, d) to the nearest of ``among`` (m, d), and their indices."""
+    found = [part.topk(count, dim=1, largest=False) for part in _distances(rows, among)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 

@@ -1,0 +1,199 @@
+"""The figures that judge digits: against cases whose answer is known, and against the definitions done the long way."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import SUBSET
+from train import evaluate, judge, quality
+from train.checkpoint import create_run, save_checkpoint
+from train.config import preset
+from train.data import load_mnist
+from train.errors import QualityError
+from train.evaluate import Evaluator, parse_floors, table
+from train.models import build_generator
+
+CPU = torch.device("cpu")
+
+
+def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
+
+
+def test_frechet_distance_of_shifted_and_stretched_normals_is_the_closed_form() -> None:
+    features = normal(20_000, 3)
+    features = (features - features.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(features.T))).T
+    assert quality.frechet_distance(features, features) < 1e-6
+    assert abs(quality.frechet_distance(features, features + torch.tensor([3.0, 4.0, 0.0])) - 25) < 1e-3
+    stretched = features * torch.tensor([2.0, 1.0, 3.0])
+    assert abs(quality.frechet_distance(features, stretched) - (1 + 0 + 4)) < 1e-3, "Σ (σ₁ - σ₂)²"
+    assert abs(quality.frechet_distance(stretched, features) - 5) < 1e-3
+
+
+def test_frechet_distance_takes_covariances_that_do_not_commute() -> None:
+    generator = np.random.default_rng(3)
+    some, others = (torch.from_numpy(generator.standard_normal((500, 4)) @ generator.standard_normal((4, 4))) for _ in range(2))
+    a, b = np.cov(some.numpy().T), np.cov(others.numpy().T)
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    expected = float(np.square(some.numpy().mean(0) - others.numpy().mean(0)).sum() + np.trace(a + b) - 2 * roots)
+    assert abs(quality.frechet_distance(some, others) - expected) < 1e-6
+
+
+def test_features_that_never_vary_do_no_harm() -> None:
+    assert quality.frechet_distance(torch.zeros(10, 3), torch.zeros(10, 3)) == 0
+
+
+def share_within(rows: torch.Tensor, members: torch.Tensor, neighbours: int) -> float:
+    """The definition, one row at a time."""
+    inside = 0
+    reach = []
+    for index, member in enumerate(members):
+        others = torch.cat([members[:index], members[index + 1 :]])
+        reach.append(float((others - member).norm(dim=1).sort().values[neighbours - 1]))
+    for row in rows:
+        inside += any(float((row - member).norm()) <= radius for member, radius in zip(members, reach, strict=True))
+    return inside / len(rows)
+
+
+def test_precision_and_recall_are_their_definition() -> None:
+    fakes, reals = normal(60, 5, 1) * 1.3, normal(80, 5, 2)
+    expected = share_within(fakes, reals, 3), share_within(reals, fakes, 3)
+    assert quality.precision_and_recall(fakes, reals) == pytest.approx(expected)
+    assert min(expected) > 0
+
+
+def test_few_modes_have_precision_without_recall_and_noise_has_neither() -> None:
+    reals = normal(400, 8)
+    precision, recall = quality.precision_and_recall(reals[:1].repeat(400, 1) + 1e-3 * normal(400, 8, 1), reals)
+    assert (precision, recall < 0.02) == (1.0, True)
+    assert quality.precision_and_recall(normal(400, 8, 2) + 100, reals) == (0.0, 0.0)
+
+
+def test_nearest_finds_the_nearest_in_order() -> None:
+    among = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    distances, found = quality.nearest(torch.zeros(1, 2), among, 3)
+    assert found.tolist() == [[0, 2, 1]]
+    assert distances[0].tolist() == pytest.approx([0.0, 1.0, 5.0])
+
+
+def test_balance_and_confidence() -> None:
+    even = torch.eye(10).repeat(3, 1)
+    assert quality.class_imbalance(even) == pytest.approx(0)
+    assert quality.class_imbalance(torch.eye(10)[:1].repeat(30, 1)) == pytest.approx(math.log(10))
+    assert quality.confident_share(torch.tensor([[0.95, 0.05], [0.9, 0.1], [0.6, 0.4], [0.05, 0.95]])) == 0.5
+
+
+def test_a_moved_image_is_itself_a_little_further_on() -> None:
+    torch.manual_seed(0)
+    image = torch.zeros(64, 1, 28, 28)
+    image[:, :, 10:18, 12:16] = 1
+    moved = judge.moved(image)
+    assert moved.shape == image.shape
+    assert 0 <= float(moved.min()) <= float(moved.max()) <= 1.0001
+    assert not torch.equal(moved, image)
+    weights = moved.sum((1, 2, 3)) / image.sum((1, 2, 3))
+    assert float(weights.min()) > 0.6, "nothing is pushed out of the picture"
+
+
+def test_the_judge_learns_and_training_it_leaves_the_callers_chance_alone(subset: Path) -> None:
+    data = load_mnist(subset)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30)
+    assert torch.equal(torch.get_rng_state(), before)
+    features, probabilities = first.read(data.test_images)
+    assert (features.shape, probabilities.shape) == ((64, 128), (64, 10))
+    assert torch.allclose(probabilities.sum(1), torch.ones(64), atol=1e-5)
+    assert first.accuracy(data.train_images, data.train_labels) > 0.8, "thirty looks at 256 digits"
+    short, again = (judge.train_judge(data.train_images, data.train_labels, CPU, epochs=2) for _ in range(2))
+    assert torch.equal(short.read(data.test_images)[0], again.read(data.test_images)[0]), "the same seed, the same judge"
+
+
+def test_a_judge_that_is_not_good_enough_is_refused_and_not_kept(subset: Path, tmp_path: Path) -> None:
+    data = load_mnist(subset)
+    with pytest.raises(QualityError, match=r"the judge knows .*% of the test images, and 99.3% are needed"):
+        judge.kept_judge(data, tmp_path / "judge", CPU, lambda *_: judge.Judge().eval())
+    assert not list(tmp_path.glob("judge/*"))
+
+
+def test_a_good_judge_is_kept_and_not_trained_again(subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_mnist(subset)
+    monkeypatch.setattr(judge, "ACCURACY_NEEDED", 0.0)
+    first = judge.kept_judge(data, tmp_path, CPU, lambda *_: judge.Judge().eval())
+    second = judge.kept_judge(data, tmp_path, CPU, lambda *_: pytest.fail("trained again"))
+    assert torch.equal(first.read(data.test_images)[0], second.read(data.test_images)[0])
+
+
+class Copying(nn.Module):
+    """A generator that knows the training images by heart: the latents pick one of the label's."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        super().__init__()
+        self.images, self.labels = images, labels
+
+    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        picks = (latents[:, 0].abs() * 1e4).long()
+        chosen = []
+        for label, pick in zip(labels.tolist(), picks.tolist(), strict=True):
+            own = (self.labels == label).nonzero().squeeze(1)
+            chosen.append(own[pick % len(own)])
+        return self.images[torch.stack(chosen)].unsqueeze(1).float() / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    data = load_mnist(SUBSET)
+    trained = judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30)
+    return Evaluator(data, trained, CPU, samples=64, scored=256)
+
+
+def small_run(tmp_path: Path, name: str) -> Any:
+    config = preset(name).replace({"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)})
+    run = create_run(tmp_path, config, {})
+    weights = build_generator(config).state_dict()
+    save_checkpoint(run, 12, {"step": 12, "generator": weights, "average": weights})
+    return run
+
+
+def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
+    evaluator: Evaluator, subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_mnist(subset)
+    run = small_run(tmp_path, "cdcgan")
+    monkeypatch.setattr(evaluate, "trained_generator", lambda *_: Copying(data.train_images, data.train_labels))
+    report = evaluator.evaluate(run)
+    model, real = report["model"], report["real"]
+    assert model["nearest_training_image"] < 0.01 < real["nearest_training_image"]
+    assert model["class_imbalance"] < 0.5
+    assert model["label_accuracy"] > 0.5
+    assert 0 <= model["classification_accuracy_score"] <= 1
+    assert model["frechet_distance"] < 3 * real["frechet_distance"] + 1
+    shown = table([("copy", report)])
+    assert shown.splitlines()[2].startswith("| copy | ")
+    assert shown.splitlines()[3].startswith("| real digits | ")
+
+
+def test_an_untrained_unconditional_generator_is_judged_bad(evaluator: Evaluator, tmp_path: Path) -> None:
+    report = evaluator.evaluate(small_run(tmp_path, "dcgan"))
+    assert (report["step"], report["samples"]) == (12, 64)
+    model, real = report["model"], report["real"]
+    assert model["label_accuracy"] is None
+    assert model["classification_accuracy_score"] is None
+    assert model["frechet_distance"] > 5 * real["frechet_distance"]
+    assert model["recall"] < real["recall"]
+
+
+def test_floors_are_read_and_refused_by_name() -> None:
+    assert parse_floors("label_accuracy=0.99, frechet_distance=12") == {"label_accuracy": 0.99, "frechet_distance": 12.0}
+    assert parse_floors("") == {}
+    with pytest.raises(QualityError, match="--min-quality: 'beauty' is unknown; there are label_accuracy"):
+        parse_floors("beauty=1")
+    with pytest.raises(QualityError, match="--min-quality: recall needs a number, got 'x'"):
+        parse_floors("recall=x")
