@@ -122,8 +122,8 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         address = re.search(r"^gRPC +(\S+)", said, re.MULTILINE)
         assert address, process.communicate(timeout=60)[1]
         with DigitClient(address[1], timeout_s=30) as client:
-            assert {model.name for model in client.list_models().models} == {"mlp", "dcgan"}
-            assert client.generate(25, model="dcgan", seed=7).pixels.any()
+            assert {model.name for model in client.list_models().models} == {"mlp", "dcgan", "cdcgan"}
+            assert client.generate(25, labels=7, seed=7).pixels.any()
         inside = image.run("podman", "exec", "digits", "python3", "-c", "import os; print(os.getuid(), os.getpid())")
         assert inside.split()[0] == "65532"
         first = image.run("podman", "exec", "digits", "cat", "/proc/1/cmdline")

@@ -99,6 +99,11 @@ def test_every_object_is_valid(folder: str, version: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "dev"])
+def test_the_page_is_off_unless_it_is_enabled(overlay: str) -> None:
+    assert not settings_of(f"overlays/{overlay}").page
+
+
 def test_custom_resources_have_what_their_schemas_require() -> None:
     seen = set()
     for where, item in everything():
@@ -201,7 +206,7 @@ def test_the_dataset_jobs_shards_are_its_completions(tmp_path: Path, capsys: pyt
     shown[shown.index("--out") + 1] = str(tmp_path)
     shown[shown.index("--count") + 1] = "80"
     assert dataset_main(shown) == 0
-    assert "10 digits by dcgan/1" in capsys.readouterr().out
+    assert "10 digits by cdcgan/1" in capsys.readouterr().out
 
 
 def queries() -> Iterator[tuple[str, str]]:

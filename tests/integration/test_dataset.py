@@ -76,6 +76,28 @@ def test_torchvision_reads_the_idx_files_and_numpy_the_npz(uninterrupted: Path) 
     assert main(["join", "--format=npz", f"--out={uninterrupted}"]) == 0
     with np.load(uninterrupted / "digits.npz") as archive:
         assert np.array_equal(archive["images"], pixels)
+        assert set(archive["labels"].tolist()) == {255}, "an unconditional model's digits are nobody's"
+
+
+@pytest.mark.parametrize("labels", [(), (3, 1, 4)])
+def test_a_conditional_models_labels_are_the_tapes_or_those_in_turn(
+    labels: tuple[int, ...], tmp_path: Path, shared_server: ServerProcess
+) -> None:
+    given = ["--labels", *map(str, labels)] if labels else []
+    for shard in (0, 1):
+        flags = ["--model=cdcgan", "--provider=cpu", "--seed=7", "--start=100", "--count=140", "--shards=2", f"--shard={shard}"]
+        assert main(["write", *flags, f"--out={tmp_path}", *given]) == 0
+    assert main(["join", f"--out={tmp_path}"]) == 0
+    train, test = MNIST(tmp_path, train=True), MNIST(tmp_path, train=False)
+    assert (len(train), len(test)) == (120, 20)
+    with DigitClient(shared_server.target) as client:
+        parts = list(client.stream(140, seed=7, start=100, labels=labels))
+    pixels, expected = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))
+    assert np.array_equal(np.concatenate([train.targets.numpy(), test.targets.numpy()]), expected)
+    assert np.abs(np.concatenate([train.data.numpy(), test.data.numpy()]).astype(int) - pixels).max() <= 1
+    assert main(["join", "--format=npz", f"--out={tmp_path}"]) == 0
+    with np.load(tmp_path / "digits.npz") as archive:
+        assert np.array_equal(archive["labels"], expected)
 
 
 def test_a_finished_shard_is_kept_and_the_index_comes_from_the_job(
@@ -100,6 +122,8 @@ def test_a_finished_shard_is_kept_and_the_index_comes_from_the_job(
         (["--count=0"], "--count must be from 1 to"),
         (["--model=vae"], "has no model 'vae'"),
         (["--version=9"], "cannot be read"),
+        (["--labels", "3"], "--labels 3: model mlp/1 is unconditional"),
+        (["--labels", "3", "10", "--model=cdcgan"], "--labels 10: model cdcgan/1 has 0 to 9"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -121,7 +145,7 @@ def test_joining_names_the_shard_that_is_missing(tmp_path: Path, capsys: pytest.
 
 
 def test_shards_cover_the_tape_without_gap_or_overlap() -> None:
-    values = {"model": "m", "version": 1, "digest": "", "seed": 0, "height": 28, "width": 28}
+    values = {"model": "m", "version": 1, "digest": "", "seed": 0, "height": 28, "width": 28, "latent_size": 64, "classes": 0}
     for count, shards in ((10, 3), (7, 8), (1_000_003, 16)):
         dataset = Dataset(start=5, count=count, shards=shards, **values)  # type: ignore[arg-type]
         at = 5

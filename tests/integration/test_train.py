@@ -28,6 +28,7 @@ SMALL = {
     # Small networks, several epochs, a mark in the middle of an epoch, a partial last batch.
     "mlp": ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=48", "--epochs=6", "--report-every=4"],
     "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
+    "cdcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
 }
 
 
@@ -89,6 +90,25 @@ def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert list((folder / "tensorboard").glob("events*"))
     assert json.loads((folder / "result.json").read_text())["step"] == 36
+
+
+def test_the_average_follows_the_generator_and_the_learning_rate_decays(tmp_path: Path) -> None:
+    done = train("cdcgan", tmp_path, *SMALL["cdcgan"], "--average-decay=0.9", "--learning-rate-end=0.25")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path, "cdcgan")
+    state = final_state(folder)
+    assert state["average"].keys() == state["generator"].keys()
+    moved = [name for name, value in state["generator"].items() if not torch.equal(value, state["average"][name])]
+    assert {"embedding.weight", "layers.0.weight", "layers.1.running_mean"} <= set(moved)
+    for name in ("layers.0.weight", "layers.1.running_mean"):
+        lag = (state["generator"][name] - state["average"][name]).abs().mean()
+        assert float(lag) < 0.5 * float(state["generator"][name].abs().mean()), "it follows"
+    whole = json.loads((folder / "config.json").read_text())["config"]["learning_rate"]
+    for optimizer in ("generator_optimizer", "discriminator_optimizer"):
+        [group] = state[optimizer]["param_groups"]
+        assert group["lr"] == pytest.approx(whole * (1 - 0.75 * 35 / 36)), "at the last of 36 steps"
+    with np.load(folder / "activations" / "activations.npz") as activations:
+        assert activations["layer4"].shape == (36, 1, 28, 28)
 
 
 @pytest.mark.parametrize("name", SMALL)
