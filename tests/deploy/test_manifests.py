@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests.server_process import ServerProcess
 from train.cli import build_parser as train_parser
 
 DEPLOY = Path("deploy")
-FOLDERS = ("overlays/cpu", "overlays/gpu", "overlays/dev", "jobs", "parity-watch", "monitoring")
+FOLDERS = ("overlays/cpu", "overlays/gpu", "overlays/dev", "jobs", "parity-watch", "parity-watch-secure", "monitoring")
 OVERLAYS = FOLDERS[:3]
 KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 LOOSE = ("jobs/train-pytorchjob.yaml", "monitoring/keda-scaledobject.yaml")  # alternatives, in no kustomization
@@ -102,6 +103,31 @@ def test_every_object_is_valid(folder: str, version: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("overlay", ["cpu", "gpu", "dev"])
 def test_the_page_is_off_unless_it_is_enabled(overlay: str) -> None:
     assert not settings_of(f"overlays/{overlay}").page
+
+
+def complaints(items: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
+    """What the published schemas of the Prometheus operator and KEDA say against them."""
+    script = folder / "validate.mjs"
+    shutil.copyfile("tests/deploy/validate_custom.mjs", script)
+    (folder / "node_modules").symlink_to(Path("build/crd-schemas/node_modules").resolve())
+    lines = "\n".join(json.dumps(item) for item in items)
+    done = subprocess.run(["node", str(script)], input=lines, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_custom_resources_hold_to_their_published_schemas(tmp_path: Path) -> None:
+    items = [item for _, item in everything() if item["kind"] in CUSTOM and item["kind"] != "PyTorchJob"]
+    assert {item["kind"] for item in items} == {"PodMonitor", "PrometheusRule", "ScaledObject"}
+    assert complaints(items, tmp_path) == []
+
+
+def test_the_schemas_find_what_is_wrong(tmp_path: Path) -> None:
+    [rule] = [item for _, item in everything() if item["kind"] == "PrometheusRule"]
+    spoiled = json.loads(json.dumps(rule))
+    spoiled["spec"]["groups"][0]["rules"][0]["expr"] = None
+    [complaint] = complaints([spoiled], tmp_path)
+    assert "/expr must be" in complaint
 
 
 def test_custom_resources_have_what_their_schemas_require() -> None:
@@ -194,7 +220,7 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
             parsers[module].parse_args(container["args"])
             checked += 1
             assert where
-    assert checked == 5
+    assert checked == 6
 
 
 def test_the_dataset_jobs_shards_are_its_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

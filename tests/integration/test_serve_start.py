@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from serve.manifest import MANIFEST_FILE
+from serve.repository import BUNDLED_DIR
 from tests.server_process import ServerProcess
 
 
@@ -97,3 +99,17 @@ def test_serving_imports_no_torch() -> None:
     code = "import sys, serve.cli, serve.client; print(sorted({'torch', 'onnx', 'torchvision'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", ["serve.cli", "serve.dataset", "export.cli"])
+def test_onnx_runtime_reports_to_nobody(module: str) -> None:
+    """Its telemetry says so on stderr when it cannot keep an identity, and runs a thread of its own."""
+    program = (
+        f"import {module}, os, pathlib, onnxruntime\n"
+        f"onnxruntime.InferenceSession({str(BUNDLED_DIR / 'mlp' / '1' / 'model.onnx')!r}, providers=['CPUExecutionProvider'])\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    )
+    homeless = {"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+    done = subprocess.run([sys.executable, "-c", program], env=homeless, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "telemetry" not in done.stderr.lower()
