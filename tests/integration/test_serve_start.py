@@ -40,7 +40,7 @@ def test_an_unknown_flag_and_an_abbreviated_one() -> None:
 
 
 def test_an_unknown_default_model() -> None:
-    assert "--default-model 'vae' is not served; there are dcgan, mlp" in start_and_fail("--default-model=vae")
+    assert "--default-model 'vae' is not served; there are cdcgan, dcgan, mlp" in start_and_fail("--default-model=vae")
 
 
 def test_a_models_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_auto_says_loudly_that_it_took_the_cpu(start_server: Callable[..., Serve
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has an NVIDIA driver")
     server = start_server()
-    assert server.metric("digits_provider", provider="cpu") == 2
+    assert server.metric("digits_provider", provider="cpu") == 3
     _, log = server.terminate()
     assert "WARNING serve.engine: provider auto: serving on the CPU, because no NVIDIA driver" in log
 
