@@ -29,7 +29,11 @@ class ServedGenerator(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, z) → images float32 (batch, 1, 28, 28) in [0, 1] and pixels uint8 (batch, 28, 28)."""
-        images = self.generator(latents) * self.scale + self.offset
+        return self.outputs(self.generator(latents))
+
+    def outputs(self, trained: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in the range they were trained in, and the two outputs made of them."""
+        images = trained * self.scale + self.offset
         pixels = torch.round(images * 255.0).to(torch.uint8).squeeze(1)
         return images, pixels
 
@@ -39,9 +43,7 @@ class ServedConditionalGenerator(ServedGenerator):
 
     def forward(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(batch, z) and int64 (batch,) → as ``ServedGenerator``."""
-        images = self.generator(latents, labels) * self.scale + self.offset
-        pixels = torch.round(images * 255.0).to(torch.uint8).squeeze(1)
-        return images, pixels
+        return self.outputs(self.generator(latents, labels))
 
 
 def served_generator(config: TrainConfig, generator: nn.Module) -> ServedGenerator:

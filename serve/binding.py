@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from serve import cuda
 from serve.manifest import Manifest
+from serve.onnx_runtime import ort
 
 # A run with this id is neither captured nor replayed (ONNX Runtime's CUDA provider, "Using CUDA Graphs").
 NO_GRAPH = -1

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from serve.binding import NO_GRAPH, Binding, Buffers
@@ -22,6 +21,7 @@ from serve.cuda import CAPTURE_GATE
 from serve.errors import BundleError, GoldenError, ProviderError
 from serve.latents import Span, draw_span
 from serve.manifest import Manifest
+from serve.onnx_runtime import ort
 
 log = logging.getLogger(__name__)
 

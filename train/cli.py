@@ -201,10 +201,12 @@ def _compare(flags: argparse.Namespace) -> int:
 def _evaluate(flags: argparse.Namespace) -> int:
     device = _prepare_machine(flags)
     runs = [open_run(flags.run)] if flags.run else _newest_finished(flags.runs_dir)
+    if not runs:
+        raise CheckpointError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=cdcgan")
     if flags.missing:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
-    if not runs:
-        return 0
+        if not runs:
+            return 0
     data = load_mnist(flags.data_dir)
     evaluator = evaluate.Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device)
     print(evaluate.table([(run.config.preset, evaluator.evaluate(run)) for run in runs]))

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from prometheus_client import CollectorRegistry
 
 from serve.bench.load import H2LOAD, WARM_UP_S, Load, by_python, closed
@@ -41,6 +40,7 @@ from serve.bench.report import Target, machine, print_targets, runs_per_second, 
 from serve.engine import Engine, EngineOptions
 from serve.latents import LatentReader, Span
 from serve.metrics import Metrics, ModelMetrics, RpcMetrics
+from serve.onnx_runtime import ort
 from serve.repository import BUNDLED_DIR, read_bundle
 
 MODELS = ("mlp", "dcgan")

@@ -36,7 +36,8 @@ TRITON_PYTHON = Path("build/triton-client/bin/python")
 @pytest.fixture
 def models(bundles: Path) -> Path:
     """The mlp alone."""
-    shutil.rmtree(bundles / "dcgan")
+    for name in ("dcgan", "cdcgan"):
+        shutil.rmtree(bundles / name)
     return bundles
 
 

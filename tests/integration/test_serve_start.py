@@ -82,7 +82,7 @@ def test_the_start_tells_where_it_listens_what_it_serves_and_what_is_next(shared
     said = shared_server.announced
     assert re.search(r"^gRPC +127\.0\.0\.1:\d+$", said, re.MULTILINE)
     assert re.search(r"^HTTP +http://127\.0\.0\.1:\d+/metrics /healthz /readyz$", said, re.MULTILINE)
-    assert re.search(r"^model dcgan/1 \(default\) on (cpu|cuda): \d+ instances, batches of up to \d+$", said, re.MULTILINE)
+    assert re.search(r"^model cdcgan/1 \(default\) on (cpu|cuda): \d+ instances, batches of up to \d+$", said, re.MULTILINE)
     assert re.search(r"^next +make generate", said, re.MULTILINE)
 
 

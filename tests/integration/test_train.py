@@ -207,3 +207,33 @@ def test_an_unwritable_runs_folder_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"error: cannot write a run to {blocker / 'mlp'}" in done.stderr
     assert "--runs-dir" in done.stderr
+
+
+def evaluate(runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    base = [
+        sys.executable,
+        "-m",
+        "train",
+        "evaluate",
+        f"--runs-dir={runs}",
+        f"--data-dir={SUBSET}",
+        "--device=cpu",
+        "--threads=1",
+    ]
+    return subprocess.run([*base, *flags], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path) -> None:
+    done = evaluate(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("skipped: no finished run of") == 3
+    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
+    assert train("mlp", tmp_path, *SMALL["mlp"]).returncode == 0
+    done = evaluate(tmp_path)
+    assert done.returncode == 2
+    assert "and 99.3% are needed; evaluate on all of MNIST" in done.stderr.strip().splitlines()[-1]
+    folder = only_run(tmp_path, "mlp")
+    assert not (folder / "quality.json").exists()
+    (folder / "quality.json").write_text("{}")
+    done = evaluate(tmp_path, "--missing")
+    assert (done.returncode, done.stdout) == (0, ""), "it has been judged"
