@@ -97,6 +97,10 @@ class Settings:
             raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
+        if self.page and not self.insecure and not is_loopback(self.http_host):
+            raise SettingsError(
+                f"--http-host {self.http_host} would serve the page in plaintext: give --page false, or --insecure"
+            )
         if self.caller_images and self.caller_images < self.max_count:
             raise SettingsError(
                 f"--caller-images {self.caller_images} is under --max-count {self.max_count}: it could never be served"

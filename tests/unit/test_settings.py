@@ -92,6 +92,7 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--reflection=maybe", "--reflection must be true or false, got 'maybe'"),
         ("--host=0.0.0.0", "--host 0.0.0.0 would be served in plaintext: give --tls-cert and --tls-key, or --insecure"),
         ("--host=example.org", "--host example.org would be served in plaintext"),
+        ("--http-host=0.0.0.0", "--http-host 0.0.0.0 would serve the page in plaintext: give --page false, or --insecure"),
         ("--tls-cert=a.pem", "--tls-cert and --tls-key go together"),
         ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
         ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
