@@ -56,6 +56,7 @@ OTHER: dict[str, Any] = {
 WITH: dict[str, list[str]] = {
     "tls_cert": ["tls_key"],
     "tls_key": ["tls_cert"],
+    "http_host": ["page"],
     "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
