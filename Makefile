@@ -96,8 +96,9 @@ build/crd-schemas/.ready:
 	npm install --silent --no-save --prefix build/crd-schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@0.4
 	@touch $@
 
-image: ## build the server's image with docker or podman and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train)
-	@engine=$$(command -v docker || command -v podman) || { echo "error: neither docker nor podman is installed" >&2; exit 2; }; \
+image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman)
+	@engine=$$(command -v $(or $(ENGINE),docker) || command -v $(or $(ENGINE),podman)) || \
+	{ echo "error: $(or $(ENGINE),docker or podman) is needed and not installed" >&2; exit 2; }; \
 	name=digits-$(IMAGE_TARGET):0.1.0$(if $(filter serve,$(IMAGE_TARGET)),-$(RUNTIME)); \
 	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) -t $$name $(ARGS) . && \
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
