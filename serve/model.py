@@ -226,8 +226,9 @@ def ordered_rows(ticket: Ticket) -> list[NDArray[np.uint8]]:
 
 def ordered_labels(ticket: Ticket) -> NDArray[np.int64] | None:
     """The labels of a finished ticket's rows in order; None for an unconditional model's."""
-    parts = sorted(ticket.parts, key=lambda part: part.first)
-    return None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
+    if ticket.parts[0].labels is None:
+        return None
+    return np.concatenate([part.labels for part in sorted(ticket.parts, key=lambda part: part.first)])
 
 
 def _fastest_run(engine: Engine, size: int) -> float:
