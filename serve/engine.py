@@ -80,7 +80,7 @@ class Engine:
         with self._not_during_a_capture():
             self._session = _open_session(model, manifest, options)
             _check_signature(self._session, manifest)
-            self._buffers = Buffers(manifest, largest, options.provider == "cuda")
+            self._buffers = _buffers(manifest, largest, options.provider)
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
     @property
@@ -273,6 +273,17 @@ def _open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> or
     if taken != PROVIDER_NAMES[provider]:
         raise ProviderError(f"{name}: asked for {provider}, but ONNX Runtime took {taken}; use --provider cpu or mend CUDA")
     return session
+
+
+def _buffers(manifest: Manifest, largest: int, provider: Provider) -> Buffers:
+    try:
+        return Buffers(manifest, largest, provider == "cuda")
+    except Exception as error:  # ONNX Runtime and the driver raise a dozen kinds with no common base
+        first_line = str(error).partition("\n")[0][:300] or type(error).__name__
+        raise ProviderError(
+            f"model {manifest.name}/{manifest.version}: no memory on {provider} for batches of {largest} ({first_line}); "
+            "name a smaller --max-batch-size"
+        ) from None
 
 
 def _check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.binding import NO_GRAPH, Binding
+from serve.binding import NO_GRAPH, Binding, Buffers
 from serve.cuda import CaptureGate
 from serve.engine import Engine, EngineOptions
+from serve.errors import EngineError, ProviderError
 from serve.latents import Span, draw, draw_span
 from serve.repository import BUNDLED_DIR, read_bundle
 
@@ -71,6 +72,17 @@ def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(name: s
         assert np.abs(got.images - expected.images).max() <= 1e-5
         assert (got.bucket, expected.bucket) == (padded.bucket(count), count)
         assert not padded.latents(16)[count : got.bucket].any(), "the padding is blank, not somebody's latents"
+
+
+def test_memory_that_cannot_be_had_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> Buffers:
+        raise EngineError("page-locking 3 MB failed: out of memory\nand a trace")
+
+    monkeypatch.setattr("serve.engine.Buffers", none_left)
+    with pytest.raises(
+        ProviderError, match=r"^model mlp/1: no memory on cpu for batches of 16 \(page-locking 3 MB .*--max-"
+    ):
+        make_engine("mlp", EngineOptions())
 
 
 def test_what_a_run_returned_is_never_written_again(name: str) -> None:
