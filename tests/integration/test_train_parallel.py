@@ -15,6 +15,7 @@ SMALL = {
     "mlp": ["--generator-widths=32,64", "--discriminator-widths=32,16", "--learning-rate=1e-3"],
     "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--norm-init-std=none", "--weight-init-std=none"],
 }
+SMALL["cdcgan"] = [*SMALL["dcgan"], "--precision=fp32"]
 
 
 def train(processes: int, preset: str, data: Path, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -79,9 +79,7 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_way_out(monkeypatch: pyt
         raise EngineError("page-locking 3 MB failed: out of memory\nand a trace")
 
     monkeypatch.setattr("serve.engine.Buffers", none_left)
-    with pytest.raises(
-        ProviderError, match=r"^model mlp/1: no memory on cpu for batches of 16 \(page-locking 3 MB .*--max-"
-    ):
+    with pytest.raises(ProviderError, match=r"^model mlp/1: no memory on cpu for batches of 16 \(page-locking 3 MB .*--max-"):
         make_engine("mlp", EngineOptions())
 
 
