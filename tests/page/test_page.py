@@ -18,6 +18,7 @@ from tests.server_process import ServerProcess
 
 WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
 QUICK_MS = 15_000
+expect.set_options(timeout=QUICK_MS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.goto(f"http://{server.http}/{query}")
         if drawn:
             expect(page.locator("#digits img").first).to_be_visible(timeout=QUICK_MS)
-            expect(page.locator("#strip img")).to_have_count(11, timeout=QUICK_MS)
+            expect(page.locator("#strip img")).to_have_count(11)
         return page
 
     yield open_it
@@ -224,6 +225,6 @@ def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser
     hosts: set[str] = set()
     page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "://" in request.url else "data"))
     page.goto(f"http://{shared_server.http}/")
-    expect(page.locator("#digits img")).to_have_count(25, timeout=QUICK_MS)
+    expect(page.locator("#digits img")).to_have_count(25)
     context.close()
     assert hosts <= {shared_server.http, "data"}
