@@ -40,6 +40,8 @@ def to_onnx(served: nn.Module, config: TrainConfig, outputs: tuple[str, ...] = O
     if program is None:
         raise GraphError("the exporter returned nothing")
     model = program.model_proto
+    for node in model.graph.node:  # the exporter's notes on which line of which file of this machine a node comes from
+        node.ClearField("metadata_props")
     if outputs == OUTPUTS:
         check_graph(model)
     return model.SerializeToString()

@@ -53,6 +53,14 @@ def test_bundled_models_come_from_full_length_runs_on_mnist_itself(bundles: Path
         assert training["provenance"]["data"]["train-images-idx3-ubyte"].startswith("ba891046e6505d7a")
 
 
+def test_the_bundled_graphs_name_no_file_of_the_machine_that_made_them(bundles: Path) -> None:
+    here = str(Path(__file__).parents[2]).encode()
+    for path in bundles.glob("*/*/*"):
+        content = path.read_bytes()
+        assert here not in content, path
+        assert b"site-packages" not in content, path
+
+
 def test_manifest_survives_its_own_json(bundles: Path) -> None:
     manifest = read_bundle(bundles / "dcgan" / "1").manifest
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
