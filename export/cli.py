@@ -25,10 +25,10 @@ from serve.errors import ServeError
 from serve.manifest import PRECISIONS
 from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR
-from train.checkpoint import newest_run, open_run
+from train.checkpoint import newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import load_mnist
-from train.errors import CheckpointError, TrainError
+from train.errors import TrainError
 from train.evaluate import parse_floors
 from train.models import build_generator
 
@@ -86,12 +86,7 @@ def _run(flags: argparse.Namespace) -> int:
     elif flags.name:
         raise ExportError("--name needs --run: without it, each preset's newest run is exported under its own name")
     else:
-        runs = []
-        for preset in PRESETS:
-            try:
-                runs.append(newest_run(flags.runs_dir, preset, finished=True))
-            except CheckpointError as error:
-                print(f"skipped: {error}", file=sys.stderr)
+        runs = newest_finished(flags.runs_dir)
         if not runs:
             raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
     for run in runs:

@@ -67,8 +67,10 @@ class Gallery:
         return sorted(self._folder.iterdir())
 
     def _of(self, span: Span, labels: NDArray[np.int64] | None) -> Pixels:
-        latents, _ = draw_span(span, self._run.config.latent_size, self._run.config.labels)
-        return self._digits(latents, labels)
+        return self._digits(self._latents(span), labels)
+
+    def _latents(self, span: Span) -> NDArray[np.float32]:
+        return draw_span(span, self._run.config.latent_size, self._run.config.labels)[0]
 
     def _each_label(self, times: int) -> NDArray[np.int64] | None:
         return np.repeat(np.arange(self._rows), times) if self._run.config.conditional else None
@@ -77,8 +79,7 @@ class Gallery:
         return np.arange(count) % self._rows if self._run.config.conditional else None
 
     def _styles(self) -> Pixels:
-        latents, _ = draw_span(Span(SEED, 0, self._rows), self._run.config.latent_size, self._run.config.labels)
-        return self._digits(np.repeat(latents, self._rows, axis=0), self._in_turn(self._rows**2))
+        return self._digits(np.repeat(self._latents(Span(SEED, 0, self._rows)), self._rows, axis=0), self._in_turn(self._rows**2))
 
     def _truncation(self) -> Pixels:
         spans = [Span(SEED, 0, COLUMNS, truncation=truncation) for truncation in TRUNCATIONS]
@@ -86,7 +87,7 @@ class Gallery:
         return np.concatenate([self._of(span, labels) for span in spans])
 
     def _interpolation(self) -> Pixels:
-        ends, _ = draw_span(Span(SEED, 0, 2 * self._rows), self._run.config.latent_size, self._run.config.labels)
+        ends = self._latents(Span(SEED, 0, 2 * self._rows))
         ways = [slerp(ends[2 * row], ends[2 * row + 1], STEPS) for row in range(self._rows)]
         return self._digits(np.concatenate(ways), self._each_label(STEPS))
 

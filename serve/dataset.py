@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from serve.engine import Engine, EngineOptions, choose_provider
 from serve.errors import ServeError, SettingsError
-from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span
+from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span, in_turn
 from serve.one_line import OneLineParser
 from serve.repository import BUNDLED_DIR, Bundle, Repository, VersionPolicies
 from serve.settings import DEFAULT_MODEL
@@ -70,7 +70,7 @@ class Dataset:
         """Latents (count, z) of tape indices, and their labels (count,) unless the model is unconditional."""
         latents, labels = draw_span(Span(self.seed, first, count), self.latent_size, self.classes)
         if self.labels:
-            labels = np.resize(np.roll(self.labels, -(first % len(self.labels))), count).astype(np.int64)
+            labels = in_turn(self.labels, first, count)
         return latents, labels
 
     def label_bytes(self, first: int, count: int) -> Iterator[bytes]:

@@ -171,6 +171,13 @@ def draw_span(span: Span, latent_size: int, labels: int) -> tuple[NDArray[np.flo
     return out, chosen
 
 
+def in_turn(labels: Sequence[int] | NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
+    """The labels of tape indices ``first`` … where the one at index i is ``labels[i % n]``: int64 (count,)."""
+    own = np.asarray(labels, np.int64)
+    turns: NDArray[np.int64] = own[(first % len(own) + np.arange(count)) % len(own)]
+    return turns
+
+
 def slerp(begin: NDArray[np.float32], end: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
     """``steps`` rows float32 (steps, z) from ``begin`` (z,) to ``end`` (z,), both included, on the arc between them.
 

@@ -19,7 +19,7 @@ from serve.catalog import Catalog
 from serve.encode import as_bytes, pack_field, to_grid, to_png
 from serve.errors import RequestError
 from serve.fair_queue import Priority, Ticket
-from serve.latents import INDEX_LIMIT, Span, draw_span, slerp
+from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
 from serve.model import Model, joined_rows, ordered_labels, ordered_rows
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.rpc import Call, Door, RpcTable
@@ -103,7 +103,7 @@ class DigitService:
         whole = tape_span(seed, request.start, request.count, checked_truncation(request.truncation))
         priority = _priority(request.priority, Priority.BULK)
         model = self._catalog.find(request.model, request.version, lambda: whole.seed)
-        in_turn = checked_labels(request.labels, model)
+        labels = checked_labels(request.labels, model)
         chunks = min(1 + CHUNKS_AHEAD, call.caller.images_limit // chunk or 1) if call.caller.images_limit else 1 + CHUNKS_AHEAD
         wants_float, deadline = image_format == pb.IMAGE_FORMAT_FLOAT32, call.deadline
         under_way: deque[asyncio.Task[Ticket]] = deque()
@@ -114,9 +114,8 @@ class DigitService:
                     while given < whole.count and len(under_way) < chunks:
                         part = whole.part(given, min(chunk, whole.count - given))
                         given += part.count
-                        if in_turn is not None:
-                            turn = np.arange(part.start % len(in_turn), part.start % len(in_turn) + part.count)
-                            part = replace(part, labels=in_turn[turn % len(in_turn)])
+                        if labels is not None:
+                            part = replace(part, labels=in_turn(labels, part.start, part.count))
                         under_way.append(asyncio.ensure_future(model.generate(part, wants_float, priority, deadline)))
                     ticket = await under_way.popleft()
                     yield await _encode(model, ticket, image_format, call)

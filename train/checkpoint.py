@@ -12,6 +12,7 @@ A checkpoint alone decides what a resumed run does; losses.npy and the pictures 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from typing import IO, Any
 
 import torch
 
-from train.config import TrainConfig
+from train.config import PRESETS, TrainConfig
 from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
@@ -86,6 +89,17 @@ def newest_run(runs_dir: Path, preset: str, *, finished: bool) -> Run:
             return open_run(folder)
     state = "finished" if finished else "unfinished"
     raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: make train PRESET={preset}")
+
+
+def newest_finished(runs_dir: Path) -> list[Run]:
+    """The newest finished run of each preset; one that has none is named on the log and left out."""
+    runs = []
+    for preset in PRESETS:
+        try:
+            runs.append(newest_run(runs_dir, preset, finished=True))
+        except CheckpointError as error:
+            log.warning("skipped: %s", error)
+    return runs
 
 
 def save_checkpoint(run: Run, step: int, state: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from train import activations, bench, evaluate, reference
 from train.capture import CudaRecording
-from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
+from train.checkpoint import Run, create_run, latest_checkpoint, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import load_mnist, training_examples
 from train.device import choose_device, describe
@@ -200,7 +200,7 @@ def _compare(flags: argparse.Namespace) -> int:
 
 def _evaluate(flags: argparse.Namespace) -> int:
     device = _prepare_machine(flags)
-    runs = [open_run(flags.run)] if flags.run else _newest_finished(flags.runs_dir)
+    runs = [open_run(flags.run)] if flags.run else newest_finished(flags.runs_dir)
     if not runs:
         raise CheckpointError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=cdcgan")
     if flags.missing:
@@ -211,16 +211,6 @@ def _evaluate(flags: argparse.Namespace) -> int:
     evaluator = evaluate.Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device)
     print(evaluate.table([(run.config.preset, evaluator.evaluate(run)) for run in runs]))
     return 0
-
-
-def _newest_finished(runs_dir: Path) -> list[Run]:
-    runs = []
-    for name in PRESETS:
-        try:
-            runs.append(newest_run(runs_dir, name, finished=True))
-        except CheckpointError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    return runs
 
 
 def _bench(flags: argparse.Namespace) -> int:

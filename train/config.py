@@ -90,11 +90,9 @@ class TrainConfig:
             # Three doublings lead from 4x4 to 28x28 and back; another number of layers gives another picture size.
             for name in ("generator_widths", "discriminator_widths"):
                 _require(self, name, len(getattr(self, name)) == 3, "three channel counts for a dcgan")
+        wanted = "at least 1 for a cdcgan" if self.conditional else "0: only a cdcgan takes labels"
         for name in ("labels", "label_size", "projection_size"):
-            value, wanted = (
-                getattr(self, name),
-                "at least 1 for a cdcgan" if self.conditional else "0: only a cdcgan takes labels",
-            )
+            value = getattr(self, name)
             _require(self, name, value >= 1 if self.conditional else value == 0, wanted)
 
     @property

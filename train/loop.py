@@ -63,6 +63,8 @@ class Trainer:
         self.average = self._prepared(build_generator(config)) if config.average_decay else None
         if self.average is not None:
             self.average.load_state_dict(self.generator.state_dict())
+            # Looked up once: loading a state copies into these same tensors.
+            self.averages, self.followed = _floats(self.average), _floats(self.generator)
         self.trained_generator = ranks.wrap(self.generator)
         self.trained_discriminator = ranks.wrap(self.discriminator)
         self.generator_parameters = list(self.generator.parameters())
@@ -182,11 +184,9 @@ class Trainer:
         """Let the average follow the generator, weights and BatchNorm's statistics alike, after ``step`` steps."""
         if self.average is None:
             return
-        followed = [value for value in self.generator.state_dict().values() if value.is_floating_point()]
-        averages = [value for value in self.average.state_dict().values() if value.is_floating_point()]
         # The first steps count for less, or the average would hold on to the initial weights for thousands of steps.
         decay = min(self.config.average_decay, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(averages, followed, None)
+        get_ema_multi_avg_fn(decay)(self.averages, self.followed, None)
 
     def _batches(self) -> Iterator[Batch]:
         first_epoch, skip = divmod(self.step, self.steps_per_epoch)
@@ -285,3 +285,8 @@ class Trainer:
             "steps_since_last_start": steps,
         }
         write_json(self.run.folder / RESULT_FILE, result)
+
+
+def _floats(network: nn.Module) -> list[Tensor]:
+    """Weights and BatchNorm's statistics, without its counters."""
+    return [value for value in network.state_dict().values() if value.is_floating_point()]
