@@ -9,20 +9,22 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
 from export import parity
 from export.errors import ExportError
-from export.generator import ServedGenerator, fold, served_generator
+from export.generator import Form, ServedGenerator, fold, served_generator, torch_form
 from export.to_fp16 import to_fp16
 from export.to_onnx import OPSET, to_onnx
 from export.to_torchscript import load_torchscript, to_torchscript
+from serve.engine.onnx_runtime import ort
 from serve.errors import BundleError
 from serve.latents import Span, draw_span
 from serve.manifest import (
@@ -36,9 +38,10 @@ from serve.manifest import (
     TORCHSCRIPT_FILE,
     Golden,
     Manifest,
+    Precision,
     sha256,
 )
-from serve.repository import read_bundle
+from serve.models.repository import read_bundle
 from train import evaluate
 from train.checkpoint import RESULT_FILE, Run, latest_checkpoint
 from train.config import TrainConfig
@@ -48,6 +51,8 @@ EAGER = "eager"
 TORCHSCRIPT = "torchscript"
 GOLDEN_SEED, GOLDEN_COUNT = 20_260_101, 8
 PREVIEW_SEED, PREVIEW_SIDE = 0, 8
+# As ``python -m export batch-size`` measured them on the bundled models.
+BATCH_SIZES = {"mlp": {"cpu": 64}, "dcgan": {"cpu": 8}, "cdcgan": {"cpu": 8}}
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 
 
@@ -64,7 +69,7 @@ def export_run(
     run: Run,
     models_dir: Path,
     name: str | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     floors: Mapping[str, float] | None = None,
 ) -> Exported:
     """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
@@ -103,14 +108,15 @@ def export_run(
         opset=OPSET,
         precision=precision,
         producers={
-            package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime-gpu")
-        } | {"python": platform.python_version()},
+            package: version(package) for package in ("torch", "onnx", "onnxscript")
+        } | {"onnxruntime": ort.__version__, "python": platform.python_version()},
         training=_training(run, checkpoint),
         tolerance=parity.TOLERANCES[precision],
         golden=_golden(served, run.config),
         files={},
+        batch_sizes=BATCH_SIZES[run.config.architecture],
     )  # fmt: skip
-    forms = {EAGER: parity.torch_form(served)} | _stored_forms(files[ONNX_FILE], files[TORCHSCRIPT_FILE], manifest)
+    forms = {EAGER: torch_form(served)} | _stored_forms(files[ONNX_FILE], files[TORCHSCRIPT_FILE], manifest)
     report = parity.compare(EAGER, forms, manifest, _fresh_seed())
     files[PARITY_FILE] = (json.dumps(report, indent=2) + "\n").encode()
     path = _publish(models_dir, manifest, files)
@@ -127,8 +133,8 @@ def verify(path: Path) -> dict[str, Any]:
     return parity.compare(TORCHSCRIPT, forms, bundle.manifest, _fresh_seed())
 
 
-def _stored_forms(model: bytes, script: bytes, manifest: Manifest) -> dict[str, parity.Form]:
-    return {TORCHSCRIPT: parity.torch_form(load_torchscript(script))} | parity.serving_forms(model, manifest)
+def _stored_forms(model: bytes, script: bytes, manifest: Manifest) -> dict[str, Form]:
+    return {TORCHSCRIPT: torch_form(load_torchscript(script))} | parity.serving_forms(model, manifest)
 
 
 def _fresh_seed() -> int:
@@ -146,7 +152,7 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _golden(served: ServedGenerator, config: TrainConfig) -> Golden:
     rows, labels = draw_span(Span(GOLDEN_SEED, 0, GOLDEN_COUNT), config.latent_size, config.labels)
-    pixels = parity.torch_form(served)(rows, labels)["pixels"]
+    pixels = torch_form(served)(rows, labels)["pixels"]
     return Golden(
         count=GOLDEN_COUNT,
         latents=rows.astype("<f4").tobytes(),
@@ -156,11 +162,11 @@ def _golden(served: ServedGenerator, config: TrainConfig) -> Golden:
 
 
 def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
-    """Digits of one tape in rows of eight; of a conditional model a row for each label."""
+    """Digits of one seed in rows of eight; of a conditional model a row for each label."""
     rows = config.labels or PREVIEW_SIDE
     latents, _ = draw_span(Span(PREVIEW_SEED, 0, rows * PREVIEW_SIDE), config.latent_size, config.labels)
     labels = np.repeat(np.arange(config.labels), PREVIEW_SIDE) if config.labels else None
-    pixels = parity.torch_form(served)(latents, labels)["pixels"]
+    pixels = torch_form(served)(latents, labels)["pixels"]
     grid = pixels.reshape(rows, PREVIEW_SIDE, 28, 28).swapaxes(1, 2).reshape(rows * 28, -1)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(grid)).save(buffer, "PNG", optimize=True)
@@ -205,7 +211,7 @@ def _publish(models_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> P
             scratch.chmod(0o755)
             while True:
                 number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()), default=0)
-                numbered = replace(manifest, version=number, files=digests)
+                numbered = msgspec.structs.replace(manifest, version=number, files=digests)
                 _write_durably(scratch / MANIFEST_FILE, numbered.to_json().encode())
                 try:
                     scratch.rename(parent / str(number))

@@ -14,17 +14,18 @@ from pathlib import Path
 import grpc
 from prometheus_client import CollectorRegistry, start_http_server
 
+from export import batch_size
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
 from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
-from serve.channel import access_from, add_flags
 from serve.client import DigitClient
+from serve.client.channel import access_from, add_flags, described
+from serve.config.command_line import OneLineParser
 from serve.errors import ServeError
-from serve.manifest import PRECISIONS
-from serve.one_line import OneLineParser
-from serve.repository import BUNDLED_DIR
+from serve.manifest import BUNDLED_DIR, PRECISIONS
+from serve.models.repository import read_bundle
 from train.checkpoint import newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import load_mnist
@@ -47,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
+    sizes = commands.add_parser("batch-size", help="time a bundle's batches: what its manifest should say of the largest")
+    sizes.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
+    sizes.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    sizes.add_argument("--write", action="store_true", help="write the choice into the bundle's manifest")
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
     pictures = commands.add_parser("gallery", help="draw what a run's generator can do")
@@ -72,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(["run", *given] if bare else given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        commands = {"run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery}
-        return commands[flags.command](flags)
+        return COMMANDS[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -118,11 +122,14 @@ def _watch(flags: argparse.Namespace) -> int:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:
-                checks = watch.round()
+                done = watch.round()
             except grpc.RpcError as error:
-                raise ExportError(f"{flags.target}: {error.code().name}: {error.details()}") from None
-            print(table(checks))
-            return 1 if any(check.breach for check in checks) else 0
+                raise ExportError(f"{flags.target}: {described(error)}") from None
+            print(table(done.checks))
+            for failure in done.failures:
+                text = described(failure) if isinstance(failure, grpc.RpcError) else failure
+                print(f"error: {text}", file=sys.stderr)
+            return 1 if done.failures or any(check.breach for check in done.checks) else 0
         registry = CollectorRegistry()
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -146,3 +153,21 @@ def _verify(flags: argparse.Namespace) -> int:
             f"  {row['pixel_levels_max']:6d}  {row['pixels_identical_share']:9.4%}"
         )
     return 0
+
+
+def _batch_size(flags: argparse.Namespace) -> int:
+    bundle = read_bundle(flags.bundle)
+    timings = batch_size.time_batches(bundle, flags.provider)
+    print("images  fastest run, ms  images a second")
+    for timing in timings:
+        print(f"{timing.size:6d}  {timing.run_s * 1e3:15.3f}  {timing.size / timing.run_s:15,.0f}")
+    size = batch_size.choose(timings)
+    print(f"{size}: the largest within {batch_size.BATCH_SECONDS * 1e3:g} ms")
+    if flags.write:
+        print(batch_size.write(bundle, flags.provider, size))
+    return 0
+
+
+COMMANDS = {
+    "run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery, "batch-size": _batch_size,
+}  # fmt: skip

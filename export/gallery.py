@@ -20,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export import parity
 from export.errors import ExportError
-from export.generator import served_generator
+from export.generator import served_generator, torch_form
 from serve.latents import Span, draw_span, slerp
 from train import activations, quality
 from train.checkpoint import Run, latest_checkpoint
@@ -47,7 +46,7 @@ class Gallery:
     def __init__(self, run: Run, folder: Path) -> None:
         self._run = run
         self._folder = folder
-        form = parity.torch_form(served_generator(run.config, trained_generator(run.config, latest_checkpoint(run))))
+        form = torch_form(served_generator(run.config, trained_generator(run.config, latest_checkpoint(run))))
         self._digits: Digits = lambda latents, labels: form(latents, labels)["pixels"]
         self._rows = run.config.labels or 10
 

@@ -8,14 +8,22 @@ convolution over a single position is the matrix product that it is. A label's p
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from export.errors import ExportError
 from train.config import TrainConfig
 from train.models import CdcganGenerator
+
+Arrays = Mapping[str, NDArray[Any]]
+# Of latents float32 (batch, z), and for a conditional model labels int64 (batch,), else None.
+Form = Callable[[NDArray[np.float32], NDArray[np.int64] | None], Arrays]
 
 
 class ServedGenerator(nn.Module):
@@ -129,3 +137,15 @@ def fold(served: ServedGenerator) -> ServedGenerator:
     else:
         served.generator = _Reshaped(nn.Sequential(*folded))
     return served.eval()
+
+
+def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:
+    """An eager or scripted served generator as a function on arrays."""
+
+    def run(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Arrays:
+        given = [latents] if labels is None else [latents, labels]
+        with torch.no_grad():
+            images, pixels = module(*(torch.from_numpy(array) for array in given))
+        return {"images": images.numpy(), "pixels": pixels.numpy()}
+
+    return run

@@ -1,20 +1,21 @@
 """Do eager PyTorch, TorchScript and ONNX Runtime compute the same function? Names, axes, shapes, values, in that order.
 
-ONNX Runtime runs through ``serve.engine.Engine``: the session that is compared is the session that serves.
+ONNX Runtime runs through ``serve.engine.session.Engine``: the session that is compared is the session that serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from export.errors import AxesDifferError, NamesDifferError, ShapesDifferError, ValuesDifferError
-from serve.engine import Engine, EngineOptions, choose_provider
+from export.generator import Arrays, Form
+from serve.engine.factory import make_engine
+from serve.engine.provider import EngineOptions, choose_provider
+from serve.engine.session import PIXELS_AND_IMAGES, Engine
 from serve.errors import ProviderError
 from serve.manifest import Manifest, Tolerance
 
@@ -28,42 +29,24 @@ FP32_TOLERANCE = Tolerance(images=1e-5, pixel_levels=1, pixel_identical_share=0.
 FP16_TOLERANCE = Tolerance(images=1e-2, pixel_levels=3, pixel_identical_share=0.9)
 TOLERANCES = {"fp32": FP32_TOLERANCE, "fp16": FP16_TOLERANCE}
 
-Arrays = Mapping[str, NDArray[Any]]
-# Of latents float32 (batch, z), and for a conditional model labels int64 (batch,), else None.
-Form = Callable[[NDArray[np.float32], NDArray[np.int64] | None], Arrays]
-
-
-def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:
-    """An eager or scripted served generator as a function on arrays."""
-
-    def run(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Arrays:
-        given = [latents] if labels is None else [latents, labels]
-        with torch.no_grad():
-            images, pixels = module(*(torch.from_numpy(array) for array in given))
-        return {"images": images.numpy(), "pixels": pixels.numpy()}
-
-    return run
-
 
 def engine_form(engine: Engine) -> Form:
     """A serving session as a function on arrays."""
 
     def run(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Arrays:
-        outputs = engine.compute(latents, labels, want_images=True)
-        assert outputs.images is not None
-        return {"images": outputs.images, "pixels": outputs.pixels}
+        return engine.compute(latents, labels, PIXELS_AND_IMAGES)
 
     return run
 
 
 def serving_forms(model: bytes, manifest: Manifest) -> dict[str, Form]:
     """ONNX Runtime on the CPU, and on CUDA where this machine has it (TF32 off, as the engine sets it)."""
-    forms = {"onnxruntime-cpu": engine_form(Engine(model, manifest, EngineOptions(), max(BATCH_SIZES)))}
+    forms = {"onnxruntime-cpu": engine_form(make_engine(model, manifest, EngineOptions(), max(BATCH_SIZES)))}
     try:
         choose_provider("cuda")
     except ProviderError:
         return forms
-    on_cuda = Engine(model, manifest, EngineOptions(provider="cuda"), max(BATCH_SIZES))
+    on_cuda = make_engine(model, manifest, EngineOptions(provider="cuda"), max(BATCH_SIZES))
     return forms | {"onnxruntime-cuda": engine_form(on_cuda)}
 
 

@@ -11,7 +11,7 @@ from export.to_onnx import check_graph
 
 def to_fp16(model: bytes) -> bytes:
     """Convert a served graph by ONNX Runtime's own converter. Raises GraphError when the result is not a served graph."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16  # noqa: PLC0415  # serve.onnx_runtime comes first
+    from onnxruntime.transformers.float16 import convert_float_to_float16  # noqa: PLC0415  # serve.engine.onnx_runtime comes first
     from onnxruntime.transformers.onnx_model import OnnxModel  # noqa: PLC0415
 
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)

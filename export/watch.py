@@ -12,6 +12,7 @@ import random
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from export.errors import ExportError
-from export.parity import torch_form
+from export.generator import torch_form
 from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.errors import BundleError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span
 from serve.manifest import TORCHSCRIPT_FILE, Manifest
-from serve.repository import read_bundle
+from serve.models.repository import read_bundle
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ class Check:
     @property
     def breach(self) -> bool:
         return not self.difference <= self.tolerance  # a NaN is a breach
+
+
+class Round(NamedTuple):
+    """The comparisons of all versions, and why others could not be made: one version's failure leaves out no other."""
+
+    checks: list[Check]
+    failures: list[grpc.RpcError | ExportError]
 
 
 class WatchMetrics:
@@ -84,32 +92,39 @@ class Watch:
         self._chance = chance
         self._modules: dict[tuple[str, int], tuple[Manifest, torch.jit.ScriptModule]] = {}
 
-    def round(self) -> list[Check]:
+    def round(self) -> Round:
         """One comparison by address and one by explicit latents for each version that is served at the moment.
 
-        Raises grpc.RpcError, or ExportError for a version that is not among the bundles or is another than theirs.
+        Raises grpc.RpcError when the server does not say what it serves.
         """
         served = {(summary.name, summary.version) for summary in self._client.list_models().models}
         self._modules = {key: module for key, module in self._modules.items() if key in served}
-        checks = []
+        done = Round([], [])
         for name, version in sorted(served):
-            manifest, module = self._modules.get((name, version)) or self._load(name, version)
-            seed, start = self._chance.randrange(SEED_LIMIT), self._chance.randrange(INDEX_LIMIT - ROWS)
-            rows, labels = draw_span(Span(seed, start, ROWS), manifest.latent_size, manifest.labels)
-            by_address = self._client.generate(
-                ROWS, seed=seed, start=start, model=name, version=version, as_float=True, bulk=True
-            )
-            checks.append(_check(manifest, module, "address", (rows, labels), by_address.pixels))
-            rows = np.array([[self._chance.gauss(0, 1) for _ in range(manifest.latent_size)] for _ in range(ROWS)], np.float32)
-            by_latents = self._client.generate(
-                latents=rows,
-                labels=() if labels is None else labels.tolist(),
-                model=name,
-                version=version,
-                as_float=True,
-                bulk=True,
-            )
-            checks.append(_check(manifest, module, "latents", (rows, labels), by_latents.pixels))
+            try:
+                done.checks.extend(self._compare(name, version))
+            except (grpc.RpcError, ExportError) as error:
+                done.failures.append(error)
+        return done
+
+    def _compare(self, name: str, version: int) -> list[Check]:
+        """Raises grpc.RpcError, or ExportError for a version that is not among the bundles or is another than theirs."""
+        manifest, module = self._modules.get((name, version)) or self._load(name, version)
+        checks = []
+        seed, start = self._chance.randrange(SEED_LIMIT), self._chance.randrange(INDEX_LIMIT - ROWS)
+        rows, labels = draw_span(Span(seed, start, ROWS), manifest.latent_size, manifest.labels)
+        by_address = self._client.generate(ROWS, seed=seed, start=start, model=name, version=version, as_float=True, bulk=True)
+        checks.append(_check(manifest, module, "address", (rows, labels), by_address.pixels))
+        rows = np.array([[self._chance.gauss(0, 1) for _ in range(manifest.latent_size)] for _ in range(ROWS)], np.float32)
+        by_latents = self._client.generate(
+            latents=rows,
+            labels=() if labels is None else labels.tolist(),
+            model=name,
+            version=version,
+            as_float=True,
+            bulk=True,
+        )
+        checks.append(_check(manifest, module, "latents", (rows, labels), by_latents.pixels))
         return checks
 
     def _load(self, name: str, version: int) -> tuple[Manifest, torch.jit.ScriptModule]:
@@ -129,13 +144,17 @@ def watch_forever(watch: Watch, metrics: WatchMetrics, interval_s: float, stop: 
     """Compare every ``interval_s`` until ``stop`` is set. A server that does not answer is counted, not fatal."""
     while not stop.is_set():
         try:
-            for check in watch.round():
-                metrics.record(check)
+            done = watch.round()
         except grpc.RpcError as error:
-            metrics.failures.labels(error.code().name).inc()
-        except ExportError as error:
-            log.error("%s", error)
-            metrics.failures.labels("bundle").inc()
+            done = Round([], [error])
+        for check in done.checks:
+            metrics.record(check)
+        for failure in done.failures:
+            if isinstance(failure, grpc.RpcError):
+                metrics.failures.labels(failure.code().name).inc()
+            else:
+                log.error("%s", failure)
+                metrics.failures.labels("bundle").inc()
         stop.wait(interval_s)
 
 

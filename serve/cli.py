@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from serve.batching.slot import SLOT_THREAD
+from serve.config.settings import Settings, from_arguments
 from serve.errors import StartError
-from serve.instance import INSTANCE_THREAD
-from serve.logs import configure
-from serve.server import Ports, Server, serve
-from serve.settings import Settings, from_arguments
+from serve.observability.logs import configure
+from serve.runtime.server import Ports, Server, serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
         configure(settings.log_level, settings.log_format)
         serve(settings, lambda server, ports: _announce(server, ports, settings))
-        if any(thread.name.startswith(INSTANCE_THREAD) for thread in threading.enumerate()):
+        if any(thread.name.startswith(SLOT_THREAD) for thread in threading.enumerate()):
             # A hung run cannot be ended, and ending the interpreter under it would abort the process.
             sys.stderr.flush()
             os._exit(0)
@@ -41,7 +41,7 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""
         print(
             f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "
-            f"{limits.instances} instances, batches of up to {limits.max_batch_size}"
+            f"{limits.slots} instances, batches of up to {limits.max_batch_size}"
         )
     needs = " --ca FILE" * tls + " --token-file FILE" * tokens
     print(f"next  make generate    or: python -m serve.client --target {settings.host}:{ports.grpc}{needs}", flush=True)

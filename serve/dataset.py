@@ -1,21 +1,20 @@
-"""A data set of any size from one tape, by any number of processes: each writes its shard, and they are joined.
+"""A data set of any size from one seed's stream, by any number of processes: each writes its shard, and they are joined.
 
     python -m serve.dataset write --out digits --count 1000000 --seed 7 --shards 8 --shard 3   # shard 3 of 0 to 7
     python -m serve.dataset join --out digits --format idx                                      # or npz
 
 In a Kubernetes Indexed Job the shard is ``JOB_COMPLETION_INDEX``. The model runs here, without a server. Whole batches
-aligned to the tape are run whichever shard a digit falls into, so that its bytes do not depend on how the work was split;
+aligned to the stream are run whichever shard a digit falls into, so that its bytes do not depend on how the work was split;
 across different processors or providers they are the same within one grey level.
 
 A shard is written beside and renamed when it is whole: one that was killed is not there, and one that is there is kept.
-idx files are laid out as MNIST's. A conditional model's labels are the tape's own, or with ``--labels`` those in turn; an
+idx files are laid out as MNIST's. A conditional model's labels are the stream's own, or with ``--labels`` those in turn; an
 unconditional model's digits have none, and 255 stands for that.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import struct
 import sys
@@ -24,21 +23,26 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine import Engine, EngineOptions, choose_provider
+from serve.config.command_line import OneLineParser
+from serve.config.cores import usable_cores
+from serve.config.settings import DEFAULT_MODEL
+from serve.engine.factory import make_engine
+from serve.engine.provider import EngineOptions, choose_provider
+from serve.engine.session import Engine
 from serve.errors import ServeError, SettingsError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span, in_turn
-from serve.one_line import OneLineParser
-from serve.repository import BUNDLED_DIR, Bundle, Repository, VersionPolicies
-from serve.settings import DEFAULT_MODEL
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import Bundle, Repository
 
-BATCH = 64  # rows of one run; index 0 of the tape begins one
+BATCH = 64  # rows of one run; index 0 of the stream begins one
 RUNS_A_TASK = 16
 UNKNOWN_LABEL = 255
 LABELS_AT_ONCE = 1 << 16
@@ -49,8 +53,7 @@ INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
+class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a data set is of. ``digest`` is the model file's; a shard of another one is not mixed in."""
 
     model: str
@@ -64,10 +67,10 @@ class Dataset:
     width: int
     latent_size: int
     classes: int  # labels that the model can be asked for; 0 for an unconditional one
-    labels: Sequence[int] = ()  # the digit at index i is labels[i % n]; empty: the tape's own
+    labels: tuple[int, ...] = ()  # the digit at index i is labels[i % n]; empty: the stream's own
 
     def rows(self, first: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-        """Latents (count, z) of tape indices, and their labels (count,) unless the model is unconditional."""
+        """Latents (count, z) of stream indices, and their labels (count,) unless the model is unconditional."""
         latents, labels = draw_span(Span(self.seed, first, count), self.latent_size, self.classes)
         if self.labels:
             labels = in_turn(self.labels, first, count)
@@ -82,7 +85,7 @@ class Dataset:
             yield labels.astype(np.uint8).tobytes()
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First index of a shard on the tape, and how many digits it holds."""
+        """First index of a shard in the stream, and how many digits it holds."""
         first = self.count * shard // self.shards
         return self.start + first, self.count * (shard + 1) // self.shards - first
 
@@ -92,21 +95,28 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Generator:
-    """What makes the digits, on ``threads`` engines side by side."""
+    """Makes the digits, by ``threads`` runs side by side: on one engine, or on CUDA on one each."""
 
     bundle: Bundle
     options: EngineOptions
     threads: int
 
+    def engine(self) -> Engine:
+        """An engine that has passed its golden check where it will run. Raises ProviderError or BundleError."""
+        engine = make_engine(self.bundle.model, self.bundle.manifest, self.options, BATCH)
+        engine.check_golden()
+        return engine
+
     def digits(self, dataset: Dataset, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
-        """The digits ``first`` … of the data set's tape in order, some at a time: uint8 (n, height, width)."""
+        """The digits ``first`` … of the data set's stream in order, some at a time: uint8 (n, height, width)."""
         own = threading.local()
         size = BATCH * RUNS_A_TASK
+        shared = self.engine()  # also before the first thread starts, so that a model that is off writes nothing
 
         def task(begin: int) -> NDArray[np.uint8]:
             if not hasattr(own, "engine"):
-                own.engine = Engine(self.bundle.model, self.bundle.manifest, self.options, BATCH)
-            pixels: NDArray[np.uint8] = own.engine.compute(*dataset.rows(begin, size)).pixels
+                own.engine = self.engine() if self.options.provider == "cuda" else shared
+            pixels: NDArray[np.uint8] = own.engine.compute(*dataset.rows(begin, size))["pixels"]
             return pixels[max(0, first - begin) : first + count - begin]
 
         begins = range(first - first % BATCH, first + count, size)
@@ -151,8 +161,8 @@ def join(folder: Path, file_format: str) -> list[Path]:
 def read_header(folder: Path) -> Dataset:
     """What the folder's data set is of. Raises SettingsError."""
     try:
-        return Dataset(**json.loads((folder / HEADER_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+        return msgspec.json.decode((folder / HEADER_FILE).read_bytes(), type=Dataset)
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
         raise SettingsError(f"{folder / HEADER_FILE} cannot be read; write a shard first") from None
 
 
@@ -192,7 +202,7 @@ def _write(flags: argparse.Namespace) -> None:
     dataset = Dataset(
         model=manifest.name, version=manifest.version, digest=bundle.digest, seed=flags.seed, start=flags.start,
         count=flags.count, shards=flags.shards, height=manifest.height, width=manifest.width,
-        latent_size=manifest.latent_size, classes=manifest.labels, labels=flags.labels,
+        latent_size=manifest.latent_size, classes=manifest.labels, labels=tuple(flags.labels),
     )  # fmt: skip
     begun = time.perf_counter()
     options = EngineOptions(provider=choose_provider(flags.provider))
@@ -202,13 +212,11 @@ def _write(flags: argparse.Namespace) -> None:
 
 
 def _bundle(models_dir: Path, model: str, version: int) -> Bundle:
-    repository = Repository(models_dir, VersionPolicies())
+    repository = Repository(models_dir)
     there = repository.scan().get(model)
     if not there:
         raise SettingsError(f"--models-dir {models_dir} has no model {model[:64]!r}")
-    bundle = repository.read(model, version or max(there))
-    Engine(bundle.model, bundle.manifest, EngineOptions(), BATCH).check_golden()
-    return bundle
+    return repository.read(model, version or max(there))
 
 
 def _agree(folder: Path, dataset: Dataset) -> None:
@@ -216,12 +224,13 @@ def _agree(folder: Path, dataset: Dataset) -> None:
     header = folder / HEADER_FILE
     if not header.exists():
         beside = folder / f".{HEADER_FILE}.{os.getpid()}"
-        beside.write_text(json.dumps(asdict(dataset), indent=2) + "\n")
+        beside.write_bytes(msgspec.json.format(msgspec.json.encode(dataset), indent=2) + b"\n")
         beside.replace(header)
-    there = asdict(read_header(folder))
-    for name, value in json.loads(json.dumps(asdict(dataset))).items():
-        if there[name] != value:
-            raise SettingsError(f"{folder} holds a data set with {name} {there[name]}, not {value}; name another --out")
+    there = read_header(folder)
+    for name in Dataset.__struct_fields__:
+        found, wanted = getattr(there, name), getattr(dataset, name)
+        if found != wanted:
+            raise SettingsError(f"{folder} holds a data set with {name} {found}, not {wanted}; name another --out")
 
 
 def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
@@ -276,17 +285,17 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     write = actions.add_parser("write", help="write one shard")
     write.add_argument("--count", type=int, required=True, help="digits of the whole data set")
-    write.add_argument("--seed", type=int, default=0, help="which tape (default: 0)")
+    write.add_argument("--seed", type=int, default=0, help="seed of the stream of digits (default: 0)")
     write.add_argument("--start", type=int, default=0, help="index of the data set's first digit (default: 0)")
     write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
     index = os.environ.get(INDEX_VARIABLE, "0")
     write.add_argument("--shard", type=int, default=index, help=f"which one this is (default: ${INDEX_VARIABLE}, or 0)")
     write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
-    write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the tape's own)")
+    write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the stream's own)")
     write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
     write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
     write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     write.add_argument("--threads", type=int, default=cores, help=f"runs side by side (default: the cores, {cores})")
     join_them = actions.add_parser("join", help="join all shards")
     join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")

@@ -1,4 +1,4 @@
-"""The address rule: row ``index`` of ``seed``'s endless tape of latents and labels, as a pure function of the two.
+"""The address rule: row ``index`` of ``seed``'s endless stream of latents and labels, as a pure function of the two.
 
 Bits: Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with key (seed, 0) and a
 256-bit counter, as in ``numpy.random.Philox``. A row of z values takes ceil(z / 8) consecutive counter blocks, so row i
@@ -21,11 +21,11 @@ with no value drawn anew, so that an address stays an address at any truncation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,11 +43,10 @@ INDEX_LIMIT = 1 << 63  # indices run from 0 to this, exclusive
 SEED_LIMIT = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive rows: of ``seed``'s tape from ``start`` on, or of ``explicit`` (n, z) from row ``start`` on.
+class Span(msgspec.Struct, frozen=True, eq=False):
+    """Consecutive rows: of ``seed``'s stream from ``start`` on, or of ``explicit`` (n, z) from row ``start`` on.
 
-    ``labels`` int64 (count,) stand in for the tape's own; ``truncation`` cuts the tape's values off there, unless it is 0.
+    ``labels`` int64 (count,) stand in for the stream's own; ``truncation`` cuts the stream's values off there, unless it is 0.
     """
 
     seed: int
@@ -59,6 +58,8 @@ class Span:
 
     def part(self, first: int, count: int) -> Span:
         """``count`` of these rows, from the ``first``-th on."""
+        if first == 0 and count == self.count:
+            return self
         labels = None if self.labels is None else self.labels[first : first + count]
         return Span(self.seed, self.start + first, count, self.explicit, labels, self.truncation)
 
@@ -172,7 +173,7 @@ def draw_span(span: Span, latent_size: int, labels: int) -> tuple[NDArray[np.flo
 
 
 def in_turn(labels: Sequence[int] | NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
-    """The labels of tape indices ``first`` … where the one at index i is ``labels[i % n]``: int64 (count,)."""
+    """The labels of stream indices ``first`` … where the one at index i is ``labels[i % n]``: int64 (count,)."""
     own = np.asarray(labels, np.int64)
     turns: NDArray[np.int64] = own[(first % len(own) + np.arange(count)) % len(own)]
     return turns

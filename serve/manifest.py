@@ -1,8 +1,7 @@
-"""The bundle's manifest: the contract between export, which writes it, and serve, which reads it. Standard library only.
+"""The bundle's manifest: the contract between export, which writes it, and serve, which reads it.
 
 models/<name>/<version>/
-    model.onnx     inputs ``latents`` float32 [batch, z] and, of a conditional model, ``labels`` int64 [batch];
-                   outputs ``images`` float32 [batch, 1, 28, 28] in [0, 1] and ``pixels`` uint8 [batch, 28, 28]
+    model.onnx     inputs and outputs as ``Manifest.inputs`` and ``Manifest.outputs`` list them, each with a batch axis first
     model.ts       the same function as TorchScript
     parity.json    eager, TorchScript and ONNX Runtime compared
     quality.json   its digits judged beside real ones (train/evaluate.py); not in every bundle
@@ -12,20 +11,21 @@ models/<name>/<version>/
 
 from __future__ import annotations
 
-import base64
-import binascii
-import dataclasses
 import hashlib
-import json
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
 
 from serve.errors import BundleError
 
-SCHEMA_VERSION = 3
+BUNDLED_DIR = Path(__file__).parent / "bundled"
+
+SCHEMA_VERSION = 4
+READABLE_SCHEMA_VERSIONS = (3, 4)  # 4 added batch_sizes
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
@@ -34,88 +34,108 @@ PREVIEW_FILE = "preview.png"
 QUALITY_FILE = "quality.json"
 REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 
-PRECISIONS = ("fp32", "fp16")
+Precision = Literal["fp32", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_MANIFEST_BYTES = 4 << 20
-MAX_LATENT_SIZE = 4096
-MAX_GOLDEN_SAMPLES = 64
-GOLDEN_ARRAYS = ("latents", "labels", "pixels")
+
+Level = Annotated[int, Meta(ge=0, le=255)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BatchSize = Annotated[int, Meta(ge=1, le=4096)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Golden:
-    """Samples made by eager PyTorch at export, for the server's own check.
+class TensorSpec(NamedTuple):
+    """One input or output of the graph: its numpy dtype, and its shape without the batch axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Samples made by eager PyTorch at export, for the server's own check; base64 in the JSON.
 
     ``latents`` holds ``count`` rows of little-endian float32 (z values each), ``labels`` a little-endian int64 for each of
     a conditional model's rows, ``pixels`` the same rows' uint8 pixels.
     """
 
-    count: int
+    count: Annotated[int, Meta(ge=1, le=64)]
     latents: bytes
     labels: bytes
     pixels: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """How far two runs of the same model may differ; what parity and the server's own checks go by."""
+class Tolerance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far two runs of the same model may differ; parity and the server's own checks use it."""
 
-    images: float  # largest absolute difference of a pixel in [0, 1]
-    pixel_levels: int  # largest difference of a uint8 pixel
-    pixel_identical_share: float  # share of uint8 pixels that must be identical
+    images: Annotated[float, Meta(ge=0, lt=1)]  # largest absolute difference of a pixel in [0, 1]
+    pixel_levels: Level  # largest difference of a uint8 pixel
+    pixel_identical_share: Share  # share of uint8 pixels that must be identical
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a reader needs to know of a bundle. ``training`` is free-form: what made the weights."""
 
     schema_version: int
-    name: str
-    version: int
+    name: Annotated[str, Meta(pattern=rf"\A{NAME_PATTERN.pattern}\Z")]
+    version: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     architecture: str
-    latent_size: int
+    latent_size: Annotated[int, Meta(ge=1, le=4096)]
     latent_distribution: str
-    labels: int  # how many classes can be asked for; 0 for an unconditional model
-    height: int
-    width: int
+    labels: Annotated[int, Meta(ge=0, le=1000)]  # how many classes can be asked for; 0 for an unconditional model
+    height: Literal[28]
+    width: Literal[28]
     opset: int
-    precision: str  # of weights and arithmetic: fp32 or fp16
-    producers: Mapping[str, str]
-    training: Mapping[str, Any]
+    precision: Precision  # of weights and arithmetic
+    producers: dict[str, str]
+    training: dict[str, Any]
     tolerance: Tolerance
     golden: Golden
-    files: Mapping[str, str]  # file name → SHA-256, hexadecimal
+    files: dict[str, str]  # file name → SHA-256, hexadecimal
+    batch_sizes: dict[str, BatchSize] = {}  # provider → most images in one run, as ``python -m export batch-size`` measures
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's inputs, in its own order. Whatever feeds the model goes by this tuple alone."""
+        latents = TensorSpec("latents", "float32", (self.latent_size,))
+        return (latents, TensorSpec("labels", "int64", ())) if self.labels else (latents,)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's outputs: ``pixels`` as bytes, ``images`` in [0, 1]."""
+        return (
+            TensorSpec("pixels", "uint8", (self.height, self.width)),
+            TensorSpec("images", "float32", (1, self.height, self.width)),
+        )
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
-        values = dataclasses.asdict(self)
-        for name in GOLDEN_ARRAYS:
-            values["golden"][name] = base64.b64encode(getattr(self.golden, name)).decode()
-        return json.dumps(values, indent=2) + "\n"
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """Read ``manifest.json``'s bytes. Raises BundleError naming ``where`` and the field that is wrong."""
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{where} is over {MAX_MANIFEST_BYTES} bytes; export the model again")
+    schema = _schema_version(content, where)
+    if schema not in READABLE_SCHEMA_VERSIONS:
+        known = " and ".join(map(str, READABLE_SCHEMA_VERSIONS))
+        raise BundleError(f"{where} has schema version {ascii(schema)[:20]}, this server reads {known}; export again")
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
-        raise BundleError(f"{where} is not valid JSON; export the model again") from None
-    if not isinstance(values, dict):
-        raise BundleError(f"{where} is not a JSON object; export the model again")
-    if values.get("schema_version") != SCHEMA_VERSION:
-        found = ascii(values.get("schema_version"))[:20]
-        raise BundleError(f"{where} has schema version {found}, this server reads {SCHEMA_VERSION}; export again")
-    try:
-        values["tolerance"] = Tolerance(**_checked(values.get("tolerance"), Tolerance, where))
-        golden = _checked(values.get("golden"), Golden, where)
-        golden |= {name: base64.b64decode(golden[name], validate=True) for name in GOLDEN_ARRAYS}
-        values["golden"] = Golden(**golden)
-    except (binascii.Error, ValueError, TypeError):
-        raise BundleError(f"{where}: golden samples are not base64; export the model again") from None
-    manifest = Manifest(**_checked(values, Manifest, where))
-    _check_values(manifest, where)
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BundleError(f"{where}: {_one_line(error)}; export the model again") from None
+    golden = manifest.golden
+    checks = {
+        "golden.latents": len(golden.latents) == golden.count * manifest.latent_size * 4,
+        "golden.labels": len(golden.labels) == golden.count * (8 if manifest.labels else 0)
+        and all(0 <= label < manifest.labels for (label,) in struct.iter_unpack("<q", golden.labels)),
+        "golden.pixels": len(golden.pixels) == golden.count * manifest.height * manifest.width,
+        "files": set(REQUIRED_FILES) <= set(manifest.files),
+    }
+    for name, holds in checks.items():
+        if not holds:
+            raise BundleError(f"{where}: field {name!r} has an unusable value; export the model again")
     return manifest
 
 
@@ -124,48 +144,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_KINDS: Mapping[str, Any] = {
-    "int": int, "str": str, "float": (int, float), "bytes": str, "Mapping[str, str]": dict, "Mapping[str, Any]": dict,
-    "Golden": Golden, "Tolerance": Tolerance,
-}  # fmt: skip
+def _schema_version(content: bytes, where: str) -> Any:
+    try:
+        document = msgspec.json.decode(content)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise BundleError(f"{where} is not valid JSON; export the model again") from None
+    if not isinstance(document, dict):
+        raise BundleError(f"{where} is not a JSON object; export the model again")
+    return document.get("schema_version")
 
 
-def _checked(values: Any, kind: Any, where: str) -> dict[str, Any]:
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or set(values) != set(fields):
-        keys = set(values) if isinstance(values, dict) else set()
-        odd = sorted(keys ^ set(fields)) or ["?"]
-        raise BundleError(f"{where}: field {odd[0][:40]!r} is missing or unknown; export the model again")
-    for name, type_name in fields.items():
-        value = values[name]
-        wanted = _KINDS[str(type_name)]
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise BundleError(f"{where}: field {name!r} is of the wrong type; export the model again")
-        if "str, str" in str(type_name) and not all(isinstance(item, str) for item in value.values()):
-            raise BundleError(f"{where}: field {name!r} must map to strings; export the model again")
-    return dict(values)
-
-
-def _check_values(manifest: Manifest, where: str) -> None:
-    golden = manifest.golden
-    checks = {
-        "name": NAME_PATTERN.fullmatch(manifest.name) is not None,
-        "version": 1 <= manifest.version < 1 << 63,
-        "latent_size": 1 <= manifest.latent_size <= MAX_LATENT_SIZE,
-        "precision": manifest.precision in PRECISIONS,
-        "labels": 0 <= manifest.labels <= 1000,
-        "height": manifest.height == 28,
-        "width": manifest.width == 28,
-        "golden": 1 <= golden.count <= MAX_GOLDEN_SAMPLES
-        and len(golden.latents) == golden.count * manifest.latent_size * 4
-        and len(golden.labels) == golden.count * (8 if manifest.labels else 0)
-        and all(0 <= label < manifest.labels for (label,) in struct.iter_unpack("<q", golden.labels))
-        and len(golden.pixels) == golden.count * manifest.height * manifest.width,
-        "tolerance": 0 <= manifest.tolerance.images < 1
-        and 0 <= manifest.tolerance.pixel_levels < 256
-        and 0 <= manifest.tolerance.pixel_identical_share <= 1,
-        "files": set(REQUIRED_FILES) <= set(manifest.files),
-    }
-    for name, holds in checks.items():
-        if not holds:
-            raise BundleError(f"{where}: field {name!r} has an unusable value; export the model again")
+def _one_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.repository import BUNDLED_DIR
+from serve.manifest import BUNDLED_DIR
 from tests.server_process import ServerProcess
 
 SUBSET = Path(__file__).parent / "data" / "mnist-subset"

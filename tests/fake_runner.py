@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batcher import Batcher, Limits
-from serve.fair_queue import Priority, Ticket
+from serve.batching.batcher import Batcher, Limits
+from serve.batching.queue import Priority, Ticket
 from serve.latents import Span
 
 LATENT_SIZE = 8
-LARGEST = 4096
 TIMEOUT_S = 30
-
-
-@dataclass
-class FakeRows:
-    pixels: NDArray[np.uint8]
-    images: NDArray[np.float32] | None
-    labels: NDArray[np.int64] | None
-    bucket: int
 
 
 class FakeRunner:
@@ -31,21 +22,20 @@ class FakeRunner:
 
     def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None, *, labelled: bool = False) -> None:
         self._before = before
-        self._latents = np.zeros((LARGEST, LATENT_SIZE), np.float32)
-        self._labels = np.zeros(LARGEST, np.int64) if labelled else None
+        self._labelled = labelled
 
-    def latents(self, count: int) -> NDArray[np.float32]:
-        return self._latents[:count]
+    def allocate(self, count: int) -> dict[str, NDArray[Any]]:
+        feeds: dict[str, NDArray[Any]] = {"latents": np.zeros((count, LATENT_SIZE), np.float32)}
+        return feeds | {"labels": np.zeros(count, np.int64)} if self._labelled else feeds
 
-    def labels(self, count: int) -> NDArray[np.int64] | None:
-        return None if self._labels is None else self._labels[:count]
-
-    def run(self, count: int, want_images: bool = False) -> FakeRows:
-        latents = self._latents[:count]
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        latents = feeds["latents"]
         self._before(latents)
-        pixels = latents.copy().view(np.uint8).reshape(len(latents), -1)
-        labels = self.labels(count)
-        return FakeRows(pixels, latents.copy() if want_images else None, None if labels is None else labels.copy(), count)
+        rows = {"pixels": latents.copy().view(np.uint8).reshape(len(latents), -1), "images": latents.copy()}
+        return {name: rows[name] for name in outputs}
+
+    def bucket(self, count: int) -> int:
+        return count
 
 
 class RecordingObserver:
@@ -101,16 +91,22 @@ class Delivery:
 
 def make_limits(**changes: float) -> Limits:
     values: dict[str, float] = {
-        "latent_size": LATENT_SIZE, "labels": 0, "max_batch_size": 16, "max_queue_images": 100_000, "max_queue_delay_s": 0.0,
-        "crowd_rest_s": 0.001, "instances": 1, "watchdog_s": 30.0,
+        "latent_size": LATENT_SIZE, "labels": 0, "max_batch_size": 16, "max_queue_images": 100_000,
+        "linger_s": 0.001, "slots": 1, "watchdog_s": 30.0,
     }  # fmt: skip
     return Limits(**(values | changes))  # type: ignore[arg-type]
 
 
 def make_ticket(
-    count: int = 1, seed: int = 0, start: int = 0, priority: Priority = Priority.INTERACTIVE, deadline: float | None = None
+    count: int = 1,
+    seed: int = 0,
+    start: int = 0,
+    *,
+    priority: Priority = Priority.INTERACTIVE,
+    deadline: float | None = None,
+    waits_for_room: bool = False,
 ) -> Ticket:
-    return Ticket(Span(seed, start, count), False, priority, deadline, threading.Event())
+    return Ticket(Span(seed, start, count), ("pixels",), priority, deadline, threading.Event(), waits_for_room)
 
 
 def wait_for(ticket: Ticket) -> Ticket:

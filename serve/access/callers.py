@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+import msgspec
 
 from serve.access.tokens import TokenFile
 from serve.errors import CallerLimitError, ForbiddenError, UnauthenticatedError
@@ -20,9 +23,32 @@ MANY_CALLERS = 10_000
 NO_LIMIT = nullcontext()  # one for all: it is entered once for every request
 
 
+class Caller(msgspec.Struct, frozen=True, eq=False):
+    """Who a call is from, as its transport saw it."""
+
+    address: str = ""  # as ``peer_address`` writes it: the same whatever transport it came by
+    authorization: Sequence[str | bytes] = ()  # the values of every ``authorization`` header
+    request_id: str = ""
+
+
+def peer_address(peer: str) -> str:
+    """A peer without its port: ``ipv4:1.2.3.4:5``, ``ipv6:%5B::1%5D:5``, ``1.2.3.4`` or ``::1`` as an IP address alone.
+
+    An IPv4 address in IPv6's clothes is that IPv4 address. What is no IP address, a Unix socket for one, stays as it is.
+    """
+    kind, _, rest = peer.partition(":")
+    if kind in ("ipv4", "ipv6"):
+        peer = rest.replace("%5B", "[").replace("%5D", "]").rpartition(":")[0]
+    try:
+        address = ipaddress.ip_address(peer.strip("[]"))
+    except ValueError:
+        return peer
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 @dataclass
-class Caller:
-    """One caller and what is used of the limits; 0 is no limit."""
+class Account:
+    """One caller's limits and what is used of them; 0 is no limit."""
 
     name: str
     images_limit: int
@@ -78,59 +104,56 @@ class Caller:
         return min(self._burst, self.allowance + (time.monotonic() - self.allowance_at) * self.requests_per_s)
 
 
-class Callers:
-    """Lets callers in by token, or, without a tokens file, all of them, told apart by address."""
+class Accounts:
+    """Admits callers by token, or, without a tokens file, all of them, told apart by address."""
 
     def __init__(self, tokens: TokenFile | None, images: int, requests_per_s: float, open_admin: bool) -> None:
         """``images`` and ``requests_per_s`` limit each caller; ``open_admin``: without a tokens file, may anyone administer?"""
         self._tokens = tokens
         self._limits = (images, requests_per_s)
         self._open_admin = open_admin
-        self._everyone = Caller("a caller", 0, 0.0)
-        self._known: dict[str, Caller] = {}
+        self._everyone = Account("a caller", 0, 0.0)
+        self._known: dict[str, Account] = {}
         self._pruned_at = 0.0
 
-    def admit(self, context: Any, scope: Scope) -> Caller:
-        """Who is calling. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""
-        caller = self._identify(context, scope)
-        caller.count_request()
-        return caller
+    def admit(self, caller: Caller, scope: Scope) -> Account:
+        """The account of a caller. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""
+        account = self._identify(caller, scope)
+        account.count_request()
+        return account
 
-    def _identify(self, context: Any, scope: Scope) -> Caller:
+    def _identify(self, caller: Caller, scope: Scope) -> Account:
         if scope == "open":
             return self._everyone
         if self._tokens is None:
             if scope == "admin" and not self._open_admin:
                 raise ForbiddenError("model control beyond loopback needs --tokens-file and a token with the scope admin")
-            if not any(self._limits):
-                return self._everyone
-            peer: str = context.peer()
-            return self._caller(peer.rpartition(":")[0] or peer, *self._limits)
-        token = self._tokens.check(_bearer(context))
+            return self._account(peer_address(caller.address), *self._limits) if any(self._limits) else self._everyone
+        token = self._tokens.check(_bearer(caller))
         if scope not in token.scopes:
             raise ForbiddenError(f"the token {token.name!r} lacks the scope {scope}; it has {', '.join(token.scopes)}")
         images, requests_per_s = self._limits
         images = images if token.images is None else token.images
         requests_per_s = requests_per_s if token.requests_per_s is None else token.requests_per_s
-        return self._caller(token.name, images, requests_per_s)
+        return self._account(token.name, images, requests_per_s)
 
-    def _caller(self, name: str, images_limit: int, requests_per_s: float) -> Caller:
-        caller = self._known.get(name)
-        if caller is None:
+    def _account(self, name: str, images_limit: int, requests_per_s: float) -> Account:
+        account = self._known.get(name)
+        if account is None:
             self._forget_idle()
-            caller = self._known[name] = Caller(name, images_limit, requests_per_s)
-        caller.images_limit, caller.requests_per_s = images_limit, requests_per_s  # the tokens file may have changed
-        return caller
+            account = self._known[name] = Account(name, images_limit, requests_per_s)
+        account.images_limit, account.requests_per_s = images_limit, requests_per_s  # the tokens file may have changed
+        return account
 
     def _forget_idle(self) -> None:
         now = time.monotonic()
         if len(self._known) >= MANY_CALLERS and now - self._pruned_at > BURST_S:
             self._pruned_at = now
-            self._known = {name: caller for name, caller in self._known.items() if not caller.at_rest}
+            self._known = {name: account for name, account in self._known.items() if not account.at_rest}
 
 
-def _bearer(context: Any) -> str:
-    presented = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+def _bearer(caller: Caller) -> str:
+    presented = caller.authorization
     if not presented:
         raise UnauthenticatedError("a bearer token is needed: authorization: Bearer <token>", "missing")
     if len(presented) > 1 or not isinstance(presented[0], str) or not presented[0].lower().startswith(SCHEME):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 
-from serve.access.file_state import FileState, file_state
+from serve.config.file_state import FileState, file_state
 from serve.errors import SettingsError
 
 log = logging.getLogger(__name__)

@@ -12,32 +12,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import hmac
-import json
 import logging
 import os
-import re
 import secrets
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from serve.access.file_state import file_state
+import msgspec
+from msgspec import Meta
+
+from serve.config.command_line import OneLineParser
+from serve.config.file_state import file_state
 from serve.errors import SettingsError, UnauthenticatedError
-from serve.one_line import OneLineParser
 
 log = logging.getLogger(__name__)
 
 SCOPES = ("generate", "admin")
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 SECRET_BYTES = 32
 MAX_FILE_BYTES = 1 << 20
 MAX_TOKEN_CHARACTERS = 256
@@ -45,16 +43,27 @@ RELOAD_CHECK_S = 0.5
 NO_HASH = "0" * 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token:
+def _is_time(value: str) -> bool:
+    try:
+        moment = datetime.fromisoformat(value)
+        return moment.tzinfo is not None and moment.timestamp() > 0
+    except (ValueError, OverflowError):
+        return False
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One entry of the file. The limits replace the server's own for this caller; 0 is none."""
 
-    name: str
-    sha256: str
-    scopes: tuple[str, ...]
+    name: Annotated[str, Meta(pattern=rf"\A{NAME_PATTERN}\Z")]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    scopes: Annotated[tuple[Literal["generate", "admin"], ...], Meta(min_length=1)]
     expires: str | None = None  # ISO 8601 with a time zone
-    images: int | None = None  # in flight
-    requests_per_s: float | None = None
+    images: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None  # in flight
+    requests_per_s: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.expires is not None and not _is_time(self.expires):
+            raise ValueError("expires must be a time as 2027-01-31T00:00:00+00:00")
 
     @property
     def expires_at(self) -> float:
@@ -62,16 +71,20 @@ class Token:
         return float("inf") if self.expires is None else datetime.fromisoformat(self.expires).timestamp()
 
 
+class _Document(msgspec.Struct, forbid_unknown_fields=True):
+    tokens: list[msgspec.Raw]
+
+
 def parse_tokens(content: bytes, where: str) -> dict[str, Token]:
     """Read the file's bytes. Raises SettingsError naming ``where``, the entry and what is wrong; never a hash."""
     try:
-        values = json.loads(content) if len(content) <= MAX_FILE_BYTES else None
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or set(values) != {"tokens"} or not isinstance(values["tokens"], list):
+        entries = msgspec.json.decode(content, type=_Document).tokens if len(content) <= MAX_FILE_BYTES else None
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        entries = None
+    if entries is None:
         raise SettingsError(f'{where} is not JSON of the form {{"tokens": [...]}} and at most {MAX_FILE_BYTES} bytes')
     tokens: dict[str, Token] = {}
-    for number, entry in enumerate(values["tokens"]):
+    for number, entry in enumerate(entries):
         token = _parse_entry(entry, f"{where}: token {number}")
         if token.name in tokens:
             raise SettingsError(f"{where}: token {number}: the name {token.name!r} is there twice")
@@ -141,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "images": flags.images,
                 "requests_per_s": flags.requests_per_s,
             }
-            tokens[flags.name] = _parse_entry(entry, "the new token")
+            tokens[flags.name] = _parse_entry(msgspec.json.encode(entry), "the new token")
             _write(flags.file, tokens)
             print(presented)
         else:
@@ -167,38 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_entry(entry: Any, where: str) -> Token:
-    fields = {field.name: field.default for field in dataclasses.fields(Token)}
-    if not isinstance(entry, dict):
-        raise SettingsError(f"{where} is not an object")
-    if odd := sorted(set(entry) - set(fields)) or [name for name in ("name", "sha256", "scopes") if name not in entry]:
-        raise SettingsError(f"{where}: field {odd[0][:40]!r} is missing or unknown")
-    values: Mapping[str, Any] = {name: entry.get(name) for name in fields}
-    scopes, limits = values["scopes"], (values["images"], values["requests_per_s"])
-    checks = {
-        "name": _matches(NAME_PATTERN, values["name"]),
-        "sha256": _matches(HASH_PATTERN, values["sha256"]),
-        "scopes": isinstance(scopes, list) and bool(scopes) and all(scope in SCOPES for scope in scopes),
-        "expires": values["expires"] is None or _is_time(values["expires"]),
-        "images": limits[0] is None or (type(limits[0]) is int and 0 <= limits[0] < 1 << 31),
-        "requests_per_s": limits[1] is None or (type(limits[1]) in (int, float) and 0 <= limits[1] <= 1e6),
-    }
-    for name, holds in checks.items():
-        if not holds:
-            raise SettingsError(f"{where}: field {name!r} has an unusable value")
-    return Token(**{**values, "scopes": tuple(scopes)})
-
-
-def _matches(pattern: re.Pattern[str], value: Any) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _is_time(value: Any) -> bool:
+def _parse_entry(entry: bytes | msgspec.Raw, where: str) -> Token:
     try:
-        moment = datetime.fromisoformat(value)
-        return moment.tzinfo is not None and moment.timestamp() > 0
-    except (TypeError, ValueError, OverflowError):
-        return False
+        return msgspec.json.decode(entry, type=Token)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # Where, and not what: msgspec's texts name types, bounds and fields, and an unknown field's name.
+        raise SettingsError(f"{where}: {ascii(str(error))[1:-1][:200]}") from None
 
 
 def _read(path: Path) -> dict[str, Token]:
@@ -211,11 +198,10 @@ def _read(path: Path) -> dict[str, Token]:
 
 def _write(path: Path, tokens: Mapping[str, Token]) -> None:
     """All or nothing, and for its owner's eyes alone."""
-    entries = [{key: value for key, value in dataclasses.asdict(token).items() if value is not None} for token in tokens.values()]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps({"tokens": entries}, indent=2) + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode({"tokens": list(tokens.values())}), indent=2) + b"\n")
         Path(temporary).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

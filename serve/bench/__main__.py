@@ -37,11 +37,13 @@ from prometheus_client import CollectorRegistry
 from serve.bench.load import H2LOAD, WARM_UP_S, Load, by_python, closed
 from serve.bench.process import Started, started
 from serve.bench.report import Target, machine, print_targets, runs_per_second, say, write
-from serve.engine import Engine, EngineOptions
+from serve.engine.onnx_runtime import ort
+from serve.engine.provider import EngineOptions
+from serve.engine.session import Engine
 from serve.latents import LatentReader, Span
-from serve.metrics import Metrics, ModelMetrics, RpcMetrics
-from serve.onnx_runtime import ort
-from serve.repository import BUNDLED_DIR, read_bundle
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import read_bundle
+from serve.observability.metrics import Metrics, ModelMetrics, RpcMetrics
 
 MODELS = ("mlp", "dcgan")
 RAW_BATCHES = (16, 64, 256)
@@ -127,7 +129,7 @@ def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
         "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
         "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
         "unloaded": asdict(closed(Load(server.target, model, 1, seconds))),
-        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(1)),
+        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(engine.allocate(1))),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import uvloop
 
-from serve.service import SERVICE
+from serve.api.digits_v1 import SERVICE
 
 
 async def run(response_bytes: int) -> None:

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from serve.engine.onnx_runtime import ort
+
 
 @dataclass(frozen=True)
 class Target:
@@ -57,12 +59,13 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    packages = ("onnxruntime-gpu", "grpcio", "numpy", "uvloop")
+    packages = ("grpcio", "numpy", "uvloop")
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        # ONNX Runtime's distribution is called otherwise on some platforms.
+        "versions": {"onnxruntime": ort.__version__} | {package: version(package) for package in packages},
     }
 
 

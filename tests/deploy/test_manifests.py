@@ -19,11 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.cli import build_parser as export_parser
 from export.watch import WatchMetrics
+from serve.api.digits_v1 import SERVICE
+from serve.config.settings import Settings, env_name, from_arguments
 from serve.dataset import main as dataset_main
-from serve.metrics import Metrics
-from serve.server import DRAIN_OVERHEAD_S, LIVENESS
-from serve.service import SERVICE
-from serve.settings import Settings, env_name, from_arguments
+from serve.observability.metrics import Metrics
+from serve.runtime.health import LIVENESS
+from serve.runtime.server import DRAIN_OVERHEAD_S
 from tests.deploy.tools import run
 from tests.server_process import ServerProcess
 from train.cli import build_parser as train_parser

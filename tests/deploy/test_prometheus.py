@@ -23,10 +23,10 @@ import grpc
 import pytest
 import yaml
 
-from serve.channel import CHANNEL_OPTIONS
+from serve.client.channel import CHANNEL_OPTIONS
+from serve.manifest import BUNDLED_DIR
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
-from serve.repository import BUNDLED_DIR
 from tests.bundle_copies import add_version, break_golden
 from tests.deploy.tools import run, tool
 from tests.server_process import ServerProcess
@@ -102,7 +102,7 @@ class LoadedServer:
 
     def __init__(self, models: Path) -> None:
         self.flags = [
-            f"--models-dir={models}", "--model-control=poll", "--poll-interval-s=0.2", "--instances=1",
+            f"--models-dir={models}", "--poll-interval-s=0.2", "--instances=1",
         ]  # fmt: skip
         self.server = ServerProcess(*self.flags)
         self.flooding = threading.Event()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serve.client import DigitClient
-from serve.repository import BUNDLED_DIR
+from serve.manifest import BUNDLED_DIR
 from tests.bundle_copies import add_version
 from tests.deploy.tools import tool
 from tests.server_process import ServerProcess

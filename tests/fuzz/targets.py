@@ -9,36 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
+import msgspec
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from serve.access.callers import Callers
+from serve.access.callers import Accounts
 from serve.access.tokens import parse_tokens
-from serve.batcher import Batcher, Limits
-from serve.catalog import Catalog
-from serve.engine import Outputs
+from serve.api.admission import Admission, InFlight
+from serve.api.digits_v1 import DigitService
+from serve.api.model_control import ModelControlService
+from serve.api.open_inference import OpenInferenceService
+from serve.api.rpc import RpcTable
+from serve.batching.batcher import Batcher, Limits
+from serve.config.settings import DEFAULT_MODEL, Settings
+from serve.core.generate import Core
 from serve.errors import BundleError, SettingsError
-from serve.lifecycle import Lifecycle
-from serve.manifest import Golden, parse_manifest
-from serve.metrics import Metrics, ModelMetrics
-from serve.model import Model, wake_callers
-from serve.model_control import ModelControlService
-from serve.open_inference import OpenInferenceService
+from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
+from serve.models.administration import Administration
+from serve.models.catalog import Catalog
+from serve.models.desired_state import ServingFile, parse_serving_state
+from serve.models.model import Model, wake_callers
+from serve.models.reconcile import Reconciler
+from serve.models.repository import Repository, read_bundle
+from serve.observability.metrics import Metrics, ModelMetrics
 from serve.pb.digits.v1 import control_pb2, digits_pb2
 from serve.pb.inference import open_inference_pb2
-from serve.repository import BUNDLED_DIR, Repository, VersionPolicies, read_bundle
-from serve.rpc import Door, Gate, RpcTable
-from serve.service import DigitService
-from serve.settings import DEFAULT_MODEL, Settings
 from train.data import read_idx
 from train.errors import DataError
 
@@ -73,26 +76,32 @@ class FakeContext:
     def time_remaining(self) -> float:
         return 60.0
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Nobody waits for a drain here."""
+
 
 class BlankRunner:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
 
-    def __init__(self) -> None:
-        self._latents = np.zeros((MAX_COUNT, LATENT_SIZE), np.float32)
-        self._labels = np.zeros(MAX_COUNT, np.int64)
+    def allocate(self, count: int) -> dict[str, NDArray[Any]]:
+        return {"latents": np.zeros((count, LATENT_SIZE), np.float32), "labels": np.zeros(count, np.int64)}
 
-    def latents(self, count: int) -> NDArray[np.float32]:
-        return self._latents[:count]
-
-    def labels(self, count: int) -> NDArray[np.int64]:
-        return self._labels[:count]
-
-    def run(self, count: int, want_images: bool = False) -> Outputs:
-        images = np.zeros((count, 1, 28, 28), np.float32) if want_images else None
-        labels = self._labels[:count].copy()
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        labels = feeds["labels"]
         if labels.min() < 0 or labels.max() > 9:
             raise DefectError(f"labels from {labels.min()} to {labels.max()} reached the model")
-        return Outputs(np.zeros((count, 28, 28), np.uint8), images, labels, count)
+        count = len(labels)
+        rows = {"pixels": np.zeros((count, 28, 28), np.uint8), "images": np.zeros((count, 1, 28, 28), np.float32)}
+        return {name: rows[name] for name in outputs}
+
+    def bucket(self, count: int) -> int:
+        return count
 
 
 class Server:
@@ -100,14 +109,16 @@ class Server:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16, model_control="explicit")
+        settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16)
         metrics = Metrics(CollectorRegistry())
         catalog = Catalog(DEFAULT_MODEL)
-        repository = Repository(BUNDLED_DIR, VersionPolicies())
-        door = Door(metrics, Gate(), Callers(None, 0, 0.0, open_admin=True))
-        self.digits = handlers(DigitService(catalog, settings).table(door))
-        self.inference = handlers(OpenInferenceService(catalog, settings, lambda: True).table(door))
-        own, extension = ModelControlService(Lifecycle(repository, catalog, settings, metrics)).tables(door)
+        admission = Admission(metrics, InFlight(), Accounts(None, 0, 0.0, open_admin=True))
+        core = Core(catalog, settings.max_count, settings.max_count_float32)
+        serving_file = ServingFile(BUNDLED_DIR / "serving.json")  # which is not written: the bundled models are not changed
+        reconciler = Reconciler(Repository(BUNDLED_DIR), serving_file, catalog, settings, metrics)
+        self.digits = handlers(DigitService(core).table(admission))
+        self.inference = handlers(OpenInferenceService(core, lambda: True).table(admission))
+        own, extension = ModelControlService(Administration(reconciler)).tables(admission)
         self.control = {**handlers(own), **handlers(extension)}
         self._loop.run_until_complete(self._open(catalog, metrics))
 
@@ -115,8 +126,8 @@ class Server:
         bundle = read_bundle(BUNDLED_DIR / DEFAULT_MODEL / "1")
         observer = ModelMetrics(metrics, DEFAULT_MODEL, 1)
         limits = Limits(
-            latent_size=LATENT_SIZE, labels=10, max_batch_size=16, max_queue_images=1 << 16, max_queue_delay_s=0.0,
-            crowd_rest_s=0.0, instances=1, watchdog_s=60.0,
+            latent_size=LATENT_SIZE, labels=10, max_batch_size=16, max_queue_images=1 << 16, linger_s=0.0,
+            slots=1, watchdog_s=60.0,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
 
@@ -293,10 +304,17 @@ def small_manifest() -> dict[str, Any]:
     """The bundled mlp's manifest with one golden sample: short enough to be spoiled everywhere."""
     manifest = read_bundle(BUNDLED_DIR / "mlp" / "1").manifest
     golden = Golden(count=1, latents=manifest.golden.latents[: 64 * 4], labels=b"", pixels=manifest.golden.pixels[:784])
-    document: dict[str, Any] = json.loads(dataclasses.replace(manifest, golden=golden, training={"step": 1}).to_json())
+    document: dict[str, Any] = json.loads(msgspec.structs.replace(manifest, golden=golden, training={"step": 1}).to_json())
     return document
 
 
+SERVING = {
+    "schema_version": 1,
+    "models": {
+        "mlp": {"versions": [1, 2], "route": {"default": 1, "canary": 2, "canary_share": 0.1}, "previous": [{"default": 2}]},
+        "dcgan": {"versions": "latest:2"},
+    },
+}
 TOKENS = {"tokens": [{"name": "a", "sha256": "ab" * 32, "scopes": ["generate"], "expires": "2030-01-01T00:00:00Z", "images": 5}]}
 
 DIGITS = {
@@ -329,13 +347,14 @@ def make_target(name: str) -> Target:
         return message_target(lambda method, raw: server.call(table[method], raw), requests)
     readers: dict[str, Callable[[], Target]] = {
         "manifest": lambda: json_target(parse_manifest, BundleError, small_manifest()),
+        "serving": lambda: json_target(parse_serving_state, SettingsError, SERVING),
         "tokens": lambda: json_target(parse_tokens, SettingsError, TOKENS),
         "idx": lambda: reader_target(read_idx, DataError),
     }
     return readers[name]()
 
 
-NAMES = ("digits", "inference", "control", "manifest", "tokens", "idx")
+NAMES = ("digits", "inference", "control", "manifest", "serving", "tokens", "idx")
 
 
 def seeds(name: str) -> Iterable[bytes]:
@@ -365,6 +384,7 @@ def seeds(name: str) -> Iterable[bytes]:
         "inference": [bytes([pick["ModelInfer"]]) + infer.SerializeToString(), *steering],
         "control": steering,
         "manifest": [json.dumps(small_manifest()).encode(), *steering],
+        "serving": [json.dumps(SERVING).encode(), *steering],
         "tokens": [json.dumps(TOKENS).encode(), *steering],
         "idx": [idx],
     }[name]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from serve.bench.report import Target, print_targets, say, write
-from serve.engine import choose_provider
+from serve.engine.provider import choose_provider
 from serve.errors import ProviderError
 from tests.gpu.checks import CHECKS, Plan
 

@@ -23,20 +23,22 @@ import grpc
 import numpy as np
 import torch
 
-from export.parity import torch_form
+from export.generator import torch_form
 from export.to_fp16 import to_fp16
 from export.to_torchscript import load_torchscript
-from serve import cuda
+from serve.api.encoding import as_bytes, pack_field
 from serve.bench.load import Load, by_python
 from serve.bench.process import Started, started
 from serve.bench.report import Target, runs_per_second
-from serve.encode import as_bytes, pack_field
-from serve.engine import Engine, EngineOptions, Provider
+from serve.engine import cuda
+from serve.engine.factory import make_engine
+from serve.engine.provider import EngineOptions, Provider
+from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Engine
 from serve.latents import LatentReader, Span, draw_span
-from serve.manifest import TORCHSCRIPT_FILE
+from serve.manifest import BUNDLED_DIR, TORCHSCRIPT_FILE
+from serve.models.repository import Bundle, read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
-from serve.repository import BUNDLED_DIR, Bundle, read_bundle
 from train.bench import measure
 from train.capture import CudaRecording
 from train.checkpoint import create_run
@@ -62,7 +64,7 @@ class Plan:
     training_steps: int = 200
 
     def options(self, **changes: Any) -> EngineOptions:
-        return EngineOptions(provider=self.provider, powers=True, **changes)
+        return EngineOptions(provider=self.provider, pad_to_powers=True, **changes)
 
     @property
     def graphs(self) -> bool:
@@ -98,7 +100,7 @@ def bundle_of(model: str) -> Bundle:
 
 def engine_of(model: str, plan: Plan, **changes: Any) -> Engine:
     bundle = bundle_of(model)
-    return Engine(bundle.model, bundle.manifest, plan.options(**changes), plan.largest)
+    return make_engine(bundle.model, bundle.manifest, plan.options(**changes), plan.largest)
 
 
 def strictness(plan: Plan) -> Outcome:
@@ -128,7 +130,7 @@ def parity(plan: Plan) -> Outcome:
         engines = {
             "fp32": engine_of(model, plan, cuda_graphs=plan.graphs),
             "tf32": engine_of(model, plan, cuda_options={"use_tf32": "1"}),
-            "fp16": Engine(to_fp16(bundle.model), bundle.manifest, plan.options(), plan.largest),
+            "fp16": make_engine(to_fp16(bundle.model), bundle.manifest, plan.options(), plan.largest),
         }
         engines["fp32"].warm()
         for form, engine in engines.items():
@@ -136,10 +138,9 @@ def parity(plan: Plan) -> Outcome:
             for bucket in engine.buckets():
                 rows = draw_span(Span(SEED, bucket, bucket), bundle.manifest.latent_size, bundle.manifest.labels)
                 expected, replayed = reference(*rows), engine.compute(*rows)
-                with_images = engine.compute(*rows, want_images=True)
-                assert with_images.images is not None
-                worst = max(worst, float(np.abs(expected["images"] - with_images.images).max()))
-                apart = np.abs(expected["pixels"].astype(np.int16) - replayed.pixels).max()
+                with_images = engine.compute(*rows, PIXELS_AND_IMAGES)
+                worst = max(worst, float(np.abs(expected["images"] - with_images["images"]).max()))
+                apart = np.abs(expected["pixels"].astype(np.int16) - replayed["pixels"]).max()
                 levels = max(levels, int(apart))
             figures[f"{model} {form}"] = {"images": worst, "pixel_levels": levels}
         served = figures[f"{model} fp32"]
@@ -154,17 +155,16 @@ def graphs(plan: Plan) -> Outcome:
     targets, aims = [], []
     for model in MODELS:
         engine, plain = engine_of(model, plan, cuda_graphs=plan.graphs), engine_of(model, plan)
-        engine.warm()
+        captured = sum(engine.warm().values())
         plain.warm()
         shape = engine.manifest.latent_size, engine.manifest.labels
         apart = 0
         for bucket in engine.buckets():
             for seed in (1, 2):
                 rows = draw_span(Span(seed, 0, bucket), *shape)
-                replayed, expected = engine.compute(*rows).pixels.astype(np.int16), plain.compute(*rows).pixels
+                replayed, expected = engine.compute(*rows)["pixels"].astype(np.int16), plain.compute(*rows)["pixels"]
                 apart = max(apart, int(np.abs(replayed - expected).max()))
         ratios = {bucket: _run_s(engine, bucket, plan) / _run_s(plain, bucket, plan) for bucket in (1, 2, 4, 8)}
-        captured = sum(engine.captures.values())
         figures[model] = {"captured": captured, "of": len(engine.buckets()), "apart_levels": apart, "run_time_ratio": ratios}
         if plan.graphs:
             targets.append(Target(f"{model}: buckets with a graph", captured, len(engine.buckets())))
@@ -255,7 +255,8 @@ def memory(plan: Plan) -> Outcome:
     early, runs = 0.0, 0
     while (spent := time.monotonic() - begun) < plan.memory_seconds:
         for engine in engines:
-            engine.run(chance.randint(1, plan.largest), want_images=chance.random() < 0.2)
+            outputs = PIXELS_AND_IMAGES if chance.random() < 0.2 else PIXELS
+            engine.run(engine.allocate(chance.randint(1, plan.largest)), outputs)
             runs += 1
         if not early and spent > plan.memory_seconds / 10:
             early = used()
@@ -324,7 +325,10 @@ CHECKS: dict[str, Check] = {
 
 
 def _run_s(engine: Engine, bucket: int, plan: Plan) -> float:
-    return 1 / runs_per_second(lambda: engine.run(bucket), plan.seconds / 8)
+    feeds = engine.allocate(bucket)
+    for array in feeds.values():
+        array[:] = 0
+    return 1 / runs_per_second(lambda: engine.run(feeds), plan.seconds / 8)
 
 
 def _digits_per_s(target: str, model: str, plan: Plan) -> float:

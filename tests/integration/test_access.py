@@ -22,8 +22,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from serve.access.tokens import main as tokens_command
-from serve.channel import Access
 from serve.client import DigitClient
+from serve.client.channel import Access
 from serve.pb.digits.v1 import control_pb2, control_pb2_grpc
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -198,7 +198,7 @@ def test_tokens_decide_by_scope_and_health_needs_none(
     tmp_path: Path, add_token: Callable[..., str], start_server: Callable[..., ServerProcess]
 ) -> None:
     user, admin = add_token("user"), add_token("operator", "--scopes=generate,admin")
-    server = start_server(f"--tokens-file={tmp_path / 'tokens.json'}", "--model-control=explicit")
+    server = start_server(f"--tokens-file={tmp_path / 'tokens.json'}")
     with grpc.insecure_channel(server.target) as channel:
         control = control_pb2_grpc.ModelControlStub(channel)
 

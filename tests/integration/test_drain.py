@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serve.channel import CHANNEL_OPTIONS
 from serve.client import DigitClient
+from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess

@@ -32,7 +32,8 @@ from export.generator import ServedGenerator, fold, served_generator
 from export.to_onnx import check_graph
 from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
-from serve.repository import BUNDLED_DIR, read_bundle
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import read_bundle
 from tests.server_process import ServerProcess
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.config import TrainConfig, preset

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.open_inference import OpenInferenceService
+from serve.api.open_inference import OpenInferenceService
 from tests.fuzz import targets
 from tests.fuzz.targets import NAMES, DefectError, make_target, seeds
 

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from serve.channel import CHANNEL_OPTIONS
 from serve.client import DigitClient
+from serve.client.channel import CHANNEL_OPTIONS
 from serve.latents import draw
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc

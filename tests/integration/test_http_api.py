@@ -18,7 +18,7 @@ from PIL import Image
 
 from serve.access.tokens import main as tokens_main
 from serve.client import DigitClient
-from serve.encode import to_grid
+from serve.pictures import to_grid
 from tests.server_process import ServerProcess
 
 

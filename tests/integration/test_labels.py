@@ -9,7 +9,8 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.client import DigitClient, main
+from serve.client import DigitClient
+from serve.client.command import main
 from serve.latents import Span, draw_span, slerp
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serve.channel import CHANNEL_OPTIONS
 from serve.client import DigitClient
+from serve.client.channel import CHANNEL_OPTIONS
 from serve.manifest import ONNX_FILE
 from serve.pb.digits.v1 import control_pb2 as pb
 from serve.pb.digits.v1 import control_pb2_grpc as pb_grpc
@@ -87,7 +87,7 @@ def load(target: str, callers: int = 4) -> Iterator[Counter[int]]:
 def test_fifty_swaps_under_load_fail_no_call_and_keep_no_memory(models: Path, start_server: Callable[..., ServerProcess]) -> None:
     for version in range(2, 5):
         add_version(models, "mlp", version)
-    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--model-control=explicit", "--versions=1")
+    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--versions=1")
     process = psutil.Process(server.process.pid)
     with control(server) as stub, load(server.target) as versions:
         old = 1
@@ -114,7 +114,7 @@ def test_fifty_swaps_under_load_fail_no_call_and_keep_no_memory(models: Path, st
 def test_polling_swaps_under_load_and_a_bad_version_changes_nothing(
     models: Path, start_server: Callable[..., ServerProcess]
 ) -> None:
-    flags = ("--default-model=mlp", "--model-control=poll", "--poll-interval-s=0.05")
+    flags = ("--default-model=mlp", "--poll-interval-s=0.05")
     server = start_server(f"--models-dir={models}", *flags)
     with control(server) as stub, load(server.target) as versions:
         for version in range(2, 7):
@@ -138,7 +138,7 @@ def test_the_canary_shows_in_the_answers_versions_the_list_and_the_metrics(
     models: Path, start_server: Callable[..., ServerProcess]
 ) -> None:
     add_version(models, "mlp", 2)
-    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--model-control=explicit", "--versions=latest:2")
+    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--versions=latest:2")
     with control(server) as stub, DigitClient(server.target) as client:
         stub.SetDefault(pb.SetDefaultRequest(model="mlp", version=1, canary_version=2, canary_share=0.3))
         by_seed = {seed: client.generate(1, seed=seed).version for seed in range(300)}
@@ -192,13 +192,13 @@ def test_odd_model_names_are_not_found_and_touch_nothing(name: str, explicit_ser
 
 @pytest.fixture(scope="module")
 def explicit_server() -> Iterator[ServerProcess]:
-    server = ServerProcess("--model-control=explicit")
+    server = ServerProcess()
     yield server
     server.kill()
 
 
 def test_health_follows_the_models(models: Path, start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--model-control=explicit")
+    server = start_server(f"--models-dir={models}", "--default-model=mlp")
     status = health_pb2.HealthCheckResponse
     with control(server) as stub, grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -218,7 +218,7 @@ def test_health_follows_the_models(models: Path, start_server: Callable[..., Ser
 def test_the_command_line_administers(models: Path, start_server: Callable[..., ServerProcess]) -> None:
     add_version(models, "mlp", 2)
     break_golden(add_version(models, "mlp", 3))
-    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--model-control=explicit", "--versions=1")
+    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--versions=1")
 
     def admin(*words: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "serve.admin", words[0], "--target", server.target, *words[1:]]
@@ -244,7 +244,7 @@ def test_the_command_line_administers(models: Path, start_server: Callable[..., 
 def test_tritons_client_lists_loads_and_unloads(models: Path, start_server: Callable[..., ServerProcess]) -> None:
     assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
     add_version(models, "mlp", 2)
-    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--model-control=explicit", "--versions=1")
+    server = start_server(f"--models-dir={models}", "--default-model=mlp", "--versions=1")
     done = subprocess.run(
         [str(TRITON_PYTHON), str(TRITON_CALLER), server.target], capture_output=True, text=True, timeout=120, check=False
     )

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,9 +17,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collecto
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from serve import tracing
 from serve.errors import SettingsError
-from serve.logs import JsonFormatter, current_call
+from serve.observability import tracing
+from serve.observability.logs import JsonFormatter, current_request_id
 from serve.pb.digits.v1 import control_pb2, control_pb2_grpc
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -86,9 +87,11 @@ def test_a_requests_spans_hang_together_and_follow_the_callers_trace(
     assert len(failed) <= 1, "the caller's own mistake is no error of the server's"
 
 
-def test_json_logs_carry_the_request_and_its_trace(collecting: Collector, start_server: Callable[..., ServerProcess]) -> None:
+def test_json_logs_carry_the_request_and_its_trace(
+    collecting: Collector, bundles: Path, start_server: Callable[..., ServerProcess]
+) -> None:
     server = start_server(
-        "--log-format=json", "--model-control=explicit", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint}
+        f"--models-dir={bundles}", "--log-format=json", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint}
     )
     with grpc.insecure_channel(server.target) as channel:
         stub = control_pb2_grpc.ModelControlStub(channel)
@@ -103,19 +106,15 @@ def test_json_logs_carry_the_request_and_its_trace(collecting: Collector, start_
 
 
 def test_an_internal_errors_line_has_its_request_and_trace(caplog: pytest.LogCaptureFixture) -> None:
-    class Context:
-        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-            return (("x-request-id", "ticket-4711"),)
-
-    token = current_call.set(Context())
+    token = current_request_id.set("ticket-4711")
     try:
         try:
             raise KeyError("planted")
         except KeyError:
-            record = logging.LogRecord("serve.rpc", logging.ERROR, "", 0, "error %s", ("abc",), sys.exc_info())
+            record = logging.LogRecord("serve.api.status", logging.ERROR, "", 0, "error %s", ("abc",), sys.exc_info())
         entry = json.loads(JsonFormatter().format(record))
     finally:
-        current_call.reset(token)
+        current_request_id.reset(token)
     assert (entry["request_id"], entry["level"], entry["message"]) == ("ticket-4711", "error", "error abc")
     assert "KeyError: 'planted'" in entry["error"]
     assert "request_id" not in json.loads(JsonFormatter().format(record))

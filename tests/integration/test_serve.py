@@ -15,13 +15,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-from serve.channel import CHANNEL_OPTIONS
-from serve.client import DigitClient, as_text
-from serve.engine import Engine, EngineOptions
+from serve.client import DigitClient
+from serve.client.channel import CHANNEL_OPTIONS
+from serve.client.command import as_text
+from serve.engine.provider import EngineOptions
+from serve.engine.session import Engine
 from serve.latents import INDEX_LIMIT, Span, draw, draw_span
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
-from serve.repository import BUNDLED_DIR, read_bundle
 from tests.server_process import ServerProcess
 
 MODELS = ("mlp", "dcgan", "cdcgan")
@@ -262,7 +265,7 @@ def test_the_golden_check_runs_again_through_the_live_batcher(start_server: Any)
 
 
 def test_the_clients_picture_and_text(shared_server: ServerProcess, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from serve.client import main  # noqa: PLC0415  # the module's name is taken by the fixture here
+    from serve.client.command import main  # noqa: PLC0415  # the module's name is taken by the fixture here
 
     out = tmp_path / "digits.png"
     assert main(["--target", shared_server.target, "--out", str(out), "--seed", "5"]) == 0

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.manifest import MANIFEST_FILE
-from serve.repository import BUNDLED_DIR
+from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
 from tests.server_process import ServerProcess
 
 

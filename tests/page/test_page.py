@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve.access.tokens import main as tokens_main
-from serve.client import main as client_main
+from serve.client.command import main as client_main
 from tests.server_process import ServerProcess
 
 WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.batcher import REST_CALLERS, Batcher
+from serve.batching import slots as slots_module
+from serve.batching.batcher import CROWD_CALLERS, Batcher
+from serve.batching.queue import Priority, Ticket
 from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
-from serve.fair_queue import Priority, Ticket
-from serve.latents import draw
+from serve.latents import Span, draw
 from tests.fake_runner import (
     LATENT_SIZE,
     TIMEOUT_S,
@@ -23,10 +24,13 @@ from tests.fake_runner import (
     start_batcher,
     wait_for,
 )
+from tests.waiting import wait_until
+
+HUNG = 123.0  # latents of this value hang in the runner that looks for it
 
 
 def rows_of(ticket: Ticket) -> bytes:
-    return b"".join(rows.tobytes() for _, rows, _ in sorted(ticket.parts, key=lambda part: part.first))
+    return b"".join(part.rows["pixels"].tobytes() for part in sorted(ticket.parts, key=lambda part: part.first))
 
 
 def expected_rows(ticket: Ticket) -> bytes:
@@ -41,7 +45,7 @@ def occupy(batcher: Batcher, gate: Gate) -> Ticket:
     return ticket
 
 
-def test_an_idle_instance_takes_a_single_digit_at_once() -> None:
+def test_an_idle_slot_takes_a_single_digit_at_once() -> None:
     batcher, _, observer = start_batcher()
     batcher.submit(ticket := make_ticket())
     wait_for(ticket)
@@ -66,7 +70,7 @@ def test_waiting_requests_share_the_next_batch() -> None:
 
 @pytest.mark.parametrize("instances", [1, 3])
 def test_a_large_request_is_split_and_rejoined_in_order(instances: int) -> None:
-    batcher, _, observer = start_batcher(instances=instances)
+    batcher, _, observer = start_batcher(slots=instances)
     batcher.submit(ticket := make_ticket(1000, seed=3, start=77))
     wait_for(ticket)
     assert rows_of(ticket) == expected_rows(ticket)
@@ -75,19 +79,108 @@ def test_a_large_request_is_split_and_rejoined_in_order(instances: int) -> None:
     assert max(observer.batches) <= 16
 
 
-def test_max_queue_delay_makes_a_lone_request_wait_and_a_full_batch_not() -> None:
-    batcher, _, observer = start_batcher(max_queue_delay_s=0.2, max_batch_size=4)
-    batcher.submit(lone := make_ticket())
+def test_a_lone_caller_never_lingers() -> None:
+    batcher, _, observer = start_batcher(slots=2, linger_s=TIMEOUT_S)
+    for seed in range(3):
+        batcher.submit(ticket := make_ticket(1, seed))
+        assert wait_for(ticket).queue_seconds < TIMEOUT_S / 2
+    batcher.close()
+    assert observer.batches == [1, 1, 1]
+
+
+def test_while_a_slot_works_a_batch_waits_for_company_but_at_most_the_linger() -> None:
+    gate = Gate()
+    batcher, _, observer = start_batcher(
+        lambda: FakeRunner(lambda latents: gate(latents) if len(latents) == 1 else None), slots=2, linger_s=0.2
+    )
+    first = occupy(batcher, gate)
+    batcher.submit(lone := make_ticket(2, 1))
+    batcher.submit(mate := make_ticket(3, 2))
     wait_for(lone)
     assert lone.queue_seconds >= 0.19
-    full = [make_ticket(2, 1), make_ticket(2, 2)]
-    for ticket in full:
-        batcher.submit(ticket)
-    for ticket in full:
-        wait_for(ticket)
-    assert full[1].queue_seconds < 0.1
+    wait_for(mate)
+    gate.open()
+    wait_for(first)
     assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
-    assert observer.batches == [1, 4]
+    assert sorted(observer.batches) == [1, 5]
+
+
+def test_a_full_batch_does_not_linger() -> None:
+    gate = Gate()
+    runner = lambda: FakeRunner(lambda latents: gate(latents) if len(latents) == 1 else None)  # noqa: E731
+    batcher, _, observer = start_batcher(runner, slots=2, linger_s=TIMEOUT_S, max_batch_size=4)
+    first = occupy(batcher, gate)
+    batcher.submit(half := make_ticket(2, 1))
+    batcher.submit(rest := make_ticket(2, 2))
+    wait_for(half)
+    wait_for(rest)
+    assert rest.queue_seconds < TIMEOUT_S / 2
+    gate.open()
+    wait_for(first)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert sorted(observer.batches) == [1, 4]
+
+
+def test_a_hung_slot_holds_nobody_up_while_others_are_idle() -> None:
+    """Issue: a single digit waited behind one hung slot of four until the watchdog's 30 s were over."""
+    gate = Gate()
+    made: list[int] = []
+
+    def make_runner() -> FakeRunner:
+        made.append(1)
+        return FakeRunner(lambda latents: gate(latents) if latents[0, 0] == HUNG else None)
+
+    batcher, _, _ = start_batcher(make_runner, slots=4, linger_s=0.001)
+    hung = make_ticket(1)
+    hung.span = Span(0, 0, 1, np.full((1, LATENT_SIZE), HUNG, np.float32))
+    batcher.submit(hung)
+    assert gate.reached.wait(TIMEOUT_S)
+    singles = [make_ticket(1, seed) for seed in range(49)]
+    for ticket in singles:
+        batcher.submit(ticket)
+    for ticket in singles:
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert not hung.caller.is_set()  # type: ignore[attr-defined]
+    assert batcher.busy_slots == 1
+    gate.open()
+    wait_for(hung)
+    batcher.close()
+
+
+def test_bulk_work_that_may_wait_for_room_is_queued_when_there_is_some() -> None:
+    """Issue: a lone stream on an idle server was refused when its chunks were as large as the queue."""
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10, max_batch_size=4)
+    first = occupy(batcher, gate)
+    chunks = [make_ticket(10, seed, priority=Priority.BULK, waits_for_room=True) for seed in range(3)]
+    for ticket in chunks:
+        batcher.submit(ticket)
+    assert batcher.queued_images == 10, "only one has room"
+    interactive = make_ticket(10, 9)
+    batcher.submit(interactive)  # its priority has the whole bound for itself
+    gone = make_ticket(5, 5, priority=Priority.BULK, waits_for_room=True)
+    batcher.submit(gone)
+    batcher.cancel(gone)
+    gate.open()
+    for ticket in (first, *chunks, interactive):
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
+    assert not gone.parts
+
+
+def test_draining_fails_the_bulk_work_that_still_waits_for_room() -> None:
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10)
+    first = occupy(batcher, gate)
+    chunks = [make_ticket(10, seed, priority=Priority.BULK, waits_for_room=True) for seed in range(2)]
+    for ticket in chunks:
+        batcher.submit(ticket)
+    assert batcher.drain(time.monotonic() + 0.05) == 3
+    for ticket in (first, *chunks):
+        with pytest.raises(UnavailableError):
+            wait_for(ticket)
+    gate.open()
+    batcher.close()
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
@@ -181,7 +274,7 @@ def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
             wait_for(ticket)
     assert rows_of(wait_for(spared)) == expected_rows(spared)
     assert observer.failures == ["raised"]
-    assert batcher.live_instances == 1
+    assert batcher.live_slots == 1
 
 
 def test_a_failed_part_fails_its_request_once_and_drops_the_rest() -> None:
@@ -197,7 +290,7 @@ def test_a_failed_part_fails_its_request_once_and_drops_the_rest() -> None:
     assert observer.drops == {"failed": 84}
 
 
-def test_a_hanging_instance_is_given_up_and_replaced() -> None:
+def test_a_hanging_slot_is_given_up_and_replaced() -> None:
     gate = Gate()
     made: list[int] = []
 
@@ -213,7 +306,7 @@ def test_a_hanging_instance_is_given_up_and_replaced() -> None:
     with pytest.raises(EngineError):
         wait_for(stuck)
     assert rows_of(wait_for(waiting)) == expected_rows(waiting)
-    assert batcher.live_instances == 1
+    assert batcher.live_slots == 1
     assert observer.failures == ["hung"]
     gate.open()  # the old run comes back: nobody may be answered twice, which Delivery asserts
     batcher.submit(after := make_ticket())
@@ -235,14 +328,14 @@ def test_a_dying_thread_fails_its_batch_and_is_replaced() -> None:
         wait_for(hit)
     after = make_ticket(2, seed=4)
     deadline = time.monotonic() + TIMEOUT_S
-    while batcher.live_instances == 0:
+    while batcher.live_slots == 0:
         assert time.monotonic() < deadline
     batcher.submit(after)
     assert rows_of(wait_for(after)) == expected_rows(after)
     assert observer.failures == ["died"]
 
 
-def test_without_an_instance_left_callers_are_refused_and_nobody_hangs() -> None:
+def test_without_a_slot_left_callers_are_refused_and_nobody_hangs() -> None:
     gate = Gate()
     made: list[int] = []
 
@@ -259,32 +352,19 @@ def test_without_an_instance_left_callers_are_refused_and_nobody_hangs() -> None
         batcher.check_stalled()
     with pytest.raises(UnavailableError):
         wait_for(waiting)
-    assert batcher.live_instances == 0
+    assert batcher.live_slots == 0
     with pytest.raises(UnavailableError):
         batcher.submit(make_ticket())
+    batcher.close()
     gate.open()
 
 
-def test_a_second_instance_is_woken_by_a_full_batch_and_not_before() -> None:
+def test_a_batch_that_a_crowd_shared_is_followed_by_a_linger_so_that_the_next_is_larger() -> None:
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), instances=2)
-    occupy(batcher, gate)
-    batcher.submit(make_ticket(15))
-    assert batcher.busy_instances == 1
-    batcher.submit(make_ticket(1))
-    deadline = time.monotonic() + TIMEOUT_S
-    while batcher.busy_instances < 2:
-        assert time.monotonic() < deadline
-    gate.open()
-    assert batcher.drain(deadline) == 0
-
-
-def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger() -> None:
-    gate = Gate()
-    # A rest long enough for this test to be no race.
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), instances=2, crowd_rest_s=0.5)
+    # A linger long enough for this test to be no race.
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), slots=1, linger_s=0.5)
     first = occupy(batcher, gate)
-    crowd = [make_ticket(1, seed) for seed in range(REST_CALLERS)]
+    crowd = [make_ticket(1, seed) for seed in range(CROWD_CALLERS)]
     for ticket in crowd:
         batcher.submit(ticket)
     gate.open()
@@ -296,21 +376,76 @@ def test_an_instance_that_served_a_crowd_rests_so_that_the_next_batch_is_larger(
     for ticket in late:
         assert rows_of(wait_for(ticket)) == expected_rows(ticket)
     assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
-    assert observer.batches == [1, REST_CALLERS, 2]
+    assert observer.batches == [1, CROWD_CALLERS, 2]
 
 
-def test_a_full_batch_does_not_wait_for_a_rest_to_end() -> None:
-    gate = Gate()
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), max_batch_size=8, crowd_rest_s=2 * TIMEOUT_S)
-    first = occupy(batcher, gate)
-    crowd = [make_ticket(1, seed) for seed in range(64)]
-    for ticket in crowd:
-        batcher.submit(ticket)
-    gate.open()
-    for ticket in (first, *crowd):
-        wait_for(ticket)
-    assert batcher.drain(time.monotonic() + TIMEOUT_S) == 0
-    assert observer.batches == [1] + [8] * 8
+def test_a_replacement_that_fails_is_tried_again_until_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: a replacement that failed was never tried again, and after eight losses a model refused for good."""
+    monkeypatch.setattr(slots_module, "BACKOFF_FIRST_S", 0.001)
+    made: list[int] = []
+    failures = 12
+
+    def before(latents: NDArray[np.float32]) -> None:
+        if len(made) == 1:
+            raise SystemExit  # ends the first slot's thread
+
+    def make_runner() -> FakeRunner:
+        made.append(1)
+        if 1 < len(made) <= failures:
+            raise RuntimeError("not yet")
+        return FakeRunner(before)
+
+    monkeypatch.setattr(slots_module, "BACKOFF_MOST_S", 0.01)
+    batcher, _, _ = start_batcher(make_runner)
+    batcher.submit(hit := make_ticket())
+    with pytest.raises(EngineError):
+        wait_for(hit)
+    wait_until(lambda: batcher.live_slots == 1)
+    assert batcher.without_slots_s == 0
+    assert len(made) == failures + 1
+    batcher.submit(after := make_ticket(2, seed=4))
+    assert rows_of(wait_for(after)) == expected_rows(after)
+    batcher.close()
+
+
+def test_the_time_without_slots_is_told_and_closing_ends_the_replacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def die(latents: NDArray[np.float32]) -> None:
+        raise SystemExit
+
+    def make_runner() -> FakeRunner:
+        made.append(1)
+        if len(made) > 1:
+            raise RuntimeError("never again")
+        return FakeRunner(die)
+
+    batcher, _, _ = start_batcher(make_runner)
+    assert batcher.without_slots_s == 0
+    batcher.submit(hit := make_ticket())
+    with pytest.raises(EngineError):
+        wait_for(hit)
+    wait_until(lambda: batcher.without_slots_s > 0.05)
+    batcher.close(TIMEOUT_S)
+    tries = len(made)
+    replacing = [thread for thread in threading.enumerate() if thread.name == "slot-replacement"]
+    for thread in replacing:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+    assert len(made) <= tries + 1
+
+
+def test_losses_in_a_row_are_replaced_later_and_later_and_a_batch_that_is_run_begins_anew() -> None:
+    pool = slots_module.SlotPool(1, lambda number: None, lambda: None)  # type: ignore[arg-type,return-value]
+    waits = []
+    for _ in range(14):
+        waits.append(pool._backoff_s())
+        pool._losses += 1
+    assert waits[:6] == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0]
+    assert waits == sorted(waits)
+    assert waits[-1] == slots_module.BACKOFF_MOST_S
+    pool.note_success()
+    assert pool._backoff_s() == 0.0
 
 
 def test_drain_finishes_what_was_accepted() -> None:
@@ -344,13 +479,13 @@ def test_start_raises_what_making_a_model_raised() -> None:
         raise ValueError("no such file")
 
     with pytest.raises(ValueError, match="no such file"):
-        start_batcher(make_runner, instances=2)
+        start_batcher(make_runner, slots=2)
 
 
 def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_right() -> None:  # noqa: PLR0915  # one story
     """Every completed row is the row of its own seed and index, none is lost, none comes twice, no call hangs."""
     chance = random.Random(20261122)
-    batcher, delivery, observer = start_batcher(instances=3, max_queue_images=1_000_000)
+    batcher, delivery, observer = start_batcher(slots=3, max_queue_images=1_000_000)
     sizes = [1, 1, 1, 2, 5, 16, 17, 64, 200, 1000]
     lock = threading.Lock()
     planned = [0]

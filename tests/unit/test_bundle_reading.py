@@ -15,14 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from serve.engine import Engine, EngineOptions, choose_provider, golden_difference, golden_samples
+from serve.config.version_policy import parse_policies
+from serve.engine.golden import golden_difference, golden_samples
+from serve.engine.provider import EngineOptions, choose_provider
+from serve.engine.session import Engine
 from serve.errors import BundleError, ProviderError, SettingsError
 from serve.manifest import MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
-from serve.repository import Repository, VersionPolicies, VersionPolicy, parse_policies, read_bundle
+from serve.models.model import DEFAULT_BATCH_SIZES, batch_size
+from serve.models.repository import Repository, read_bundle
 
 
 def repository(folder: Path) -> Repository:
-    return Repository(folder, VersionPolicies(VersionPolicy()))
+    return Repository(folder)
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -64,6 +68,18 @@ def test_the_bundled_graphs_name_no_file_of_the_machine_that_made_them(bundles: 
 def test_manifest_survives_its_own_json(bundles: Path) -> None:
     manifest = read_bundle(bundles / "dcgan" / "1").manifest
     assert parse_manifest(manifest.to_json().encode(), "again") == manifest
+
+
+def test_a_manifest_of_the_schema_before_is_read_and_follows_the_default_batch_size(bundles: Path) -> None:
+    def older(values: dict[str, Any]) -> None:
+        values["schema_version"] = 3
+        del values["batch_sizes"]
+
+    assert batch_size(read_bundle(bundles / "mlp" / "1").manifest, "cpu") == 64
+    rewrite(bundles / "mlp" / "1", older)
+    manifest = read_bundle(bundles / "mlp" / "1").manifest
+    assert (manifest.schema_version, manifest.batch_sizes) == (3, {})
+    assert batch_size(manifest, "cpu") == DEFAULT_BATCH_SIZES["cpu"]
 
 
 def test_complete_versions_are_found_and_half_copied_and_oddly_named_ones_are_not(bundles: Path) -> None:
@@ -182,20 +198,20 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("latent_size"), "field 'latent_size' is missing or unknown"),
-        (put("colour", "red"), "field 'colour' is missing or unknown"),
-        (put("schema_version", 99), "schema version 99, this server reads 3"),
+        (drop("latent_size"), "Object missing required field `latent_size`"),
+        (put("colour", "red"), "Object contains unknown field `colour`"),
+        (put("schema_version", 99), "schema version 99, this server reads 3 and 4"),
         (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 3"),
-        (put("latent_size", "100"), "field 'latent_size' is of the wrong type"),
-        (put("latent_size", 64), "field 'golden' has an unusable value"),
-        (put("precision", "fp8"), "field 'precision' has an unusable value"),
-        (put("version", 0), "field 'version' has an unusable value"),
-        (put("name", "../etc"), "field 'name' has an unusable value"),
+        (put("latent_size", "100"), r"Expected `int`, got `str` - at `\$.latent_size`"),
+        (put("latent_size", 64), "field 'golden.latents' has an unusable value"),
+        (put("precision", "fp8"), r"Invalid enum value 'fp8' - at `\$.precision`"),
+        (put("version", 0), r">= 1 - at `\$.version`"),
+        (put("name", "../etc"), r"regex .* - at `\$.name`"),
         (put("files", {}), "field 'files' has an unusable value"),
-        (lambda values: values["golden"].update(latents="?"), "golden samples are not base64"),
-        (lambda values: values["golden"].update(labels="AAAA"), "field 'golden' has an unusable value"),
-        (put("labels", 10), "field 'golden' has an unusable value"),
-        (lambda values: values["golden"].update(count=10**9), "field 'golden' has an unusable value"),
+        (lambda values: values["golden"].update(latents="?"), r"base64.* - at `\$.golden.latents`"),
+        (lambda values: values["golden"].update(labels="AAAA"), "field 'golden.labels' has an unusable value"),
+        (put("labels", 10), "field 'golden.labels' has an unusable value"),
+        (lambda values: values["golden"].update(count=10**9), r"<= 64 - at `\$.golden.count`"),
     ],
 )
 def test_a_manifest_that_is_off_is_refused_by_field(

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.encode import as_bytes, pack_field, to_grid, to_png
+from serve.api.digits_v1 import IMAGES_FIELD
+from serve.api.encoding import as_bytes, pack_field
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.service import IMAGES_FIELD
+from serve.pictures import to_grid, to_png
 
 
 @given(entries=st.lists(st.lists(st.binary(max_size=300), max_size=3), max_size=5))

@@ -1,4 +1,4 @@
-"""The binding path both providers share, with the CPU in CUDA's place: fixed buffers, buckets, padding, captures."""
+"""Both engines, the CUDA engine with host memory in its device's place: buffers, buckets, padding, captures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.binding import NO_GRAPH, Binding, Buffers
-from serve.cuda import CaptureGate
-from serve.engine import Engine, EngineOptions
+from serve.engine.cuda import CaptureGate
+from serve.engine.cuda_engine import CudaEngine
+from serve.engine.device_buffers import NO_GRAPH, Binding
+from serve.engine.provider import EngineOptions
+from serve.engine.session import PIXELS_AND_IMAGES, Engine
 from serve.errors import EngineError, ProviderError
 from serve.latents import Span, draw, draw_span
-from serve.repository import BUNDLED_DIR, read_bundle
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import read_bundle
+from tests.host_device import HostDevice
 
-POWERS = EngineOptions(powers=True)
+POWERS = EngineOptions(pad_to_powers=True)
 
 
 @pytest.fixture(scope="module", params=["mlp", "dcgan", "cdcgan"])
@@ -28,6 +32,16 @@ def name(request: pytest.FixtureRequest) -> str:
 def make_engine(name: str, options: EngineOptions, largest: int = 16) -> Engine:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
     return Engine(bundle.model, bundle.manifest, options, largest)
+
+
+def make_buffered(name: str, largest: int = 16, device: HostDevice | None = None) -> CudaEngine:
+    """The CUDA engine, on the CPU."""
+    bundle = read_bundle(BUNDLED_DIR / name / "1")
+    return CudaEngine(bundle.model, bundle.manifest, POWERS, largest, device or HostDevice())
+
+
+ENGINES = [lambda name, largest=16: make_engine(name, POWERS, largest), make_buffered]
+either = pytest.mark.parametrize("make", ENGINES, ids=["cpu", "cuda"])
 
 
 def rows(engine: Engine, seed: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
@@ -43,60 +57,103 @@ def test_a_batch_is_padded_to_a_power_of_two_or_the_largest(largest: int, count:
     assert make_engine("mlp", EngineOptions(), largest).bucket(count) == exact
 
 
+@either
 @pytest.mark.parametrize(("largest", "buckets"), [(1, [1]), (16, [16, 8, 4, 2, 1]), (12, [12, 8, 4, 2, 1])])
-def test_every_bucket_is_warmed_the_largest_first(largest: int, buckets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine("mlp", POWERS, largest)
+def test_every_bucket_is_warmed_the_largest_first(
+    make: Callable[..., Engine], largest: int, buckets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make("mlp", largest)
     seen: list[int] = []
-    honest = Engine.run
+    honest = type(engine).run
 
-    def run(self: Engine, count: int, want_images: bool = False) -> Any:
-        seen.append(self.bucket(count))
-        return honest(self, count, want_images)
+    def run(self: Any, feeds: Any, outputs: Any) -> Any:
+        seen.append(self.bucket(len(feeds["latents"])))
+        return honest(self, feeds, outputs)
 
-    monkeypatch.setattr(Engine, "run", run)
+    monkeypatch.setattr(type(engine), "run", run)
     engine.warm()
     assert list(dict.fromkeys(seen)) == buckets
     assert {engine.bucket(count) for count in range(1, largest + 1)} <= set(seen)
 
 
-def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(name: str) -> None:
-    padded, plain = make_engine(name, POWERS), make_engine(name, EngineOptions())
+@either
+def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(make: Callable[..., Engine], name: str) -> None:
+    padded, plain = make(name), make_engine(name, EngineOptions())
     padded.compute(*rows(padded, 99, 16))  # what an earlier batch left behind
     for count in range(1, 17):
         given = rows(padded, count, count)
-        got, expected = padded.compute(*given, want_images=True), plain.compute(*given, want_images=True)
-        assert got.pixels.shape == (count, 28, 28)
-        assert got.images is not None
-        assert expected.images is not None
-        assert got.images.shape == (count, 1, 28, 28)
-        assert np.abs(got.images - expected.images).max() <= 1e-5
-        assert (got.bucket, expected.bucket) == (padded.bucket(count), count)
-        assert not padded.latents(16)[count : got.bucket].any(), "the padding is blank, not somebody's latents"
+        got, expected = padded.compute(*given, PIXELS_AND_IMAGES), plain.compute(*given, PIXELS_AND_IMAGES)
+        assert got["pixels"].shape == (count, 28, 28)
+        assert got["images"].shape == (count, 1, 28, 28)
+        assert np.abs(got["images"] - expected["images"]).max() <= 1e-5
+    buffered = make_buffered(name)
+    buffered.compute(*rows(buffered, 99, 16))
+    buffered.compute(*rows(buffered, 1, 3))
+    assert not buffered._buffers.host["latents"][3:4].any(), "the padding is blank, not somebody's latents"
 
 
-def test_memory_that_cannot_be_had_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(*_: object) -> Buffers:
-        raise EngineError("page-locking 3 MB failed: out of memory\nand a trace")
+@either
+def test_only_the_outputs_asked_for_come_back_and_no_input_does(make: Callable[..., Engine]) -> None:
+    engine = make("cdcgan")
+    feeds = engine.allocate(3)
+    assert {name: (array.shape, array.dtype.name) for name, array in feeds.items()} == {
+        "latents": ((3, 100), "float32"), "labels": ((3,), "int64"),
+    }  # fmt: skip
+    feeds["latents"][:], feeds["labels"][:] = rows(engine, 1, 3)
+    assert list(engine.run(feeds)) == ["pixels"]
+    assert list(engine.run(feeds, ("images",))) == ["images"]
 
-    monkeypatch.setattr("serve.engine.Buffers", none_left)
+
+def test_one_session_serves_many_threads_at_once(name: str) -> None:
+    engine = make_engine(name, EngineOptions(), 64)
+    given = [rows(engine, seed, 24) for seed in range(8)]
+    expected = [engine.compute(*each)["pixels"] for each in given]
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        for _ in range(10):
+            if np.abs(engine.compute(*given[number])["pixels"].astype(int) - expected[number]).max() > 1:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_memory_that_cannot_be_had_is_one_line_with_the_way_out() -> None:
+    class Full(HostDevice):
+        def lock_pages(self, array: NDArray[Any]) -> None:
+            raise EngineError("page-locking 3 MB failed: out of memory\nand a trace")
+
     with pytest.raises(ProviderError, match=r"^model mlp/1: no memory on cpu for batches of 16 \(page-locking 3 MB .*--max-"):
-        make_engine("mlp", EngineOptions())
+        make_buffered("mlp", device=Full())
 
 
-def test_what_a_run_returned_is_never_written_again(name: str) -> None:
-    engine = make_engine(name, POWERS)
-    first = engine.compute(*rows(engine, 1, 5), want_images=True)
-    assert first.images is not None
-    pixels, images = first.pixels.copy(), first.images.copy()
-    engine.compute(*rows(engine, 2, 16), want_images=True)
-    assert np.array_equal(first.pixels, pixels)
-    assert np.array_equal(first.images, images)
+def test_page_locks_go_with_their_engine() -> None:
+    device = HostDevice()
+    engine = make_buffered("cdcgan", device=device)
+    assert len(device.locked) == 4
+    del engine
+    assert device.locked == []
+
+
+@either
+def test_what_a_run_returned_is_never_written_again(make: Callable[..., Engine], name: str) -> None:
+    engine = make(name)
+    first = engine.compute(*rows(engine, 1, 5), PIXELS_AND_IMAGES)
+    kept = {output: array.copy() for output, array in first.items()}
+    engine.compute(*rows(engine, 2, 16), PIXELS_AND_IMAGES)
+    for output, array in first.items():
+        assert np.array_equal(array, kept[output])
 
 
 def test_buffers_stay_where_they_are(name: str) -> None:
-    engine = make_engine(name, POWERS)
+    engine = make_buffered(name)
     engine.warm()
-    addresses = {output: engine._buffers.address(output) for output in ("latents", "labels", "pixels", "images")}
+    addresses = {output: engine._buffers.address(output) for output in engine._buffers.host}
     bindings = dict(engine._bindings)
     for count in (1, 7, 16, 3):
         engine.compute(*rows(engine, 1, count))
@@ -104,37 +161,44 @@ def test_buffers_stay_where_they_are(name: str) -> None:
     assert engine._bindings == bindings, "each bucket is bound once"
 
 
-def test_more_rows_than_the_largest_batch_go_through_in_pieces(name: str) -> None:
-    engine = make_engine(name, POWERS, 8)
+def test_inputs_filled_in_place_are_run_as_they_are(name: str) -> None:
+    engine = make_buffered(name)
+    given = rows(engine, 5, 6)
+    feeds = engine.allocate(6)
+    feeds["latents"][:] = given[0]
+    if given[1] is not None:
+        feeds["labels"][:] = given[1]
+    assert np.array_equal(engine.run(feeds)["pixels"], engine.compute(*given)["pixels"])
+
+
+@either
+def test_more_rows_than_the_largest_batch_go_through_in_pieces(make: Callable[..., Engine], name: str) -> None:
+    engine = make(name, 8)
     given = rows(engine, 3, 37)
-    in_pieces = engine.compute(*given, want_images=True)
-    at_once = make_engine(name, POWERS, 64).compute(*given, want_images=True)
-    assert in_pieces.images is not None
-    assert at_once.images is not None
-    assert np.abs(in_pieces.images - at_once.images).max() <= 1e-5
+    in_pieces = engine.compute(*given, PIXELS_AND_IMAGES)
+    at_once = make(name, 64).compute(*given, PIXELS_AND_IMAGES)
+    assert np.abs(in_pieces["images"] - at_once["images"]).max() <= 1e-5
 
 
-def test_labels_choose_the_digit_and_go_through_with_their_rows() -> None:
+def test_labels_choose_the_digit() -> None:
     engine = make_engine("cdcgan", EngineOptions())
     latents = np.repeat(rows(engine, 4, 1)[0], 10, axis=0)
-    ten = engine.compute(latents, np.arange(10))
-    assert ten.labels is not None
-    assert ten.labels.tolist() == list(range(10))
-    assert len({digit.tobytes() for digit in ten.pixels}) == 10, "one latent vector, ten digits"
+    ten = engine.compute(latents, np.arange(10))["pixels"]
+    assert len({digit.tobytes() for digit in ten}) == 10, "one latent vector, ten digits"
     for label in (3, 8):
-        [alone] = engine.compute(latents[:1], np.array([label])).pixels
-        assert np.abs(alone.astype(np.int16) - ten.pixels[label]).max() <= 1
+        [alone] = engine.compute(latents[:1], np.array([label]))["pixels"]
+        assert np.abs(alone.astype(np.int16) - ten[label]).max() <= 1
 
 
 @pytest.mark.parametrize(("model", "labels"), [("mlp", np.zeros(1, np.int64)), ("cdcgan", None)])
 def test_labels_go_to_conditional_models_and_to_no_other(model: str, labels: NDArray[np.int64] | None) -> None:
     engine = make_engine(model, EngineOptions())
-    assert (engine.labels(3) is None) == (model == "mlp")
+    assert ("labels" in engine.allocate(3)) == (model == "cdcgan")
     with pytest.raises(ValueError, match=f"model {model} takes (0|10) labels"):
         engine.compute(draw(1, 0, 1, engine.manifest.latent_size), labels)
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[Callable[..., None], Binding, int], None]) -> Engine:
+def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[Callable[..., None], Binding, int], None]) -> CudaEngine:
     """An engine that captures on the CPU, where ``run`` stands for how a capture and its replays behave."""
     plain = Binding.run
 
@@ -145,7 +209,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[Callable[..., None]
             run(plain, self, graph_id)
 
     monkeypatch.setattr(Binding, "run", behave)
-    engine = make_engine("mlp", POWERS, 4)
+    engine = make_buffered("mlp", 4)
     for bucket in engine.buckets():
         engine._capture(bucket)
     return engine
@@ -165,7 +229,7 @@ def test_a_graph_that_replays_rightly_is_used(monkeypatch: pytest.MonkeyPatch) -
         engine.compute(draw(1, 0, count, 64))
     assert used == [1, 2, 4, 4]
     used.clear()
-    engine.compute(draw(1, 0, 4, 64), want_images=True)
+    engine.compute(draw(1, 0, 4, 64), outputs=PIXELS_AND_IMAGES)
     assert used == [], "images are rare: they run without a graph"
 
 
@@ -183,7 +247,7 @@ def test_a_graph_that_returns_its_first_result_for_ever_is_found_and_not_used(
     engine = captured(monkeypatch, run)
     assert engine.captures == {4: False, 2: False, 1: False}
     assert "mlp/1, batch of 4: runs without a CUDA graph" in caplog.text
-    assert engine.compute(draw(7, 0, 3, 64)).pixels.any()
+    assert engine.compute(draw(7, 0, 3, 64))["pixels"].any()
 
 
 def test_a_capture_that_fails_leaves_the_bucket_running_without(
@@ -197,8 +261,8 @@ def test_a_capture_that_fails_leaves_the_bucket_running_without(
     engine = captured(monkeypatch, run)
     assert engine.captures == {4: True, 2: False, 1: True}
     assert "batch of 2: runs without a CUDA graph (operation not permitted when stream is capturing)" in caplog.text
-    expected = make_engine("mlp", POWERS, 4).compute(draw(7, 0, 2, 64)).pixels
-    assert np.array_equal(engine.compute(draw(7, 0, 2, 64)).pixels, expected)
+    expected = make_engine("mlp", POWERS, 4).compute(draw(7, 0, 2, 64))["pixels"]
+    assert np.array_equal(engine.compute(draw(7, 0, 2, 64))["pixels"], expected)
 
 
 def test_nothing_runs_while_a_graph_is_captured() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 
+from serve.batching.queue import BULK_TURN, FEW_DEAD, FairQueue, Priority, Ticket
 from serve.errors import QueueFullError
-from serve.fair_queue import BULK_TURN, FairQueue, Priority, Ticket
+from serve.latents import Span
 from tests.fake_runner import make_ticket
 
 BATCH = 16
@@ -105,6 +109,33 @@ def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
     assert queue.discard(gone) == 8
     assert queue.images == 2
     assert shares(queue, BATCH) == [(stays, 0, 2)]
+
+
+def test_each_priority_has_the_whole_bound_for_itself() -> None:
+    queue = FairQueue(10, BATCH)
+    queue.push(make_ticket(10, priority=Priority.BULK), 1.0)
+    queue.push(make_ticket(10), 1.0)
+    assert queue.images == 20
+    assert not queue.fits(make_ticket(1))
+
+
+def test_tickets_that_left_are_not_kept_nor_their_latents() -> None:
+    """Issue: 2,000 pairs of submit and cancel left 2,000 entries alive, up to 4 MB each."""
+    queue = FairQueue(1 << 20, BATCH)
+    stays = make_ticket(1)
+    queue.push(stays, 1.0)
+    latents = []
+    for _ in range(2000):
+        rows = np.zeros((2, 8), np.float32)
+        latents.append(weakref.ref(rows))
+        gone = Ticket(Span(0, 0, 2, rows), ("pixels",), Priority.INTERACTIVE, None, None)
+        queue.push(gone, 1.0)
+        assert queue.discard(gone) == 2
+        del gone, rows
+    assert not any(reference() is not None for reference in latents)
+    assert sum(len(level.heap) for level in queue._levels) <= 1 + FEW_DEAD + 1
+    assert shares(queue, BATCH) == [(stays, 0, 1)]
+    assert queue.images == 0
 
 
 def test_an_expired_ticket_is_handed_back_instead_of_run() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +13,16 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from serve.engine import Engine, EngineOptions, Outputs
+from serve.batching.queue import Priority
+from serve.config.settings import Settings
+from serve.engine.provider import EngineOptions
+from serve.engine.session import PIXELS, Engine
 from serve.errors import EngineError, UnavailableError
-from serve.fair_queue import Priority
 from serve.latents import Span, draw
-from serve.metrics import Metrics
-from serve.model import Model, joined_rows, open_model, tuned_batch_size
-from serve.repository import BUNDLED_DIR, read_bundle
-from serve.settings import Settings
+from serve.manifest import BUNDLED_DIR
+from serve.models.model import Model, open_model, ordered
+from serve.models.repository import read_bundle
+from serve.observability.metrics import Metrics
 
 MLP = BUNDLED_DIR / "mlp" / "1"
 ALL = {"model": "mlp", "version": "1"}
@@ -47,7 +51,8 @@ def checks(registry: CollectorRegistry, result: str) -> float:
 
 
 async def digits(model: Model, count: int) -> NDArray[np.uint8]:
-    return joined_rows(await model.generate(Span(1, 0, count), False, Priority.INTERACTIVE, None))
+    ticket = await model.run(Span(1, 0, count), PIXELS, Priority.INTERACTIVE, None)
+    return np.concatenate(ordered(ticket, "pixels"))
 
 
 def test_a_breach_stops_the_model_is_counted_names_the_row_and_ends_when_it_passes_again(
@@ -56,11 +61,12 @@ def test_a_breach_stops_the_model_is_counted_names_the_row_and_ends_when_it_pass
     honest = Engine.run
     wrong = [False]
 
-    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
-        outputs = honest(self, count, want_images)
+    def run(self: Engine, feeds: Any, outputs: Any) -> Any:
+        rows = honest(self, feeds, outputs)
         if wrong[0]:
-            outputs.pixels[2 % count] ^= 0x40
-        return outputs
+            rows["pixels"] = rows["pixels"].copy()
+            rows["pixels"][2 % len(rows["pixels"])] ^= 0x40
+        return rows
 
     monkeypatch.setattr(Engine, "run", run)
 
@@ -99,10 +105,10 @@ def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyP
     honest = Engine.run
     fail = [False]
 
-    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
+    def run(self: Engine, feeds: Any, outputs: Any) -> Any:
         if fail[0]:
             raise RuntimeError("CUDA failure 700")
-        return honest(self, count, want_images)
+        return honest(self, feeds, outputs)
 
     monkeypatch.setattr(Engine, "run", run)
 
@@ -124,11 +130,11 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
     honest = Engine.run
     gate, hang = threading.Event(), [False]
 
-    def run(self: Engine, count: int, want_images: bool = False) -> Outputs:
+    def run(self: Engine, feeds: Any, outputs: Any) -> Any:
         if hang[0]:
             hang[0] = False
             assert gate.wait(60)
-        return honest(self, count, want_images)
+        return honest(self, feeds, outputs)
 
     monkeypatch.setattr(Engine, "run", run)
 
@@ -156,13 +162,64 @@ def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str
     engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
     size, labels = bundle.manifest.latent_size, np.arange(16) % 10 if bundle.manifest.labels else None
     mine = draw(5, 77, 4, size)
-    first = engine.compute(np.concatenate([mine, draw(1, 0, 12, size)]), labels).pixels[:4]
+    first = engine.compute(np.concatenate([mine, draw(1, 0, 12, size)]), labels)["pixels"][:4]
     shifted = None if labels is None else np.roll(labels, 12)
-    second = engine.compute(np.concatenate([draw(2, 0, 12, size), mine]), shifted).pixels[12:]
+    second = engine.compute(np.concatenate([draw(2, 0, 12, size), mine]), shifted)["pixels"][12:]
     assert np.array_equal(first, second)
 
 
-def test_the_tuned_batch_is_a_power_of_two_within_bounds() -> None:
-    bundle = read_bundle(MLP)
-    size = tuned_batch_size(Engine(bundle.model, bundle.manifest, EngineOptions(), 64))
-    assert size in (1, 2, 4, 8, 16, 32, 64)
+@pytest.mark.parametrize("cores", [1, 2, 32])
+def test_slots_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: the batch size was tuned at the start by whatever else the machine did, so that replicas differed."""
+    monkeypatch.setattr("serve.models.model.usable_cores", lambda: cores)
+
+    async def run() -> None:
+        loop, metrics = asyncio.get_running_loop(), Metrics(CollectorRegistry())
+        for name, size in (("mlp", 64), ("dcgan", 8), ("cdcgan", 8)):
+            bundle = read_bundle(BUNDLED_DIR / name / "1")
+            model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(), metrics, loop)
+            limits = model.batcher.limits
+            assert (limits.slots, limits.max_batch_size) == (cores, size)
+            assert await asyncio.to_thread(model.batcher.close, 30) == 0
+
+    asyncio.run(run())
+
+
+def test_all_slots_of_a_cpu_model_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: on a 32-core node sessions of their own took 1.5 GB."""
+    made: list[Engine] = []
+    honest = Engine.__init__
+
+    def init(self: Engine, *arguments: Any) -> None:
+        made.append(self)
+        honest(self, *arguments)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+
+    async def run() -> None:
+        metrics, chosen = Metrics(CollectorRegistry()), Settings(instances=16)
+        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics, asyncio.get_running_loop())
+        assert (model.batcher.live_slots, len(made)) == (16, 1)
+        assert await asyncio.to_thread(model.batcher.close, 30) == 0
+
+    asyncio.run(run())
+
+
+def test_a_version_that_is_released_leaves_nothing_behind_in_the_metrics() -> None:
+    """A gauge's function held its model until a garbage collection."""
+    metrics = Metrics(CollectorRegistry())
+
+    class Owner:
+        def value(self) -> float:
+            return 1.0
+
+    owner = Owner()
+    reference = weakref.ref(owner)
+    metrics.bind_gauges("mlp", 1, "cpu", "digest", dict.fromkeys(metrics._gauges, owner.value))
+    gc.disable()
+    try:
+        metrics.drop_gauges("mlp", 1, "cpu", "digest")
+        del owner
+        assert reference() is None
+    finally:
+        gc.enable()

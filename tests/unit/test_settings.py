@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from serve.config.settings import Settings, env_name, flag_name, from_arguments
 from serve.errors import SettingsError
-from serve.settings import Settings, env_name, flag_name, from_arguments
 
 # A value other than the default for every setting; a new setting without one fails the first test.
 OTHER: dict[str, Any] = {
     "models_dir": Path("models"),
     "default_model": "mlp",
     "versions": "latest:2,mlp=1+4",
-    "model_control": "poll",
+    "serving_file": Path("serving.json"),
+    "wait_for_models": True,
     "poll_interval_s": 1.0,
     "host": "127.0.0.2",
     "grpc_port": 1234,
@@ -37,8 +38,7 @@ OTHER: dict[str, Any] = {
     "instances": 3,
     "intra_op_threads": 2,
     "max_batch_size": 32,
-    "max_queue_delay_us": 500,
-    "crowd_rest_us": 0,
+    "linger_us": 500,
     "max_queue_images": 5000,
     "max_count": 128,
     "watchdog_s": 5.0,
@@ -98,7 +98,9 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
         ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
         ("--versions=newest", "--versions: 'newest' is no policy"),
-        ("--model-control=auto", "--model-control must be one of none, poll, explicit"),
+        ("--model-control=poll", "--model-control is no setting any more: the models folder and --serving-file are always"),
+        ("--crowd-rest-us=0", "--crowd-rest-us is no setting any more: use --linger-us"),
+        ("--max-queue-delay-us=0", "--max-queue-delay-us is no setting any more: use --linger-us"),
         ("--cuda-options=speed=1", "--cuda-options: 'speed' is unknown; there are use_tf32, prefer_nhwc"),
         ("--cuda-options=use_tf32=2", "--cuda-options: use_tf32 must be one of 0, 1, got '2'"),
         ("--cuda-graphs=on", "--cuda-graphs on needs --provider cuda, and it is auto"),
@@ -113,6 +115,8 @@ def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
 def test_an_unusable_variable_names_the_variable() -> None:
     with pytest.raises(SettingsError, match="DIGITS_INSTANCES must be a whole number"):
         from_arguments([], {"DIGITS_INSTANCES": "all"})
+    with pytest.raises(SettingsError, match=r"DIGITS_MODEL_CONTROL is no setting any more: .* leave it out"):
+        from_arguments([], {"DIGITS_MODEL_CONTROL": "poll"})
 
 
 def test_every_setting_is_explained_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,31 +6,40 @@ import grpc
 import pytest
 
 from serve import errors
-from serve.rpc import PUSHBACK_KEY, to_status
+from serve.api.status import STATUS, refusal
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "http_status"),
     [
-        (errors.RequestError("count"), grpc.StatusCode.INVALID_ARGUMENT),
-        (errors.UnknownModelError("name"), grpc.StatusCode.NOT_FOUND),
-        (errors.ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (errors.UnavailableError("draining"), grpc.StatusCode.UNAVAILABLE),
+        (errors.RequestError("count"), grpc.StatusCode.INVALID_ARGUMENT, 400),
+        (errors.UnauthenticatedError("who", "missing"), grpc.StatusCode.UNAUTHENTICATED, 401),
+        (errors.ForbiddenError("no"), grpc.StatusCode.PERMISSION_DENIED, 403),
+        (errors.UnknownModelError("name"), grpc.StatusCode.NOT_FOUND, 404),
+        (errors.LifecycleError("cannot"), grpc.StatusCode.FAILED_PRECONDITION, 409),
+        (errors.ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+        (errors.UnavailableError("draining"), grpc.StatusCode.UNAVAILABLE, 503),
     ],
 )
-def test_a_domain_error_keeps_its_text(error: Exception, code: grpc.StatusCode) -> None:
-    assert to_status(error) == (code, str(error), ())
+def test_a_domain_error_keeps_its_text(error: Exception, code: grpc.StatusCode, http_status: int) -> None:
+    assert refusal(error) == (code, http_status, str(error), None)
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    code, _, trailing = to_status(errors.QueueFullError("full", 0.25))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert trailing == ((PUSHBACK_KEY, "250"),)
+    assert refusal(errors.QueueFullError("full", 0.25)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "full", 0.25)
+
+
+def test_every_error_that_a_caller_may_see_has_a_status() -> None:
+    def below(kind: type[Exception]) -> set[type[Exception]]:
+        return {kind}.union(*(below(each) for each in kind.__subclasses__()))
+
+    only_inside = below(errors.StartError) | {errors.ServeError, errors.BusyError, errors.EngineError}
+    assert below(errors.ServeError) - only_inside == set(STATUS)
 
 
 @pytest.mark.parametrize("error", [errors.EngineError("secret path /model"), KeyError("secret path /model")])
 def test_what_was_not_foreseen_shows_an_id_and_nothing_else(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    code, text, _ = to_status(error)
+    code, _, text, _ = refusal(error)
     assert code is grpc.StatusCode.INTERNAL
     assert "secret" not in text
     error_id = text.split()[2].rstrip(";")

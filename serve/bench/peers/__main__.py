@@ -26,8 +26,8 @@ import numpy as np
 
 from serve.bench.load import H2LOAD, Load, by_h2load
 from serve.latents import draw
+from serve.manifest import BUNDLED_DIR
 from serve.pb.inference import open_inference_pb2 as pb
-from serve.repository import BUNDLED_DIR
 
 HERE = Path(__file__).parent
 FOLDER = Path("build/peers")

@@ -1,0 +1,1 @@
+"""The transports' contracts: each parses a request, asks the core and encodes the answer."""

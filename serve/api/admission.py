@@ -1,0 +1,115 @@
+"""What every call goes through, whichever transport it came by: admitted, counted, timed. For the event loop's thread alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+
+from serve.access.callers import Account, Accounts, Caller, Scope
+from serve.api.status import Refusal, refusal
+from serve.core.request import Digits
+from serve.errors import ServeError, UnavailableError
+from serve.observability.logs import current_request_id
+from serve.observability.metrics import Metrics, RpcMetrics
+from serve.observability.tracing import Tracing
+
+
+class InFlight:
+    """Counts the calls whose answers have not been sent, and admits no more once it is closed."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def close(self) -> None:
+        self._closed = True
+
+    def enter(self) -> None:
+        """Count a call. Raises UnavailableError when it is closed."""
+        if self._closed:
+            raise UnavailableError("the server is stopping; ask another replica")
+        self._calls += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is in flight; False when the time was too short."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Admission:
+    """What the calls of a server share."""
+
+    def __init__(self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None) -> None:
+        self.metrics = metrics
+        self.in_flight = in_flight
+        self.accounts = accounts
+        self.tracing = tracing
+
+
+class Call:
+    """One call from its start to its end. Its transport calls ``admit``, then ``failed`` if it failed, then ``ended``.
+
+    ``in_flight`` is for the transport: whether the call was counted, and is to leave once its answer has been sent.
+    """
+
+    __slots__ = ("_admission", "_code", "_observed", "_started", "account", "deadline", "in_flight")
+
+    def __init__(self, admission: Admission, observed: RpcMetrics, deadline: float | None) -> None:
+        """``deadline`` on ``time.monotonic()``; None without one."""
+        self._admission = admission
+        self._observed = observed
+        self._code = grpc.StatusCode.CANCELLED  # what ends a call otherwise than by an answer or an error
+        self._started = time.perf_counter()
+        self.deadline = deadline
+        self.in_flight = False
+        self.account: Account
+        observed.started()
+
+    def admit(self, caller: Caller, scope: Scope) -> None:
+        """Count the call. Raises UnavailableError while draining, or as ``Accounts.admit`` does."""
+        current_request_id.set(caller.request_id)
+        self._admission.in_flight.enter()
+        self.in_flight = True
+        self.account = self._admission.accounts.admit(caller, scope)
+
+    def encoded(self, digits: Digits, encode_s: float) -> None:
+        """The rows are encoded: the phases of the call are known."""
+        digits.model.metrics.encode(encode_s)
+        if self._admission.tracing is not None:
+            self._admission.tracing.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
+
+    def answered(self) -> None:
+        self._code = grpc.StatusCode.OK
+
+    def failed(self, error: Exception) -> Refusal:
+        """Count what went wrong; returns what to answer."""
+        if isinstance(error, ServeError) and error.denial:
+            self._admission.metrics.access_denied.labels(error.denial).inc()
+        answer = refusal(error)
+        self._code = answer.code
+        return answer
+
+    def ended(self) -> None:
+        """The handler is done."""
+        self._observed.handled(self._code.name).inc()
+        self._observed.seconds(time.perf_counter() - self._started)
+
+    def sent(self) -> None:
+        """The answer is on its way as far as this process can tell, or there is nobody to send it to."""
+        if self.in_flight:
+            self.in_flight = False
+            self._admission.in_flight.leave()

@@ -1,0 +1,181 @@
+"""``digits.v1.DigitGenerator``: messages into requests, and what came of them into messages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from serve.api.admission import Admission, Call
+from serve.api.encoding import Piece, as_bytes, pack_field
+from serve.api.rpc import RpcTable
+from serve.batching.queue import Priority
+from serve.core.generate import Core
+from serve.core.request import IMAGES, PIXELS, Addresses, Digits, DigitsRequest, Interpolation, Latents
+from serve.errors import RequestError
+from serve.models.model import Model
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pictures import to_grid, to_png
+
+SERVICE = "digits.v1.DigitGenerator"
+IMAGES_FIELD = pb.GenerateResponse.DESCRIPTOR.fields_by_name["images"].number
+
+PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BULK: Priority.BULK}
+ENCODINGS = {
+    pb.IMAGE_FORMAT_UINT8: "uint8",
+    pb.IMAGE_FORMAT_FLOAT32: "float32",
+    pb.IMAGE_FORMAT_PNG: "png",
+    pb.IMAGE_FORMAT_PNG_GRID: "png_grid",
+}
+
+
+class DigitService:
+    """The handlers of ``DigitGenerator``: a message and its call in, the response's bytes out. They raise ServeError."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def table(self, admission: Admission) -> RpcTable:
+        """The methods, ready for a server."""
+        table = RpcTable(SERVICE, admission)
+        table.unary("Generate", pb.GenerateRequest, self.generate)
+        table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
+        table.unary("Interpolate", pb.InterpolateRequest, self.interpolate)
+        table.unary("ListModels", pb.ListModelsRequest, self.list_models)
+        table.unary("GetModel", pb.GetModelRequest, self.get_model)
+        return table
+
+    async def generate(self, request: pb.GenerateRequest, call: Call) -> bytes:
+        rows: Addresses | Latents
+        if request.latents:
+            if request.HasField("seed") or request.start or request.truncation:
+                raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
+            if len(request.latents) % 4:
+                raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
+            rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
+        else:
+            rows = _addresses(request)
+        digits = await self._core.generate(_parsed(request, rows, Priority.INTERACTIVE, call), call.account)
+        return await _encode(digits, request.format, call)
+
+    async def interpolate(self, request: pb.InterpolateRequest, call: Call) -> bytes:
+        for name in ("begin", "end"):
+            if not request.HasField(name):
+                raise RequestError(f"{name} is missing; give the seed and index of both ends")
+        begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
+        rows = Interpolation(begin, end, request.steps, request.truncation)
+        digits = await self._core.generate(_parsed(request, rows, Priority.INTERACTIVE, call), call.account)
+        return await _encode(digits, request.format, call)
+
+    async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncIterator[bytes]:
+        parsed = _parsed(request, _addresses(request), Priority.BULK, call)
+        async for digits in self._core.stream(parsed, request.chunk, call.account):
+            yield await _encode(digits, request.format, call)
+
+    async def list_models(self, request: pb.ListModelsRequest, call: Call) -> bytes:
+        catalog = self._core.catalog
+        models = [self._summary(model) for model in catalog.models()]
+        return pb.ListModelsResponse(models=models, default_model=catalog.default_model).SerializeToString()
+
+    async def get_model(self, request: pb.GetModelRequest, call: Call) -> bytes:
+        model = self._core.catalog.find(request.model, request.version)
+        manifest = model.manifest
+        return pb.GetModelResponse(
+            summary=self._summary(model),
+            architecture=manifest.architecture,
+            latent_size=manifest.latent_size,
+            latent_distribution=manifest.latent_distribution,
+            height=manifest.height,
+            width=manifest.width,
+            provider=model.provider,
+            digest=model.bundle.digest,
+            limits=pb.Limits(
+                max_count=self._core.max_count,
+                max_count_float32=self._core.max_count_float32,
+                max_batch_size=model.batcher.limits.max_batch_size,
+                max_queue_images=model.batcher.limits.max_queue_images,
+            ),
+            training_json=json.dumps(manifest.training),
+            parity_json=model.bundle.parity_json,
+            precision=manifest.precision,
+            labels=manifest.labels,
+            quality_json=model.bundle.quality_json,
+        ).SerializeToString()
+
+    def _summary(self, model: Model) -> pb.ModelSummary:
+        name, version = model.manifest.name, model.manifest.version
+        route = self._core.catalog.route(name)
+        return pb.ModelSummary(
+            name=name,
+            version=version,
+            ready=model.ready,
+            default_version=version == route.default,
+            traffic_share=route.share(version),
+        )
+
+
+def _addresses(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Addresses:
+    seed = request.seed if request.HasField("seed") else None
+    return Addresses(seed, request.start, request.count, request.truncation)
+
+
+def _parsed(
+    request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.InterpolateRequest,
+    rows: Addresses | Latents | Interpolation,
+    default_priority: Priority,
+    call: Call,
+) -> DigitsRequest:
+    """The fields that all three requests share. Raises RequestError naming the one that is unknown."""
+    image_format = request.format or pb.IMAGE_FORMAT_UINT8
+    if image_format not in ENCODINGS:
+        known = ", ".join(pb.ImageFormat.Name(number) for number in ENCODINGS)
+        raise RequestError(f"format {image_format} is unknown; there are {known}")
+    priority = PRIORITIES.get(request.priority) if request.priority else default_priority
+    if priority is None:
+        raise RequestError(f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK")
+    return DigitsRequest(
+        rows=rows,
+        model=request.model,
+        version=request.version,
+        labels=request.labels,
+        outputs=IMAGES if image_format == pb.IMAGE_FORMAT_FLOAT32 else PIXELS,
+        encoding=ENCODINGS[image_format],
+        priority=priority,
+        deadline=call.deadline,
+    )
+
+
+async def _encode(digits: Digits, image_format: pb.ImageFormat, call: Call) -> bytes:
+    started = time.perf_counter()
+    image_format = image_format or pb.IMAGE_FORMAT_UINT8
+    if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
+        # Compressing takes long enough to hold up other callers: not on the event loop.
+        entries = await asyncio.to_thread(_pictures, digits, image_format)
+    else:
+        entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
+    manifest = digits.model.manifest
+    head = pb.GenerateResponse(
+        model=manifest.name,
+        version=manifest.version,
+        seed=digits.seed,
+        start=digits.start,
+        count=digits.count,
+        height=manifest.height,
+        width=manifest.width,
+        format=image_format,
+        timing=pb.Timing(queue_seconds=digits.queue_seconds, compute_seconds=digits.compute_seconds),
+        labels=None if digits.labels is None else digits.labels.tolist(),
+    )
+    response = pack_field(head.SerializeToString(), IMAGES_FIELD, entries)
+    call.encoded(digits, time.perf_counter() - started)
+    return response
+
+
+def _pictures(digits: Digits, image_format: pb.ImageFormat) -> list[list[Piece]]:
+    pixels = digits.joined_pixels
+    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
+        return [[to_png(to_grid(pixels))]]
+    return [[to_png(digit)] for digit in pixels]

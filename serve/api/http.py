@@ -1,0 +1,225 @@
+"""Digits over HTTP, read-only: ``GET /v1/digits``, ``/v1/interpolation`` and ``/v1/status``, and the page that asks for them.
+
+Query parameters are the fields of ``digits.v1``'s requests; ``format`` is ``json`` or ``png``. Whoever leaves before the
+answer is there takes the request along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+from aiohttp import web
+
+from serve.access.callers import Caller
+from serve.api.admission import Admission, Call
+from serve.api.status import Refusal
+from serve.config.release import release
+from serve.core.generate import Core
+from serve.core.request import Addresses, Digits, DigitsRequest, Interpolation
+from serve.errors import ExpiredError, RequestError
+from serve.latents import SEED_LIMIT
+from serve.observability.logs import REQUEST_ID_KEY
+from serve.observability.metrics import RpcMetrics
+from serve.pictures import to_grid, to_png
+
+SERVICE = "http"  # as the RPC metrics call it
+TIMEOUT_S = 30.0
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+
+FORMATS = {"json": "png", "png": "png_grid"}  # as the query has it → the encoding
+# Nothing but what this server sends, and pictures that the page makes of it.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+# Parameter → how its text is read. Numbers in 64 bits are text in the answers: JavaScript has no such numbers.
+WHOLE, REAL, TEXT = "a whole number", "a number", "text"
+COMMON = {"model": TEXT, "version": WHOLE, "labels": TEXT, "truncation": REAL, "format": TEXT}
+DIGITS = COMMON | {"count": WHOLE, "seed": WHOLE, "start": WHOLE}
+INTERPOLATION = COMMON | {"seed": WHOLE, "start": WHOLE, "to_seed": WHOLE, "to_start": WHOLE, "steps": WHOLE}
+# What the parameters hold at most: as much as the fields of the same name in digits.proto.
+ADDRESS_PARTS = ("seed", "start", "to_seed", "to_start")
+LIMITS = {"count": 1 << 32, "steps": 1 << 32, "version": 1 << 63, **dict.fromkeys(ADDRESS_PARTS, SEED_LIMIT)}
+
+Handler = Callable[[web.Request, Call], Awaitable[web.Response]]
+
+
+class HttpApi:
+    """The routes."""
+
+    def __init__(self, core: Core, admission: Admission, grpc_target: str) -> None:
+        self._core = core
+        self._admission = admission
+        self._grpc_target = grpc_target
+
+    def routes(self) -> list[web.RouteDef]:
+        """What to add to the application."""
+        api = {"/v1/digits": self._digits, "/v1/interpolation": self._interpolation, "/v1/status": self._status}
+        return [web.get(path, self._guarded(path, handler)) for path, handler in api.items()] + [
+            web.get(path, _file(PAGE / name, kind)) for path, (name, kind) in PAGE_FILES.items()
+        ]
+
+    def _guarded(self, path: str, handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
+        observed = RpcMetrics(self._admission.metrics, "unary", SERVICE, path)
+
+        async def handle(request: web.Request) -> web.Response:
+            call = Call(self._admission, observed, time.monotonic() + TIMEOUT_S)
+            try:
+                try:
+                    call.admit(_caller(request), "generate")
+                    answer = await _in_time(handler(request, call))
+                    call.answered()
+                except Exception as error:
+                    answer = _refused(call.failed(error))
+                finally:
+                    call.ended()
+                answer.headers.update(HEADERS)
+                # Sent from here, so that a drain waits until it is.
+                await answer.prepare(request)
+                await answer.write_eof()
+                return answer
+            finally:
+                call.sent()
+
+        return handle
+
+    async def _digits(self, request: web.Request, call: Call) -> web.Response:
+        given = {"count": 1} | read_query(request.query, DIGITS)
+        rows = Addresses(given.get("seed"), given.get("start", 0), given["count"], given.get("truncation", 0.0))
+        return await self._answer(rows, given, call)
+
+    async def _interpolation(self, request: web.Request, call: Call) -> web.Response:
+        given = read_query(request.query, INTERPOLATION)
+        begin, end = ((given.get(f"{to}seed", 0), given.get(f"{to}start", 0)) for to in ("", "to_"))
+        rows = Interpolation(begin, end, given.get("steps", 0), given.get("truncation", 0.0))
+        return await self._answer(rows, given, call)
+
+    async def _answer(self, rows: Addresses | Interpolation, given: Mapping[str, Any], call: Call) -> web.Response:
+        request = DigitsRequest(
+            rows=rows,
+            model=given.get("model", ""),
+            version=given.get("version", 0),
+            labels=given.get("labels", ()),
+            encoding=given["format"],
+            deadline=call.deadline,
+        )
+        digits = await self._core.generate(request, call.account)
+        started = time.perf_counter()
+        as_picture = request.encoding == "png_grid"
+        answer = _picture(digits, await asyncio.to_thread(_sheet, digits)) if as_picture else await _json(digits)
+        call.encoded(digits, time.perf_counter() - started)
+        return answer
+
+    async def _status(self, request: web.Request, call: Call) -> web.Response:
+        catalog = self._core.catalog
+        models = [
+            {
+                "name": model.manifest.name,
+                "version": model.manifest.version,
+                "labels": model.manifest.labels,
+                "provider": model.provider,
+                "ready": model.ready,
+                "queued_images": model.batcher.queued_images,
+                "running_images": model.batcher.running_images,
+            }
+            for model in catalog.models()
+        ]
+        about = {"release": release(), "grpc": self._grpc_target, "default_model": catalog.default_model}
+        return web.json_response({**about, **self._admission.metrics.totals(), "models": models})
+
+
+def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:
+    """A query's parameters as the request has them. Raises RequestError naming the parameter."""
+    values: dict[str, Any] = {"format": FORMATS["json"]}
+    for name, text in query.items():
+        if name not in known:
+            raise RequestError(f"parameter {name[:64]!r} is unknown; there are {', '.join(known)}")
+        try:
+            if name == "labels":
+                values[name] = [int(part) for part in text.split(",")] if text else []
+            elif name == "format":
+                values[name] = FORMATS[text]
+            else:
+                values[name] = {WHOLE: int, REAL: float, TEXT: str}[known[name]](text)
+        except KeyError:
+            raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {text[:64]!r}") from None
+        except ValueError:
+            wanted = "digits joined by commas" if name == "labels" else known[name]
+            raise RequestError(f"{name} must be {wanted}, got {text[:64]!r}") from None
+        if name in LIMITS and not 0 <= values[name] < LIMITS[name]:
+            raise RequestError(f"{name} is out of range: {text[:64]}")
+        if name == "labels" and any(not 0 <= label < 1 << 32 for label in values[name]):
+            raise RequestError(f"labels is out of range: {text[:64]}")
+    return values
+
+
+async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        raise ExpiredError(f"there was no answer within {TIMEOUT_S:g} s") from None
+
+
+def _caller(request: web.Request) -> Caller:
+    headers = request.headers
+    return Caller(request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
+
+
+async def _json(digits: Digits) -> web.Response:
+    manifest = digits.model.manifest
+    pictures = await asyncio.to_thread(lambda: [base64.b64encode(to_png(digit)).decode() for digit in digits.joined_pixels])
+    labels = [None] * digits.count if digits.labels is None else digits.labels.tolist()
+    listed = [
+        {"index": str(digits.start + offset), "label": label, "png": png}
+        for offset, (label, png) in enumerate(zip(labels, pictures, strict=True))
+    ]
+    seed = None if digits.seed is None else str(digits.seed)
+    about = {"model": manifest.name, "version": manifest.version, "seed": seed, "digits": listed}
+    timing = {"queue_seconds": digits.queue_seconds, "compute_seconds": digits.compute_seconds}
+    return web.json_response({**about, **timing})
+
+
+def _sheet(digits: Digits) -> bytes:
+    return to_png(to_grid(digits.joined_pixels))
+
+
+def _picture(digits: Digits, png: bytes) -> web.Response:
+    manifest = digits.model.manifest
+    address = {"Digits-Model": f"{manifest.name}/{manifest.version}", "Digits-Start": str(digits.start)}
+    if digits.seed is not None:
+        address["Digits-Seed"] = str(digits.seed)
+    if digits.labels is not None:
+        address["Digits-Labels"] = ",".join(map(str, digits.labels))
+    return web.Response(body=png, content_type="image/png", headers=address)
+
+
+def _refused(refusal: Refusal) -> web.Response:
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
+    if refusal.code is grpc.StatusCode.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = json.dumps({"error": refusal.text})
+    return web.Response(status=refusal.http_status, text=body, content_type="application/json", headers=headers)
+
+
+def _file(path: Path, kind: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+    content = path.read_text()
+
+    async def send(request: web.Request) -> web.Response:
+        return web.Response(text=content, content_type=kind, headers=HEADERS)
+
+    return send

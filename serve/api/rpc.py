@@ -1,0 +1,126 @@
+"""Around every gRPC method: request bytes in, response bytes out. Knows grpcio's context, and no service.
+
+Handlers take and give bytes: a request that does not parse is then the caller's INVALID_ARGUMENT and not, as grpcio has
+it by itself, the server's INTERNAL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from serve.access.callers import Caller, Scope
+from serve.api.admission import Admission, Call
+from serve.errors import RequestError
+from serve.observability.logs import REQUEST_ID_KEY
+from serve.observability.metrics import RpcMetrics
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+RequestT = TypeVar("RequestT", bound=Message)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class RpcTable:
+    """Collects a service's methods and hands them to a server. ``scope`` is what a caller needs for a method."""
+
+    def __init__(self, service: str, admission: Admission) -> None:
+        self.service = service
+        self._admission = admission
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def unary(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        answer: Callable[[RequestT, Call], Awaitable[bytes]],
+        scope: Scope = "generate",
+    ) -> None:
+        """Add a method with one answer."""
+        observed = RpcMetrics(self._admission.metrics, "unary", self.service, method)
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            call = self._begin(observed, context)
+            try:
+                call.admit(caller_of(context), scope)
+                response = await answer(_parse(request_type, raw), call)
+                call.answered()
+                return response
+            except Exception as error:
+                await _abort(context, call, error)
+                raise  # abort has raised already
+            finally:
+                call.ended()
+
+        self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
+
+    def stream(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        answers: Callable[[RequestT, Call], AsyncIterator[bytes]],
+        scope: Scope = "generate",
+    ) -> None:
+        """Add a method with a stream of answers."""
+        observed = RpcMetrics(self._admission.metrics, "server_stream", self.service, method)
+
+        async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+            call = self._begin(observed, context)
+            try:
+                call.admit(caller_of(context), scope)
+                async for response in answers(_parse(request_type, raw), call):
+                    yield response
+                call.answered()
+            except Exception as error:
+                await _abort(context, call, error)
+            finally:
+                call.ended()
+
+        self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
+
+    def methods(self) -> Mapping[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The methods by name."""
+        return self._handlers
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods, for ``Server.add_generic_rpc_handlers``."""
+        return grpc.method_handlers_generic_handler(self.service, self._handlers)
+
+    def _begin(self, observed: RpcMetrics, context: Context) -> Call:
+        remaining = context.time_remaining()
+        call = Call(self._admission, observed, None if remaining is None else time.monotonic() + remaining)
+        # Called when the RPC is over for grpcio, its answer written: only then may a drain pass over it.
+        context.add_done_callback(lambda _context: call.sent())  # type: ignore[arg-type]  # the stub wants a class
+        return call
+
+
+def caller_of(context: Context) -> Caller:
+    """Who calls, by the call's peer and metadata."""
+    authorization: list[str | bytes] = []
+    request_id = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            authorization.append(value)
+        elif key == REQUEST_ID_KEY and isinstance(value, str) and not request_id:
+            request_id = value
+    return Caller(context.peer(), authorization, request_id)
+
+
+async def _abort(context: Context, call: Call, error: Exception) -> None:
+    """End a call with the status of an error. Always raises."""
+    answer = call.failed(error)
+    trailing: tuple[tuple[str, str], ...] = ()
+    if answer.retry_after_s is not None:
+        trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
+    await context.abort(answer.code, answer.text, trailing)
+
+
+def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
+    try:
+        return request_type.FromString(raw)
+    except DecodeError:
+        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message") from None

@@ -1,0 +1,358 @@
+"""Dynamic batching: slots take what waits, run it, and hand the rows back. Knows no transport and no ONNX Runtime.
+
+An idle slot takes what is queued at once, up to ``max_batch_size`` images. A batch that is not full waits at most
+``linger_s`` for company, and only while company is likely: while another slot works, or just after a batch that
+``CROWD_CALLERS`` callers or more have shared, who are about to ask again. A lone caller never waits.
+
+A failure stays with its batch: a run that raises fails the callers of that batch and nobody else; one that hangs past
+``watchdog_s``, or whose thread dies, does so too, and its slot is replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from serve.batching.queue import Chunk, FairQueue, Part, Ticket
+from serve.batching.slot import Arrays, Observer, Runner, Slot
+from serve.batching.slots import SlotPool
+from serve.errors import EngineError, ExpiredError, UnavailableError
+from serve.latents import LatentReader
+
+log = logging.getLogger(__name__)
+
+CROWD_CALLERS = 5
+LEAST_RETRY_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The batcher's bounds; images, seconds."""
+
+    latent_size: int
+    labels: int  # how many there are to choose from; 0 for an unconditional model
+    max_batch_size: int
+    max_queue_images: int
+    linger_s: float
+    slots: int
+    watchdog_s: float
+
+
+class Batcher:
+    """Runs tickets through ``limits.slots`` engines made by ``make_runner``. Safe to call from any thread.
+
+    ``deliver`` is called from a slot's thread with tickets that are complete or have failed. Each ticket is delivered
+    exactly once, unless it was cancelled.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        make_runner: Callable[[], Runner],
+        deliver: Callable[[Sequence[Ticket]], None],
+        observer: Observer,
+    ) -> None:
+        self.limits = limits
+        self._make_runner = make_runner
+        self._deliver = deliver
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)  # nothing waits and nothing runs
+        self._queue = FairQueue(limits.max_queue_images, limits.max_batch_size)
+        self._no_room: deque[Ticket] = deque()  # bulk work that waits for a place in the queue
+        self._slots = SlotPool(limits.slots, self._start_slot, self._fail_waiting)
+        self._idle: list[Slot] = []
+        self._lingering: Slot | None = None  # the one idle slot that waits for a batch to fill
+        self._working = 0
+        self._running_images = 0
+        self._waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
+        self._crowd_until = 0.0
+        self._seconds_per_image = 0.0
+        self._closed = False
+
+    def start(self) -> None:
+        """Start every slot and wait until each has its engine. Raises what making an engine raised."""
+        try:
+            self._slots.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a ticket. Raises QueueFullError or UnavailableError, and then nothing was queued."""
+        ticket.queued_at = now = time.monotonic()
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the model is being released")
+            if not self._slots.live:
+                raise UnavailableError("the model has no working slot")
+            if ticket.waits_for_room and (self._no_room or not self._queue.fits(ticket)):
+                self._no_room.append(ticket)
+                return
+            self._push(ticket, now)
+            self._wake_a_slot(now)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The caller left: waiting rows are dropped, running ones are thrown away when they come back."""
+        with self._lock:
+            if ticket.dead or ticket.done == ticket.span.count:
+                return
+            ticket.cancelled = True
+            dropped = self._drop(ticket)
+            if self._no_room:
+                now = time.monotonic()
+                self._admit_waiting(now)
+                self._wake_a_slot(now)
+        if dropped:
+            self._observer.dropped(dropped, "cancelled")
+
+    def drain(self, deadline: float) -> int:
+        """Wait until nothing waits or runs, or ``deadline`` (monotonic); leftovers fail and their number is returned."""
+        with self._lock:
+            if self._quiet.wait_for(self._is_quiet, deadline - time.monotonic()):
+                return 0
+            running = [chunk.ticket for slot in self._slots.live for chunk in slot.batch]
+            failed = self._fail([*self._all_waiting(), *running], UnavailableError("the server stopped first"), "drain")
+        self._deliver(failed)
+        return len(failed)
+
+    def close(self, timeout_s: float = 0.0) -> int:
+        """Let the slots end after their running batch; waiting tickets fail. Returns how many did not end in time."""
+        self._slots.close()
+        with self._lock:
+            self._closed = True
+            failed = self._fail(self._all_waiting(), UnavailableError("the model is being released"), "drain")
+            for slot in self._slots.live:
+                slot.wake.notify()
+        self._deliver(failed)
+        return self._slots.join(timeout_s)
+
+    def check_stalled(self) -> None:
+        """Give up slots that have run one batch for longer than ``watchdog_s``, and replace them."""
+        now = time.monotonic()
+        with self._lock:
+            stalled = [
+                slot
+                for slot in self._slots.live
+                if slot.busy_since is not None and now - slot.busy_since > self.limits.watchdog_s
+            ]
+        for slot in stalled:
+            log.error("slot %d has run one batch for over %g s: given up", slot.number, self.limits.watchdog_s)
+            self.lose(slot, EngineError("a run of the model hung"), "hung")
+
+    @property
+    def live_slots(self) -> int:
+        return len(self._slots.live)
+
+    @property
+    def busy_slots(self) -> int:
+        return self._working
+
+    @property
+    def without_slots_s(self) -> float:
+        """How long no slot has been able to run a batch, in seconds; 0 while one is."""
+        return self._slots.empty_s
+
+    @property
+    def queued_images(self) -> int:
+        return self._queue.images
+
+    @property
+    def running_images(self) -> int:
+        return self._running_images
+
+    # What the slots call.
+
+    def add(self, slot: Slot) -> None:
+        """A slot has its engine and can take batches."""
+        with self._lock:
+            self._slots.add(slot)
+
+    def next_batch(self, slot: Slot) -> list[Chunk] | None:
+        """Wait for work. None when the batcher is closed or this slot has been given up."""
+        while True:
+            expired: list[Ticket] = []
+            with self._lock:
+                now = self._wait_for_work(slot)
+                if slot.lost or (self._closed and not self._queue.images):
+                    return None
+                chunks, late = self._queue.take(self.limits.max_batch_size, now)
+                if late:
+                    error = ExpiredError("the deadline passed while the request waited")
+                    expired = self._fail(late, error, "expired")
+                self._admit_waiting(now)
+                if chunks:
+                    slot.batch = chunks
+                    slot.busy_since = now
+                    self._working += 1
+                    for ticket, first, count in chunks:
+                        self._running_images += count
+                        if first == 0:
+                            ticket.queue_seconds = now - ticket.queued_at
+                self._wake_a_slot(now)
+                self._note_quiet()
+            if expired:
+                self._deliver(expired)
+            if chunks:
+                return chunks
+
+    def end_batch(self, slot: Slot, rows: Arrays | None, compute_s: float) -> None:
+        """Scatter a batch's rows to its tickets (None: the run failed) and deliver those that are complete."""
+        finished: list[Ticket] = []
+        with self._lock:
+            if slot.lost:  # given up meanwhile: its tickets have been answered
+                return
+            chunks = slot.batch
+            self._release(slot)
+            if len(chunks) >= CROWD_CALLERS:
+                self._crowd_until = time.monotonic() + self.limits.linger_s
+            if rows is None:
+                tickets = [chunk.ticket for chunk in chunks]
+                finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
+            else:
+                finished = self._scatter(chunks, rows, compute_s)
+                self._slots.note_success()
+        if finished:
+            self._deliver(finished)
+
+    def lose(self, slot: Slot, error: EngineError, reason: str) -> None:
+        """Give a slot up: the callers of its batch fail, and another slot takes its place."""
+        with self._lock:
+            if slot.lost or slot not in self._slots.live:
+                return
+            slot.lost = True
+            self._slots.remove(slot)
+            failed = self._fail([chunk.ticket for chunk in slot.batch], error, "failed")
+            if slot.busy_since is not None:
+                self._release(slot)
+            self._wake_a_slot(time.monotonic())
+        self._observer.failed(reason)
+        self._deliver(failed)
+        self._slots.replace()
+
+    # What the pool calls.
+
+    def _fail_waiting(self) -> None:
+        """There is no slot, and there may be none for a while."""
+        with self._lock:
+            failed = self._fail(self._all_waiting(), UnavailableError("the model has no working slot"), "failed")
+        self._deliver(failed)
+
+    def _start_slot(self, number: int) -> Slot:
+        reader = LatentReader(self.limits.latent_size, self.limits.labels)
+        slot = Slot(number, self._lock, reader, self._make_runner, self._observer)
+        slot.start(self)
+        return slot
+
+    # All below: the lock is held.
+
+    def _push(self, ticket: Ticket, now: float) -> None:
+        if not self._queue.images:
+            self._waiting_since = now
+        self._queue.push(ticket, self._retry_after_s())
+
+    def _admit_waiting(self, now: float) -> None:
+        """Queue the bulk work for which there is room now."""
+        while self._no_room and self._queue.fits(self._no_room[0]):
+            self._push(self._no_room.popleft(), now)
+
+    def _wait_for_work(self, slot: Slot) -> float:
+        """Wait until there is a batch for this slot, or it is lost, or the batcher is closed. Returns the time."""
+        while True:
+            now = time.monotonic()
+            if slot.lost or self._closed:
+                return now
+            wait_s = self._linger_left_s(now)
+            if wait_s is not None and wait_s <= 0:
+                return now
+            if wait_s is not None and self._lingering is None:
+                self._lingering = slot
+            self._idle.append(slot)
+            slot.wake.wait(wait_s if self._lingering is slot else None)
+            self._idle.remove(slot)
+            if self._lingering is slot:
+                self._lingering = None
+
+    def _linger_left_s(self, now: float) -> float | None:
+        """How long the next batch should still wait: 0 to take it now, None to wait for something to be queued."""
+        images = self._queue.images
+        if images >= self.limits.max_batch_size:
+            return 0.0
+        until = self._crowd_until
+        if images:
+            lingers_until = self._waiting_since + self.limits.linger_s
+            until = lingers_until if self._working else min(until, lingers_until)
+        elif until <= now:
+            return None
+        return max(0.0, until - now)
+
+    def _wake_a_slot(self, now: float) -> None:
+        """Wake a slot if there may be something for it to do, or to linger for."""
+        if not self._queue.images:
+            return
+        if self._lingering is None:
+            if self._idle:
+                self._idle[-1].wake.notify()
+        elif self._linger_left_s(now) == 0:
+            self._lingering.wake.notify()
+
+    def _scatter(self, chunks: list[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:
+        """Give a batch's rows to its tickets; returns those that are complete."""
+        finished = []
+        offset = 0
+        for ticket, first, count in chunks:
+            begin, offset = offset, offset + count
+            if ticket.dead:
+                continue
+            ticket.parts.append(Part(first, {name: array[begin:offset] for name, array in rows.items()}))
+            ticket.compute_seconds += compute_s
+            ticket.done += count
+            if ticket.done == ticket.span.count:
+                finished.append(ticket)
+        self._seconds_per_image += 0.1 * (compute_s / offset - self._seconds_per_image)
+        return finished
+
+    def _release(self, slot: Slot) -> None:
+        self._running_images -= sum(chunk.count for chunk in slot.batch)
+        self._working -= 1
+        slot.batch = []
+        slot.busy_since = None
+        self._note_quiet()
+
+    def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
+        """Mark tickets failed and drop their waiting rows; returns those that were not dead already."""
+        failed = [ticket for ticket in dict.fromkeys(tickets) if not ticket.dead]
+        for ticket in failed:
+            ticket.error = error
+            if dropped := self._drop(ticket):
+                self._observer.dropped(dropped, reason)
+        return failed
+
+    def _drop(self, ticket: Ticket) -> int:
+        """Take a ticket's waiting rows out of the queue, or out of the line before it; returns their number."""
+        dropped = ticket.waiting
+        if ticket.entry is not None:
+            self._queue.discard(ticket)
+        elif ticket in self._no_room:
+            self._no_room.remove(ticket)
+        ticket.taken = ticket.span.count
+        self._note_quiet()
+        return dropped
+
+    def _all_waiting(self) -> list[Ticket]:
+        return [*self._queue.tickets(), *self._no_room]
+
+    def _is_quiet(self) -> bool:
+        return not self._queue.images and not self._running_images and not self._no_room
+
+    def _note_quiet(self) -> None:
+        if self._is_quiet():
+            self._quiet.notify_all()
+
+    def _retry_after_s(self) -> float:
+        """When the queue will probably have been worked off; never so short that a retry is a busy loop."""
+        return max(LEAST_RETRY_S, self._queue.images * self._seconds_per_image / max(1, len(self._slots.live)))

@@ -1,0 +1,198 @@
+"""Who goes next: a bounded queue of tickets, counted in images. Not thread-safe; the batcher holds the lock.
+
+Order is weighted fair queuing (Demers, Keshav & Shenker 1989) with equal weights: virtual time is the images that each
+waiting ticket would have been given had all been served alike; a ticket starts at the virtual time of its arrival, and
+the ticket that would finish its next chunk first goes first. So a caller of one digit goes into the very next batch
+however long the others' requests are, and a long request cannot starve, because virtual time moves past it.
+
+Two priorities: interactive first; bulk fills what is left of a batch, and every eighth batch begins with bulk. Each has the
+whole bound for itself, so that neither can fill the queue against the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from itertools import count as counter
+from typing import Any, NamedTuple
+
+import msgspec
+from numpy.typing import NDArray
+
+from serve.errors import QueueFullError
+from serve.latents import Span
+
+BULK_TURN = 8  # one batch in so many begins with bulk
+FEW_DEAD = 64  # entries of tickets that are gone, before they are swept out of a heap
+
+
+class Priority(IntEnum):
+    """Interactive goes first."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+class Part(NamedTuple):
+    """Rows of a ticket that have come back, from its ``first``-th on: output name → rows, and ``labels`` if it has any."""
+
+    first: int
+    rows: Mapping[str, NDArray[Any]]
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """One caller's request on its way through the batcher, and what came of it. ``caller`` is the caller's own."""
+
+    span: Span
+    outputs: Sequence[str]
+    priority: Priority
+    deadline: float | None  # time.monotonic() after which nobody wants it
+    caller: object
+    waits_for_room: bool = False  # for a place in a full queue, instead of being refused
+    queued_at: float = 0.0
+    tag: float = 0.0  # virtual time at which its next chunk would start
+    entry: list[Any] | None = None  # its place in a heap
+    taken: int = 0  # rows handed to a slot
+    done: int = 0  # rows come back
+    error: Exception | None = None
+    cancelled: bool = False
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
+
+    @property
+    def waiting(self) -> int:
+        """Rows not yet handed out."""
+        return self.span.count - self.taken
+
+    @property
+    def dead(self) -> bool:
+        return self.cancelled or self.error is not None
+
+
+class Chunk(NamedTuple):
+    """``count`` rows of a ticket, from its ``first``-th on: its share of one batch."""
+
+    ticket: Ticket
+    first: int
+    count: int  # type: ignore[assignment]  # tuple's method of that name is not used
+
+
+class _Level:
+    """The tickets of one priority. Heap entries are [finish, waiting, arrival, ticket]; a ticket that left is None there."""
+
+    def __init__(self) -> None:
+        self.heap: list[list[Any]] = []
+        self.virtual = 0.0
+        self.tickets = 0
+        self.images = 0
+        self.dead = 0
+
+    def sweep(self) -> None:
+        """Drop the entries of tickets that left, once they are the larger part."""
+        if self.dead > max(FEW_DEAD, self.tickets):
+            self.heap = [entry for entry in self.heap if entry[3] is not None]
+            heapq.heapify(self.heap)
+            self.dead = 0
+
+
+class FairQueue:
+    """Tickets that wait, at most ``max_images`` of their rows in each priority."""
+
+    def __init__(self, max_images: int, max_batch_size: int) -> None:
+        self.max_images = max_images
+        self.images = 0
+        self._quantum = max_batch_size
+        self._levels = [_Level() for _ in Priority]
+        self._arrivals = counter()
+        self._batches_without_bulk = 0
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether there is room for a new ticket."""
+        return self._levels[ticket.priority].images + ticket.span.count <= self.max_images
+
+    def push(self, ticket: Ticket, retry_after_s: float) -> None:
+        """Queue a new ticket whole or not at all. Raises QueueFullError."""
+        level, count = self._levels[ticket.priority], ticket.span.count
+        if level.images + count > self.max_images:
+            raise QueueFullError(
+                f"queue is full: {level.images} of {self.max_images} images wait, {count} more do not fit", retry_after_s
+            )
+        self.images += count
+        level.images += count
+        level.tickets += 1
+        ticket.tag = level.virtual
+        self._enter(level, ticket)
+
+    def discard(self, ticket: Ticket) -> int:
+        """Drop a ticket's waiting rows, and the ticket with what it holds; returns how many rows there were."""
+        entry = ticket.entry
+        if entry is None:
+            return 0
+        level, dropped = self._levels[ticket.priority], ticket.waiting
+        entry[3] = ticket.entry = None
+        self._leave(level, ticket, dropped)
+        level.dead += 1
+        level.sweep()
+        return dropped
+
+    def take(self, limit: int, now: float) -> tuple[list[Chunk], list[Ticket]]:
+        """Up to ``limit`` images for one batch, and the tickets found expired on the way, which are out of the queue.
+
+        ``now`` is on ``time.monotonic()``.
+        """
+        chunks: list[Chunk] = []
+        expired: list[Ticket] = []
+        interactive, bulk = self._levels
+        bulk_waits = bulk.tickets > 0
+        bulk_first = bulk_waits and self._batches_without_bulk >= BULK_TURN - 1
+        room = limit
+        for level in (bulk, interactive) if bulk_first else (interactive, bulk):
+            if level.tickets and room:
+                room = self._take_from(level, room, now, chunks, expired)
+        if not bulk_waits or any(chunk.ticket.priority is Priority.BULK for chunk in chunks):
+            self._batches_without_bulk = 0
+        elif chunks:
+            self._batches_without_bulk += 1
+        return chunks, expired
+
+    def tickets(self) -> list[Ticket]:
+        """All tickets with rows that wait, in no order."""
+        return [entry[3] for level in self._levels for entry in level.heap if entry[3] is not None]
+
+    def _take_from(self, level: _Level, room: int, now: float, chunks: list[Chunk], expired: list[Ticket]) -> int:
+        sharers = max(1, level.tickets)
+        while level.heap and room:
+            ticket: Ticket | None = heapq.heappop(level.heap)[3]
+            if ticket is None:
+                level.dead -= 1
+                continue
+            ticket.entry = None
+            if ticket.deadline is not None and ticket.deadline <= now:
+                self._leave(level, ticket, ticket.waiting)
+                expired.append(ticket)
+                continue
+            count = min(ticket.waiting, room)
+            level.virtual += count / sharers
+            chunks.append(Chunk(ticket, ticket.taken, count))
+            ticket.taken += count
+            ticket.tag += count
+            room -= count
+            if ticket.waiting:
+                self.images -= count
+                level.images -= count
+                self._enter(level, ticket)
+            else:
+                self._leave(level, ticket, count)
+        return room
+
+    def _enter(self, level: _Level, ticket: Ticket) -> None:
+        waiting = ticket.waiting
+        ticket.entry = [ticket.tag + min(waiting, self._quantum), waiting, next(self._arrivals), ticket]
+        heapq.heappush(level.heap, ticket.entry)
+
+    def _leave(self, level: _Level, ticket: Ticket, images: int) -> None:
+        self.images -= images
+        level.images -= images
+        level.tickets -= 1

@@ -1,0 +1,100 @@
+"""Channels to a server: which options, which certificates, which token. For the clients and tools that call one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from serve.errors import SettingsError
+
+DEFAULT_TARGET = "localhost:50051"
+TOKEN_VARIABLE = "DIGITS_TOKEN"
+MAX_RESPONSE_BYTES = 64 << 20
+
+# A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
+# calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
+# Health checking takes a replica out of the rotation as soon as it begins to drain.
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "digits.v1.DigitGenerator"},
+    "methodConfig": [
+        {
+            "name": [{"service": "digits.v1.DigitGenerator"}],
+            "waitForReady": True,
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
+            },
+        }
+    ],
+}
+CHANNEL_OPTIONS = [
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a server may ask of its callers. ``ca``, ``cert`` and ``key`` are PEM files; without ``ca``, plaintext."""
+
+    token: str = ""
+    ca: Path | None = None  # the authorities that the server's certificate is checked against
+    cert: Path | None = None  # this client's own certificate chain, where the server wants one
+    key: Path | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def open_channel(self, target: str) -> grpc.Channel:
+        """A channel to one or more replicas. Raises SettingsError naming a file that cannot be read."""
+        if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
+            raise SettingsError("--cert and --key go together, and with --ca")
+        if self.ca is None:
+            return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
+        credentials = grpc.ssl_channel_credentials(ca, key, cert)
+        return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+PLAIN = Access()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which server and how to get in."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
+    parser.add_argument("--token-file", type=Path, help=f"file with the bearer token (default: ${TOKEN_VARIABLE})")
+    parser.add_argument("--ca", type=Path, help="PEM file to check the server's certificate against (default: plaintext)")
+    parser.add_argument("--cert", type=Path, help="PEM file of this client's certificate, where the server wants one")
+    parser.add_argument("--key", type=Path, help="PEM file of its private key")
+
+
+def access_from(flags: argparse.Namespace) -> Access:
+    """What those flags say. Raises SettingsError naming a file that cannot be read."""
+    token = _read(flags.token_file).decode("ascii", "replace") if flags.token_file else os.environ.get(TOKEN_VARIABLE, "")
+    return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
+
+
+def described(error: grpc.RpcError) -> str:
+    """A failed call's status in one line, with the way out where nobody could be reached."""
+    unreachable = error.code() is grpc.StatusCode.UNAVAILABLE and "Connection refused" in (error.details() or "")
+    hint = "; is a server running there? make serve starts one" if unreachable else ""
+    return f"{error.code().name}: {error.details()}{hint}".replace("\n", " ")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror})") from None

@@ -1,0 +1,1 @@
+"""Settings, and what settles them: the command line, the machine's cores, the release."""

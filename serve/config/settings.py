@@ -1,0 +1,213 @@
+"""The server's settings: one frozen dataclass. Each field is a flag, an environment variable and a line of help.
+
+``--grpc-port 50051`` and ``DIGITS_GRPC_PORT=50051`` are the same setting; the flag wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serve.config.command_line import OneLineParser
+from serve.config.version_policy import parse_policies
+from serve.errors import SettingsError
+from serve.manifest import BUNDLED_DIR
+
+ENV_PREFIX = "DIGITS_"
+
+# Settings of earlier releases, and what to do instead.
+RETIRED = {
+    "model_control": "the models folder and --serving-file are always followed; leave it out",
+    "max_queue_delay_us": "use --linger-us",
+    "crowd_rest_us": "use --linger-us",
+}
+
+
+def _setting(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+DEFAULT_MODEL = "cdcgan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to serve. Raises SettingsError, naming the flag, when made with an unusable value."""
+
+    models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
+    default_model: str = _setting(DEFAULT_MODEL, "the model that answers requests that name none")
+    versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
+    serving_file: Path | None = _setting(
+        None, "which versions are served, beyond --versions; followed as it changes (default: serving.json in the models folder)"
+    )
+    wait_for_models: bool = _setting(False, "start without a usable model too, and serve what the folder will hold")
+    poll_interval_s: float = _setting(5.0, "time between two looks at the models folder and that file", low=0.05, high=86400)
+    host: str = _setting("127.0.0.1", "address the gRPC port listens on")
+    grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
+    tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
+    tls_key: Path | None = _setting(None, "PEM file of its private key")
+    tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are let in, and no others")
+    insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
+    tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; read anew when it changes (serve.access.tokens)")
+    caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
+    caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
+    http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
+    http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz and the page; 0 takes a free one", low=0, high=65535)
+    page: bool = _setting(True, "answer with a page to look at, and digits at /v1/digits, on the HTTP port")
+    provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
+    buckets: str = _setting(
+        "auto", "what batches are padded to; auto: powers of two on CUDA, nothing on the CPU", choices=("auto", "powers")
+    )
+    cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
+    cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, as prefer_nhwc=1,use_tf32=0")
+    gpu_mem_limit_mib: int = _setting(0, "bound of each instance's memory arena on the GPU; 0: none", low=0, high=1 << 20)
+    instances: int = _setting(0, "concurrent runs of a model; 0: one per usable core on the CPU, one on CUDA", low=0, high=256)
+    intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
+    max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
+    linger_us: int = _setting(
+        1000, "how long a batch that is not full waits for more requests while others are being served", low=0, high=1_000_000
+    )
+    max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
+    max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
+    watchdog_s: float = _setting(30.0, "a run longer than this is given up and its thread replaced", low=0.05, high=3600)
+    self_check_interval_s: float = _setting(
+        60.0, "time between two golden checks through the batcher; 0: never", low=0, high=86400
+    )
+    drain_grace_s: float = _setting(0.0, "on SIGTERM: time between NOT_SERVING and refusing new requests", low=0, high=600)
+    drain_deadline_s: float = _setting(20.0, "on SIGTERM: time for accepted requests to finish", low=0, high=3600)
+    max_connection_age_s: float = _setting(300.0, "a client reconnects after this long, so that load spreads", low=1, high=86400)
+    reflection: bool = _setting(True, "answer gRPC server reflection")
+    metrics: bool = _setting(True, "answer /metrics")
+    log_format: str = _setting("text", "lines for people, or JSON objects for machines", choices=("text", "json"))
+    log_level: str = _setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def max_count_float32(self) -> int:
+        """``max_count`` for float images, four times the bytes: the default stays under gRPC's usual limit of 4 MiB."""
+        return max(1, self.max_count // 4)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value, meta = getattr(self, spec.name), spec.metadata
+            if "choices" in meta and value not in meta["choices"]:
+                raise SettingsError(f"{flag_name(spec.name)} must be one of {', '.join(meta['choices'])}, got {value!r}")
+            if "low" in meta and not meta["low"] <= value <= meta["high"]:
+                raise SettingsError(f"{flag_name(spec.name)} must be from {meta['low']} to {meta['high']}, got {value}")
+        parse_policies(self.versions)
+        parse_cuda_options(self.cuda_options)
+        if self.cuda_graphs == "on" and self.provider != "cuda":
+            raise SettingsError(f"--cuda-graphs on needs --provider cuda, and it is {self.provider}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
+            raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
+        if self.page and not self.insecure and not is_loopback(self.http_host):
+            raise SettingsError(
+                f"--http-host {self.http_host} would serve the page in plaintext: give --page false, or --insecure"
+            )
+        if self.caller_images and self.caller_images < self.max_count:
+            raise SettingsError(
+                f"--caller-images {self.caller_images} is under --max-count {self.max_count}: it could never be served"
+            )
+        if self.max_count > self.max_queue_images:
+            raise SettingsError(
+                f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# What --cuda-options may set, and to what.
+CUDA_OPTIONS = {
+    "use_tf32": ("0", "1"),
+    "prefer_nhwc": ("0", "1"),
+    "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+    "cudnn_conv_use_max_workspace": ("0", "1"),
+    "tunable_op_enable": ("0", "1"),
+    "tunable_op_tuning_enable": ("0", "1"),
+}
+
+
+def parse_cuda_options(text: str) -> dict[str, str]:
+    """Read ``name=value,name=value``. Raises SettingsError naming the option and what it takes."""
+    options = {}
+    for entry in filter(None, text.split(",")):
+        name, _, value = entry.strip().partition("=")
+        if name not in CUDA_OPTIONS:
+            raise SettingsError(f"--cuda-options: {name[:64]!r} is unknown; there are {', '.join(CUDA_OPTIONS)}")
+        if value not in CUDA_OPTIONS[name]:
+            raise SettingsError(f"--cuda-options: {name} must be one of {', '.join(CUDA_OPTIONS[name])}, got {value[:64]!r}")
+        options[name] = value
+    return options
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def env_name(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` one flag per setting."""
+    for spec in dataclasses.fields(Settings):
+        shown = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
+        default = "" if spec.name == "models_dir" or shown is None else f" (default: {shown})"
+        text = f"{spec.metadata['help']}{default} [{env_name(spec.name)}]"
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(spec.default, bool) else {}
+        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE", **options)
+    for name in RETIRED:
+        parser.add_argument(flag_name(name), help=argparse.SUPPRESS, default=None)
+
+
+def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Settings:
+    """Flags over environment over defaults. Raises SettingsError naming the flag or variable."""
+    for name, instead in RETIRED.items():
+        if flags.get(name) is not None or env_name(name) in environment:
+            source = flag_name(name) if flags.get(name) is not None else env_name(name)
+            raise SettingsError(f"{source} is no setting any more: {instead}")
+    hints = typing.get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    for spec in dataclasses.fields(Settings):
+        text, source = flags.get(spec.name), flag_name(spec.name)
+        if text is None and env_name(spec.name) in environment:
+            text, source = environment[env_name(spec.name)], env_name(spec.name)
+        if text is not None:
+            values[spec.name] = _parse(text, hints[spec.name], source)
+    return Settings(**values)
+
+
+def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from a command line. Raises SettingsError; an unknown flag ends the process with one line."""
+    parser = OneLineParser(prog="python -m serve", description="Serve digit generators over gRPC.")
+    add_flags(parser)
+    return resolve(vars(parser.parse_args(arguments)), environment)
+
+
+def _parse(text: str, kind: Any, source: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SettingsError(f"{source} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    if kind == Path | None:
+        return Path(text)
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"{source} must be {wanted}, got {text!r}") from None

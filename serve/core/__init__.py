@@ -1,0 +1,1 @@
+"""One request in, one answer out: finds the model, checks, admits, runs, counts. Knows no transport."""

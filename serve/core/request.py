@@ -1,0 +1,73 @@
+"""The two records: what a request asks for, whatever transport it came by, and what was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batching.queue import Priority
+from serve.models.model import Model
+
+PIXELS = ("pixels",)
+IMAGES = ("images",)
+
+
+class Addresses(msgspec.Struct, frozen=True, eq=False):
+    """Consecutive rows of a seed's stream; a ``seed`` that is None is drawn. ``truncation`` 0: none."""
+
+    seed: int | None
+    start: int
+    count: int
+    truncation: float = 0.0
+
+
+class Latents(msgspec.Struct, frozen=True, eq=False):
+    """Rows that the caller brings: float32 (n, z), or flat with ``count`` rows or, with 0, as many as there are."""
+
+    values: NDArray[np.float32]
+    count: int = 0
+
+
+class Interpolation(msgspec.Struct, frozen=True, eq=False):
+    """``steps`` rows on the arc from one address, (seed, index), to another."""
+
+    begin: tuple[int, int]
+    end: tuple[int, int]
+    steps: int
+    truncation: float = 0.0
+
+
+class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """One request. ``encoding`` is what the transport will make of the rows: for limits, metrics and error texts."""
+
+    rows: Addresses | Latents | Interpolation
+    model: str = ""  # the default model
+    version: int = 0  # as the model's route has it
+    labels: Sequence[int] | NDArray[np.int64] = ()  # one for all rows, or one each; empty: the addresses' own
+    outputs: Sequence[str] = PIXELS
+    encoding: str = "uint8"
+    priority: Priority = Priority.INTERACTIVE
+    deadline: float | None = None  # on time.monotonic()
+
+
+class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """What came of a request: rows in order, in the pieces they were computed in, their address and timing."""
+
+    model: Model  # that made them
+    seed: int | None  # None for rows without an address
+    start: int
+    count: int
+    pixels: Sequence[NDArray[np.uint8]]  # (k, 28, 28) each; empty where they were not asked for
+    images: Sequence[NDArray[np.float32]]  # (k, 1, 28, 28) each, in [0, 1]; empty where they were not asked for
+    labels: NDArray[np.int64] | None  # (count,); None of an unconditional model
+    queued_at: float  # on time.monotonic()
+    queue_seconds: float
+    compute_seconds: float
+
+    @property
+    def joined_pixels(self) -> NDArray[np.uint8]:
+        """The pixels as one array (count, 28, 28)."""
+        return np.concatenate(self.pixels)

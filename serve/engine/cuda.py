@@ -1,0 +1,113 @@
+"""What of CUDA's runtime ONNX Runtime's Python interface lacks: page-locked memory, copies into it, memory in use.
+
+By NVIDIA's own bindings, which come with the ``cuda`` extra and are imported only where there is a GPU to use. Knows no
+session. Also the rule that nothing runs while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numpy.typing import NDArray
+
+from serve.engine.onnx_runtime import ort
+from serve.errors import EngineError, ProviderError
+
+
+class Device:
+    """CUDA device 0, as far as the engine needs it. Every method raises EngineError with the runtime's own code."""
+
+    name = "cuda"
+
+    def allocate(self, like: NDArray[Any]) -> Any:
+        """Memory on the device for as much as an array holds, as an OrtValue."""
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), like.dtype.type, self.name, 0)
+
+    def lock_pages(self, array: NDArray[Any]) -> None:
+        """Page-lock an array's memory, so that the GPU copies it at the bus's own speed."""
+        _call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
+
+    def unlock_pages(self, array: NDArray[Any]) -> None:
+        """Undo ``lock_pages``, before the memory is freed."""
+        _call("cudaHostUnregister", array.ctypes.data)
+
+    def copy_to_device(self, to: int, source: int, size_bytes: int) -> None:
+        """Copy from a host address to a device address; returns when it is done."""
+        _call("cudaMemcpy", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def copy_to_host(self, to: int, source: int, size_bytes: int) -> None:
+        """Copy from a device address to a host address; returns when it is done."""
+        _call("cudaMemcpy", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+
+def memory_in_use_bytes() -> int:
+    """Of the current device, by all processes. Raises EngineError."""
+    free, total = _call("cudaMemGetInfo")
+    return int(total - free)
+
+
+def memory_total_bytes() -> int:
+    """Of the current device. Raises EngineError."""
+    return int(_call("cudaMemGetInfo")[1])
+
+
+def _call(function: str, *arguments: Any) -> Any:
+    runtime = _runtime()
+    code, *values = getattr(runtime, function)(*arguments)
+    if code != runtime.cudaError_t.cudaSuccess:
+        raise EngineError(f"{function} failed: {code.name}")
+    return values
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime  # noqa: PLC0415  # absent where there is no GPU
+    except ImportError:
+        raise ProviderError("CUDA needs the package cuda-bindings: install the cuda extra, or use --provider cpu") from None
+    return runtime
+
+
+class CaptureGate:
+    """Runs go through together; a capture goes through alone.
+
+    While a graph is captured, an allocation or a synchronous copy on any other thread breaks the capture or itself fails
+    (CUDA programming guide, stream capture in the global mode, which ONNX Runtime uses).
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._capturing = False
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """For a run: waits while there is a capture."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._capturing)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """For a capture: keeps new runs out, and waits for those under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._capturing)
+            self._capturing = True
+            self._changed.wait_for(lambda: not self._running)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._capturing = False
+                self._changed.notify_all()
+
+
+CAPTURE_GATE = CaptureGate()  # one per process, as there is one CUDA context per process and device

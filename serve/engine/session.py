@@ -1,0 +1,159 @@
+"""One ONNX Runtime session and the runs through it: arrays in, arrays out. Knows neither the queue nor a transport.
+
+Export's parity check runs through this very class, so what is proven there is what serves here. Names, types and shapes of
+the arrays are those of ``Manifest.inputs`` and ``Manifest.outputs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.engine.golden import check_golden, golden_samples
+from serve.engine.onnx_runtime import ort
+from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider
+from serve.errors import BundleError, ProviderError
+from serve.manifest import Manifest, TensorSpec
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+
+PIXELS = ("pixels",)
+PIXELS_AND_IMAGES = ("pixels", "images")
+
+# TF32 is off because parity is proven without it. The arena grows by what is asked for, not by doubling: buckets are
+# warmed from the largest down, so it grows once.
+DEFAULT_CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+
+
+class Engine:
+    """A loaded model on the CPU. Raises ProviderError or BundleError when it cannot be loaded.
+
+    Any number of threads may run it at once: they share one session, and so its weights and its arena. ``largest`` is the
+    most rows that ``compute`` puts into one run. Batches are not padded unless ``pad_to_powers`` is set, because on a CPU
+    padding costs what computing costs.
+    """
+
+    def __init__(self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> None:
+        self.manifest = manifest
+        self.options = options
+        self.largest = largest
+        self._session = open_session(model, manifest, options)
+
+    @property
+    def provider(self) -> Provider:
+        return self.options.provider
+
+    def allocate(self, count: int) -> dict[str, Array]:
+        """Arrays for the inputs of a run of ``count`` rows, to be filled and given to ``run``."""
+        return {spec.name: np.empty((count, *spec.shape), spec.dtype) for spec in self.manifest.inputs}
+
+    def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, Array]:
+        """Run once. ``feeds`` holds every input, (n, ...); returns the ``outputs`` asked for, (n, ...), as new arrays.
+
+        Labels must be in range: nothing checks them after this.
+        """
+        count = len(feeds["latents"])
+        bucket = self.bucket(count)
+        if bucket != count:
+            feeds = {name: _padded(array, bucket) for name, array in feeds.items()}
+        return {
+            name: array[:count] for name, array in zip(outputs, self._session.run(outputs, feeds), strict=True)
+        }  # fmt: skip
+
+    def compute(
+        self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, outputs: Sequence[str] = PIXELS
+    ) -> dict[str, Array]:
+        """Run any number of rows (n, z), in pieces if they are more than ``largest``.
+
+        ``labels`` (n,) are a conditional model's, which must have them. Raises ValueError otherwise.
+        """
+        if (labels is not None) != bool(self.manifest.labels):
+            raise ValueError(f"model {self.manifest.name} takes {self.manifest.labels} labels")
+        given: dict[str, Array] = {"latents": latents} if labels is None else {"latents": latents, "labels": labels}
+        pieces = []
+        for first in range(0, len(latents), self.largest):
+            pieces.append(self.run({name: array[first : first + self.largest] for name, array in given.items()}, outputs))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in outputs}
+
+    def bucket(self, count: int) -> int:
+        """The rows that are computed for a batch of ``count``."""
+        return min(self.largest, 1 << (count - 1).bit_length()) if self.options.padded else count
+
+    def buckets(self) -> list[int]:
+        """The buckets that ``warm`` runs: powers of two and the largest, the largest first."""
+        return sorted({min(1 << power, self.largest) for power in range(self.largest.bit_length() + 1)}, reverse=True)
+
+    def check_golden(self) -> None:
+        """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
+        samples = golden_samples(self.manifest)
+        got = self.compute(samples.latents, samples.labels)["pixels"]
+        check_golden(self.manifest, self.provider, samples.pixels, got)
+
+    def warm(self) -> dict[int, bool]:
+        """Run every bucket once, the largest first. Returns which graphs were captured, by bucket: none on a CPU."""
+        for bucket in self.buckets():
+            for outputs in (PIXELS_AND_IMAGES, PIXELS):
+                self.run({spec.name: np.zeros((bucket, *spec.shape), spec.dtype) for spec in self.manifest.inputs}, outputs)
+        return {}
+
+
+def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort.InferenceSession:
+    """A session whose signature is the manifest's. Raises ProviderError, or BundleError for an unusable graph."""
+    provider = chosen.provider
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = chosen.intra_op_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning workers fight the event loop for the cores, and cost a whole one at no traffic.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[Any] = [CPU_PROVIDER]
+    if provider == "cuda":
+        # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        own = {**DEFAULT_CUDA_OPTIONS, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
+        providers = [(CUDA_PROVIDER, own)]
+    name = f"model {manifest.name}/{manifest.version}"
+    try:
+        session = ort.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
+        first_line = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if provider == "cuda":
+            raise ProviderError(f"{name} cannot run whole on CUDA: {first_line}") from None
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line}); export the model again") from None
+    taken = session.get_providers()[0]
+    if taken != PROVIDER_NAMES[provider]:
+        raise ProviderError(f"{name}: asked for {provider}, but ONNX Runtime took {taken}; use --provider cpu or mend CUDA")
+    _check_signature(session, manifest)
+    return session
+
+
+_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+
+
+def _check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
+    where = f"model {manifest.name}/{manifest.version}"
+    axes = []
+    for kind, specs, nodes in (
+        ("inputs", manifest.inputs, session.get_inputs()),
+        ("outputs", manifest.outputs, session.get_outputs()),
+    ):
+        found = {node.name: (node.type, list(node.shape[1:])) for node in nodes}
+        if found != {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}:
+            wanted = ", ".join(_described(spec) for spec in specs)
+            raise BundleError(f"{where} has {kind} {found}, not {wanted} as the manifest says; export again")
+        axes += [node.shape[0] for node in nodes]
+    if any(isinstance(axis, int) for axis in axes):
+        raise BundleError(f"{where} has a fixed batch axis {axes}; export it with a symbolic one")
+
+
+def _described(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join(['batch', *map(str, spec.shape)])}]"
+
+
+def _padded(array: Array, rows: int) -> Array:
+    padding = np.zeros((rows - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding])

@@ -1,0 +1,218 @@
+"""One served model version: its bundle, its batcher, and whether it may answer. Knows no transport.
+
+Callers wait on the event loop, the batcher works in threads; results cross over once per batch, not once per caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batching.batcher import Batcher, Limits
+from serve.batching.queue import Priority, Ticket
+from serve.batching.slot import Runner
+from serve.config.cores import usable_cores
+from serve.config.settings import Settings, parse_cuda_options
+from serve.engine.factory import make_engine
+from serve.engine.golden import golden_difference, golden_samples
+from serve.engine.provider import EngineOptions, Provider
+from serve.engine.session import PIXELS
+from serve.errors import QueueFullError, ServeError, UnavailableError
+from serve.latents import Span
+from serve.manifest import Manifest
+from serve.models.repository import Bundle
+from serve.observability.metrics import Metrics, ModelMetrics
+
+log = logging.getLogger(__name__)
+
+# For bundles without a figure of their own. A CPU gains nothing beyond it: 16 images a run were as fast as 256 for the dcgan.
+DEFAULT_BATCH_SIZES: Mapping[Provider, int] = {"cpu": 16, "cuda": 1024}
+JOIN_S = 5.0  # for a slot's running batch to end
+
+
+class InUse:
+    """Counts the blocks that are in it. One object for all of them: it is entered once for every request."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    def __enter__(self) -> None:
+        if not self.calls:
+            self.unused.clear()
+        self.calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.calls -= 1
+        if not self.calls:
+            self.unused.set()
+
+
+class Model:
+    """A model version that answers requests. Make it with ``open_model``."""
+
+    def __init__(self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.provider = provider
+        self.batcher = batcher
+        self.metrics = metrics
+        self.breached = False
+        self.in_use = InUse()  # a block in it keeps the model from being released while a call, however long, goes on
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return not self.breached and self.batcher.live_slots > 0
+
+    async def release(self, timeout_s: float) -> int:
+        """Let the calls under way finish, then end the slots. Returns how many requests the timeout cut off."""
+        deadline = time.monotonic() + timeout_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.in_use.unused.wait()
+        cut_off = await asyncio.to_thread(self.batcher.drain, deadline)
+        if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
+            log.error("%d slots of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
+        return cut_off
+
+    def gauges(self) -> Mapping[str, Callable[[], float]]:
+        """What ``Metrics.bind_gauges`` reads whenever it is scraped."""
+        batcher = self.batcher
+        return {
+            "queue_images": lambda: batcher.queued_images,
+            "queue_limit": lambda: batcher.limits.max_queue_images,
+            "running_images": lambda: batcher.running_images,
+            "instances_busy": lambda: batcher.busy_slots,
+            "instances_live": lambda: batcher.live_slots,
+            "model_ready": lambda: self.ready,
+        }
+
+    async def run(
+        self, span: Span, outputs: Sequence[str], priority: Priority, deadline: float | None, waits_for_room: bool = False
+    ) -> Ticket:
+        """Run a span's rows through the batcher; given up when the waiter is cancelled. Raises ServeError."""
+        if self.breached:
+            raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
+        ticket = await self._run(Ticket(span, outputs, priority, deadline, _new_waiter(), waits_for_room))
+        self.metrics.queue_wait(ticket.queue_seconds)
+        return ticket
+
+    async def _run(self, ticket: Ticket) -> Ticket:
+        self.batcher.submit(ticket)
+        try:
+            await ticket.caller  # type: ignore[misc]  # the batcher does not know that its callers are futures
+        except asyncio.CancelledError:
+            self.batcher.cancel(ticket)
+            raise
+        return ticket
+
+    async def self_check(self) -> None:
+        """The golden check through the live batcher; a breach stops the model until a later check passes."""
+        samples = golden_samples(self.manifest)
+        span = Span(0, 0, len(samples.latents), samples.latents, samples.labels)
+        name = f"{self.manifest.name}/{self.manifest.version}"
+        try:
+            ticket = await self._run(Ticket(span, PIXELS, Priority.BULK, None, _new_waiter()))
+        except QueueFullError:
+            self.metrics.self_checks("skipped").inc()
+            return
+        except ServeError as error:
+            self.metrics.self_checks("failed").inc()
+            log.error("self-check of %s could not run: %s", name, error)
+            return
+        problem = golden_difference(self.manifest, samples.pixels, np.concatenate(ordered(ticket, "pixels")))
+        self.metrics.self_checks("breach" if problem else "passed").inc()
+        if problem:
+            log.error("self-check of %s: %s", name, problem)
+        elif self.breached:
+            log.warning("self-check of %s passes again", name)
+        self.breached = problem is not None
+
+
+def open_model(
+    bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
+) -> Model:
+    """Load, check against the golden samples, warm and start. Raises BundleError or ProviderError."""
+    manifest = bundle.manifest
+    model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
+    limits = Limits(
+        latent_size=manifest.latent_size,
+        labels=manifest.labels,
+        max_batch_size=settings.max_batch_size or batch_size(manifest, provider),
+        max_queue_images=settings.max_queue_images,
+        linger_s=settings.linger_us / 1e6,
+        slots=settings.instances or (usable_cores() if provider == "cpu" else 1),
+        watchdog_s=settings.watchdog_s,
+    )
+
+    def load() -> Runner:
+        engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
+        engine.check_golden()
+        for captured in engine.warm().values():
+            model_metrics.graph_capture("captured" if captured else "failed")
+        return engine
+
+    make_runner = load
+    if provider == "cpu":
+        shared = load()  # one session for all slots: its weights and its arena exist once
+        make_runner = lambda: shared  # noqa: E731  # a named function cannot replace the one above
+
+    def deliver(tickets: Sequence[Ticket]) -> None:
+        if tickets:
+            loop.call_soon_threadsafe(wake_callers, tickets)
+
+    batcher = Batcher(limits, make_runner, deliver, model_metrics)
+    batcher.start()
+    return Model(bundle, provider, batcher, model_metrics)
+
+
+def batch_size(manifest: Manifest, provider: Provider) -> int:
+    """The most images in one run, where the settings do not say: the bundle's own figure, the same on every machine."""
+    return manifest.batch_sizes.get(provider, DEFAULT_BATCH_SIZES[provider])
+
+
+def engine_options(settings: Settings, provider: Provider) -> EngineOptions:
+    """What the settings say of how sessions run on ``provider``."""
+    cuda_options = parse_cuda_options(settings.cuda_options)
+    if settings.gpu_mem_limit_mib:
+        cuda_options["gpu_mem_limit"] = str(settings.gpu_mem_limit_mib << 20)
+    return EngineOptions(
+        provider=provider,
+        intra_op_threads=settings.intra_op_threads,
+        pad_to_powers=settings.buckets == "powers",
+        cuda_graphs=settings.cuda_graphs != "off",
+        cuda_options=cuda_options,
+    )
+
+
+def ordered(ticket: Ticket, name: str) -> list[NDArray[np.generic]]:
+    """A finished ticket's rows of one output, or its ``labels``, in order and in the pieces they were computed in."""
+    parts = ticket.parts
+    if len(parts) > 1:
+        parts = sorted(parts, key=lambda part: part.first)
+    return [part.rows[name] for part in parts]
+
+
+def wake_callers(tickets: Sequence[Ticket]) -> None:
+    """Complete the futures that tickets' callers wait for. For the event loop's thread."""
+    for ticket in tickets:
+        waiter = ticket.caller
+        assert isinstance(waiter, asyncio.Future)
+        if waiter.done():  # the caller left in the meantime
+            continue
+        if ticket.error is not None:
+            waiter.set_exception(ticket.error)
+        else:
+            waiter.set_result(None)
+
+
+def _new_waiter() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()

@@ -1,0 +1,195 @@
+"""Every metric the server has, in one place, on an injected registry. Histograms throughout, never summaries:
+their buckets can be added up over replicas.
+
+gRPC's metrics have the ecosystem's usual names; the service's own begin with ``digits_``. Children are looked up once,
+not per request: a look-up costs more than the increment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SHORT_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.1, 0.3, 1.0, 3.0)
+IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MODEL = ("model", "version")
+BUCKET = (*MODEL, "bucket")
+# What asks for digits, by whichever protocol; a stream's time is its caller's affair.
+MEASURED_METHODS = {"Generate", "Interpolate", "ModelInfer", "/v1/digits", "/v1/interpolation"}
+RPC = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """The server's metrics. Make one per registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
+        self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
+        self.rpc_seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from the RPC's start to its end",
+            RPC,
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.queue_wait = self._short("digits_queue_wait_seconds", "Time from acceptance until the first row goes into a batch")
+        self.assembly = self._short("digits_assembly_seconds", "Time to write one batch's latents")
+        self.compute = self._short("digits_compute_seconds", "Time of one run of the model")
+        self.encode = self._short("digits_encode_seconds", "Time to turn rows into the response's bytes")
+        self.batch_images = Histogram(
+            "digits_batch_images", "Images in one run of the model", MODEL, buckets=IMAGES_BUCKETS, registry=registry
+        )
+        self.images = Counter("digits_images", "Images returned, by format", (*MODEL, "format"), registry=registry)
+        self.bucket_runs = Counter("digits_bucket_runs", "Runs of the model, by rows computed", BUCKET, registry=registry)
+        self.bucket_seconds = Counter(
+            "digits_bucket_run_seconds",
+            "Time of those runs, by rows up to a power of two",
+            BUCKET,
+            registry=registry,
+        )
+        self.graph_captures = Counter(
+            "digits_cuda_graph_captures", "CUDA graphs captured and checked, by result", (*MODEL, "result"), registry=registry
+        )
+        self.gpu_memory = Gauge("digits_gpu_memory_used_bytes", "Memory in use on the GPU, by all processes", registry=registry)
+        self.gpu_memory_total = Gauge("digits_gpu_memory_total_bytes", "Memory of the GPU", registry=registry)
+        self.expected_provider = Gauge(
+            "digits_expected_provider", "1 for what --provider asks for", ("provider",), registry=registry
+        )
+        self.padding = Counter("digits_padding_images", "Rows computed to fill a batch bucket", MODEL, registry=registry)
+        self.dropped = Counter(
+            "digits_dropped_images", "Rows that never reached the model, by reason", (*MODEL, "reason"), registry=registry
+        )
+        self.splits = Counter("digits_split_requests", "Requests cut over more than one batch", MODEL, registry=registry)
+        self.run_failures = Counter(
+            "digits_run_failures", "Runs that raised, hung or lost their thread", (*MODEL, "reason"), registry=registry
+        )
+        self.self_checks = Counter(
+            "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry
+        )
+        self.drained = Counter(
+            "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
+        )
+        self._gauges = {
+            "queue_images": self._gauge("digits_queue_images", "Images that wait"),
+            "queue_limit": self._gauge("digits_queue_limit_images", "Images that may wait"),
+            "running_images": self._gauge("digits_running_images", "Images in running batches"),
+            "instances_busy": self._gauge("digits_instances_busy", "Instances running a batch"),
+            "instances_live": self._gauge("digits_instances_live", "Instances that can run a batch"),
+            "model_ready": self._gauge("digits_model_ready", "1 when the model answers requests"),
+            "traffic_share": self._gauge("digits_model_traffic_share", "Share of requests naming no version it answers"),
+        }
+        self.model_failed = self._gauge("digits_model_failed", "1 for a version that should be served and could not be loaded")
+        self.model_loads = Counter(
+            "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
+        )
+        self.access_denied = Counter("digits_access_denied", "Calls kept out, by reason", ("reason",), registry=registry)
+        self.access_reloads = Counter(
+            "digits_access_reloads", "Certificates and tokens read anew, by result", ("what", "result"), registry=registry
+        )
+        self.serving_file_reads = Counter(
+            "digits_serving_file_reads", "Changes of the desired state's file taken up, by result", ("result",), registry=registry
+        )
+        self.background_failures = Counter(
+            "digits_background_failures", "Rounds of a background task that raised", ("task",), registry=registry
+        )
+        self.models_loaded = Gauge("digits_models_loaded", "Model versions loaded", registry=registry)
+        self.provider = Gauge(
+            "digits_provider", "1 for the execution provider in use", (*MODEL, "provider", "digest"), registry=registry
+        )
+        self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
+
+    def totals(self) -> dict[str, float]:
+        """Counters since the start, from whose differences a reader has rates: images, and answered calls with their time."""
+        images = sum(
+            sample.value for family in self.images.collect() for sample in family.samples if sample.name.endswith("_total")
+        )
+        calls = seconds = 0.0
+        for family in self.rpc_seconds.collect():
+            for sample in family.samples:
+                if sample.labels["grpc_method"] in MEASURED_METHODS:
+                    calls += sample.value if sample.name.endswith("_count") else 0
+                    seconds += sample.value if sample.name.endswith("_sum") else 0
+        return {"images_total": images, "calls_total": calls, "seconds_total": seconds}
+
+    def bind_gauges(
+        self, model: str, version: int, provider: str, digest: str, gauges: Mapping[str, Callable[[], float]]
+    ) -> None:
+        """Read a model version's gauges from these functions from now on."""
+        for name, gauge in self._gauges.items():
+            gauge.labels(model, str(version)).set_function(gauges[name])
+        self.provider.labels(model, str(version), provider, digest).set(1)
+
+    def drop_gauges(self, model: str, version: int, provider: str, digest: str) -> None:
+        """The version is served no longer: its gauges go, its counters stay."""
+        for gauge in self._gauges.values():
+            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model
+            gauge.remove(model, str(version))
+        self.provider.remove(model, str(version), provider, digest)
+
+    def _short(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, MODEL, buckets=SHORT_SECONDS_BUCKETS, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, MODEL, registry=self.registry)
+
+
+class RpcMetrics:
+    """One method's children."""
+
+    def __init__(self, metrics: Metrics, kind: str, service: str, method: str) -> None:
+        labels = (kind, service, method)
+        self.started = metrics.rpc_started.labels(*labels).inc
+        self.seconds = metrics.rpc_seconds.labels(*labels).observe
+        self.handled = cache(lambda code: metrics.rpc_handled.labels(*labels, code))
+
+
+class ModelMetrics:
+    """One model version's children, and the batcher's observer."""
+
+    def __init__(self, metrics: Metrics, model: str, version: int) -> None:
+        labels = (model, str(version))
+        self.queue_wait = metrics.queue_wait.labels(*labels).observe
+        self.encode = metrics.encode.labels(*labels).observe
+        self.images: Callable[[str], Counter] = cache(lambda name: metrics.images.labels(*labels, name))
+        self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
+        self._assembly = metrics.assembly.labels(*labels).observe
+        self._compute = metrics.compute.labels(*labels).observe
+        self._batch_images = metrics.batch_images.labels(*labels).observe
+        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
+
+        @cache
+        def bucket_counters(bucket: int) -> tuple[Callable[[float], None], Callable[[float], None]]:
+            name = str(1 << (bucket - 1).bit_length())
+            return metrics.bucket_runs.labels(*labels, name).inc, metrics.bucket_seconds.labels(*labels, name).inc
+
+        self._bucket = bucket_counters
+        self._padding = metrics.padding.labels(*labels).inc
+        self._splits = metrics.splits.labels(*labels).inc
+        self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
+        self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
+
+    def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None:
+        self._batch_images(images)
+        self._assembly(assembly_s)
+        self._compute(compute_s)
+        count, seconds = self._bucket(bucket)
+        count(1)
+        seconds(compute_s)
+        if bucket > images:
+            self._padding(bucket - images)
+
+    def graph_capture(self, result: str) -> None:
+        self._graph_captures(result).inc()
+
+    def split(self, chunks: int) -> None:
+        self._splits(chunks)
+
+    def dropped(self, images: int, reason: str) -> None:
+        self._dropped(reason).inc(images)
+
+    def failed(self, reason: str) -> None:
+        self._run_failures(reason).inc()

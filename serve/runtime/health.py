@@ -1,0 +1,61 @@
+"""What the server says of itself: alive, ready, and serving which models. gRPC's health protocol and the HTTP probes share it.
+
+``""`` is SERVING when the process is ready with all its models, the service's name when any of them can be used,
+``<service>/<model>`` for each, and ``liveness`` as long as the process need not be restarted, draining or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from grpc_health.v1 import health, health_pb2
+
+from serve.api.digits_v1 import SERVICE
+from serve.models.catalog import Catalog
+
+LIVENESS = "liveness"
+WITHOUT_SLOTS_S = 60.0  # a model that has had no working slot for so long is taken for beyond mending from inside
+
+Status = health_pb2.HealthCheckResponse
+
+
+class Health:
+    """The answers, and gRPC's servicer that they are published to."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self.draining = False
+        self._catalog = catalog
+        self._names: set[str] = set()
+        self._turn = asyncio.Lock()  # so that a round which began before draining cannot end after it
+
+    def not_alive(self) -> str | None:
+        """Why the process is to be restarted; None when it is not."""
+        for model in self._catalog.models():
+            if model.batcher.without_slots_s > WITHOUT_SLOTS_S:
+                return f"{model.manifest.name}/{model.manifest.version} has had no working slot for {WITHOUT_SLOTS_S:g} s"
+        return None
+
+    def not_ready(self) -> str | None:
+        """Why the process is not ready with all its models; None when it is."""
+        if self.draining:
+            return "draining"
+        names = self._catalog.names()
+        if self._catalog.default_model not in names:
+            return f"default model {self._catalog.default_model} is not served"
+        unready = [name for name in names if not self._catalog.ready(name)]
+        return f"not ready: {', '.join(unready)}" if unready else None
+
+    async def publish(self) -> None:
+        """Tell gRPC's servicer, and those who watch it, how things stand."""
+        async with self._turn:
+            names = self._catalog.names()
+            states = {f"{SERVICE}/{name}": self._catalog.ready(name) and not self.draining for name in names}
+            states[""] = self.not_ready() is None
+            states[SERVICE] = not self.draining and any(self._catalog.ready(name) for name in names)
+            states[LIVENESS] = self.not_alive() is None
+            for service, good in states.items():
+                await self.servicer.set(service, Status.SERVING if good else Status.NOT_SERVING)
+            for service in self._names - states.keys():
+                await self.servicer.set(service, Status.SERVICE_UNKNOWN)
+            self._names = set(states)

@@ -1,0 +1,194 @@
+"""The server's life: start, run, stop. On SIGTERM: say NOT_SERVING, wait for clients to notice, refuse, finish, release."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import uvloop
+from aiohttp import web
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from serve.access import tls
+from serve.access.callers import Accounts
+from serve.access.tokens import TokenFile
+from serve.api.admission import Admission, InFlight
+from serve.api.digits_v1 import DigitService
+from serve.api.http import HttpApi
+from serve.api.model_control import ModelControlService
+from serve.api.open_inference import OpenInferenceService
+from serve.api.probes import make_app, start_http
+from serve.config.release import release
+from serve.config.settings import Settings, is_loopback
+from serve.core.generate import Core
+from serve.models.administration import Administration
+from serve.models.catalog import Catalog
+from serve.models.desired_state import FILE_NAME, ServingFile
+from serve.models.model import JOIN_S, Model
+from serve.models.reconcile import Reconciler
+from serve.models.repository import Repository
+from serve.observability.metrics import Metrics
+from serve.observability.tracing import Tracing, set_up
+from serve.runtime.background import for_each, repeat
+from serve.runtime.grpcio_front import bind_grpc
+from serve.runtime.health import Health
+
+log = logging.getLogger(__name__)
+
+SUPERVISION_S = 1.0
+FLUSH_GRACE_S = 0.25  # for health watchers and reflection streams, which do not end by themselves
+HTTP_CLEANUP_S = 1.0  # twice: for connections whose clients do not read
+# What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, open connections, spans not yet sent.
+DRAIN_OVERHEAD_S = JOIN_S + FLUSH_GRACE_S + 2 * HTTP_CLEANUP_S + 3.0
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens."""
+
+    grpc: int
+    http: int
+
+
+class Server:
+    """Everything one process serves. ``run`` takes it from start to stop. Raises SettingsError for an unusable file."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._registry = _new_registry()
+        self._metrics = Metrics(self._registry)
+        self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
+        self._metrics.expected_provider.labels(settings.provider).set(1)
+        self._stopping = asyncio.Event()
+        self._in_flight = InFlight()
+        self._tracing: Tracing | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._grpc: grpc.aio.Server
+        self._http: web.AppRunner
+        self.catalog = Catalog(settings.default_model)
+        self._health = Health(self.catalog)
+        self._reconciler = Reconciler(
+            Repository(settings.models_dir),
+            ServingFile(settings.serving_file or settings.models_dir / FILE_NAME),
+            self.catalog,
+            settings,
+            self._metrics,
+        )
+
+    async def run(self, announce: Callable[[Server, Ports], None]) -> None:
+        """Serve until ``stop`` is called or SIGTERM or SIGINT arrives. Raises StartError before any port is bound."""
+        announce(self, await self._start())
+        await self._stopping.wait()
+        await self._stop()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopping.set()
+
+    async def _start(self) -> Ports:
+        settings = self._settings
+        credentials, tokens = self._credentials(), self._tokens()
+        self._tracing = set_up(os.environ)
+        await self._reconciler.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
+        limits = (settings.caller_images, settings.caller_requests_per_s)
+        admission = Admission(
+            self._metrics, self._in_flight, Accounts(tokens, *limits, is_loopback(settings.host)), self._tracing
+        )
+        core = Core(self.catalog, settings.max_count, settings.max_count_float32)
+        tables = [
+            DigitService(core).table(admission),
+            OpenInferenceService(core, lambda: self._health.not_ready() is None).table(admission),
+            *ModelControlService(Administration(self._reconciler)).tables(admission),
+        ]
+        self._grpc, grpc_port = bind_grpc(settings, tables, self._health.servicer, credentials, self._tracing)
+        app = make_app(self._registry if settings.metrics else None, self._health.not_alive, self._health.not_ready)
+        if settings.page:
+            app.add_routes(HttpApi(core, admission, f"{settings.host}:{grpc_port}").routes())
+        self._http, http_port = await start_http(app, settings.http_host, settings.http_port, HTTP_CLEANUP_S)
+        await self._grpc.start()
+        await self._health.publish()
+        self._start_background()
+        return Ports(grpc_port, http_port)
+
+    def _start_background(self) -> None:
+        settings = self._settings
+        tasks: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
+            "watchdog": (SUPERVISION_S, self._check_stalled),
+            "health": (SUPERVISION_S, self._health.publish),
+            "reconcile": (settings.poll_interval_s, self._reconciler.poll),
+        }
+        if settings.self_check_interval_s:
+            tasks["self-check"] = (settings.self_check_interval_s, self._self_check)
+        for name, (interval_s, action) in tasks.items():
+            task: Coroutine[Any, Any, None] = repeat(name, interval_s, action, self._metrics.background_failures)
+            self._background.append(asyncio.create_task(task, name=name))
+
+    async def _stop(self) -> None:
+        settings = self._settings
+        log.info("stopping: not serving any more, %g s until new requests are refused", settings.drain_grace_s)
+        self._health.draining = True
+        await self._health.publish()
+        await asyncio.sleep(settings.drain_grace_s)
+        deadline = time.monotonic() + settings.drain_deadline_s
+        self._in_flight.close()
+        await self._in_flight.wait_idle(settings.drain_deadline_s)
+        leftovers = await self._reconciler.close(max(0.0, deadline - time.monotonic()))
+        for task in self._background:
+            task.cancel()
+        await self._grpc.stop(FLUSH_GRACE_S)
+        await self._http.cleanup()
+        if leftovers:
+            self._metrics.drained.inc(leftovers)
+        log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.shut_down)
+
+    async def _check_stalled(self) -> None:
+        for model in self.catalog.models():
+            model.batcher.check_stalled()
+
+    async def _self_check(self) -> None:
+        await for_each(self.catalog.models(), Model.self_check)
+        await self._health.publish()
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        cert, key = self._settings.tls_cert, self._settings.tls_key
+        if cert is None or key is None:
+            return None
+        return tls.credentials(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
+
+    def _tokens(self) -> TokenFile | None:
+        path = self._settings.tokens_file
+        return None if path is None else TokenFile(path, self._note_reload("tokens"))
+
+    def _note_reload(self, what: str) -> Callable[[str], None]:
+        return lambda result: self._metrics.access_reloads.labels(what, result).inc()
+
+
+def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None:
+    """Run a server to its end in this thread."""
+
+    async def run() -> None:
+        await Server(settings).run(announce)
+
+    uvloop.run(run())
+
+
+def _new_registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    collectors: list[Any] = [ProcessCollector, PlatformCollector, GCCollector]
+    for collector in collectors:
+        collector(registry=registry)
+    return registry
