@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from export.errors import ExportError
 from serve.engine.factory import make_engine
@@ -42,9 +41,7 @@ def time_batches(bundle: Bundle, provider: Provider) -> list[Timing]:
     fastest = dict.fromkeys(sizes, float("inf"))
     for _ in range(ROUNDS):
         for size in sizes:
-            feeds = engine.allocate(size)
-            for array in feeds.values():
-                array[:] = np.zeros_like(array)
+            feeds = engine.blank(size)
             begun = time.perf_counter()
             engine.run(feeds)
             fastest[size] = min(fastest[size], time.perf_counter() - begun)

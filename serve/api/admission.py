@@ -17,7 +17,7 @@ from serve.observability.tracing import Tracing
 
 
 class InFlight:
-    """Counts the calls whose answers have not been sent, and admits no more once it is closed."""
+    """Counts the calls whose answers are not with their transport yet, and admits no more once it is closed."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -109,7 +109,7 @@ class Call:
         self._observed.seconds(time.perf_counter() - self._started)
 
     def sent(self) -> None:
-        """The answer is on its way as far as this process can tell, or there is nobody to send it to."""
+        """The answer is with the transport, or there is nobody to send it to."""
         if self.in_flight:
             self.in_flight = False
             self._admission.in_flight.leave()

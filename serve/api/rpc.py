@@ -55,6 +55,7 @@ class RpcTable:
                 raise  # abort has raised already
             finally:
                 call.ended()
+                call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
         self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
 
@@ -79,6 +80,7 @@ class RpcTable:
                 await _abort(context, call, error)
             finally:
                 call.ended()
+                call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
         self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
 
@@ -92,10 +94,7 @@ class RpcTable:
 
     def _begin(self, observed: RpcMetrics, context: Context) -> Call:
         remaining = context.time_remaining()
-        call = Call(self._admission, observed, None if remaining is None else time.monotonic() + remaining)
-        # Called when the RPC is over for grpcio, its answer written: only then may a drain pass over it.
-        context.add_done_callback(lambda _context: call.sent())  # type: ignore[arg-type]  # the stub wants a class
-        return call
+        return Call(self._admission, observed, None if remaining is None else time.monotonic() + remaining)
 
 
 def caller_of(context: Context) -> Caller:

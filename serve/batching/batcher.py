@@ -129,7 +129,11 @@ class Batcher:
             for slot in self._slots.live:
                 slot.wake.notify()
         self._deliver(failed)
-        return self._slots.join(timeout_s)
+        stuck = self._slots.join(timeout_s)
+        # The pool and this object hold each other: without these two lines the engine would live until a garbage collection.
+        self._make_runner = _no_runner
+        self._slots.live.clear()
+        return stuck
 
     def check_stalled(self) -> None:
         """Give up slots that have run one batch for longer than ``watchdog_s``, and replace them."""
@@ -356,3 +360,7 @@ class Batcher:
     def _retry_after_s(self) -> float:
         """When the queue will probably have been worked off; never so short that a retry is a busy loop."""
         return max(LEAST_RETRY_S, self._queue.images * self._seconds_per_image / max(1, len(self._slots.live)))
+
+
+def _no_runner() -> Runner:
+    raise UnavailableError("the model has been released")

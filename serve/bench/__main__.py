@@ -129,7 +129,7 @@ def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
         "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
         "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
         "unloaded": asdict(closed(Load(server.target, model, 1, seconds))),
-        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(engine.allocate(1))),
+        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(engine.blank(1))),
     }
 
 

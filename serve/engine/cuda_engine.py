@@ -61,9 +61,7 @@ class CudaEngine(Engine):
     def warm(self) -> dict[int, bool]:
         """Run every bucket, the largest first, so that the device's memory is taken once; capture graphs if asked for."""
         for bucket in self.buckets():
-            feeds = self.allocate(bucket)
-            for array in feeds.values():
-                array[:] = 0
+            feeds = self.blank(bucket)
             for outputs in (PIXELS_AND_IMAGES, PIXELS):
                 self.run(feeds, outputs)
             if self.options.cuda_graphs:

@@ -93,11 +93,18 @@ class Engine:
         got = self.compute(samples.latents, samples.labels)["pixels"]
         check_golden(self.manifest, self.provider, samples.pixels, got)
 
+    def blank(self, count: int) -> dict[str, Array]:
+        """As ``allocate``, filled with zeros: something to run when it does not matter what."""
+        feeds = self.allocate(count)
+        for array in feeds.values():
+            array[:] = 0
+        return feeds
+
     def warm(self) -> dict[int, bool]:
         """Run every bucket once, the largest first. Returns which graphs were captured, by bucket: none on a CPU."""
         for bucket in self.buckets():
             for outputs in (PIXELS_AND_IMAGES, PIXELS):
-                self.run({spec.name: np.zeros((bucket, *spec.shape), spec.dtype) for spec in self.manifest.inputs}, outputs)
+                self.run(self.blank(bucket), outputs)
         return {}
 
 

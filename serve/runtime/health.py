@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from grpc_health.v1 import health, health_pb2
 
@@ -19,11 +20,31 @@ WITHOUT_SLOTS_S = 60.0  # a model that has had no working slot for so long is ta
 Status = health_pb2.HealthCheckResponse
 
 
+class EndingServicer(health.aio.HealthServicer):
+    """gRPC's servicer, whose watches can be ended: by themselves they go on for ever, and a stopping server waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = asyncio.Event()
+
+    def end_watches(self) -> None:
+        """End every watch, now and from now on."""
+        self._ending.set()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802  # gRPC's name
+        tasks = [asyncio.ensure_future(super().Watch(request, context)), asyncio.ensure_future(self._ending.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
 class Health:
     """The answers, and gRPC's servicer that they are published to."""
 
     def __init__(self, catalog: Catalog) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = EndingServicer()
         self.draining = False
         self._catalog = catalog
         self._names: set[str] = set()

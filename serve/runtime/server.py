@@ -45,7 +45,7 @@ from serve.runtime.health import Health
 log = logging.getLogger(__name__)
 
 SUPERVISION_S = 1.0
-FLUSH_GRACE_S = 0.25  # for health watchers and reflection streams, which do not end by themselves
+FLUSH_GRACE_S = 0.25  # for answers to be written when the drain's deadline has passed
 HTTP_CLEANUP_S = 1.0  # twice: for connections whose clients do not read
 # What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, open connections, spans not yet sent.
 DRAIN_OVERHEAD_S = JOIN_S + FLUSH_GRACE_S + 2 * HTTP_CLEANUP_S + 3.0
@@ -147,7 +147,10 @@ class Server:
         leftovers = await self._reconciler.close(max(0.0, deadline - time.monotonic()))
         for task in self._background:
             task.cancel()
-        await self._grpc.stop(FLUSH_GRACE_S)
+        # Waits until every answer is written, and cuts off what is not by the deadline.
+        writing = asyncio.create_task(self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic())))
+        self._health.servicer.end_watches()
+        await writing
         await self._http.cleanup()
         if leftovers:
             self._metrics.drained.inc(leftovers)

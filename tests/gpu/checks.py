@@ -256,7 +256,7 @@ def memory(plan: Plan) -> Outcome:
     while (spent := time.monotonic() - begun) < plan.memory_seconds:
         for engine in engines:
             outputs = PIXELS_AND_IMAGES if chance.random() < 0.2 else PIXELS
-            engine.run(engine.allocate(chance.randint(1, plan.largest)), outputs)
+            engine.run(engine.blank(chance.randint(1, plan.largest)), outputs)
             runs += 1
         if not early and spent > plan.memory_seconds / 10:
             early = used()
@@ -325,9 +325,7 @@ CHECKS: dict[str, Check] = {
 
 
 def _run_s(engine: Engine, bucket: int, plan: Plan) -> float:
-    feeds = engine.allocate(bucket)
-    for array in feeds.values():
-        array[:] = 0
+    feeds = engine.blank(bucket)
     return 1 / runs_per_second(lambda: engine.run(feeds), plan.seconds / 8)
 
 

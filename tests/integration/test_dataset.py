@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from torchvision.datasets import MNIST
 
 from serve.client import DigitClient
 from serve.dataset import Dataset, main, read_header
+from serve.engine.cuda_engine import CudaEngine
+from serve.engine.provider import EngineOptions
+from serve.errors import GoldenError
+from serve.manifest import Manifest
+from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
 
 COUNT = 3001
@@ -159,3 +165,29 @@ def test_shards_cover_the_tape_without_gap_or_overlap() -> None:
 def test_the_header_says_what_the_digits_are(uninterrupted: Path) -> None:
     header = read_header(uninterrupted)
     assert (header.model, header.version, header.seed, header.start, header.count) == ("mlp", 1, 7, 100, COUNT)
+
+
+def test_the_golden_check_is_made_where_the_digits_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue: it was made on the CPU though CUDA wrote."""
+    checked: list[str] = []
+
+    def make_engine(model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> CudaEngine:
+        return Recorded(model, manifest, options, largest, HostDevice())
+
+    class Recorded(CudaEngine):
+        def __init__(self, *arguments: Any) -> None:
+            self.asked = arguments[2].provider
+            super().__init__(*arguments[:2], EngineOptions(pad_to_powers=True), *arguments[3:])
+
+        def check_golden(self) -> None:
+            checked.append(self.asked)
+            raise GoldenError("planted")
+
+    monkeypatch.setattr("serve.dataset.make_engine", make_engine)
+    monkeypatch.setattr("serve.dataset.choose_provider", lambda wanted: "cuda")
+    assert main(["write", "--out", str(tmp_path / "digits"), "--count=10"]) == 2
+    assert capsys.readouterr().err == "error: planted\n"
+    assert checked == ["cuda"]
+    assert not list((tmp_path / "digits").glob("*.pixels")), "nothing is written by a model that is off"

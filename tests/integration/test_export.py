@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -28,7 +29,7 @@ from export.errors import (
     ShapesDifferError,
     ValuesDifferError,
 )
-from export.generator import ServedGenerator, fold, served_generator
+from export.generator import ServedGenerator, fold, served_generator, torch_form
 from export.to_onnx import check_graph
 from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
@@ -56,7 +57,7 @@ def stored_forms(path: Path) -> dict[str, parity.Form]:
     """A bundle's TorchScript and its ONNX graph."""
     bundle = read_bundle(path)
     script = load_torchscript((path / "model.ts").read_bytes())
-    return {"torchscript": parity.torch_form(script)} | parity.serving_forms(bundle.model, bundle.manifest)
+    return {"torchscript": torch_form(script)} | parity.serving_forms(bundle.model, bundle.manifest)
 
 
 @pytest.fixture
@@ -107,7 +108,9 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
     assert report["worst_images"] < parity.FP16_TOLERANCE.images
     assert verify(half.path)["worst_pixel_levels"] <= parity.FP16_TOLERANCE.pixel_levels
     with pytest.raises(ExportError):  # by the measure of fp32 it would not have been published
-        parity.compare("torchscript", stored_forms(half.path), replace(manifest, tolerance=parity.FP32_TOLERANCE), 1)
+        parity.compare(
+            "torchscript", stored_forms(half.path), msgspec.structs.replace(manifest, tolerance=parity.FP32_TOLERANCE), 1
+        )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -365,11 +368,20 @@ def test_watch_finds_a_false_server_out(shared_server: ServerProcess, bundles: P
     script = bundle_module.to_torchscript(other)
     (bundles / "dcgan" / "1" / "model.ts").write_bytes(script)
     files = dict(manifest.files) | {"model.ts": bundle_module.sha256(script)}
-    (bundles / "dcgan" / "1" / "manifest.json").write_text(replace(manifest, files=files).to_json())
+    (bundles / "dcgan" / "1" / "manifest.json").write_text(msgspec.structs.replace(manifest, files=files).to_json())
     done = cli("watch", "--once", f"--target={shared_server.target}", f"--models-dir={bundles}")
     assert done.returncode == 1
     assert len(re.findall("^dcgan/1 .*BREACH$", done.stdout, re.MULTILINE)) == 2
     assert len(re.findall("^mlp/1 .*BREACH$", done.stdout, re.MULTILINE)) == 0
+
+
+def test_watch_compares_the_others_when_one_version_is_unknown(shared_server: ServerProcess, bundles: Path) -> None:
+    """Issue: a version that the watch had no bundle of left out all later ones."""
+    shutil.rmtree(bundles / "cdcgan")
+    done = cli("watch", "--once", f"--target={shared_server.target}", f"--models-dir={bundles}")
+    assert done.returncode == 1
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["dcgan/1"] * 2 + ["mlp/1"] * 2
+    assert re.fullmatch(r"error: .*cdcgan/1/manifest\.json cannot be read .*\n", done.stderr)
 
 
 def test_watch_exports_metrics_until_it_is_stopped(shared_server: ServerProcess) -> None:

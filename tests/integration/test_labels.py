@@ -127,11 +127,14 @@ def test_what_a_model_cannot_be_asked_for_is_named(stub: Any, text: str, fields:
     assert (caught.value.code(), text in caught.value.details()) == (INVALID, True), caught.value.details()
 
 
+ENDS = {"begin": pb.Address(), "end": pb.Address()}
+
+
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
-        ("steps must be from 2 to 4096 for uint8, got 1", {"steps": 1}),
-        ("steps must be from 2 to 1024 for float32, got 1025", {"steps": 1025, "format": pb.IMAGE_FORMAT_FLOAT32}),
+        ("steps must be from 2 to 4096 for uint8, got 1", {"steps": 1, **ENDS}),
+        ("steps must be from 2 to 1024 for float32, got 1025", {"steps": 1025, "format": pb.IMAGE_FORMAT_FLOAT32, **ENDS}),
         ("end is missing", {"steps": 3, "begin": pb.Address(seed=1)}),
         ("start + count must be at most 2^63", {"steps": 3, "begin": pb.Address(index=2**63), "end": pb.Address()}),
         ("labels has 2 entries", {"steps": 3, "begin": pb.Address(), "end": pb.Address(), "labels": [1, 2]}),

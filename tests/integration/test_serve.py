@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +54,7 @@ def refused(stub: Any, code: grpc.StatusCode, **fields: Any) -> str:
 def in_process(model: str, span: Span) -> np.ndarray[Any, Any]:
     bundle = read_bundle(BUNDLED_DIR / model / "1")
     rows = draw_span(span, bundle.manifest.latent_size, bundle.manifest.labels)
-    return Engine(bundle.model, bundle.manifest, EngineOptions(), 64).compute(*rows).pixels
+    return Engine(bundle.model, bundle.manifest, EngineOptions(), 64).compute(*rows)["pixels"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -141,6 +143,32 @@ def test_a_stream_is_chunks_in_order_that_add_up(client: DigitClient) -> None:
     assert [len(part.pixels) for part in parts] == [128] * 7 + [104]
 
 
+def test_a_lone_stream_is_answered_though_its_chunks_are_as_large_as_the_queue(start_server: Any) -> None:
+    """Issue: it was refused on an idle server, because it has several chunks under way; bulk work waits for room."""
+    server = start_server("--max-queue-images=128", "--max-count=128", "--instances=1")
+    with grpc.insecure_channel(server.target) as channel:
+        request = pb.GenerateStreamRequest(count=1000, chunk=128, seed=3, model="dcgan")
+        parts = list(pb_grpc.DigitGeneratorStub(channel).GenerateStream(request, timeout=60))
+    assert [part.start for part in parts] == [128 * number for number in range(8)]
+    assert sum(part.count for part in parts) == 1000
+
+
+def test_without_a_server_the_client_says_so_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Issue: it waited its whole timeout and then said only «Deadline Exceeded»."""
+    from serve.client.command import main  # noqa: PLC0415  # the module's name is taken by the fixture here
+
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    began = time.monotonic()
+    assert main(["--target", f"127.0.0.1:{port}", "--timeout=60"]) == 1
+    assert time.monotonic() - began < 30
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: 127.0.0.1:{port}: UNAVAILABLE: ")
+    assert "Connection refused" in said
+    assert said.endswith("is a server running there? make serve starts one\n")
+    assert said.count("\n") == 1
+
+
 def test_models_are_listed_and_described(client: DigitClient) -> None:
     listed = client.list_models()
     assert [(model.name, model.version, model.ready, model.default_version) for model in listed.models] == [
@@ -164,14 +192,15 @@ NAN_ROW = struct.pack("<100f", *[0.0] * 57, float("nan"), *[0.0] * 42)
 @pytest.mark.parametrize(
     ("code", "text", "fields"),
     [
-        (INVALID, "count must be from 1 to 4096, got 0", {"count": 0}),
+        (INVALID, "count must be from 1 to 4096 for uint8, got 0", {"count": 0}),
         (INVALID, "count must be from 1 to 4096 for uint8, got 4097", {"count": 4097}),
         (INVALID, "count must be from 1 to 1024 for float32, got 1025", {"count": 1025, "format": pb.IMAGE_FORMAT_FLOAT32}),
         (INVALID, "count must be from 1 to 4096", {"count": 2**32 - 1}),
         (INVALID, "start + count must be at most 2^63", {"count": 2, "start": INDEX_LIMIT - 1}),
         (INVALID, "format 99 is unknown; there are", {"count": 1, "format": 99}),
         (INVALID, "priority 9 is unknown", {"count": 1, "priority": 9}),
-        (INVALID, "latents has 399 bytes, which is no multiple of 400", {"latents": bytes(399)}),
+        (INVALID, "latents has 399 bytes, which is no multiple of 4 (float32 values)", {"latents": bytes(399)}),
+        (INVALID, "latents has 396 bytes, which is no multiple of 400 (100 float32 values a row)", {"latents": bytes(396)}),
         (INVALID, "count is 3, but latents holds 2 rows", {"latents": bytes(800), "count": 3}),
         (INVALID, "latents must be finite, but row 0 value 57 is nan", {"latents": NAN_ROW}),
         (INVALID, "seed, start and truncation cannot go with latents", {"latents": bytes(400), "seed": 1}),

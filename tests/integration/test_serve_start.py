@@ -91,7 +91,7 @@ def test_auto_says_loudly_that_it_took_the_cpu(start_server: Callable[..., Serve
     server = start_server()
     assert server.metric("digits_provider", provider="cpu") == 3
     _, log = server.terminate()
-    assert "WARNING serve.engine: provider auto: serving on the CPU, because no NVIDIA driver" in log
+    assert "WARNING serve.engine.provider: provider auto: serving on the CPU, because no NVIDIA driver" in log
 
 
 def test_serving_imports_no_torch() -> None:

@@ -80,7 +80,8 @@ def test_no_file_has_a_name_that_says_nothing(pattern: str) -> None:
 
 def test_init_files_hold_a_docstring_only() -> None:
     for name in tracked():
-        if name.endswith("__init__.py"):
+        # The client is imported by users, as a package: its names are re-exported.
+        if name.endswith("__init__.py") and name != "serve/client/__init__.py":
             lines = [line for line in (ROOT / name).read_text().splitlines() if line.strip()]
             assert len(lines) == 1, name
             assert lines[0].startswith('"""'), name

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.api.digits_v1 import IMAGES_FIELD
-from serve.api.encoding import as_bytes, pack_field
+from serve.api.encoding import as_bytes, pack_field, packed_varints
 from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.inference import open_inference_pb2
 from serve.pictures import to_grid, to_png
 
 
@@ -53,3 +54,13 @@ def test_grid_is_near_square_and_in_order(count: int, rows: int, columns: int) -
         row, column = divmod(index, columns)
         cell = sheet[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.array_equal(cell, pixels[index]) if index < count else not cell.any()
+
+
+@given(st.lists(st.integers(0, 16_383), max_size=300))
+def test_packed_numbers_are_protobufs_own(values: list[int]) -> None:
+    contents = open_inference_pb2.InferTensorContents(uint_contents=values)
+    field = contents.DESCRIPTOR.fields_by_name["uint_contents"].number
+    packed = packed_varints(np.array(values, np.int64))
+    if values:
+        assert pack_field(b"", field, [[packed]]) == contents.SerializeToString()
+    assert list(open_inference_pb2.InferTensorContents.FromString(pack_field(b"", field, [[packed]])).uint_contents) == values

@@ -1,0 +1,123 @@
+"""What goes on beside the requests: background tasks that survive, health that does not lag, liveness that tells."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
+
+from serve.api.digits_v1 import SERVICE
+from serve.api.probes import make_app
+from serve.models.catalog import Catalog
+from serve.observability.metrics import Metrics
+from serve.runtime.background import for_each, repeat
+from serve.runtime.health import LIVENESS, WITHOUT_SLOTS_S, Health
+
+Status = health_pb2.HealthCheckResponse
+
+
+class FakeModel:
+    """A model version as health looks at it."""
+
+    def __init__(self, name: str, ready: bool = True, without_slots_s: float = 0.0) -> None:
+        self.manifest = SimpleNamespace(name=name, version=1)
+        self.ready = ready
+        self.batcher = SimpleNamespace(without_slots_s=without_slots_s)
+
+
+def health_of(*models: FakeModel) -> Health:
+    catalog = Catalog("mlp")
+    for model in models:
+        catalog.put(cast(Any, model))
+    return Health(catalog)
+
+
+def test_a_background_task_that_raises_is_logged_counted_and_run_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Issue: health, watchdog and self-checks died unnoticed on an exception."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    rounds: list[int] = []
+
+    async def run() -> None:
+        enough = asyncio.Event()
+
+        async def action() -> None:
+            rounds.append(len(rounds))
+            if len(rounds) < 3:
+                raise RuntimeError("planted")
+            if len(rounds) == 5:
+                enough.set()
+
+        task = asyncio.create_task(repeat("watchdog", 0.0, action, metrics.background_failures))
+        await enough.wait()
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert registry.get_sample_value("digits_background_failures_total", {"task": "watchdog"}) == 2
+    assert caplog.text.count("the background task 'watchdog' failed; it goes on") == 2
+
+
+def test_one_items_failure_leaves_out_no_other() -> None:
+    seen: list[int] = []
+
+    async def action(item: int) -> None:
+        seen.append(item)
+        if item == 1:
+            raise RuntimeError("planted")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(for_each([1, 2, 3], action))
+    assert seen == [1, 2, 3]
+    assert [str(error) for error in caught.value.exceptions] == ["planted"]
+
+
+def test_a_round_of_health_that_began_before_draining_does_not_end_after_it() -> None:
+    """Issue: health could say SERVING for up to a second after the drain had begun."""
+
+    async def run() -> None:
+        health = health_of(FakeModel("mlp"))
+        honest, inside, leave = health.servicer.set, asyncio.Event(), asyncio.Event()
+
+        async def slow(service: str, status: Any) -> None:
+            inside.set()
+            await leave.wait()
+            await honest(service, status)
+
+        health.servicer.set = slow
+        before = asyncio.create_task(health.publish())
+        await inside.wait()
+        health.draining = True
+        after = asyncio.create_task(health.publish())
+        await asyncio.sleep(0)
+        leave.set()
+        await asyncio.gather(before, after)
+        said = health.servicer._server_status
+        assert {said[name] for name in ("", SERVICE, f"{SERVICE}/mlp")} == {Status.NOT_SERVING}
+        assert said[LIVENESS] == Status.SERVING, "a process that drains need not be restarted"
+
+    asyncio.run(run())
+
+
+def test_liveness_fails_when_a_model_has_been_without_slots_for_long() -> None:
+    """Issue: a model refused for good while liveness said SERVING."""
+    assert health_of(FakeModel("mlp", ready=False, without_slots_s=WITHOUT_SLOTS_S / 2)).not_alive() is None
+    lost = health_of(FakeModel("dcgan"), FakeModel("mlp", ready=False, without_slots_s=WITHOUT_SLOTS_S + 1))
+    assert lost.not_alive() == "mlp/1 has had no working slot for 60 s"
+
+    async def published() -> Any:
+        await lost.publish()
+        return lost.servicer._server_status
+
+    assert asyncio.run(published())[LIVENESS] == Status.NOT_SERVING
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, 200), ("mlp/1 has had no working slot", 503)])
+def test_the_http_probe_of_liveness_says_the_same(reason: str | None, status: int) -> None:
+    app = make_app(None, lambda: reason, lambda: None)
+    [route] = [each for each in app.router.routes() if each.method == "GET" and str(each.url_for()) == "/healthz"]
+    answer = asyncio.run(route.handler(cast(Any, None)))
+    assert (answer.status, answer.text) == (status, f"{reason or 'alive'}\n")
