@@ -1,6 +1,6 @@
 """Pictures of what a generator can do, by address: so everything shown can be asked of the server that serves it.
 
-digits.png          a row for each label (of an unconditional model: the first digits of a tape)
+digits.png          a row for each label (of an unconditional model: the first digits of a seed)
 styles.png          a row for each latent vector, with every label in turn
 truncation.png      the same addresses from truncation 0.2 to none
 interpolation.png   from one address to the next on the arc between their latent vectors

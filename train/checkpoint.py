@@ -3,7 +3,7 @@
     runs/<preset>/<time>/
         config.json           the resolved config, the data's digests, the machine and versions
         checkpoints/*.pt      both networks, both optimizers, noise generator, step, losses so far
-        losses.npy            (marks, 3) float64: step, generator loss, discriminator loss
+        losses.npy            (log points, 3) float64: step, generator loss, discriminator loss
         result.json           written last: a run without it is not finished
 
 A checkpoint alone decides what a resumed run does; losses.npy and the pictures are made from it.

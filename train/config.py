@@ -56,9 +56,9 @@ class TrainConfig:
         metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
     )
     seed: int = field(default=0, metadata={"help": "seed of the initial weights, the shuffling and the noise"})
-    report_every: int = field(metadata={"help": "steps between two marks (losses recorded, grids saved)"})
+    report_every: int = field(metadata={"help": "steps between two log points (losses recorded, grids saved)"})
     reported_loss: str = field(
-        metadata={"help": "the loss at a mark: mean since the last mark, or that step's own", "choices": ("mean", "last")}
+        metadata={"help": "the loss at a log point: mean since the last one, or that step's own", "choices": ("mean", "last")}
     )
     grid_images: int = field(metadata={"help": "images in a saved grid"})
     grid_columns: int = field(metadata={"help": "images in one row of a saved grid"})

@@ -1,7 +1,7 @@
-"""The training loop: steps, marks, checkpoints, resuming. Knows no command line and no file format.
+"""The training loop: steps, log points, checkpoints, resuming. Knows no command line; what it saves, others write.
 
 What makes a resumed run end with the same bits: the order of the images is a pure function of (seed, epoch), every
-other random draw comes from one generator whose state is in the checkpoint, and sums since the last mark are too.
+other random draw comes from one generator whose state is in the checkpoint, and sums since the last log point are too.
 Bit equality is promised on the CPU with an equal thread count, not on CUDA, where some kernels are not deterministic.
 """
 
@@ -77,8 +77,8 @@ class Trainer:
         self.noise = torch.Generator(device).manual_seed(config.seed)
         self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last mark
-        self.marks: list[tuple[int, float, float]] = []
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last log point
+        self.log_points: list[tuple[int, float, float]] = []
         example = tuple(part[: config.batch_size] for part in examples)
         self.take_step = CapturedStep(self.train_step, example, recording(self.noise)) if recording else self.train_step
 
@@ -116,7 +116,7 @@ class Trainer:
                     generator, discriminator = latest.tolist()
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
                 if self.step % self.config.report_every == 0:
-                    self._mark(latest, board)
+                    self._log(latest, board)
                 if self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0:
                     self._save()
         self._finish(time.monotonic() - started, self.step - first_step)
@@ -156,7 +156,7 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "noise": self.noise.get_state(),
             "sums": self.sums,
-            "marks": torch.tensor(self.marks, dtype=torch.float64).reshape(-1, 3),
+            "marks": torch.tensor(self.log_points, dtype=torch.float64).reshape(-1, 3),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ class Trainer:
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.noise.set_state(state["noise"])
         self.sums = state["sums"].to(self.device)
-        self.marks = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
+        self.log_points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
 
     def _set_learning_rate(self) -> None:
         """The linear decay, as a function of the step alone."""
@@ -223,12 +223,12 @@ class Trainer:
             inputs.append(torch.arange(count) % self.config.labels)
         return tuple(part.to(self.device) for part in inputs)
 
-    def _mark(self, latest: Tensor, board: SummaryWriter | None) -> None:
-        since = self.step - (self.marks[-1][0] if self.marks else 0)
+    def _log(self, latest: Tensor, board: SummaryWriter | None) -> None:
+        since = self.step - (self.log_points[-1][0] if self.log_points else 0)
         generator, discriminator = (self.sums / since if self.config.reported_loss == "mean" else latest).tolist()
         self._check_finite()
         self.sums.zero_()
-        self.marks.append((self.step, generator, discriminator))
+        self.log_points.append((self.step, generator, discriminator))
         if board is None:
             return
         log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
@@ -253,8 +253,8 @@ class Trainer:
         self._write_losses()
 
     def _write_losses(self) -> None:
-        if self.marks:
-            report.save_losses(np.array(self.marks, dtype=np.float64), self.run.folder)
+        if self.log_points:
+            report.save_losses(np.array(self.log_points, dtype=np.float64), self.run.folder)
 
     def _check_finite(self) -> None:
         tensors = [self.sums, *self.generator.parameters(), *self.discriminator.parameters()]
@@ -279,8 +279,8 @@ class Trainer:
             report.save_time_lapse(pictures, self.run.folder / "fakes.gif")
         result = {
             "step": self.step,
-            "generator_loss": self.marks[-1][1] if self.marks else None,
-            "discriminator_loss": self.marks[-1][2] if self.marks else None,
+            "generator_loss": self.log_points[-1][1] if self.log_points else None,
+            "discriminator_loss": self.log_points[-1][2] if self.log_points else None,
             "seconds_since_last_start": round(seconds, 1),
             "steps_since_last_start": steps,
         }

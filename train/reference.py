@@ -22,14 +22,14 @@ DISCRIMINATOR_TOLERANCE = 0.15
 
 
 def compare_losses(run: Run) -> tuple[str, bool]:
-    """The run's marks beside the notebook's as a table, and whether all are within tolerance. Raises CheckpointError."""
+    """The run's log points beside the notebook's as a table, and whether all are within tolerance. Raises CheckpointError."""
     if run.config.architecture != "mlp":
         raise CheckpointError(f"{run.folder} is a {run.config.preset} run; the notebook's table is the mlp's")
     path = run.folder / LOSSES_FILE
     marks = np.load(path) if path.exists() else np.zeros((0, 3))
     ours = {int(step): (generator, discriminator) for step, generator, discriminator in marks}
     if missing := [step for step in NOTEBOOK_MLP_LOSSES if step not in ours]:
-        raise CheckpointError(f"{path} has no mark at step {missing[0]} yet; let the run go on to step 3500")
+        raise CheckpointError(f"{path} has no log point at step {missing[0]} yet; let the run go on to step 3500")
     lines = ["  step  generator: ours  notebook      off  discriminator: ours  notebook      off"]
     within = True
     for step, (generator, discriminator) in NOTEBOOK_MLP_LOSSES.items():

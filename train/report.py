@@ -34,7 +34,7 @@ def save_grid(images: Tensor, columns: int, path: Path, separator: float = 0.0) 
 
 
 def save_losses(losses: np.ndarray[tuple[int, ...], np.dtype[np.float64]], folder: Path) -> None:
-    """Write ``losses.npy`` and its plot. ``losses`` is (marks, 3): step, generator loss, discriminator loss."""
+    """Write ``losses.npy`` and its plot. ``losses`` is (log points, 3): step, generator loss, discriminator loss."""
     write_atomically(folder / "losses.npy", lambda stream: np.save(stream, losses))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()

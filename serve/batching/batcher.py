@@ -1,8 +1,8 @@
 """Dynamic batching: slots take what waits, run it, and hand the rows back. Knows no transport and no ONNX Runtime.
 
 An idle slot takes what is queued at once, up to ``max_batch_size`` images. A batch that is not full waits at most
-``linger_s`` for company, and only while company is likely: while another slot works, or just after a batch that
-``CROWD_CALLERS`` callers or more have shared, who are about to ask again. A lone caller never waits.
+``linger_s`` for company, and only while company is likely: while another slot works, or after a batch that
+``CROWD_CALLERS`` callers or more have shared, until as many are back. A lone caller never waits.
 
 A failure stays with its batch: a run that raises fails the callers of that batch and nobody else; one that hangs past
 ``watchdog_s``, or whose thread dies, does so too, and its slot is replaced.
@@ -70,6 +70,7 @@ class Batcher:
         self._working = 0
         self._running_images = 0
         self._waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
+        self._crowd = 0  # callers of the last batch, if they are likely to ask again
         self._crowd_until = 0.0
         self._seconds_per_image = 0.0
         self._closed = False
@@ -213,7 +214,7 @@ class Batcher:
             chunks = slot.batch
             self._release(slot)
             if len(chunks) >= CROWD_CALLERS:
-                self._crowd_until = time.monotonic() + self.limits.linger_s
+                self._crowd, self._crowd_until = len(chunks), time.monotonic() + self.limits.linger_s
             if rows is None:
                 tickets = [chunk.ticket for chunk in chunks]
                 finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
@@ -289,7 +290,12 @@ class Batcher:
         until = self._crowd_until
         if images:
             lingers_until = self._waiting_since + self.limits.linger_s
-            until = lingers_until if self._working else min(until, lingers_until)
+            if self._working:
+                until = lingers_until
+            elif self._queue.callers >= self._crowd:
+                return 0.0  # all of the crowd are back
+            else:
+                until = min(until, lingers_until)
         elif until <= now:
             return None
         return max(0.0, until - now)

@@ -108,6 +108,11 @@ class FairQueue:
         self._arrivals = counter()
         self._batches_without_bulk = 0
 
+    @property
+    def callers(self) -> int:
+        """Tickets that wait."""
+        return sum(level.tickets for level in self._levels)
+
     def fits(self, ticket: Ticket) -> bool:
         """Whether there is room for a new ticket."""
         return self._levels[ticket.priority].images + ticket.span.count <= self.max_images

@@ -4,20 +4,7 @@
 grpc.aio server that answers a ready-made response of the same size. Every target is a ratio of two figures of the same
 run, since absolute times mean little on a shared machine.
 
-What was tried on 2 cores, and what it gave (single digits of the mlp, 64 in flight; the floor 11,000 to 12,000 a second):
-asyncio's own loop 4,500; uvloop 4,900; waking the instance that fell idle last instead of first 5,200; a thread switch
-interval of 1 ms, 0.2 ms or 0.05 ms instead of 5: no difference beyond the noise; running the model on the event loop
-itself 3,500, because grpc.aio hands over one call per turn of the loop and so every batch is of one; collecting the
-submissions of one turn of the loop before waking an instance: no difference, for the same reason; taking the next
-batch only when the callers of the last had been told: 4,150; a rest of 1 ms after each batch while there is a crowd:
-5,600 to 6,900, as batches become 13 images large instead of 3. What is left to the floor is the model's own time and
-the switches between the event loop's thread and the instance's: the two cores are busy to the brim, while the server's
-own Python takes 11 µs a request, metrics included.
-
-A lower scheduling priority for the instances' threads brought one digit's p99 under load from 4.7 to 4.2 batches and
-took 18 % from the mlp's large requests: not taken.
-The graph: BatchNorm folded and the DCGAN's first layer as one matrix product; its other layers already run at about
-nine tenths of the matrix peak of a core, which bounds what rewriting them as convolutions by phase could give.
+What was tried, and what it gave, is in docs/decisions/0004-single-digits.md.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Settings:
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
     max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
     linger_us: int = _setting(
-        1000, "how long a batch that is not full waits for more requests while others are being served", low=0, high=1_000_000
+        5000, "how long at most a batch that is not full waits for more requests while others are being served", low=0, high=1_000_000
     )
     max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
     max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)

@@ -26,6 +26,7 @@ def test_without_a_gpu_it_says_so_and_exits_three(tmp_path: Path) -> None:
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.timeout(600)  # training in every precision takes minutes when the machine is busy
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
     outcome = CHECKS[name](TWIN)

@@ -45,7 +45,7 @@ either = pytest.mark.parametrize("make", ENGINES, ids=["cpu", "cuda"])
 
 
 def rows(engine: Engine, seed: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-    """A tape's first rows, with labels for a conditional model."""
+    """A stream's first rows, with labels for a conditional model."""
     return draw_span(Span(seed, 0, count), engine.manifest.latent_size, engine.manifest.labels)
 
 

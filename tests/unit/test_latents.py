@@ -28,7 +28,7 @@ GOLDEN_LABELS = [7, 8, 2, 5, 0, 3, 9, 4, 4, 9, 8, 3]  # of (7, 1000 …), z = 10
 
 seeds = st.integers(0, SEED_LIMIT - 1)
 
-# The bits of the first values of some rows, so that no change of library, processor or code can move the tape unseen.
+# The bits of the first values of some rows, so that no change of library, processor or code can move the stream unseen.
 GOLDEN = {
     (0, 0, 64): [1072192134, 1074882191, 3214650667, 1060342345, 1051724957, 1067190163],
     (7, 1000, 100): [1056568277, 1061207948, 1065255123, 1073812561, 3205430523, 3200514888],
