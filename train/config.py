@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from train.errors import ConfigError
 
 
@@ -114,11 +116,10 @@ class TrainConfig:
         known = {spec.name for spec in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown config field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        fixed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
-            return cls(**fixed)
-        except TypeError as error:
-            raise ConfigError(f"config is incomplete: {error}") from None
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"config: {error}") from None
 
     def replace(self, overrides: Mapping[str, Any]) -> TrainConfig:
         return dataclasses.replace(self, **overrides)

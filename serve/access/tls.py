@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files. With ``client_ca`` only clients with a certificate by one of those authorities are let in."""
+    """PEM files. With ``client_ca`` only clients with a certificate by one of those authorities are accepted."""
 
     cert: Path
     key: Path

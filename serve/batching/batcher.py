@@ -1,8 +1,7 @@
 """Dynamic batching: slots take what waits, run it, and hand the rows back. Knows no transport and no ONNX Runtime.
 
-An idle slot takes what is queued at once, up to ``max_batch_size`` images. A batch that is not full waits at most
-``linger_s`` for company, and only while company is likely: while another slot works, or after a batch that
-``CROWD_CALLERS`` callers or more have shared, until as many are back. A lone caller never waits.
+An idle slot takes what is queued at once, up to ``max_batch_size`` images; a batch that is not full waits for company for a
+while, but only where company is likely (``serve.batching.linger``).
 
 A failure stays with its batch: a run that raises fails the callers of that batch and nobody else; one that hangs past
 ``watchdog_s``, or whose thread dies, does so too, and its slot is replaced.
@@ -17,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from serve.batching.linger import Linger
 from serve.batching.queue import Chunk, FairQueue, Part, Ticket
 from serve.batching.slot import Arrays, Observer, Runner, Slot
 from serve.batching.slots import SlotPool
@@ -25,7 +25,6 @@ from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
 
-CROWD_CALLERS = 5
 LEAST_RETRY_S = 0.005
 
 
@@ -69,9 +68,7 @@ class Batcher:
         self._lingering: Slot | None = None  # the one idle slot that waits for a batch to fill
         self._working = 0
         self._running_images = 0
-        self._waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
-        self._crowd = 0  # callers of the last batch, if they are likely to ask again
-        self._crowd_until = 0.0
+        self._linger = Linger(limits.linger_s, limits.max_batch_size)
         self._seconds_per_image = 0.0
         self._closed = False
 
@@ -137,7 +134,7 @@ class Batcher:
         return stuck
 
     def check_stalled(self) -> None:
-        """Give up slots that have run one batch for longer than ``watchdog_s``, and replace them."""
+        """Evict slots that have run one batch for longer than ``watchdog_s``, and replace them."""
         now = time.monotonic()
         with self._lock:
             stalled = [
@@ -146,8 +143,8 @@ class Batcher:
                 if slot.busy_since is not None and now - slot.busy_since > self.limits.watchdog_s
             ]
         for slot in stalled:
-            log.error("slot %d has run one batch for over %g s: given up", slot.number, self.limits.watchdog_s)
-            self.lose(slot, EngineError("a run of the model hung"), "hung")
+            log.error("slot %d has run one batch for over %g s: evicted", slot.number, self.limits.watchdog_s)
+            self.evict(slot, EngineError("a run of the model hung"), "hung")
 
     @property
     def live_slots(self) -> int:
@@ -178,12 +175,12 @@ class Batcher:
             self._slots.add(slot)
 
     def next_batch(self, slot: Slot) -> list[Chunk] | None:
-        """Wait for work. None when the batcher is closed or this slot has been given up."""
+        """Wait for work. None when the batcher is closed or this slot has been evicted."""
         while True:
             expired: list[Ticket] = []
             with self._lock:
                 now = self._wait_for_work(slot)
-                if slot.lost or (self._closed and not self._queue.images):
+                if slot.evicted or (self._closed and not self._queue.images):
                     return None
                 chunks, late = self._queue.take(self.limits.max_batch_size, now)
                 if late:
@@ -209,12 +206,11 @@ class Batcher:
         """Scatter a batch's rows to its tickets (None: the run failed) and deliver those that are complete."""
         finished: list[Ticket] = []
         with self._lock:
-            if slot.lost:  # given up meanwhile: its tickets have been answered
+            if slot.evicted:  # evicted meanwhile: its tickets have been answered
                 return
             chunks = slot.batch
             self._release(slot)
-            if len(chunks) >= CROWD_CALLERS:
-                self._crowd, self._crowd_until = len(chunks), time.monotonic() + self.limits.linger_s
+            self._linger.note_batch(len(chunks), time.monotonic())
             if rows is None:
                 tickets = [chunk.ticket for chunk in chunks]
                 finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
@@ -224,12 +220,12 @@ class Batcher:
         if finished:
             self._deliver(finished)
 
-    def lose(self, slot: Slot, error: EngineError, reason: str) -> None:
-        """Give a slot up: the callers of its batch fail, and another slot takes its place."""
+    def evict(self, slot: Slot, error: EngineError, reason: str) -> None:
+        """Evict a slot: the callers of its batch fail, and another slot takes its place."""
         with self._lock:
-            if slot.lost or slot not in self._slots.live:
+            if slot.evicted or slot not in self._slots.live:
                 return
-            slot.lost = True
+            slot.evicted = True
             self._slots.remove(slot)
             failed = self._fail([chunk.ticket for chunk in slot.batch], error, "failed")
             if slot.busy_since is not None:
@@ -257,7 +253,7 @@ class Batcher:
 
     def _push(self, ticket: Ticket, now: float) -> None:
         if not self._queue.images:
-            self._waiting_since = now
+            self._linger.note_first(now)
         self._queue.push(ticket, self._retry_after_s())
 
     def _admit_waiting(self, now: float) -> None:
@@ -266,12 +262,12 @@ class Batcher:
             self._push(self._no_room.popleft(), now)
 
     def _wait_for_work(self, slot: Slot) -> float:
-        """Wait until there is a batch for this slot, or it is lost, or the batcher is closed. Returns the time."""
+        """Wait until there is a batch for this slot, or it is evicted, or the batcher is closed. Returns the time."""
         while True:
             now = time.monotonic()
-            if slot.lost or self._closed:
+            if slot.evicted or self._closed:
                 return now
-            wait_s = self._linger_left_s(now)
+            wait_s = self._linger.left_s(self._queue, self._working, now)
             if wait_s is not None and wait_s <= 0:
                 return now
             if wait_s is not None and self._lingering is None:
@@ -282,24 +278,6 @@ class Batcher:
             if self._lingering is slot:
                 self._lingering = None
 
-    def _linger_left_s(self, now: float) -> float | None:
-        """How long the next batch should still wait: 0 to take it now, None to wait for something to be queued."""
-        images = self._queue.images
-        if images >= self.limits.max_batch_size:
-            return 0.0
-        until = self._crowd_until
-        if images:
-            lingers_until = self._waiting_since + self.limits.linger_s
-            if self._working:
-                until = lingers_until
-            elif self._queue.callers >= self._crowd:
-                return 0.0  # all of the crowd are back
-            else:
-                until = min(until, lingers_until)
-        elif until <= now:
-            return None
-        return max(0.0, until - now)
-
     def _wake_a_slot(self, now: float) -> None:
         """Wake a slot if there may be something for it to do, or to linger for."""
         if not self._queue.images:
@@ -307,7 +285,7 @@ class Batcher:
         if self._lingering is None:
             if self._idle:
                 self._idle[-1].wake.notify()
-        elif self._linger_left_s(now) == 0:
+        elif self._linger.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
     def _scatter(self, chunks: list[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:

@@ -48,7 +48,7 @@ class Dispatcher(Protocol):
     def next_batch(self, slot: Slot) -> list[Chunk] | None: ...
     def end_batch(self, slot: Slot, rows: Arrays | None, compute_s: float) -> None: ...
     def add(self, slot: Slot) -> None: ...
-    def lose(self, slot: Slot, error: EngineError, reason: str) -> None: ...
+    def evict(self, slot: Slot, error: EngineError, reason: str) -> None: ...
 
 
 class Slot:
@@ -61,7 +61,7 @@ class Slot:
         self.wake = threading.Condition(lock)
         self.batch: list[Chunk] = []
         self.busy_since: float | None = None  # time.monotonic()
-        self.lost = False  # given up: what it still returns is thrown away
+        self.evicted = False  # evicted: what it still returns is thrown away
         self._make_runner = make_runner
         self._observer = observer
         self._reader = reader
@@ -95,7 +95,7 @@ class Slot:
                 self._run(dispatcher, runner, chunks)
         except BaseException:  # a thread must not die in silence with its callers waiting
             log.exception("slot %d died", self.number)
-            dispatcher.lose(self, EngineError("a slot died"), "died")
+            dispatcher.evict(self, EngineError("a slot died"), "died")
 
     def _run(self, dispatcher: Dispatcher, runner: Runner, chunks: list[Chunk]) -> None:
         started = time.perf_counter()

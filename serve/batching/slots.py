@@ -48,7 +48,7 @@ class SlotPool:
         self._empty_since = None
 
     def remove(self, slot: Slot) -> None:
-        """A slot is lost. The batcher's lock is held."""
+        """A slot is evicted. The batcher's lock is held."""
         self.live.remove(slot)
         self._losses += 1
         if not self.live:
@@ -92,7 +92,7 @@ class SlotPool:
                 self._losses += 1
                 log.exception("a slot could not be replaced; trying again in %g s", self._backoff_s())
             else:
-                log.warning("a lost slot has been replaced by slot %d", slot.number)
+                log.warning("an evicted slot has been replaced by slot %d", slot.number)
                 return
 
     def _backoff_s(self) -> float:

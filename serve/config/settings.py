@@ -52,7 +52,9 @@ class Settings:
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
     tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
-    tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are let in, and no others")
+    tls_client_ca: Path | None = _setting(
+        None, "PEM file of the authorities whose client certificates are accepted"
+    )
     insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
     tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; read anew when it changes (serve.access.tokens)")
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
@@ -71,7 +73,10 @@ class Settings:
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
     max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
     linger_us: int = _setting(
-        5000, "how long at most a batch that is not full waits for more requests while others are being served", low=0, high=1_000_000
+        5000,
+        "how long a batch that is not full waits for company, at most, while others are served",
+        low=0,
+        high=1_000_000,
     )
     max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
     max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)

@@ -36,8 +36,8 @@ DEFAULT_BATCH_SIZES: Mapping[Provider, int] = {"cpu": 16, "cuda": 1024}
 JOIN_S = 5.0  # for a slot's running batch to end
 
 
-class InUse:
-    """Counts the blocks that are in it. One object for all of them: it is entered once for every request."""
+class RefCount:
+    """Counts the blocks that hold it. One object for all of them: it is entered once for every request."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -65,7 +65,7 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
-        self.in_use = InUse()  # a block in it keeps the model from being released while a call, however long, goes on
+        self.in_use = RefCount()  # a block in it keeps the model from being released while a call, however long, goes on
 
     @property
     def ready(self) -> bool:

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from serve.batching import slots as slots_module
-from serve.batching.batcher import CROWD_CALLERS, Batcher
+from serve.batching.batcher import Batcher
+from serve.batching.linger import CROWD_CALLERS
 from serve.batching.queue import Priority, Ticket
 from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
 from serve.latents import Span, draw
