@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+GUIDES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
+DOCS = {"README.md": README, "deploy/README.md": (ROOT / "deploy" / "README.md").read_text(), **GUIDES}
+LAYOUT = GUIDES["docs/layout.md"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
 
@@ -36,8 +39,8 @@ def test_generated_code_is_what_the_protos_give(tmp_path: Path) -> None:
     assert kept == set(made), "serve/pb holds code that no proto gives"
 
 
-def test_the_readmes_tree_is_the_tree() -> None:
-    block = re.search(r"```tree\n(.*?)```", README, re.DOTALL)
+def test_the_tree_in_the_docs_is_the_tree() -> None:
+    block = re.search(r"```tree\n(.*?)```", LAYOUT, re.DOTALL)
     assert block
     told, parents = set(), [""]
     for line in block[1].splitlines():
@@ -51,20 +54,56 @@ def test_the_readmes_tree_is_the_tree() -> None:
     for name in tracked():
         parts = Path(name).parts
         there |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
-    assert told <= there, f"the README names what is not there: {sorted(told - there)}"
+    assert told <= there, f"docs/layout.md names what is not there: {sorted(told - there)}"
+    unlisted = (
+        "serve/bench/",
+        "serve/bundled/",
+        "serve/pb/",
+        "serve/observability/",
+        "serve/config/",
+        "serve/client/",
+        "serve/api/page/",
+    )
     rooms = {
         name
         for name in there
-        if name.count("/") == 0 or (name.startswith(("train/", "export/", "serve/")) and name.count("/") == 1)
+        if name.count("/") == 0
+        or (name.startswith(("train/", "export/", "serve/")) and name.count("/") == 1)
+        or (name.startswith("serve/") and name.count("/") == 2 and not name.startswith(unlisted))
     }
     untold = {name for name in rooms - told if not name.endswith("__init__.py") and not name.endswith("__main__.py")}
-    assert not untold, f"the README does not name {sorted(untold)}"
+    assert not untold, f"docs/layout.md does not name {sorted(untold)}"
 
 
-def test_every_make_target_in_the_readme_is_in_the_makefile_and_explained() -> None:
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+def test_every_make_target_in_the_docs_is_in_the_makefile_and_explained() -> None:
+    named = {target for text in DOCS.values() for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert len(named) > 8
-    assert named <= TARGETS, f"the README names targets that are not there: {sorted(named - TARGETS)}"
+    assert named <= TARGETS, f"the docs name targets that are not there: {sorted(named - TARGETS)}"
+
+
+def test_every_link_in_the_docs_leads_somewhere_and_every_guide_is_linked() -> None:
+    linked = set()
+    for name, text in DOCS.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                path = (ROOT / name).parent / target
+                assert path.exists(), f"{name} links to {target}"
+                linked.add(path.resolve().relative_to(ROOT).as_posix())
+    assert set(GUIDES) <= linked, f"nothing links to {sorted(set(GUIDES) - linked)}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+
+
+def test_rooms_hold_at_most_a_dozen_files() -> None:
+    files: dict[str, int] = {}
+    for name in tracked():
+        if name.startswith(("train/", "export/", "serve/")) and name.endswith(".py") and not name.endswith("__init__.py"):
+            folder = name.rpartition("/")[0]
+            files[folder] = files.get(folder, 0) + 1
+    crowded = {folder: count for folder, count in files.items() if count > 12 and folder != "train"}
+    assert not crowded
 
 
 def test_make_help_lists_every_target() -> None:
