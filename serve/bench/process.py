@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,10 +36,10 @@ def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:
 
 
 @contextmanager
-def started(module: str, *arguments: str) -> Iterator[Started]:
-    """Run ``python -m module`` until the block is left. Raises RuntimeError when it does not start."""
+def started(module: str, *arguments: str, checkout: Path | None = None) -> Iterator[Started]:
+    """Run ``python -m module`` until the block is left, of another ``checkout`` if one is named. Raises RuntimeError."""
     command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=checkout) as process:
         try:
             assert process.stdout is not None
             said = ""

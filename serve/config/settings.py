@@ -52,9 +52,7 @@ class Settings:
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
     tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
-    tls_client_ca: Path | None = _setting(
-        None, "PEM file of the authorities whose client certificates are accepted"
-    )
+    tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
     insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
     tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; read anew when it changes (serve.access.tokens)")
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
