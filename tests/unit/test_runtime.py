@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from serve.api.digits_v1 import SERVICE
 from serve.api.probes import make_app
+from serve.bench import report
+from serve.engine.onnx_runtime import ort
 from serve.models.catalog import Catalog
 from serve.observability.metrics import Metrics
 from serve.runtime.background import for_each, repeat
@@ -121,3 +124,16 @@ def test_the_http_probe_of_liveness_says_the_same(reason: str | None, status: in
     [route] = [each for each in app.router.routes() if each.method == "GET" and str(each.url_for()) == "/healthz"]
     answer = asyncio.run(route.handler(cast(Any, None)))
     assert (answer.status, answer.text) == (status, f"{reason or 'alive'}\n")
+
+
+def test_the_report_of_a_benchmark_needs_no_distribution_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: ``version("onnxruntime-gpu")`` raised wherever the CPU build is installed."""
+    honest = report.version
+
+    def version(package: str) -> str:
+        if package.startswith("onnxruntime"):
+            raise PackageNotFoundError(package)
+        return honest(package)
+
+    monkeypatch.setattr(report, "version", version)
+    assert report.machine()["versions"]["onnxruntime"] == ort.__version__
