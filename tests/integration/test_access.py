@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import socket
 import ssl
-import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -254,19 +254,20 @@ def test_ten_thousand_guesses_over_the_wire_get_nobody_in_and_cost_nobody_else(
     token = add_token("jobs")
     server = start_server(f"--tokens-file={tmp_path / 'tokens.json'}")
     chance = random.Random(1)
-    seconds: list[float] = []
+    tenth = GUESSES // 10
+    process = psutil.Process(server.process.pid)
+    used_s: list[float] = []  # the server's processor time up to each tenth: it moves less than time when a neighbour is busy
     with grpc.insecure_channel(server.target) as channel:
         assert generate(channel, token) is grpc.StatusCode.OK
         ends = set()
-        for _ in range(GUESSES):
-            guess = f"jobs.{chance.randbytes(32).hex()}"
-            started = time.perf_counter()
-            ends.add(generate(channel, guess))
-            seconds.append(time.perf_counter() - started)
+        for number in range(GUESSES):
+            if number % tenth == 0:
+                used_s.append(process.cpu_times().user + process.cpu_times().system)
+            ends.add(generate(channel, f"jobs.{chance.randbytes(32).hex()}"))
+        used_s.append(process.cpu_times().user + process.cpu_times().system)
         assert ends == {grpc.StatusCode.UNAUTHENTICATED}
         assert generate(channel, token) is grpc.StatusCode.OK
-    tenth = GUESSES // 10
-    assert statistics.median(seconds[-tenth:]) < 2 * statistics.median(seconds[:tenth])
+    assert used_s[-1] - used_s[-2] < 3 * (used_s[1] - used_s[0]), "what the first guesses left behind slows the last ones"
     assert server.metric("digits_access_denied_total", reason="unknown") == GUESSES
 
 
