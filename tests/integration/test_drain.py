@@ -20,7 +20,7 @@ ROLLS = 50
 
 
 def test_sigterm_finishes_what_was_accepted_and_exits_zero(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--instances=1", "--max-batch-size=8")
+    server = start_server("--instances=1", "--max-batch-size=8", "--drain-deadline-s=120")  # longer than a test waits
     with grpc.insecure_channel(server.target, CHANNEL_OPTIONS[1:]) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         calls = [stub.Generate.future(pb.GenerateRequest(count=500, model="dcgan", seed=n), timeout=60) for n in range(6)]
