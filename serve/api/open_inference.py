@@ -57,6 +57,7 @@ OUTPUTS = {
     "images": Tensor("FP32", "<f4", "fp32_contents"),
     "labels": Tensor("INT64", "<i8", "int64_contents"),
 }
+NO_LABELS: NDArray[np.generic] = np.empty(0, np.int64)
 MODEL_OUTPUTS = ("pixels", "images")
 Tensors = Mapping[str, NDArray[np.generic]]
 
@@ -138,9 +139,6 @@ class OpenInferenceService:
 
     def _find(self, name: str, number: str) -> Model:
         return self._core.catalog.find(*_named(name, number))
-
-
-NO_LABELS: NDArray[np.generic] = np.empty(0, np.int64)
 
 
 def _named(name: str, number: str) -> tuple[str, int]:

@@ -60,9 +60,8 @@ class Engine:
         bucket = self.bucket(count)
         if bucket != count:
             feeds = {name: _padded(array, bucket) for name, array in feeds.items()}
-        return {
-            name: array[:count] for name, array in zip(outputs, self._session.run(outputs, feeds), strict=True)
-        }  # fmt: skip
+        arrays = self._session.run(outputs, feeds)
+        return {name: array[:count] for name, array in zip(outputs, arrays, strict=True)}
 
     def compute(
         self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, outputs: Sequence[str] = PIXELS
