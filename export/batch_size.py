@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from export.errors import ExportError
+from serve.config.atomic_file import replace_file
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions, Provider
 from serve.manifest import MANIFEST_FILE, SCHEMA_VERSION
@@ -57,10 +58,9 @@ def write(bundle: Bundle, provider: Provider, size: int) -> Path:
     """Write a batch size into a bundle's manifest; returns the manifest's path. Raises ExportError."""
     manifest = msgspec.structs.replace(bundle.manifest, batch_sizes={**bundle.manifest.batch_sizes, provider: size})
     manifest = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
-    path, beside = bundle.path / MANIFEST_FILE, bundle.path / f".{MANIFEST_FILE}.new"
+    path = bundle.path / MANIFEST_FILE
     try:
-        beside.write_text(manifest.to_json())
-        beside.replace(path)
+        replace_file(path, manifest.to_json().encode(), 0o644)
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error.strerror}); leave --write out") from None
     return path

@@ -31,6 +31,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.config.atomic_file import replace_file
 from serve.config.command_line import OneLineParser
 from serve.config.cores import usable_cores
 from serve.config.settings import DEFAULT_MODEL
@@ -223,9 +224,7 @@ def _agree(folder: Path, dataset: Dataset) -> None:
     """The folder belongs to one data set: the first shard says which, the others must be of the same."""
     header = folder / HEADER_FILE
     if not header.exists():
-        beside = folder / f".{HEADER_FILE}.{os.getpid()}"
-        beside.write_bytes(msgspec.json.format(msgspec.json.encode(dataset), indent=2) + b"\n")
-        beside.replace(header)
+        replace_file(header, msgspec.json.format(msgspec.json.encode(dataset), indent=2) + b"\n", 0o644)
     there = read_header(folder)
     for name in Dataset.__struct_fields__:
         found, wanted = getattr(there, name), getattr(dataset, name)

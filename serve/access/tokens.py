@@ -11,14 +11,11 @@ constant time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -28,6 +25,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from serve.config.atomic_file import replace_file
 from serve.config.command_line import OneLineParser
 from serve.config.file_state import file_state
 from serve.errors import SettingsError, UnauthenticatedError
@@ -198,15 +196,8 @@ def _read(path: Path) -> dict[str, Token]:
 
 def _write(path: Path, tokens: Mapping[str, Token]) -> None:
     """All or nothing, and for its owner's eyes alone."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode({"tokens": list(tokens.values())}), indent=2) + b"\n")
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    content = msgspec.json.format(msgspec.json.encode({"tokens": list(tokens.values())}), indent=2) + b"\n"
+    replace_file(path, content, 0o600)
 
 
 if __name__ == "__main__":

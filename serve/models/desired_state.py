@@ -13,7 +13,6 @@ routes before the current one, newest last, for a rollback.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from serve.config.atomic_file import replace_file
 from serve.config.file_state import file_state
 from serve.config.version_policy import VersionPolicy, parse_policy
 from serve.errors import LifecycleError, SettingsError
@@ -169,17 +169,9 @@ class ServingFile:
         """Replace the file. Raises LifecycleError as ``prepare`` does."""
         self.prepare()
         content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE_NAME}-")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(self.path)
+            replace_file(self.path, content, 0o644)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
             raise LifecycleError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
         self._seen, self._missing, self.state = file_state(self.path), False, state
 
