@@ -51,9 +51,12 @@ class InFlight:
 
 
 class Admission:
-    """What the calls of a server share."""
+    """What the calls of a server share. ``pushback``: can gRPC tell refused callers when to return?"""
 
-    def __init__(self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None, *, pushback: bool = True
+    ) -> None:
+        self.pushback = pushback
         self.metrics = metrics
         self.in_flight = in_flight
         self.accounts = accounts
@@ -88,7 +91,7 @@ class Call:
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""
-        digits.model.metrics.encode(encode_s)
+        digits.model.metrics.answer(digits.encoding, digits.count, digits.queue_seconds, encode_s)
         if self._admission.tracing is not None:
             self._admission.tracing.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
 
@@ -105,8 +108,7 @@ class Call:
 
     def ended(self) -> None:
         """The handler is done."""
-        self._observed.handled(self._code.name).inc()
-        self._observed.seconds(time.perf_counter() - self._started)
+        self._observed.ended(self._code.name, time.perf_counter() - self._started)
 
     def sent(self) -> None:
         """The answer is with the transport, or there is nobody to send it to."""

@@ -7,30 +7,38 @@ serialised by protobuf and the rows are appended as they lie in memory.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-LENGTH_DELIMITED = 2  # protobuf wire type
+FIXED_64, LENGTH_DELIMITED = 1, 2  # protobuf wire types
+LITTLE_ENDIAN = sys.byteorder == "little"
 
 Piece = memoryview | bytes
 
 
-def pack_field(head: bytes, number: int, entries: Sequence[Sequence[Piece]]) -> bytes:
-    """``head`` with the field ``number``, of bytes or messages, appended, one entry per element; its pieces are joined."""
-    key = _varint(number << 3 | LENGTH_DELIMITED)
+def field_key(message: type[Message], name: str) -> bytes:
+    """What comes before each entry of a message's field of bytes or messages."""
+    return _varint(message.DESCRIPTOR.fields_by_name[name].number << 3 | LENGTH_DELIMITED)
+
+
+def pack_field(head: bytes, key: bytes, entries: Sequence[Sequence[Piece]]) -> bytes:
+    """``head`` with a field of bytes or messages appended, one entry per element; its pieces are joined."""
     pieces: list[Piece] = [head]
     for entry in entries:
-        pieces += (key, _varint(sum(len(piece) for piece in entry)), *entry)
+        pieces += (key, _varint(sum(map(len, entry))), *entry)
     return b"".join(pieces)
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:
     """The array's memory, row-major and little-endian, without a copy where it already is so."""
-    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return little.data.cast("B")
+    if not (LITTLE_ENDIAN and array.dtype.isnative and array.flags.c_contiguous):
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return array.data.cast("B")
 
 
 def packed_varints(values: NDArray[Any]) -> bytes:

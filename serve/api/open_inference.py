@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import Piece, as_bytes, pack_field, packed_varints
+from serve.api.encoding import Piece, as_bytes, field_key, pack_field, packed_varints
 from serve.api.rpc import RpcTable
 from serve.config.release import release
 from serve.core.generate import Core
@@ -28,11 +28,11 @@ from serve.models.model import Model
 from serve.pb.inference import open_inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
-RAW_FIELD = pb.ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"].number
+RAW_KEY = field_key(pb.ModelInferResponse, "raw_output_contents")
 PLATFORM = "onnxruntime_onnx"
 
-OUTPUTS_FIELD = pb.ModelInferResponse.DESCRIPTOR.fields_by_name["outputs"].number
-CONTENTS_FIELD = pb.ModelInferResponse.InferOutputTensor.DESCRIPTOR.fields_by_name["contents"].number
+OUTPUTS_KEY = field_key(pb.ModelInferResponse, "outputs")
+CONTENTS_KEY = field_key(pb.ModelInferResponse.InferOutputTensor, "contents")
 MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread, not on the event loop
 
 
@@ -215,16 +215,16 @@ def _encode(request: pb.ModelInferRequest, digits: Digits, names: list[str], cal
     tensors = {name: tensor(name=name, datatype=OUTPUTS[name].datatype, shape=shapes[name]) for name in names}
     if request.raw_input_contents:
         head.outputs.extend(tensors.values())
-        response = pack_field(head.SerializeToString(), RAW_FIELD, [[as_bytes(rows) for rows in arrays[name]] for name in names])
+        response = pack_field(head.SerializeToString(), RAW_KEY, [[as_bytes(rows) for rows in arrays[name]] for name in names])
     else:
         entries = [[_with_contents(tensors[name], name, np.concatenate(arrays[name]))] for name in names]
-        response = pack_field(head.SerializeToString(), OUTPUTS_FIELD, entries)
+        response = pack_field(head.SerializeToString(), OUTPUTS_KEY, entries)
     call.encoded(digits, time.perf_counter() - started)
     return response
 
 
 def _with_contents(tensor: pb.ModelInferResponse.InferOutputTensor, name: str, values: NDArray[Any]) -> bytes:
     """An output tensor's bytes with typed contents. Packed by numpy: protobuf would hold the event loop meanwhile."""
-    field = pb.InferTensorContents.DESCRIPTOR.fields_by_name[OUTPUTS[name].contents].number
+    key = field_key(pb.InferTensorContents, OUTPUTS[name].contents)
     packed: Piece = as_bytes(values) if values.dtype == np.float32 else packed_varints(values)
-    return pack_field(tensor.SerializeToString(), CONTENTS_FIELD, [[pack_field(b"", field, [[packed]])]])
+    return pack_field(tensor.SerializeToString(), CONTENTS_KEY, [[pack_field(b"", key, [[packed]])]])

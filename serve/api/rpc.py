@@ -7,7 +7,7 @@ it by itself, the server's INTERNAL.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -26,12 +26,12 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class RpcTable:
-    """Collects a service's methods and hands them to a server. ``scope`` is what a caller needs for a method."""
+    """A service's ``methods`` by name, as a server takes them. ``scope`` is what a caller needs for a method."""
 
     def __init__(self, service: str, admission: Admission) -> None:
         self.service = service
         self._admission = admission
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self.methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def unary(
         self,
@@ -51,13 +51,13 @@ class RpcTable:
                 call.answered()
                 return response
             except Exception as error:
-                await _abort(context, call, error)
+                await self._abort(context, call, error)
                 raise  # abort has raised already
             finally:
                 call.ended()
                 call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
-        self._handlers[method] = grpc.unary_unary_rpc_method_handler(handle)
+        self.methods[method] = grpc.unary_unary_rpc_method_handler(handle)
 
     def stream(
         self,
@@ -77,20 +77,20 @@ class RpcTable:
                     yield response
                 call.answered()
             except Exception as error:
-                await _abort(context, call, error)
+                await self._abort(context, call, error)
             finally:
                 call.ended()
                 call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
-        self._handlers[method] = grpc.unary_stream_rpc_method_handler(handle)
+        self.methods[method] = grpc.unary_stream_rpc_method_handler(handle)
 
-    def methods(self) -> Mapping[str, grpc.RpcMethodHandler[Any, Any]]:
-        """The methods by name."""
-        return self._handlers
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The methods, for ``Server.add_generic_rpc_handlers``."""
-        return grpc.method_handlers_generic_handler(self.service, self._handlers)
+    async def _abort(self, context: Context, call: Call, error: Exception) -> None:
+        """End a call with the status of an error. Always raises."""
+        answer = call.failed(error)
+        trailing: tuple[tuple[str, str], ...] = ()
+        if answer.retry_after_s is not None and self._admission.pushback:
+            trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
+        await context.abort(answer.code, answer.text, trailing)
 
     def _begin(self, observed: RpcMetrics, context: Context) -> Call:
         remaining = context.time_remaining()
@@ -107,15 +107,6 @@ def caller_of(context: Context) -> Caller:
         elif key == REQUEST_ID_KEY and isinstance(value, str) and not request_id:
             request_id = value
     return Caller(context.peer(), authorization, request_id)
-
-
-async def _abort(context: Context, call: Call, error: Exception) -> None:
-    """End a call with the status of an error. Always raises."""
-    answer = call.failed(error)
-    trailing: tuple[tuple[str, str], ...] = ()
-    if answer.retry_after_s is not None:
-        trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
-    await context.abort(answer.code, answer.text, trailing)
 
 
 def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:

@@ -88,7 +88,9 @@ class Batcher:
                 raise UnavailableError("the model is being released")
             if not self._slots.live:
                 raise UnavailableError("the model has no working slot")
-            if ticket.waits_for_room and (self._no_room or not self._queue.fits(ticket)):
+            if not self._queue.fits(ticket) or (ticket.waits_for_room and self._no_room):
+                if not ticket.waits_for_room:
+                    raise self._queue.refusal(ticket, self._retry_after_s())
                 self._no_room.append(ticket)
                 return
             self._push(ticket, now)
@@ -254,7 +256,7 @@ class Batcher:
     def _push(self, ticket: Ticket, now: float) -> None:
         if not self._queue.images:
             self._linger.note_first(now)
-        self._queue.push(ticket, self._retry_after_s())
+        self._queue.push(ticket)
 
     def _admit_waiting(self, now: float) -> None:
         """Queue the bulk work for which there is room now."""

@@ -103,28 +103,27 @@ class FairQueue:
     def __init__(self, max_images: int, max_batch_size: int) -> None:
         self.max_images = max_images
         self.images = 0
+        self.callers = 0  # tickets that wait
         self._quantum = max_batch_size
         self._levels = [_Level() for _ in Priority]
         self._arrivals = counter()
         self._batches_without_bulk = 0
 
-    @property
-    def callers(self) -> int:
-        """Tickets that wait."""
-        return sum(level.tickets for level in self._levels)
-
     def fits(self, ticket: Ticket) -> bool:
         """Whether there is room for a new ticket."""
         return self._levels[ticket.priority].images + ticket.span.count <= self.max_images
 
-    def push(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Queue a new ticket whole or not at all. Raises QueueFullError."""
+    def refusal(self, ticket: Ticket, retry_after_s: float) -> QueueFullError:
+        """Why a ticket that does not fit is refused."""
+        waiting = self._levels[ticket.priority].images
+        text = f"queue is full: {waiting} of {self.max_images} images wait, {ticket.span.count} more do not fit"
+        return QueueFullError(text, retry_after_s)
+
+    def push(self, ticket: Ticket) -> None:
+        """Queue a new ticket, which must fit."""
         level, count = self._levels[ticket.priority], ticket.span.count
-        if level.images + count > self.max_images:
-            raise QueueFullError(
-                f"queue is full: {level.images} of {self.max_images} images wait, {count} more do not fit", retry_after_s
-            )
         self.images += count
+        self.callers += 1
         level.images += count
         level.tickets += 1
         ticket.tag = level.virtual
@@ -201,3 +200,4 @@ class FairQueue:
         self.images -= images
         level.images -= images
         level.tickets -= 1
+        self.callers -= 1

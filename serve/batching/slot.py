@@ -10,6 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -82,6 +84,8 @@ class Slot:
             raise self._failure
 
     def _work(self, dispatcher: Dispatcher) -> None:
+        with suppress(OSError):  # for top and ps, on Linux
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(threading.current_thread().name)
         try:
             runner = self._make_runner()
         except BaseException as error:

@@ -1,10 +1,10 @@
-"""``make bench``: the server beside the raw model and the bare gRPC server, in one run, as a table and as JSON.
+"""``make bench``: the server, by each of its transports, beside the raw model and the bare gRPC server, in alternating rounds.
 
-*raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is a
+*raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is one
 grpc.aio server that answers a ready-made response of the same size. Every target is a ratio of two figures of the same
-run, since absolute times mean little on a shared machine.
+round (``serve.bench.rounds``), since absolute times mean little on a shared machine.
 
-What was tried, and what it gave, is in docs/decisions/0004-single-digits.md.
+What was tried, and what it gave, is in docs/decisions/0004-single-digits.md and 0009-fronts.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import argparse
 import sys
 import threading
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,71 +23,116 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from serve.bench.load import H2LOAD, WARM_UP_S, Load, by_python, closed
+from serve.bench.load import H2LOAD, Load, Result, by_python, closed
 from serve.bench.process import Started, started
 from serve.bench.report import Target, machine, print_targets, runs_per_second, say, write
+from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, rates, ratios, row
 from serve.engine.onnx_runtime import ort
-from serve.engine.provider import EngineOptions
-from serve.engine.session import Engine
 from serve.latents import LatentReader, Span
-from serve.manifest import BUNDLED_DIR
-from serve.models.repository import read_bundle
 from serve.observability.metrics import Metrics, ModelMetrics, RpcMetrics
 
-MODELS = ("mlp", "dcgan")
 RAW_BATCHES = (16, 64, 256)
 ONE_DIGIT_RESPONSE_BYTES = 832
 SERVER = ("serve", "--grpc-port=0", "--http-port=0")
+FRONTS = {"grpcio": SERVER, "native": (*SERVER, "--front=native", "--max-connection-age-s=0")}
 OVERLOAD_QUEUE = 1024  # images: as many as wait at capacity, with 16 requests of 64 in flight
 SOAK_REQUESTS = 200_000
-ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of load, what the server is held against under it, and the bounds of the two transports' ratios to that."""
+
+    name: str
+    model: str
+    digits: int
+    in_flight: int
+    connections: int
+    beside: str  # floor or raw
+    rate: dict[str, float]  # of the median rate, at least
+    cost: dict[str, float]  # of the processor time, at most
+
+
+SINGLES = ({"grpcio": 0.9, "native": 1.7}, {"grpcio": 1.1})
+CASES = (
+    Case("mlp, 1 digit, 64 in flight over 16 connections", "mlp", 1, 64, 16, "floor", *SINGLES),
+    Case("mlp, 1 digit, 64 in flight over 4 connections", "mlp", 1, 64, 4, "floor", *SINGLES),
+    Case("mlp, 1 digit, alone", "mlp", 1, 1, 1, "floor", {}, {}),
+    Case("mlp, 64 digits, 16 in flight", "mlp", 64, 16, 4, "raw", {"grpcio": 0.55}, {}),
+    Case("dcgan, 1 digit, 64 in flight", "dcgan", 1, 64, 4, "floor", {}, {}),
+    Case("dcgan, 64 digits, 16 in flight", "dcgan", 64, 16, 4, "raw", {"grpcio": 1.2}, {}),
+)  # fmt: skip
 
 
 def main() -> int:
     flags = _parser().parse_args()
-    figures: dict[str, Any] = {}
-    targets: list[Target] = []
+    figures: dict[str, Any] = {"normals_per_s": normals_rate()}
+    targets = [Target("normal values a second on one core, millions", figures["normals_per_s"] / 1e6, 20)]
     say(f"{machine()['cpu']}, {machine()['cores']} cores; load by {'h2load' if H2LOAD else 'Python callers (no h2load here)'}")
-    figures["normals_per_s"] = normals_rate()
-    targets.append(Target("normals a second on one core, millions", figures["normals_per_s"] / 1e6, 20))
-    with started("serve.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)) as floor:
-        with started(*SERVER) as server:
-            figures["idle_cpu_percent"] = idle_percent(server)
-            figures["rounds"] = [side_by_side(server, floor, flags.plain, flags.seconds) for _ in range(ROUNDS)]
-        figures["floor_unloaded"] = asdict(closed(Load(floor.target, "", 1, flags.seconds)))
-    with started(*SERVER) as server:
-        for model in MODELS:
-            figures[model] = throughput(server, model, flags.seconds)
-        figures["interactive_under_load"] = under_load(server, flags.seconds)
-    targets += throughput_targets(figures)
-    targets.append(Target("idle: percent of one core", figures["idle_cpu_percent"], 1, at_most=True))
-    figures["overload"] = overload(flags.seconds)
+    with ExitStack() as stack:
+        floor = stack.enter_context(started("serve.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)))
+        servers = {name: stack.enter_context(started(*command)) for name, command in FRONTS.items()}
+        for name, server in servers.items():
+            figures[f"idle_percent_{name}"] = idle_percent(server)
+            targets.append(Target(f"idle, {name}: percent of one core", figures[f"idle_percent_{name}"], 1, at_most=True))
+        for case in CASES:
+            samples = figures[case.name] = beside(case, servers, floor, flags)
+            targets += case_targets(case, samples)
+        figures["under_load"] = [under_load(servers["grpcio"], flags.seconds) for _ in range(flags.rounds)]
+    in_batches = [seen["p99_s"] / seen["batch_s"] for seen in figures["under_load"]]
+    targets.append(Target("one dcgan digit's p99 while 16 × 64 are in flight, in batches", in_batches, 4, at_most=True))
+    figures["overload"] = [overload(flags.seconds) for _ in range(flags.rounds)]
     targets += overload_targets(figures["overload"])
     with started(*SERVER) as server:
         cost = figures["metrics_cost"] = metrics_cost(server, flags.seconds)
     share = cost["metrics_s"] / cost["server_cpu_s"] * 100
-    targets.append(Target("metrics: share of a request's time, percent", share, 2, at_most=True))
+    targets.append(Target("metrics: share of a request's processor time, percent", share, 2, at_most=True))
     if flags.soak:
-        figures["memory_growth"] = memory_growth()
-        targets.append(Target("RSS growth over 200,000 mixed requests, percent", figures["memory_growth"] * 100, 2, at_most=True))
+        for name, command in FRONTS.items():
+            growth = figures[f"memory_growth_{name}"] = memory_growth(command, flags.soak)
+            targets.append(Target(f"memory over {flags.soak:,} requests, {name}: percent more", growth * 100, 2, at_most=True))
     print_targets(targets)
     write(flags.out, {"figures": figures}, targets)
     return 0
 
 
-def side_by_side(server: Started, floor: Started, plain: Path, seconds: float) -> dict[str, float]:
-    """One round of what is compared as ratios, each beside its bound: rates drift by a third within minutes here."""
-    say("side by side: served, raw, floor")
-    seen: dict[str, float] = {}
-    for model in MODELS:
-        before = raw_rate(plain / f"{model}.onnx")
-        served = closed(Load(server.target, model, 64, seconds, 16)).requests_per_s * 64
-        raw = (before + raw_rate(plain / f"{model}.onnx")) / 2
-        seen |= {f"{model}_served": served, f"{model}_raw": raw, f"{model}_ratio": served / raw}
-    bare = closed(Load(floor.target, "", 1, seconds, 64)).requests_per_s
-    single = closed(Load(server.target, "mlp", 1, seconds, 64)).requests_per_s
-    bare = (bare + closed(Load(floor.target, "", 1, seconds, 64)).requests_per_s) / 2
-    return seen | {"single_served": single, "single_floor": bare, "single_ratio": single / bare}
+def beside(case: Case, servers: dict[str, Started], floor: Started, flags: argparse.Namespace) -> dict[str, list[Sample]]:
+    """The transports under one kind of load, in rounds with what they are held against; prints a line for each."""
+    load = partial(Load, seconds=flags.seconds, in_flight=case.in_flight, connections=case.connections)
+    subjects = {name: partial(measure, server, load(server.target, case.model, case.digits)) for name, server in servers.items()}
+    if case.beside == "floor":
+        subjects["floor"] = partial(measure, floor, load(floor.target, "", case.digits))
+    else:
+        subjects["raw"] = partial(raw_sample, flags.plain / f"{case.model}.onnx", case.digits)
+    say(f"{case.name}: {', '.join(subjects)}, {flags.rounds} rounds")
+    samples = alternate(subjects, flags.rounds)
+    print(case.name)
+    for name, seen in samples.items():
+        latency = f"   p50 {np.median([sample.result.p50_s for sample in seen]) * 1e3:.2f} ms" if case.in_flight == 1 else ""
+        print(row(name, seen, samples[case.beside]) + latency, flush=True)
+    return samples
+
+
+def case_targets(case: Case, samples: dict[str, list[Sample]]) -> list[Target]:
+    """The bounds of a case, beside what was measured."""
+    bound = samples[case.beside]
+    rated = [
+        Target(f"{case.name}: {name} / {case.beside}, rate", ratios(rates(samples[name]), rates(bound)), least)
+        for name, least in case.rate.items()
+    ]
+    timed = [
+        Target(f"{case.name}: {name} / {case.beside}, time", ratios(costs_us(samples[name]), costs_us(bound)), most, at_most=True)
+        for name, most in case.cost.items()
+    ]
+    return rated + timed
+
+
+def raw_sample(path: Path, digits: int) -> Sample:
+    """The raw model as if it answered requests of so many digits."""
+    used, begun = time.process_time(), time.perf_counter()
+    rate = raw_rate(path) / digits
+    share = (time.process_time() - used) / (time.perf_counter() - begun)
+    return Sample(Result(rate), share / rate, {})
 
 
 def raw_rate(path: Path) -> float:
@@ -104,20 +151,6 @@ def normals_rate() -> float:
     """Normal values a second by the address rule, on one core."""
     reader, out = LatentReader(64), np.empty((4096, 64), np.float32)
     return out.size * runs_per_second(lambda: reader.fill(out, [Span(7, 0, len(out))]))
-
-
-def throughput(server: Started, model: str, seconds: float) -> dict[str, Any]:
-    """Requests a second of three kinds of load, the unloaded latency, and the model's own time for a batch of one."""
-    say(f"{model}: single digits, 16 and 64 a request, unloaded")
-    bundle = read_bundle(BUNDLED_DIR / model / "1")
-    engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
-    return {
-        "64x1": asdict(closed(Load(server.target, model, 1, seconds, 64))),
-        "16x16": asdict(closed(Load(server.target, model, 16, seconds, 16))),
-        "16x64": asdict(closed(Load(server.target, model, 64, seconds, 16))),
-        "unloaded": asdict(closed(Load(server.target, model, 1, seconds))),
-        "batch_of_one_s": 1 / runs_per_second(lambda: engine.run(engine.blank(1))),
-    }
 
 
 def under_load(server: Started, seconds: float) -> dict[str, float]:
@@ -156,32 +189,25 @@ def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
 
     def request() -> None:
         rpc.started()
-        model.queue_wait(0.002)
-        model.images("uint8").inc(1)
-        model.encode(0.00002)
-        rpc.handled("OK").inc()
-        rpc.seconds(0.01)
+        model.answer("uint8", 1, 0.002, 0.00002)
+        rpc.ended("OK", 0.01)
 
     def batch() -> None:
         model.batch(1, 0, 0.0001, 0.001)
 
-    before = server.process.cpu_times()
-    load = Load(server.target, "mlp", 1, seconds, 64)
-    answered = closed(load).requests_per_s * (load.seconds + WARM_UP_S)
-    after = server.process.cpu_times()
-    used = after.user + after.system - before.user - before.system
+    used_s = measure(server, Load(server.target, "mlp", 1, seconds, 64)).cpu_s
     images, batches = (server.metric(f"digits_batch_images_{name}", model="mlp") for name in ("sum", "count"))
     cost = 1 / runs_per_second(request) + batches / images / runs_per_second(batch)
-    return {"metrics_s": cost, "server_cpu_s": used / answered}
+    return {"metrics_s": cost, "server_cpu_s": used_s}
 
 
-def memory_growth() -> float:
-    """Growth of the resident memory over 200,000 requests of mixed sizes and both models, after a tenth as many."""
-    say("memory over 200,000 mixed requests")
-    with started(*SERVER) as server:
-        _mixed(server, SOAK_REQUESTS // 10)
+def memory_growth(command: Sequence[str], requests: int) -> float:
+    """Growth of the resident memory over so many requests of mixed sizes and both models, after a tenth as many."""
+    say(f"memory over {requests:,} mixed requests: {' '.join(command)}")
+    with started(*command) as server:
+        _mixed(server, requests // 10)
         before = server.process.memory_info().rss
-        _mixed(server, SOAK_REQUESTS)
+        _mixed(server, requests)
         return server.process.memory_info().rss / before - 1
 
 
@@ -201,39 +227,26 @@ def idle_percent(server: Started) -> float:
     return server.process.cpu_percent(interval=5)
 
 
-def throughput_targets(figures: dict[str, Any]) -> list[Target]:
-    mlp, loaded = figures["mlp"], figures["interactive_under_load"]
-    allowed = 1.5 * (figures["floor_unloaded"]["p50_s"] + mlp["batch_of_one_s"])
-
-    def median(name: str) -> float:
-        return float(np.median([seen[name] for seen in figures["rounds"]]))
-
+def overload_targets(rounds: list[dict[str, Any]]) -> list[Target]:
+    """What three times the capacity may do to those who are accepted and those who are not."""
+    pairs = [(seen["capacity"], seen["three_times"]) for seen in rounds]
+    known = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
     return [
-        Target("1 dcgan 16 × 64: served / raw", median("dcgan_ratio"), 1.2),
-        Target("2 mlp 16 × 64: served / raw", median("mlp_ratio"), 0.55),
-        Target("3 mlp 64 × 1: served / floor", median("single_ratio"), 0.7),
-        Target("4 mlp unloaded p50, ms", mlp["unloaded"]["p50_s"] * 1e3, allowed * 1e3, at_most=True),
-        Target("4 one digit's p99 under load / a batch", loaded["p99_s"] / loaded["batch_s"], 4, at_most=True),
-    ]
-
-
-def overload_targets(seen: dict[str, Any]) -> list[Target]:
-    capacity, flood = seen["capacity"], seen["three_times"]
-    others = set(flood["codes"]) - {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-    return [
-        Target("5 rejections' p99, ms", flood["refused_p99_s"] * 1e3, 20, at_most=True),
-        Target("5 accepted p99 / that at capacity", flood["p99_s"] / capacity["p99_s"], 2, at_most=True),
-        Target("5 goodput / capacity", flood["requests_per_s"] / capacity["requests_per_s"], 0.9),
-        Target("5 other refusals", len(others), 0, at_most=True),
+        Target("3 × capacity: rejections' p99, ms", [flood["refused_p99_s"] * 1e3 for _, flood in pairs], 20, at_most=True),
+        Target("3 × capacity: accepted p99 / at capacity", [b["p99_s"] / a["p99_s"] for a, b in pairs], 2, at_most=True),
+        Target("3 × capacity: goodput / capacity", [b["requests_per_s"] / a["requests_per_s"] for a, b in pairs], 0.9),
+        Target("3 × capacity: other refusals", [len(set(flood["codes"]) - known) for _, flood in pairs], 0, at_most=True),
     ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Measure the server beside its bounds.")
     parser.add_argument("--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each measurement (default: 4)")
+    parser.add_argument("--seconds", type=int, default=3, help="length of each measurement (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")
-    parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help="watch memory over 200,000 requests")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
+    text = f"requests over which memory is watched; 0: none (default: {SOAK_REQUESTS:,})"
+    parser.add_argument("--soak", type=int, default=SOAK_REQUESTS, help=text)
     return parser
 
 

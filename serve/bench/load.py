@@ -41,6 +41,7 @@ class Load:
     rate: float = 0.0
     deadline_s: float = 30.0
     bulk: bool = False
+    connections: int = 4  # that h2load spreads the callers over
 
 
 @dataclass
@@ -61,9 +62,9 @@ def request_bytes(load: Load) -> bytes:
 
 
 def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Result:
-    """A closed loop by h2load: up to four connections, the callers spread over them."""
+    """A closed loop by h2load."""
     assert H2LOAD is not None
-    connections = min(4, load.in_flight)
+    connections = min(load.connections, load.in_flight)
     message = request_bytes(load) if body is None else body
     with tempfile.NamedTemporaryFile() as stored, tempfile.NamedTemporaryFile("r") as log:
         stored.write(b"\0" + struct.pack(">I", len(message)) + message)  # gRPC's frame: not compressed, length

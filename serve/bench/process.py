@@ -23,6 +23,12 @@ class Started:
     http: str
     process: psutil.Process
 
+    def failed_calls(self) -> float:
+        """Calls that ended otherwise than by an answer; 0 of a server without metrics."""
+        if not self.http:
+            return 0.0
+        return self.metric("grpc_server_handled_total") - self.metric("grpc_server_handled_total", grpc_code="OK")
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a sample over all children with these labels."""
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=10) as answer:

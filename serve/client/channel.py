@@ -62,7 +62,10 @@ class Access:
         if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
             raise SettingsError("--cert and --key go together, and with --ca")
         if self.ca is None:
-            return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            # gRPC makes all of ``ipv4:host:port,host:port`` the calls' authority, which a strict HTTP/2 server refuses.
+            first = target.removeprefix("ipv4:").removeprefix("ipv6:").partition(",")[0]
+            authority = [("grpc.default_authority", first)] if "," in target else []
+            return grpc.insecure_channel(target, options=[*CHANNEL_OPTIONS, *authority])
         ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
         credentials = grpc.ssl_channel_credentials(ca, key, cert)
         return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)

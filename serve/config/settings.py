@@ -50,6 +50,7 @@ class Settings:
     poll_interval_s: float = _setting(5.0, "time between two looks at the models folder and that file", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
+    front: str = _setting("grpcio", "what carries gRPC; native: faster, an extra, without TLS", choices=("grpcio", "native"))
     tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
     tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
@@ -84,7 +85,9 @@ class Settings:
     )
     drain_grace_s: float = _setting(0.0, "on SIGTERM: time between NOT_SERVING and refusing new requests", low=0, high=600)
     drain_deadline_s: float = _setting(20.0, "on SIGTERM: time for accepted requests to finish", low=0, high=3600)
-    max_connection_age_s: float = _setting(300.0, "a client reconnects after this long, so that load spreads", low=1, high=86400)
+    max_connection_age_s: float = _setting(
+        300.0, "a client reconnects after this long, so that load spreads; 0: never", low=0, high=86400
+    )
     reflection: bool = _setting(True, "answer gRPC server reflection")
     metrics: bool = _setting(True, "answer /metrics")
     log_format: str = _setting("text", "lines for people, or JSON objects for machines", choices=("text", "json"))
@@ -110,6 +113,8 @@ class Settings:
             raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.front == "native":
+            self._check_native()
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
         if self.page and not self.insecure and not is_loopback(self.http_host):
@@ -123,6 +128,20 @@ class Settings:
         if self.max_count > self.max_queue_images:
             raise SettingsError(
                 f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
+            )
+
+    def _check_native(self) -> None:
+        """Refuse what pygrpc-native cannot do, or not safely."""
+        if self.tls_cert is not None:
+            raise SettingsError("--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it")
+        if not is_loopback(self.host):
+            raise SettingsError(
+                f"--front native reads requests of any size and cannot serve --host {self.host}: put a proxy on this machine"
+                " before it, or use --front grpcio"
+            )
+        if self.max_connection_age_s:
+            raise SettingsError(
+                f"--front native cannot serve --max-connection-age-s {self.max_connection_age_s:g}: give 0, or use --front grpcio"
             )
 
 

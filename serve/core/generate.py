@@ -175,13 +175,13 @@ def _labelled(span: Span, labels: Sequence[int] | NDArray[np.int64], model: Mode
 
 def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
     span, outputs = ticket.span, request.outputs
-    model.metrics.images(request.encoding).inc(span.count)
     labels = None
     if model.manifest.labels:
         pieces = ordered(ticket, "labels")
         labels = cast("NDArray[np.int64]", pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
     return Digits(
         model=model,
+        encoding=request.encoding,
         seed=span.seed if span.explicit is None else None,
         start=span.start,
         count=span.count,

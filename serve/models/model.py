@@ -65,6 +65,7 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
+        self._samples = golden_samples(bundle.manifest)
         self.in_use = RefCount()  # a block in it keeps the model from being released while a call, however long, goes on
 
     @property
@@ -99,16 +100,13 @@ class Model:
         self, span: Span, outputs: Sequence[str], priority: Priority, deadline: float | None, waits_for_room: bool = False
     ) -> Ticket:
         """Run a span's rows through the batcher; given up when the waiter is cancelled. Raises ServeError."""
-        if self.breached:
+        if self.breached and span.explicit is not self._samples.latents:
             raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
-        ticket = await self._run(Ticket(span, outputs, priority, deadline, _new_waiter(), waits_for_room))
-        self.metrics.queue_wait(ticket.queue_seconds)
-        return ticket
-
-    async def _run(self, ticket: Ticket) -> Ticket:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ticket = Ticket(span, outputs, priority, deadline, waiter, waits_for_room)
         self.batcher.submit(ticket)
         try:
-            await ticket.caller  # type: ignore[misc]  # the batcher does not know that its callers are futures
+            await waiter
         except asyncio.CancelledError:
             self.batcher.cancel(ticket)
             raise
@@ -116,11 +114,11 @@ class Model:
 
     async def self_check(self) -> None:
         """The golden check through the live batcher; a breach stops the model until a later check passes."""
-        samples = golden_samples(self.manifest)
+        samples = self._samples
         span = Span(0, 0, len(samples.latents), samples.latents, samples.labels)
         name = f"{self.manifest.name}/{self.manifest.version}"
         try:
-            ticket = await self._run(Ticket(span, PIXELS, Priority.BULK, None, _new_waiter()))
+            ticket = await self.run(span, PIXELS, Priority.BULK, None)
         except QueueFullError:
             self.metrics.self_checks("skipped").inc()
             return
@@ -212,7 +210,3 @@ def wake_callers(tickets: Sequence[Ticket]) -> None:
             waiter.set_exception(ticket.error)
         else:
             waiter.set_result(None)
-
-
-def _new_waiter() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()

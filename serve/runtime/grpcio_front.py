@@ -1,56 +1,85 @@
-"""The gRPC port by grpcio: a ``grpc.aio`` server around the method tables.
+"""The gRPC port by grpcio: several ``grpc.aio`` servers on one event loop that share the port.
 
-Why asyncio and not grpcio's threads: docs/decisions/0001-asyncio.md.
+A ``grpc.aio`` server takes one call a turn of the event loop, because it keeps one request for a call pending. Several
+servers take several: with eight a call costs a third less. The kernel spreads the connections over them. Why asyncio, and
+what the number of servers gave: docs/decisions/0001-asyncio.md, 0009-fronts.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import socket
+from typing import cast
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from serve.api.rpc import RpcTable
 from serve.config.settings import Settings
-from serve.errors import StartError
-from serve.observability.tracing import Tracing
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
 
-MAX_REQUEST_BYTES = 4 << 20
+SERVERS = 8
 CONNECTION_AGE_GRACE_S = 60
-KEEPALIVE_MS = 30_000
 
 
-def bind_grpc(
-    settings: Settings,
-    tables: Sequence[RpcTable],
-    servicer: health.aio.HealthServicer,
-    credentials: grpc.ServerCredentials | None,
-    tracing: Tracing | None,
-) -> tuple[grpc.aio.Server, int]:
-    """A server that is bound and not yet started, and its port. Raises StartError when the port cannot be had."""
-    server = grpc.aio.server(
-        interceptors=[tracing.interceptor] if tracing else None,
-        options=[
-            ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it in silence
+class GrpcioFront:
+    """A bound port. Raises StartError when it cannot be had."""
+
+    def __init__(self, settings: Settings, services: Services, credentials: grpc.ServerCredentials | None) -> None:
+        if settings.grpc_port:
+            _check_free(settings)
+        options = [
+            ("grpc.so_reuseport", 1),
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-            ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
-            ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
             ("grpc.keepalive_permit_without_calls", 1),
-        ],
-    )
-    server.add_generic_rpc_handlers(tuple(table.handler() for table in tables))
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    if settings.reflection:
-        names = {table.service for table in tables} | {health.SERVICE_NAME, reflection.SERVICE_NAME}
-        reflection.enable_server_reflection(sorted(names), server)
-    host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
-    address = f"{host}:{settings.grpc_port}"
+        ]
+        if settings.max_connection_age_s:
+            options += [
+                ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
+                ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
+            ]
+        interceptors = [services.tracing.interceptor] if services.tracing else []
+        self.port = settings.grpc_port
+        self._servers: list[grpc.aio.Server] = []
+        for _ in range(SERVERS):
+            server = grpc.aio.server(interceptors=interceptors, options=options)
+            services.add_to(cast(grpc.aio.Server, _GenericHandlersOnly(server)))
+            where = address(settings, self.port)
+            try:
+                self.port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
+            except RuntimeError:
+                self.port = 0
+            if self.port == 0:
+                raise port_taken(settings)
+            self._servers.append(server)
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+
+
+class _GenericHandlersOnly:
+    """A server as those who add services see it. Each registered method would cost every call (grpc PR 43461, open)."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Leave them out: the generic handlers cover them."""
+
+
+def _check_free(settings: Settings) -> None:
+    """Raises StartError where another process listens: sharing the port with it would succeed, and in silence."""
     try:
-        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise StartError(f"--grpc-port {settings.grpc_port} on {settings.host} cannot be had; name another")
-    return server, port
+        candidates = socket.getaddrinfo(settings.host.strip("[]"), settings.grpc_port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, where in candidates:
+            with socket.socket(family, kind, protocol) as probe:
+                # Ports of connections that have just ended are free; without SO_REUSEPORT a listener is a conflict.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(where)
+    except OSError:
+        raise port_taken(settings) from None

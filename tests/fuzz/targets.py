@@ -27,7 +27,6 @@ from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
-from serve.api.rpc import RpcTable
 from serve.batching.batcher import Batcher, Limits
 from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
@@ -116,10 +115,10 @@ class Server:
         core = Core(catalog, settings.max_count, settings.max_count_float32)
         serving_file = ServingFile(BUNDLED_DIR / "serving.json")  # which is not written: the bundled models are not changed
         reconciler = Reconciler(Repository(BUNDLED_DIR), serving_file, catalog, settings, metrics)
-        self.digits = handlers(DigitService(core).table(admission))
-        self.inference = handlers(OpenInferenceService(core, lambda: True).table(admission))
+        self.digits = DigitService(core).table(admission).methods
+        self.inference = OpenInferenceService(core, lambda: True).table(admission).methods
         own, extension = ModelControlService(Administration(reconciler)).tables(admission)
-        self.control = {**handlers(own), **handlers(extension)}
+        self.control = {**own.methods, **extension.methods}
         self._loop.run_until_complete(self._open(catalog, metrics))
 
     async def _open(self, catalog: Catalog, metrics: Metrics) -> None:
@@ -162,11 +161,6 @@ class Server:
 
 def void(value: object) -> None:
     """For a callback whose result nobody wants."""
-
-
-def handlers(table: RpcTable) -> dict[str, Any]:
-    """A table's methods by name."""
-    return dict(table.methods())
 
 
 def message_target(call: Callable[[str, bytes], None], requests: Mapping[str, type[Message]]) -> Target:

@@ -26,7 +26,7 @@ import torch
 from export.generator import torch_form
 from export.to_fp16 import to_fp16
 from export.to_torchscript import load_torchscript
-from serve.api.encoding import as_bytes, pack_field
+from serve.api.encoding import as_bytes, field_key, pack_field
 from serve.bench.load import Load, by_python
 from serve.bench.process import Started, started
 from serve.bench.report import Target, runs_per_second
@@ -49,6 +49,7 @@ MODELS = ("mlp", "dcgan", "cdcgan")
 SEED = 7
 WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
 PIXELS_BYTES = 784
+IMAGES_KEY = field_key(pb.GenerateResponse, "images")
 ALGORITHMS = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 
 
@@ -272,7 +273,9 @@ def wire(plan: Plan) -> Outcome:
         with started("serve.bench.floor", str(count * PIXELS_BYTES + 64)) as floor:
             by_count[count] = _digits_per_s(floor.target, "", replace(plan, count=count))
     rows = [np.zeros((plan.largest, 28, 28), np.uint8)] * max(1, plan.count // plan.largest)
-    packed = len(rows) * len(rows[0]) * runs_per_second(lambda: pack_field(b"", 1, [[as_bytes(each) for each in rows]]), 0.5)
+    packed = (
+        len(rows) * len(rows[0]) * runs_per_second(lambda: pack_field(b"", IMAGES_KEY, [[as_bytes(each) for each in rows]]), 0.5)
+    )
     rate = by_count[plan.count]
     figures = {"digits_per_s": rate, "bytes_per_s": rate * PIXELS_BYTES, "by_count": by_count, "packed_digits_per_s": packed}
     return Outcome(figures)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import grpc
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client import DigitClient
@@ -15,6 +16,8 @@ from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
+
+pytestmark = pytest.mark.both_fronts
 
 ROLLS = 50
 

@@ -22,6 +22,8 @@ from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 
+pytestmark = pytest.mark.both_fronts
+
 NO_RETRIES = CHANNEL_OPTIONS[1:]
 
 
@@ -175,7 +177,9 @@ def test_expired_and_cancelled_rows_are_counted_and_never_run(start_server: Call
     assert server.metric("digits_queue_images") == 0
 
 
-def test_overload_is_refused_at_once_with_pushback_and_the_rest_is_served(start_server: Callable[..., ServerProcess]) -> None:
+def test_overload_is_refused_at_once_with_pushback_and_the_rest_is_served(
+    start_server: Callable[..., ServerProcess], front: str
+) -> None:
     server = start_server("--instances=1", "--max-queue-images=256", "--max-count=256")
     outcomes: list[tuple[str, float]] = []
     with grpc.insecure_channel(server.target, NO_RETRIES) as channel:
@@ -188,8 +192,9 @@ def test_overload_is_refused_at_once_with_pushback_and_the_rest_is_served(start_
             except grpc.RpcError as error:
                 outcomes.append((error.code().name, time.perf_counter() - started))
                 pushback = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
-                assert pushback is not None
-                assert 1 <= int(pushback) < 10_000
+                # pygrpc-native cannot send it: docs/serving.md has what else differs.
+                assert (pushback is not None) == (front == "grpcio")
+                assert 1 <= int(pushback or 1) < 10_000
                 return
             row = np.frombuffer(answer.images[0], np.uint8).reshape(64, 28, 28)
             assert row[0].any()

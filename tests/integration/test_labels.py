@@ -18,6 +18,8 @@ from serve.pb.inference import open_inference_pb2 as oip
 from serve.pb.inference import open_inference_pb2_grpc as oip_grpc
 from tests.server_process import ServerProcess
 
+pytestmark = pytest.mark.both_fronts
+
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 Z = 100
 

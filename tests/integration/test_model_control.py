@@ -28,6 +28,8 @@ from tests.bundle_copies import add_version, break_golden
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.both_fronts
+
 SWAPS = 50
 TRITON_CALLER = Path(__file__).parent / "triton_administrator.py"
 TRITON_PYTHON = Path("build/triton-client/bin/python")

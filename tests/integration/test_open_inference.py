@@ -16,6 +16,8 @@ from serve.pb.inference import open_inference_pb2 as pb
 from serve.pb.inference import open_inference_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 
+pytestmark = pytest.mark.both_fronts
+
 CALLER = Path(__file__).parent / "triton_caller.py"
 TRITON_PYTHON = Path("build/triton-client/bin/python")
 

@@ -29,6 +29,8 @@ from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 
+pytestmark = pytest.mark.both_fronts
+
 MODELS = ("mlp", "dcgan", "cdcgan")
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.api.digits_v1 import IMAGES_FIELD
-from serve.api.encoding import as_bytes, pack_field, packed_varints
+from serve.api.digits_v1 import IMAGES_KEY
+from serve.api.encoding import as_bytes, field_key, pack_field, packed_varints
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2
 from serve.pictures import to_grid, to_png
@@ -20,7 +20,7 @@ from serve.pictures import to_grid, to_png
 @given(entries=st.lists(st.lists(st.binary(max_size=300), max_size=3), max_size=5))
 def test_packed_entries_parse_as_the_repeated_field(entries: list[list[bytes]]) -> None:
     head = pb.GenerateResponse(model="dcgan", version=3, seed=0, count=9)
-    packed = pb.GenerateResponse.FromString(pack_field(head.SerializeToString(), IMAGES_FIELD, entries))
+    packed = pb.GenerateResponse.FromString(pack_field(head.SerializeToString(), IMAGES_KEY, entries))
     head.images.extend(b"".join(pieces) for pieces in entries)
     assert packed == head
 
@@ -59,7 +59,7 @@ def test_grid_is_near_square_and_in_order(count: int, rows: int, columns: int) -
 @given(st.lists(st.integers(0, 16_383), max_size=300))
 def test_packed_numbers_are_protobufs_own(values: list[int]) -> None:
     contents = open_inference_pb2.InferTensorContents(uint_contents=values)
-    field = contents.DESCRIPTOR.fields_by_name["uint_contents"].number
+    field = field_key(open_inference_pb2.InferTensorContents, "uint_contents")
     packed = packed_varints(np.array(values, np.int64))
     if values:
         assert pack_field(b"", field, [[packed]]) == contents.SerializeToString()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import weakref
 
 import numpy as np
-import pytest
 
 from serve.batching.queue import BULK_TURN, FEW_DEAD, FairQueue, Priority, Ticket
-from serve.errors import QueueFullError
 from serve.latents import Span
 from tests.fake_runner import make_ticket
 
@@ -23,7 +21,7 @@ def test_a_batch_is_filled_with_images_of_many_tickets() -> None:
     queue = FairQueue(1000, BATCH)
     first, second, third = make_ticket(3), make_ticket(5), make_ticket(100)
     for ticket in (first, second, third):
-        queue.push(ticket, 1.0)
+        queue.push(ticket)
     assert shares(queue, BATCH) == [(first, 0, 3), (second, 0, 5), (third, 0, 8)]
     assert queue.images == 92
 
@@ -31,7 +29,7 @@ def test_a_batch_is_filled_with_images_of_many_tickets() -> None:
 def test_a_long_request_is_cut_and_its_parts_follow_each_other() -> None:
     queue = FairQueue(1000, BATCH)
     ticket = make_ticket(40)
-    queue.push(ticket, 1.0)
+    queue.push(ticket)
     assert [shares(queue, BATCH)[0][1:] for _ in range(3)] == [(0, 16), (16, 16), (32, 8)]
     assert queue.images == 0
     assert shares(queue, BATCH) == []
@@ -40,22 +38,22 @@ def test_a_long_request_is_cut_and_its_parts_follow_each_other() -> None:
 def test_one_digit_behind_thousands_goes_into_the_next_batch() -> None:
     queue = FairQueue(100_000, BATCH)
     for _ in range(16):
-        queue.push(make_ticket(4096), 1.0)
+        queue.push(make_ticket(4096))
     for _ in range(16 * 3):
         queue.take(BATCH, 0.0)
     single = make_ticket(1)
-    queue.push(single, 1.0)
+    queue.push(single)
     assert shares(queue, BATCH)[0] == (single, 0, 1)
 
 
 def test_a_long_request_is_not_starved_by_a_stream_of_single_digits() -> None:
     queue = FairQueue(100_000, BATCH)
     long = make_ticket(64)
-    queue.push(long, 1.0)
+    queue.push(long)
     batches = 0
     while long.waiting:
         while queue.images < 32 + long.waiting:  # more singles than fit are always there
-            queue.push(make_ticket(1), 1.0)
+            queue.push(make_ticket(1))
         queue.take(BATCH, 0.0)
         batches += 1
         assert batches < 200
@@ -65,7 +63,7 @@ def test_equal_requests_share_evenly() -> None:
     queue = FairQueue(1000, BATCH)
     tickets = [make_ticket(64) for _ in range(4)]
     for ticket in tickets:
-        queue.push(ticket, 1.0)
+        queue.push(ticket)
     for _ in range(8):
         queue.take(BATCH, 0.0)
     assert {ticket.taken for ticket in tickets} == {32}
@@ -74,16 +72,16 @@ def test_equal_requests_share_evenly() -> None:
 def test_interactive_goes_before_bulk_and_bulk_takes_what_is_left() -> None:
     queue = FairQueue(1000, BATCH)
     bulk, interactive = make_ticket(100, priority=Priority.BULK), make_ticket(10)
-    queue.push(bulk, 1.0)
-    queue.push(interactive, 1.0)
+    queue.push(bulk)
+    queue.push(interactive)
     assert shares(queue, BATCH) == [(interactive, 0, 10), (bulk, 0, 6)]
 
 
 def test_bulk_is_never_starved_for_good() -> None:
     queue = FairQueue(100_000, BATCH)
     bulk = make_ticket(16, priority=Priority.BULK)
-    queue.push(bulk, 1.0)
-    queue.push(make_ticket(16 * 100), 1.0)
+    queue.push(bulk)
+    queue.push(make_ticket(16 * 100))
     for _ in range(BULK_TURN - 1):
         queue.take(BATCH, 0.0)
         assert bulk.taken == 0
@@ -93,19 +91,21 @@ def test_bulk_is_never_starved_for_good() -> None:
 
 def test_the_bound_counts_images_and_refuses_whole_requests() -> None:
     queue = FairQueue(10, BATCH)
-    queue.push(make_ticket(8), 1.0)
-    with pytest.raises(QueueFullError, match="8 of 10 images wait, 3 more do not fit") as caught:
-        queue.push(make_ticket(3), 0.25)
-    assert caught.value.retry_after_s == 0.25
-    queue.push(make_ticket(2), 1.0)
+    queue.push(make_ticket(8))
+    assert not queue.fits(make_ticket(3))
+    refused = queue.refusal(make_ticket(3), 0.25)
+    assert str(refused) == "queue is full: 8 of 10 images wait, 3 more do not fit"
+    assert refused.retry_after_s == 0.25
+    assert queue.fits(make_ticket(2))
+    queue.push(make_ticket(2))
     assert queue.images == 10
 
 
 def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
     queue = FairQueue(10, BATCH)
     gone, stays = make_ticket(8), make_ticket(2)
-    queue.push(gone, 1.0)
-    queue.push(stays, 1.0)
+    queue.push(gone)
+    queue.push(stays)
     assert queue.discard(gone) == 8
     assert queue.images == 2
     assert shares(queue, BATCH) == [(stays, 0, 2)]
@@ -113,8 +113,8 @@ def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
 
 def test_each_priority_has_the_whole_bound_for_itself() -> None:
     queue = FairQueue(10, BATCH)
-    queue.push(make_ticket(10, priority=Priority.BULK), 1.0)
-    queue.push(make_ticket(10), 1.0)
+    queue.push(make_ticket(10, priority=Priority.BULK))
+    queue.push(make_ticket(10))
     assert queue.images == 20
     assert not queue.fits(make_ticket(1))
 
@@ -123,13 +123,13 @@ def test_tickets_that_left_are_not_kept_nor_their_latents() -> None:
     """Issue: 2,000 pairs of submit and cancel left 2,000 entries alive, up to 4 MB each."""
     queue = FairQueue(1 << 20, BATCH)
     stays = make_ticket(1)
-    queue.push(stays, 1.0)
+    queue.push(stays)
     latents = []
     for _ in range(2000):
         rows = np.zeros((2, 8), np.float32)
         latents.append(weakref.ref(rows))
         gone = Ticket(Span(0, 0, 2, rows), ("pixels",), Priority.INTERACTIVE, None, None)
-        queue.push(gone, 1.0)
+        queue.push(gone)
         assert queue.discard(gone) == 2
         del gone, rows
     assert not any(reference() is not None for reference in latents)
@@ -141,8 +141,8 @@ def test_tickets_that_left_are_not_kept_nor_their_latents() -> None:
 def test_an_expired_ticket_is_handed_back_instead_of_run() -> None:
     queue = FairQueue(10, BATCH)
     late, fresh = make_ticket(3, deadline=5.0), make_ticket(2, deadline=5.1)
-    queue.push(late, 1.0)
-    queue.push(fresh, 1.0)
+    queue.push(late)
+    queue.push(fresh)
     chunks, expired = queue.take(BATCH, now=5.0)
     assert [chunk.ticket for chunk in chunks] == [fresh]
     assert expired == [late]

@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {
     "poll_interval_s": 1.0,
     "host": "127.0.0.2",
     "grpc_port": 1234,
+    "front": "native",
     "tls_cert": Path("tls.crt"),
     "tls_key": Path("tls.key"),
     "tls_client_ca": Path("ca.crt"),
@@ -45,7 +46,7 @@ OTHER: dict[str, Any] = {
     "self_check_interval_s": 1.5,
     "drain_grace_s": 2.5,
     "drain_deadline_s": 3.5,
-    "max_connection_age_s": 60.0,
+    "max_connection_age_s": 0.0,
     "reflection": False,
     "metrics": False,
     "page": False,
@@ -57,6 +58,7 @@ WITH: dict[str, list[str]] = {
     "tls_cert": ["tls_key"],
     "tls_key": ["tls_cert"],
     "http_host": ["page"],
+    "front": ["max_connection_age_s"],
     "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
@@ -104,12 +106,26 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--cuda-options=speed=1", "--cuda-options: 'speed' is unknown; there are use_tf32, prefer_nhwc"),
         ("--cuda-options=use_tf32=2", "--cuda-options: use_tf32 must be one of 0, 1, got '2'"),
         ("--cuda-graphs=on", "--cuda-graphs on needs --provider cuda, and it is auto"),
+        ("--front=native", "--front native cannot serve --max-connection-age-s 300: give 0, or use --front grpcio"),
+        ("--front=quic", "--front must be one of grpcio, native, got 'quic'"),
         ("--max-queue-images=100", "--max-count 4096 is over --max-queue-images 100"),
     ],
 )
 def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         from_arguments([flag], {})
+
+
+def test_the_native_front_refuses_tls() -> None:
+    flags = ["--front=native", "--max-connection-age-s=0", "--tls-cert=a.pem", "--tls-key=a.key"]
+    with pytest.raises(SettingsError, match="--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it"):
+        from_arguments(flags, {})
+
+
+def test_the_native_front_stays_on_this_machine() -> None:
+    flags = ["--front=native", "--max-connection-age-s=0", "--host=0.0.0.0", "--insecure"]
+    with pytest.raises(SettingsError, match=r"--front native reads requests of any size and cannot serve --host 0\.0\.0\.0"):
+        from_arguments(flags, {})
 
 
 def test_an_unusable_variable_names_the_variable() -> None:

@@ -32,7 +32,7 @@ class FakeCore:
     async def generate(self, request: Any, account: Any) -> Digits:
         model = cast(Any, SimpleNamespace(manifest=CDCGAN.manifest))
         return Digits(
-            model=model, seed=7, start=0, count=len(self.labels), pixels=self.pixels,
+            model=model, encoding="uint8", seed=7, start=0, count=len(self.labels), pixels=self.pixels,
             images=self.images, labels=self.labels, queued_at=0.0, queue_seconds=0.0, compute_seconds=0.0,
         )  # fmt: skip
 

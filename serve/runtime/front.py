@@ -1,0 +1,78 @@
+"""The gRPC port, by the transport that ``--front`` names; what every transport is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serve.api.rpc import RpcTable
+from serve.config.settings import Settings
+from serve.errors import StartError
+from serve.observability.tracing import Tracing
+
+MAX_REQUEST_BYTES = 4 << 20
+KEEPALIVE_MS = 30_000
+
+
+class Front(Protocol):
+    """A bound gRPC port."""
+
+    port: int
+
+    async def start(self) -> None:
+        """Answer calls from now on."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept no more calls, wait until every answer is written, and cut off what is not after ``grace_s``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """What is served on the port, whichever transport carries it."""
+
+    tables: Sequence[RpcTable]
+    health: health.aio.HealthServicer
+    reflection: bool
+    tracing: Tracing | None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add every method to grpcio's server."""
+        handlers = [grpc.method_handlers_generic_handler(table.service, table.methods) for table in self.tables]
+        server.add_generic_rpc_handlers(handlers)
+        self.add_health_and_reflection(server)
+
+    def add_health_and_reflection(self, server: grpc.aio.Server) -> None:
+        """Add what grpcio's own packages answer, about all of the services."""
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        if self.reflection:
+            names = {table.service for table in self.tables} | {health.SERVICE_NAME, reflection.SERVICE_NAME}
+            reflection.enable_server_reflection(sorted(names), server)
+
+
+def bind(settings: Settings, services: Services, credentials: grpc.ServerCredentials | None) -> Front:
+    """A port that is bound and not yet started. Raises StartError when it cannot be had."""
+    if settings.front == "native":
+        from serve.runtime.native_front import NativeFront  # noqa: PLC0415  # an extra
+
+        return NativeFront(settings, services)
+    from serve.runtime.grpcio_front import GrpcioFront  # noqa: PLC0415  # only the transport that is used
+
+    return GrpcioFront(settings, services, credentials)
+
+
+def address(settings: Settings, port: int) -> str:
+    """``host:port``, as gRPC reads it."""
+    host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
+    return f"{host}:{port}"
+
+
+def port_taken(settings: Settings) -> StartError:
+    """What to raise when the port cannot be had."""
+    return StartError(f"--grpc-port {settings.grpc_port} on {settings.host} cannot be had; name another")

@@ -1,0 +1,180 @@
+"""The gRPC port by pygrpc-native: HTTP/2 and gRPC in Rust, outside the interpreter lock. The extra ``native``.
+
+Calls come in batches from a thread of their own and are answered by the same method tables as with grpcio, each in a task
+on the event loop. Health and reflection are a grpcio server's on a Unix socket behind it. What it cannot do is refused by
+``Settings``; where it behaves otherwise than grpcio is in docs/serving.md, why it is like this in
+docs/decisions/0009-fronts.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from serve.config.settings import Settings
+from serve.errors import StartError
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
+
+log = logging.getLogger(__name__)
+
+CALLS_AT_ONCE = 64
+WRITTEN_CHECK_S = 0.02
+DETAILS = tuple[tuple[tuple[str, str | bytes], ...], str, float | None]  # metadata, peer, seconds that remain
+
+
+class CallAbortedError(Exception):
+    """A handler has ended its call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, text: str, trailing: Sequence[tuple[str, str | bytes]]) -> None:
+        super().__init__(text)
+        self.code, self.text, self.trailing = code, text, trailing
+
+
+class CallContext:
+    """As much of grpcio's ``ServicerContext`` as ``serve.api.rpc`` asks for."""
+
+    __slots__ = ("_metadata", "_peer", "_remaining_s")
+
+    def __init__(self, metadata: tuple[tuple[str, str | bytes], ...], peer: str, remaining_s: float | None) -> None:
+        self._metadata, self._peer, self._remaining_s = metadata, peer, remaining_s
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self._metadata
+
+    def peer(self) -> str:
+        return self._peer
+
+    def time_remaining(self) -> float | None:
+        """When the call came in, in seconds; None without a deadline."""
+        return self._remaining_s
+
+    async def abort(self, code: grpc.StatusCode, text: str, trailing: Sequence[tuple[str, str | bytes]] = ()) -> NoReturn:
+        raise CallAbortedError(code, text, trailing)
+
+
+class NativeFront:
+    """A bound port. Raises StartError when it cannot be had, or what it needs is missing."""
+
+    def __init__(self, settings: Settings, services: Services) -> None:
+        try:
+            import pygrpc_native as native  # noqa: PLC0415  # an extra
+        except ImportError:
+            raise StartError("--front native needs the package pygrpc-native: install the extra native") from None
+        if services.tracing is not None:
+            raise StartError("--front native sends no spans: unset OTEL_EXPORTER_OTLP_ENDPOINT, or use --front grpcio")
+        self._native: Any = native
+        self._services = services
+        self._handlers: list[Any] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop
+        self._beside: grpc.aio.Server
+        self._folder = tempfile.TemporaryDirectory(prefix="digits-serve-")
+        try:
+            # ``metrics`` tell when an answer has been written: stopping waits for that.
+            self._front: Any = native.NativeGrpcFront(
+                address(settings, settings.grpc_port), [], call_details=True, delay_stream_headers=True, metrics=True,
+                keepalive_time_ms=KEEPALIVE_MS,
+            )  # fmt: skip
+        except OSError:
+            raise port_taken(settings) from None
+        self.port = int(self._front.bound_port)
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._beside = grpc.aio.server()
+        self._services.add_health_and_reflection(self._beside)
+        socket = f"{self._folder.name}/grpc"
+        self._beside.add_insecure_port(f"unix:{socket}")
+        await self._beside.start()
+        self._front.set_fallback(socket)
+        methods = [(table.service, name, handler) for table in self._services.tables for name, handler in table.methods.items()]
+        self._handlers = [handler for _, _, handler in methods]
+        self._front.add_methods([(f"/{service}/{name}", handler.response_streaming) for service, name, handler in methods])
+        self._front.start()
+        threading.Thread(target=self._receive, name="grpc-receive", daemon=True).start()
+
+    async def stop(self, grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        self._stopping = True
+        await self._beside.stop(grace_s)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=max(0.0, deadline - time.monotonic()))
+        for task in list(self._tasks.values()):
+            task.cancel()
+        while (self._unwritten() or _unsent_bytes(self.port)) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event for it
+            await asyncio.sleep(WRITTEN_CHECK_S)
+        await asyncio.to_thread(self._front.close)
+        self._folder.cleanup()
+
+    def _unwritten(self) -> int:
+        """Calls whose answers the kernel does not have yet."""
+        methods = self._front.metrics()["methods"].values()
+        return sum(each["started"] - sum(ended["count"] for ended in each["status"].values()) for each in methods)
+
+    def _receive(self) -> None:
+        """Hand calls to the event loop as they come; in a thread of its own until the port is closed."""
+        while (events := self._front.recv_batch_details(CALLS_AT_ONCE)) is not None:
+            self._loop.call_soon_threadsafe(self._begin, events)
+
+    def _begin(self, events: Sequence[tuple[int, int, int, bytes, object, DETAILS]]) -> None:
+        for kind, call_id, method, request, _, details in events:
+            if kind == self._native.EVENT_CALL:
+                self._tasks[call_id] = self._loop.create_task(self._answer(call_id, self._handlers[method], request, details))
+            elif task := self._tasks.get(call_id):  # the caller has left, or the deadline has passed
+                task.cancel()
+
+    async def _answer(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
+        front = self._front
+        try:
+            if self._stopping:
+                raise CallAbortedError(grpc.StatusCode.UNAVAILABLE, "the server is stopping; ask another replica", ())
+            if len(request) > MAX_REQUEST_BYTES:
+                text = f"the request has {len(request)} bytes, over the limit of {MAX_REQUEST_BYTES}"
+                raise CallAbortedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text, ())
+            context = CallContext(*details)
+            if handler.response_streaming:
+                async for response in handler.unary_stream(request, context):
+                    await self._send(call_id, response)
+                front.stream_end(call_id)
+            else:
+                front.respond(call_id, await handler.unary_unary(request, context))
+        except CallAbortedError as end:
+            front.fail(call_id, end.code.value[0], end.text, trailing_metadata=list(end.trailing))
+        except asyncio.CancelledError:
+            front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
+        except Exception:  # or the caller would wait for ever
+            log.exception("a call could not be answered")
+            front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], "the call could not be answered")
+        finally:
+            del self._tasks[call_id]
+
+    async def _send(self, call_id: int, response: bytes) -> None:
+        """One answer of a stream; waits while the caller is behind. Raises CancelledError when it has left."""
+        sent = self._front.stream_try_send(call_id, response)
+        if sent == self._native.STREAM_FULL:
+            sent_later = await asyncio.to_thread(self._front.stream_send, call_id, response)
+            sent = self._native.STREAM_SENT if sent_later else self._native.STREAM_CLOSED
+        if sent == self._native.STREAM_CLOSED:
+            raise asyncio.CancelledError
+
+
+def _unsent_bytes(port: int) -> int:
+    """What the kernel has not sent yet on a port's connections: closing them would throw it away. 0 elsewhere than on Linux."""
+    unsent = 0
+    for table in (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6")):
+        with suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                _, local, _, _, queues, *_ = line.split()
+                if int(local.rpartition(":")[2], 16) == port:
+                    unsent += int(queues.partition(":")[0], 16)
+    return unsent
