@@ -21,7 +21,7 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -127,6 +127,11 @@ bench: .venv/.all ## time the server beside its floor and the raw model; writes 
 
 bench-peers: .venv/.all ## the general servers beside this one: PyTriton, KServe, MLServer (needs h2load)
 	@$(BIN)/python -m serve.bench.peers
+
+bench-instructions: .venv/.all ## count instructions a request by valgrind, beside what is recorded (apt-get installs it; ARGS=--record)
+	@for each in valgrind h2load; do command -v $$each >/dev/null || missing=1; done; \
+	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends valgrind nghttp2-client >/dev/null; fi
+	@$(BIN)/python -m serve.bench.instructions $(ARGS)
 
 bench-train: .venv/.all ## time the training steps on this machine
 	@$(BIN)/python -m train bench $(ARGS)

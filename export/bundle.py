@@ -22,6 +22,7 @@ from export import parity
 from export.errors import ExportError
 from export.generator import Form, ServedGenerator, fold, served_generator, torch_form
 from export.to_fp16 import to_fp16
+from export.to_int8 import to_int8
 from export.to_onnx import OPSET, to_onnx
 from export.to_torchscript import load_torchscript, to_torchscript
 from serve.engine.onnx_runtime import ort
@@ -43,7 +44,7 @@ from serve.manifest import (
 )
 from serve.models.repository import read_bundle
 from train import evaluate
-from train.checkpoint import RESULT_FILE, Run, latest_checkpoint
+from train.checkpoint import RESULT_FILE, Run, final_checkpoint
 from train.config import TrainConfig
 from train.models import trained_generator
 
@@ -74,26 +75,31 @@ def export_run(
 ) -> Exported:
     """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
 
-    The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
-    what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
+    The name is the preset's unless given, with ``-fp16`` or ``-int8`` behind it in that precision. TorchScript stays in
+    fp32: it is what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least. An int8
+    bundle has no quality of the run's: its own digits are to be judged (``export.quality``).
     """
-    name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
+    name = name or run.config.preset + ("" if precision == "fp32" else f"-{precision}")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
         raise ExportError(
             f"{run.folder} is not finished; finish it with: python -m train {run.config.preset} --resume {run.folder}"
         )
-    checkpoint = latest_checkpoint(run)
+    checkpoint = final_checkpoint(run)
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
     graph = to_onnx(fold(served), run.config)
+    if precision == "fp16":
+        graph = to_fp16(graph)
+    elif precision == "int8":
+        graph = to_int8(graph, run.config.latent_size, run.config.labels)
     files = {
-        ONNX_FILE: to_fp16(graph) if precision == "fp16" else graph,
+        ONNX_FILE: graph,
         TORCHSCRIPT_FILE: to_torchscript(served),
         PREVIEW_FILE: _preview(served, run.config),
     }
-    if quality is not None:
+    if quality is not None and precision != "int8":
         files[QUALITY_FILE] = quality
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

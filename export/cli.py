@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
+import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
-from export import batch_size
+from export import batch_size, quality
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
@@ -30,7 +31,9 @@ from train.checkpoint import newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import load_mnist
 from train.errors import TrainError
-from train.evaluate import parse_floors
+from train.evaluate import Evaluator, parse_floors
+from train.evaluate import table as quality_table
+from train.judge import kept_judge
 from train.models import build_generator
 
 
@@ -41,13 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
     run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
-    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
+    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 or -int8 in that precision)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
     run.add_argument(
         "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
     )
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
+    judged = commands.add_parser("judge", help="judge a bundle's own digits and write its quality.json")
+    judged.add_argument("bundle", type=Path, help="a folder such as models/cdcgan-int8/1")
+    judged.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the judge is kept (default: runs)")
+    judged.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="folder of MNIST's files")
     sizes = commands.add_parser("batch-size", help="time a bundle's batches: what its manifest should say of the largest")
     sizes.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     sizes.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
@@ -96,6 +103,7 @@ def _run(flags: argparse.Namespace) -> int:
     for run in runs:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
+    print(f'next: make serve ARGS="--models-dir {flags.models_dir}"')
     return 0
 
 
@@ -155,6 +163,15 @@ def _verify(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _judge(flags: argparse.Namespace) -> int:
+    bundle = read_bundle(flags.bundle)
+    data = load_mnist(flags.data_dir)
+    device = torch.device("cpu")
+    report = quality.judge(bundle, Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device))
+    print(quality_table([(bundle.manifest.name, report)]))
+    return 0
+
+
 def _batch_size(flags: argparse.Namespace) -> int:
     bundle = read_bundle(flags.bundle)
     timings = batch_size.time_batches(bundle, flags.provider)
@@ -170,4 +187,5 @@ def _batch_size(flags: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery, "batch-size": _batch_size,
+    "judge": _judge,
 }  # fmt: skip

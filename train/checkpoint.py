@@ -81,11 +81,14 @@ def open_run(folder: Path) -> Run:
 
 
 def newest_run(runs_dir: Path, preset: str, *, finished: bool) -> Run:
-    """The newest run of a preset, finished or not as asked. Raises CheckpointError when there is none."""
+    """The newest run of a preset, finished or not as asked; one that has saved nothing yet is passed over.
+
+    Raises CheckpointError when there is none.
+    """
     parent = runs_dir / preset
     folders = sorted((entry for entry in parent.glob("*") if (entry / CONFIG_FILE).exists()), reverse=True)
     for folder in folders:
-        if (folder / RESULT_FILE).exists() == finished:
+        if (folder / RESULT_FILE).exists() == finished and any((folder / "checkpoints").glob("step-*.pt")):
             return open_run(folder)
     state = "finished" if finished else "unfinished"
     raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: make train PRESET={preset}")
@@ -127,6 +130,21 @@ def latest_checkpoint(run: Run) -> dict[str, Any]:
     if not paths:
         raise CheckpointError(f"{run.folder} has no checkpoint yet; start the run anew")
     return load_checkpoint(paths[-1])
+
+
+def final_checkpoint(run: Run) -> dict[str, Any]:
+    """The newest checkpoint of a finished run. Raises CheckpointError when it is of an earlier step than the run's last."""
+    state = latest_checkpoint(run)
+    try:
+        last = json.loads((run.folder / RESULT_FILE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{run.folder / RESULT_FILE} cannot be read; train the run again") from None
+    if state["step"] != last:
+        raise CheckpointError(
+            f"{run.folder} ended at step {last}, and its newest checkpoint is of step {state['step']}: what was trained last is"
+            " lost; train the run again"
+        )
+    return state
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import load_mnist, training_examples
-from train.device import choose_device, describe
-from train.errors import CheckpointError, ConfigError, TrainError
+from train.device import choose_device, describe, set_precision
+from train.errors import CheckpointError, ConfigError, StoppedError, TrainError
 from train.judge import kept_judge
 from train.loop import Trainer
 from train.parallel import Ranks, joined, own_device
@@ -69,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as stopped:
+        print(f"{stopped}; add --resume to the same command to go on", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("stopped; add --resume to the same command to go on from the last checkpoint", file=sys.stderr)
         return 130
@@ -133,6 +138,10 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         if run.provenance["data"] != data.digests:
             raise ConfigError(f"{run.folder} was trained on other data than {flags.data_dir} holds; name its own --data-dir")
     else:
+        # What cannot be had is refused before there is a folder.
+        set_precision(config.precision, device)
+        if config.architecture == "mlp" and len(data.train_images) % (config.batch_size * ranks.world) == 1:
+            raise ConfigError(f"--batch-size {config.batch_size} leaves one image for the last step, and BatchNorm needs two")
         provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
         run = open_run(ranks.agree(create_run(flags.runs_dir, config, provenance).folder if ranks.first else None))
     recording = CudaRecording if captured else None
@@ -141,13 +150,31 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         trainer.load_state(latest_checkpoint(run))
     if ranks.first:
         print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
-    trainer.fit()
+    with _stopped_by_signals(trainer) if ranks.world == 1 else nullcontext():
+        trainer.fit()
     if not ranks.first:
         return 0
     if run.config.architecture != "mlp":
         activations.draw(run, 0)
     print(f"finished: {run.folder}\nnext: make export RUN={run.folder}")
     return 0
+
+
+@contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGINT and SIGTERM let the step end, save and stop; a second one stops at once. As process 1 too, in a container."""
+
+    def stop(number: int, frame: object) -> None:
+        if trainer.stop_wanted:
+            raise KeyboardInterrupt
+        trainer.stop_wanted = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wants_capture(wanted: str, device: torch.device, ranks: Ranks) -> bool:
@@ -164,12 +191,14 @@ def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run | 
         except CheckpointError:
             return None
         flags.resume = str(unfinished.folder)
-        overrides = {name: value for name, value in overrides.items() if getattr(unfinished.config, name) != value}
-    if overrides:
-        flag = "--" + next(iter(overrides)).replace("_", "-")
-        raise ConfigError(f"{flag} cannot be changed by --resume; start a new run for other numbers")
     newest = flags.resume == NEWEST
     run = newest_run(flags.runs_dir, flags.command, finished=False) if newest else open_run(Path(flags.resume))
+    for name, value in overrides.items():
+        if (own := getattr(run.config, name)) != value:
+            flag, shown = "--" + name.replace("_", "-"), ",".join(map(str, own)) if isinstance(own, tuple) else own
+            raise ConfigError(
+                f"{flag} cannot be changed by --resume: {run.folder} has {shown}; start a new run for other numbers"
+            )
     if run.finished:
         raise ConfigError(f"{run.folder} is finished; there is nothing to resume")
     if run.config.preset != flags.command:

@@ -75,8 +75,8 @@ class TrainConfig:
                 raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("latent_size", "batch_size", "epochs", "report_every", "grid_images", "grid_columns"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "keep_checkpoints"):
-            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "keep_checkpoints", self.keep_checkpoints >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 1 << 44, "from 0 to 2^44 - 1: an epoch's order comes of it in 64 bits")
         _require(self, "checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         _require(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
         _require(self, "learning_rate_end", 0 <= self.learning_rate_end <= 1, "in [0, 1]")

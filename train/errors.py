@@ -29,3 +29,7 @@ class DivergedError(TrainError):
 
 class QualityError(TrainError):
     """Generated digits that cannot be judged."""
+
+
+class StoppedError(Exception):
+    """Training was asked to stop, and has saved where it was: no mistake of anybody's."""

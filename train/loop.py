@@ -24,7 +24,7 @@ from train import losses, report
 from train.capture import Batch, CapturedStep, Recording
 from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
 from train.device import set_precision
-from train.errors import DivergedError
+from train.errors import DivergedError, StoppedError
 from train.models import build_discriminator, build_generator
 from train.parallel import Ranks
 
@@ -77,6 +77,7 @@ class Trainer:
         self.noise = torch.Generator(device).manual_seed(config.seed)
         self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
+        self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last log point
         self.log_points: list[tuple[int, float, float]] = []
         example = tuple(part[: config.batch_size] for part in examples)
@@ -93,7 +94,7 @@ class Trainer:
         return self.steps_per_epoch * self.config.epochs
 
     def fit(self) -> None:
-        """Train to the last epoch. Raises DivergedError; the last good checkpoint then stands untouched."""
+        """Train to the last epoch. Raises DivergedError, and the last good checkpoint stands untouched; or StoppedError."""
         if self.step == 0:
             self._save()
         started = time.monotonic()
@@ -117,8 +118,11 @@ class Trainer:
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
                 if self.step % self.config.report_every == 0:
                     self._log(latest, board)
-                if self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0:
+                if self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0 or self.step == self.total_steps:
                     self._save()
+                if self.stop_wanted and self.step < self.total_steps:
+                    self._save()
+                    raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
         self._finish(time.monotonic() - started, self.step - first_step)
 
     def train_step(self, real: Batch) -> Tensor:

@@ -51,12 +51,9 @@ class InFlight:
 
 
 class Admission:
-    """What the calls of a server share. ``pushback``: can gRPC tell refused callers when to return?"""
+    """What the calls of a server share."""
 
-    def __init__(
-        self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None, *, pushback: bool = True
-    ) -> None:
-        self.pushback = pushback
+    def __init__(self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None) -> None:
         self.metrics = metrics
         self.in_flight = in_flight
         self.accounts = accounts

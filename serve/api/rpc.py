@@ -88,7 +88,7 @@ class RpcTable:
         """End a call with the status of an error. Always raises."""
         answer = call.failed(error)
         trailing: tuple[tuple[str, str], ...] = ()
-        if answer.retry_after_s is not None and self._admission.pushback:
+        if answer.retry_after_s is not None:
             trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
         await context.abort(answer.code, answer.text, trailing)
 

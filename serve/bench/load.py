@@ -61,13 +61,23 @@ def request_bytes(load: Load) -> bytes:
     return pb.GenerateRequest(model=load.model, count=load.count, seed=7, priority=priority).SerializeToString()
 
 
+def framed_request(load: Load) -> bytes:
+    """A request as it goes over the wire."""
+    return framed(request_bytes(load))
+
+
+def framed(message: bytes) -> bytes:
+    """gRPC's frame: not compressed, length, message."""
+    return b"\0" + struct.pack(">I", len(message)) + message
+
+
 def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Result:
     """A closed loop by h2load."""
     assert H2LOAD is not None
     connections = min(load.connections, load.in_flight)
     message = request_bytes(load) if body is None else body
     with tempfile.NamedTemporaryFile() as stored, tempfile.NamedTemporaryFile("r") as log:
-        stored.write(b"\0" + struct.pack(">I", len(message)) + message)  # gRPC's frame: not compressed, length
+        stored.write(framed(message))
         stored.flush()
         command = [
             H2LOAD, f"--log-file={log.name}", f"--duration={load.seconds:g}", f"--warm-up-time={WARM_UP_S}",

@@ -24,10 +24,11 @@ class Started:
     process: psutil.Process
 
     def failed_calls(self) -> float:
-        """Calls that ended otherwise than by an answer; 0 of a server without metrics."""
+        """Calls that the server failed (not those that their callers left); 0 of a server without metrics."""
         if not self.http:
             return 0.0
-        return self.metric("grpc_server_handled_total") - self.metric("grpc_server_handled_total", grpc_code="OK")
+        good = sum(self.metric("grpc_server_handled_total", grpc_code=code) for code in ("OK", "CANCELLED"))
+        return self.metric("grpc_server_handled_total") - good
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a sample over all children with these labels."""

@@ -41,7 +41,9 @@ class Settings:
     """How to serve. Raises SettingsError, naming the flag, when made with an unusable value."""
 
     models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
-    default_model: str = _setting(DEFAULT_MODEL, "the model that answers requests that name none")
+    default_model: str = _setting(
+        "", f"the model that answers requests that name none (default: {DEFAULT_MODEL} if it is served, else the first by name)"
+    )
     versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
     serving_file: Path | None = _setting(
         None, "which versions are served, beyond --versions; followed as it changes (default: serving.json in the models folder)"
@@ -189,7 +191,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` one flag per setting."""
     for spec in dataclasses.fields(Settings):
         shown = str(spec.default).lower() if isinstance(spec.default, bool) else spec.default
-        default = "" if spec.name == "models_dir" or shown is None else f" (default: {shown})"
+        default = "" if spec.name == "models_dir" or shown in (None, "") else f" (default: {shown})"
         text = f"{spec.metadata['help']}{default} [{env_name(spec.name)}]"
         options: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(spec.default, bool) else {}
         parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE", **options)

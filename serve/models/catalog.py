@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from serve.config.settings import DEFAULT_MODEL
 from serve.errors import UnknownModelError
 from serve.models.desired_state import Route
 from serve.models.model import Model
@@ -15,10 +16,17 @@ from serve.models.model import Model
 class Catalog:
     """Looks models up. ``default_model`` answers requests that name none, once it is there."""
 
-    def __init__(self, default_model: str) -> None:
-        self.default_model = default_model
+    def __init__(self, default_model: str = "") -> None:
+        """``default_model`` '': ``DEFAULT_MODEL`` if it is served, else the first by name."""
+        self._wanted_default = default_model
         self._models: dict[str, dict[int, Model]] = {}
         self._routes: dict[str, Route] = {}
+
+    @property
+    def default_model(self) -> str:
+        if self._wanted_default or not self._models or DEFAULT_MODEL in self._models:
+            return self._wanted_default or DEFAULT_MODEL
+        return min(self._models)
 
     def put(self, model: Model) -> None:
         """Serve a model; one of the same name and version is served no longer. The first of a name is its default."""

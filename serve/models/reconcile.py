@@ -81,9 +81,8 @@ class Reconciler:
         strict = not self._settings.wait_for_models
         if strict and not self._scan:
             raise BundleError(f"--models-dir {self._settings.models_dir} holds no complete model; make export writes one")
-        if strict and self.catalog.default_model not in self._scan:
-            there = ", ".join(self._scan)
-            raise SettingsError(f"--default-model {self.catalog.default_model!r} is not served; there are {there}")
+        if strict and (wanted := self._settings.default_model) and wanted not in self._scan:
+            raise SettingsError(f"--default-model {wanted!r} is not served; there are {', '.join(self._scan)}")
         for name in self._scan:
             await self.reconcile(name, strict)
 

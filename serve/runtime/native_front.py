@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CALLS_AT_ONCE = 64
 WRITTEN_CHECK_S = 0.02
+RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of: not even grpc-retry-pushback-ms
 DETAILS = tuple[tuple[tuple[str, str | bytes], ...], str, float | None]  # metadata, peer, seconds that remain
 
 
@@ -134,6 +135,18 @@ class NativeFront:
                 task.cancel()
 
     async def _answer(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
+        """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
+        try:
+            await self._handle(call_id, handler, request, details)
+        except asyncio.CancelledError:
+            self._front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
+        except Exception:
+            log.exception("a call could not be answered")
+            self._front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], "the call could not be answered")
+        finally:
+            del self._tasks[call_id]
+
+    async def _handle(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
         front = self._front
         try:
             if self._stopping:
@@ -149,14 +162,8 @@ class NativeFront:
             else:
                 front.respond(call_id, await handler.unary_unary(request, context))
         except CallAbortedError as end:
-            front.fail(call_id, end.code.value[0], end.text, trailing_metadata=list(end.trailing))
-        except asyncio.CancelledError:
-            front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
-        except Exception:  # or the caller would wait for ever
-            log.exception("a call could not be answered")
-            front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], "the call could not be answered")
-        finally:
-            del self._tasks[call_id]
+            trailing = [(key, value) for key, value in end.trailing if not key.startswith(RESERVED)]
+            front.fail(call_id, end.code.value[0], end.text, trailing_metadata=trailing)
 
     async def _send(self, call_id: int, response: bytes) -> None:
         """One answer of a stream; waits while the caller is behind. Raises CancelledError when it has left."""

@@ -106,9 +106,7 @@ class Server:
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
         limits = (settings.caller_images, settings.caller_requests_per_s)
         accounts = Accounts(tokens, *limits, is_loopback(settings.host))
-        # pygrpc-native sends no metadata of gRPC's own.
-        pushback = settings.front != "native"
-        admission = Admission(self._metrics, self._in_flight, accounts, self._tracing, pushback=pushback)
+        admission = Admission(self._metrics, self._in_flight, accounts, self._tracing)
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
         tables = [
             DigitService(core).table(admission),

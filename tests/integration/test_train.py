@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import SUBSET
-from train.checkpoint import create_run
+from train.checkpoint import create_run, save_checkpoint
 from train.config import preset
 from train.errors import DivergedError
 from train.loop import Trainer
@@ -137,6 +137,66 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(name: st
     assert not list((only_run(broken, name) / "checkpoints").glob(".*"))
 
 
+def test_a_run_saves_its_last_step_whatever_the_interval(tmp_path: Path) -> None:
+    """Issue: with --epochs 1 --checkpoint-every 2 the untrained generator was all that was kept, and exported."""
+    done = train("mlp", tmp_path, *SMALL["mlp"], "--epochs=3", "--checkpoint-every=2")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path, "mlp")
+    assert final_state(folder)["step"] == json.loads((folder / "result.json").read_text())["step"] == 18
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_with_resume_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    """Issue: Ctrl-C saved nothing, and the advice it gave failed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = [*SMALL["mlp"], "--epochs=300", "--checkpoint-every=300", "--report-every=100"]
+    process = subprocess.Popen(command("mlp", broken, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    wait_for_losses(broken / "mlp", process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, said
+    stopped = final_state(only_run(broken, "mlp"))["step"]
+    assert 0 < stopped < 1800
+    assert f"stopped at step {stopped} of 1800 and saved; add --resume to the same command" in said
+    done = train("mlp", broken, *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert train("mlp", whole, *flags).returncode == 0
+    assert_same(final_state(only_run(broken, "mlp")), final_state(only_run(whole, "mlp")))
+
+
+def wait_for_losses(parent: Path, process: subprocess.Popen[str]) -> None:
+    """Until the run has drawn its first grid: it trains, and has saved nothing of that."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not list(parent.glob("*/pictures/fake-*.png")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_resuming_refuses_other_numbers_and_passes_over_runs_that_saved_nothing(tmp_path: Path) -> None:
+    """Issue: a run folder without a checkpoint blocked --resume for ever."""
+    done = train("mlp", tmp_path, *SMALL["mlp"], "--precision=tf32")
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, []), "refused before there is a folder"
+    create_run(tmp_path, preset("mlp"), {})
+    done = train("mlp", tmp_path, "--resume")
+    assert done.returncode == 2
+    assert "no unfinished run of mlp" in done.stderr
+    config = preset("mlp").replace({"generator_widths": (16, 32), "epochs": 6})
+    save_checkpoint(create_run(tmp_path, config, {}), 0, {"step": 0})
+    done = train("mlp", tmp_path, "--resume", "--epochs=7")
+    assert done.returncode == 2
+    assert "--epochs cannot be changed by --resume" in done.stderr
+    assert "has 6; start a new run" in done.stderr
+
+
+def test_a_last_batch_of_one_image_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    count = len(np.frombuffer((SUBSET / "train-labels-idx1-ubyte").read_bytes(), np.uint8)) - 8
+    done = train("mlp", tmp_path, f"--batch-size={count - 1}")
+    assert done.returncode == 2
+    assert f"--batch-size {count - 1} leaves one image for the last step, and BatchNorm needs two" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def newest_step(parent: Path) -> int:
     return max((int(path.stem.split("-")[1]) for path in parent.glob("*/checkpoints/step-*.pt")), default=-1)
 
@@ -175,7 +235,8 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         (["mlp", "--batch-size=1"], "batch_size must be at least 2"),
         (["mlp", "--device=tpu"], "invalid choice: 'tpu'"),
         (["mlp", "--resume=nowhere"], "nowhere is not a run folder"),
-        (["mlp", "--resume", "--epochs=3"], "--epochs cannot be changed by --resume"),
+        (["mlp", "--resume", "--epochs=3"], "no unfinished run of mlp"),
+        (["mlp", "--seed=17592186044416"], "seed must be from 0 to 2^44 - 1"),
         (["mlp", "--learning-rat=1"], "unrecognized arguments: --learning-rat=1"),
         (["activations", "--run=nowhere"], "nowhere is not a run folder"),
         (["activations", "--sample=36", "--runs-dir=nowhere"], "no finished run of dcgan"),

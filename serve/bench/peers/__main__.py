@@ -1,8 +1,9 @@
-"""``make bench-peers``: this server and the general ones, the same graph, the same request bytes, the same run.
+"""``make bench-peers``: this server, by each of its transports, and the general ones: the same graph, the same request bytes.
 
 Each peer is installed from the package index into a venv of its own below build/peers and serves the bundled model's
 ONNX file (folded, uint8 output) as its documentation shows; the Open Inference Protocol request carries the latents.
-Load by h2load. A peer that the index does not give, or that does not start, is named with the reason.
+Load by h2load, in alternating rounds (``serve.bench.rounds``): all servers run, those whose turn it is not are idle. A peer
+that the index does not give, or that does not start, is named with the reason.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 
 from serve.bench.load import H2LOAD, Load, by_h2load
+from serve.bench.process import Started, started
+from serve.bench.report import say, spread, write
+from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, ratios
 from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.pb.inference import open_inference_pb2 as pb
@@ -35,10 +41,11 @@ OUT = Path("build/bench-peers.json")
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 LATENT_SIZES = {"mlp": 64, "dcgan": 100}
 LOADS = {"64 × 1": (64, 1), "16 × 16": (16, 16), "16 × 64": (16, 64), "1 × 1": (1, 1)}  # in flight × digits a request
-SECONDS = 4.0
+ALONE = "1 × 1"  # whose latency is of interest, not its rate
+SECONDS = 3
 START_S = 90
 STOP_S = 20
-ONNXRUNTIME = "onnxruntime==1.22.*"  # as old as the peers' numpy pins ask for
+ONNXRUNTIME = "onnxruntime"  # the newest that the peer's own pins leave
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ PEERS = (
     Peer("kserve", "kserve==0.21.*", "kserve_server.py"),
     Peer("mlserver", "mlserver==1.7.*", "mlserver_model.py"),
 )
-US = Peer("digits-serve", "", "")
+US = {"grpcio": (), "native": ("--front=native", "--max-connection-age-s=0")}
+Rounds = dict[str, dict[str, dict[str, list[Sample]]]]  # model → load → server
 
 
 class PeerError(Exception):
@@ -66,33 +74,44 @@ def main() -> int:
     if H2LOAD is None:
         print("error: h2load is missing; install nghttp2-client (Debian) or nghttp2", file=sys.stderr)
         return 2
-    measured: dict[str, dict[str, dict[str, float]]] = {}
-    for peer in (US, *PEERS):
-        try:
-            measured[peer.name] = measure(peer)
-        except PeerError as error:
-            print(f"{peer.name} is left out: {error}", file=sys.stderr)
+    there = [peer for peer in PEERS if install(peer)]
+    measured: Rounds = {}
+    for model in LATENT_SIZES:
+        with ExitStack() as stack:
+            servers: dict[str, Started] = {}
+            for name, flags in US.items():
+                servers[name] = stack.enter_context(started("serve", "--grpc-port=0", "--http-port=0", *flags))
+            for peer in there:
+                try:
+                    servers[peer.name] = stack.enter_context(serving(peer, model))
+                except PeerError as error:
+                    say(f"{peer.name} is left out: {error}")
+            measured[model] = {name: in_rounds(model, name, servers) for name in LOADS}
     print(table(measured))
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"written: {OUT}")
+    versions = {peer.name: onnxruntime_of(peer) for peer in there}
+    print(f"onnxruntime: {versions}")
+    write(OUT, {"onnxruntime": versions, "measured": measured}, [])
     return 0
 
 
-def measure(peer: Peer) -> dict[str, dict[str, float]]:
-    """Digits a second and the unloaded mean for both models. Raises PeerError."""
-    if peer is not US:
-        install(peer)
-    results: dict[str, dict[str, float]] = {}
-    for model in LATENT_SIZES:
-        with serving(peer, model) as target:
-            results[model] = {}
-            for name, (in_flight, digits) in LOADS.items():
-                print(f"{peer.name}: {model} {name}", file=sys.stderr, flush=True)
-                load = Load(target, model, digits, SECONDS, in_flight)
-                seen = by_h2load(load, PATH, infer_request(model, digits))
-                results[model][name] = seen.mean_s * 1e3 if in_flight == 1 else seen.requests_per_s * digits
-    return results
+def in_rounds(model: str, name: str, servers: Mapping[str, Started]) -> dict[str, list[Sample]]:
+    """One kind of load on every server, by turns."""
+    in_flight, digits = LOADS[name]
+    body = infer_request(model, digits)
+
+    def subject(server: Started) -> Callable[[], Sample]:
+        load = Load(server.target, model, digits, SECONDS, in_flight)
+        return partial(measure, server, load, partial(by_h2load, path=PATH, body=body))
+
+    say(f"{model} {name}: {', '.join(servers)}, {ROUNDS} rounds")
+    return alternate({each: subject(server) for each, server in servers.items()})
+
+
+def onnxruntime_of(peer: Peer) -> str:
+    """Which ONNX Runtime the peer runs."""
+    python = FOLDER / peer.name / "bin" / "python"
+    command = [str(python), "-c", "import importlib.metadata as m; print(m.version('onnxruntime'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def infer_request(model: str, digits: int) -> bytes:
@@ -106,29 +125,31 @@ def infer_request(model: str, digits: int) -> bytes:
     return request.SerializeToString()
 
 
-def install(peer: Peer) -> None:
+def install(peer: Peer) -> bool:
+    """Whether the peer is there, now if it was not before."""
     python = FOLDER / peer.name / "bin" / "python"
     ready = FOLDER / peer.name / ".ready"
     if ready.exists():
-        return
+        return True
+    say(f"installing {peer.package}")
     subprocess.run([sys.executable, "-m", "venv", str(FOLDER / peer.name)], check=True)
     command = [str(python), "-m", "pip", "install", "--quiet", peer.package, ONNXRUNTIME]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shutil.rmtree(FOLDER / peer.name)
-        raise PeerError(f"{peer.package} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+        say(f"{peer.name} is left out: {peer.package} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+        return False
     ready.touch()
+    return True
 
 
 @contextmanager
-def serving(peer: Peer, model: str) -> Iterator[str]:
+def serving(peer: Peer, model: str) -> Iterator[Started]:
     """The peer serving one model on a free port. Raises PeerError when it does not answer in time."""
     port = free_port()
     path = (BUNDLED_DIR / model / "1" / "model.onnx").resolve()
     environment = os.environ.copy()
-    if peer is US:
-        command = [sys.executable, "-m", "serve", f"--grpc-port={port}", "--http-port=0"]
-    elif peer.name == "mlserver":
+    if peer.name == "mlserver":
         command = [str(FOLDER / peer.name / "bin" / "mlserver"), "start", str(mlserver_folder(model, path, port))]
         environment["PYTHONPATH"] = str(HERE)
     else:
@@ -141,7 +162,7 @@ def serving(peer: Peer, model: str) -> Iterator[str]:
     with log.open("wb") as sink, subprocess.Popen(command, env=environment, stdout=sink, stderr=sink) as process:
         try:
             wait_until_it_answers(f"127.0.0.1:{port}", model, process, log)
-            yield f"127.0.0.1:{port}"
+            yield Started(f"127.0.0.1:{port}", "", psutil.Process(process.pid))
         finally:
             process.terminate()
             try:
@@ -190,23 +211,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def table(measured: dict[str, dict[str, dict[str, float]]]) -> str:
-    """All servers side by side, and this one against the best of the others."""
-    lines = [f"{'digits/s':14s} {'model':6s} " + " ".join(f"{name:>10s}" for name in list(LOADS)[:-1]) + "   unloaded ms"]
-    for server, models in measured.items():
-        for model, seen in models.items():
-            figures = " ".join(f"{seen[name]:10,.0f}" for name in list(LOADS)[:-1])
-            lines.append(f"{server:14s} {model:6s} {figures} {seen['1 × 1']:13.2f}")
-    others = [models for server, models in measured.items() if server != US.name]
-    if others:
-        for model in LATENT_SIZES:
-            ratios = []
-            for name in LOADS:
-                theirs = [models[model][name] for models in others]
-                best = min(theirs) if name == "1 × 1" else max(theirs)
-                ratios.append(measured[US.name][model][name] / best)
-            figures = " ".join(f"{ratio:9.2f}×" for ratio in ratios[:-1])
-            lines.append(f"{'ours / best':14s} {model:6s} {figures} {ratios[-1]:12.2f}×")
+def table(measured: Rounds) -> str:
+    """All servers side by side, and this one's transports against the best of the others, round by round."""
+    lines = []
+    for model, loads in measured.items():
+        for name, seen in loads.items():
+            _, digits = LOADS[name]
+            lines.append(f"{model} {name}")
+            others = [server for server in seen if server not in US]
+            lowest = name == ALONE  # of a lone caller's mean latency, in ms
+            values = {
+                server: [sample.result.mean_s * 1e3 if lowest else sample.rate * digits for sample in samples]
+                for server, samples in seen.items()
+            }
+            for server, samples in seen.items():
+                line = f"  {server:9s} {spread(values[server], 2 if lowest else 0):>32s} {'ms' if lowest else 'digits a second'}"
+                line += f"  {spread(costs_us(samples), 0):>26s} µs a request"
+                if server in US and others:
+                    best = [(min if lowest else max)(values[other][turn] for other in others) for turn in range(len(samples))]
+                    line += f"  {spread(ratios(values[server], best))} × the best other's"
+                lines.append(line)
     return "\n".join(lines)
 
 
