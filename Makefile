@@ -102,7 +102,7 @@ build/crd-schemas/.ready:
 image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman)
 	@engine=$$(command -v $(or $(ENGINE),docker) || command -v $(or $(ENGINE),podman)) || \
 	{ echo "error: $(or $(ENGINE),docker or podman) is needed and not installed" >&2; exit 2; }; \
-	name=digits-$(IMAGE_TARGET):0.1.0$(if $(filter serve,$(IMAGE_TARGET)),-$(RUNTIME)); \
+	name=digits-serve$(if $(filter serve,$(IMAGE_TARGET)),:0.1.0-$(RUNTIME),-$(IMAGE_TARGET):0.1.0); \
 	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) -t $$name $(ARGS) . && \
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 

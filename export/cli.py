@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -27,11 +27,11 @@ from serve.config.command_line import OneLineParser
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import newest_finished, newest_run, open_run
+from train.checkpoint import Run, newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import load_mnist
 from train.errors import TrainError
-from train.evaluate import Evaluator, parse_floors
+from train.evaluate import OF_LABELS, Evaluator, parse_floors
 from train.evaluate import table as quality_table
 from train.judge import kept_judge
 from train.models import build_generator
@@ -100,11 +100,26 @@ def _run(flags: argparse.Namespace) -> int:
         runs = newest_finished(flags.runs_dir)
         if not runs:
             raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
+        runs = [run for run in runs if not _left_out(run, flags.precision, floors)]
+        if not runs:
+            raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")
     for run in runs:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
     print(f'next: make serve ARGS="--models-dir {flags.models_dir}"')
     return 0
+
+
+def _left_out(run: Run, precision: str, floors: Mapping[str, float]) -> bool:
+    """Whether a run that nobody named cannot have what is asked of all; says so on stderr."""
+    reason = ""
+    if precision == "int8" and run.config.architecture == "mlp":
+        reason = "an mlp has nothing to gain by 8 bits"
+    elif not run.config.labels and (of_labels := sorted(OF_LABELS & floors.keys())):
+        reason = f"{of_labels[0]} is not known of a model without labels"
+    if reason:
+        print(f"skipped: {run.folder}: {reason}", file=sys.stderr)
+    return bool(reason)
 
 
 def _gallery(flags: argparse.Namespace) -> int:

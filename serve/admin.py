@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         access, (method, request) = access_from(flags), _request(flags)
-        with access.open_channel(flags.target) as channel:
+        with access.open_channel(flags.target, follow_health=False) as channel:
             call = getattr(pb_grpc.ModelControlStub(channel), method)
             response = call(request, timeout=flags.timeout, metadata=access.metadata)
     except grpc.RpcError as error:

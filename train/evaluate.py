@@ -146,6 +146,8 @@ HIGHER_IS_BETTER = {
     "classification_accuracy_score": True,
 }
 
+OF_LABELS = {"label_accuracy", "classification_accuracy_score"}  # known only of what can be asked for a digit
+
 
 def parse_floors(text: str) -> dict[str, float]:
     """Read ``label_accuracy=0.99,frechet_distance=12``. Raises QualityError naming the figure."""

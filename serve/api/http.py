@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -46,9 +47,12 @@ HEADERS = {
 
 # Parameter → how its text is read. Numbers in 64 bits are text in the answers: JavaScript has no such numbers.
 WHOLE, REAL, TEXT = "a whole number", "a number", "text"
+# Python's own readers take more for a number than anybody means: 1_000, digits of other scripts, nan.
+NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?", re.ASCII)
 COMMON = {"model": TEXT, "version": WHOLE, "labels": TEXT, "truncation": REAL, "format": TEXT}
 DIGITS = COMMON | {"count": WHOLE, "seed": WHOLE, "start": WHOLE}
 INTERPOLATION = COMMON | {"seed": WHOLE, "start": WHOLE, "to_seed": WHOLE, "to_start": WHOLE, "steps": WHOLE}
+ENDS = ("seed", "to_seed", "steps")  # what an interpolation needs
 # What the parameters hold at most: as much as the fields of the same name in digits.proto.
 ADDRESS_PARTS = ("seed", "start", "to_seed", "to_start")
 LIMITS = {"count": 1 << 32, "steps": 1 << 32, "version": 1 << 63, **dict.fromkeys(ADDRESS_PARTS, SEED_LIMIT)}
@@ -102,6 +106,11 @@ class HttpApi:
 
     async def _interpolation(self, request: web.Request, call: Call) -> web.Response:
         given = read_query(request.query, INTERPOLATION)
+        for name in ENDS:
+            if name not in given:
+                raise RequestError(
+                    f"{name} is missing; give {', '.join(ENDS)}, and with them start and to_start, or index 0 is meant"
+                )
         begin, end = ((given.get(f"{to}seed", 0), given.get(f"{to}start", 0)) for to in ("", "to_"))
         rows = Interpolation(begin, end, given.get("steps", 0), given.get("truncation", 0.0))
         return await self._answer(rows, given, call)
@@ -142,11 +151,16 @@ class HttpApi:
 
 def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:
     """A query's parameters as the request has them. Raises RequestError naming the parameter."""
-    values: dict[str, Any] = {"format": FORMATS["json"]}
+    values: dict[str, Any] = {}
     for name, text in query.items():
         if name not in known:
             raise RequestError(f"parameter {name[:64]!r} is unknown; there are {', '.join(known)}")
+        if name in values:
+            raise RequestError(f"{name} is given twice")
         try:
+            numbers = text.split(",") if name == "labels" and text else [text] if known[name] in (WHOLE, REAL) else []
+            if not all(NUMBER.fullmatch(number) for number in numbers):
+                raise ValueError(text)  # as what int and float raise
             if name == "labels":
                 values[name] = [int(part) for part in text.split(",")] if text else []
             elif name == "format":
@@ -162,7 +176,7 @@ def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, 
             raise RequestError(f"{name} is out of range: {text[:64]}")
         if name == "labels" and any(not 0 <= label < 1 << 32 for label in values[name]):
             raise RequestError(f"labels is out of range: {text[:64]}")
-    return values
+    return {"format": FORMATS["json"]} | values
 
 
 async def _in_time(answer: Awaitable[web.Response]) -> web.Response:

@@ -1,8 +1,8 @@
 """``inference.GRPCInferenceService``: the Open Inference Protocol v2, through the same models and batcher as digits.v1.
 
-A request gives ``latents`` FP32 [n, z], or ``seed`` UINT64 [1] and ``count`` INT32 [1], with ``start`` UINT64 [1] and
-``truncation`` FP32 [1] or without; and to a conditional model ``labels`` INT64 [1] or [n], which latents need and addresses
-have of their own. It asks for ``pixels`` UINT8 [n, 28, 28], ``images`` FP32 [n, 1, 28, 28] and, of a conditional model,
+A request gives ``latents`` FP32 [n, z], or ``count`` INT32 [1], with ``seed`` UINT64 [1] (else it is drawn), ``start`` UINT64
+[1] and ``truncation`` FP32 [1] or without; and to a conditional model ``labels`` INT64 [1] or [n], which latents need and
+addresses have of their own. It asks for ``pixels`` UINT8 [n, 28, 28], ``images`` FP32 [n, 1, 28, 28] and, of a conditional model,
 ``labels`` INT64 [n], or for nothing and gets ``pixels``.
 Values come as raw bytes or as typed contents; a raw request gets a raw answer.
 """
@@ -57,6 +57,8 @@ OUTPUTS = {
     "images": Tensor("FP32", "<f4", "fp32_contents"),
     "labels": Tensor("INT64", "<i8", "int64_contents"),
 }
+# Of Triton's extensions: sequences and classification.
+UNSUPPORTED_PARAMETERS = {"sequence_id", "sequence_start", "sequence_end", "classification", "class_count"}
 NO_LABELS: NDArray[np.generic] = np.empty(0, np.int64)
 MODEL_OUTPUTS = ("pixels", "images")
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -116,6 +118,7 @@ class OpenInferenceService:
                 raise RequestError(f"outputs: {name[:64]!r} is unknown; there are {', '.join(OUTPUTS)}")
         if len(set(names)) < len(names):
             raise RequestError("outputs: the same tensor is asked for twice")
+        _check_parameters(request)
         tensors = read_inputs(request)
         labels = tensors.get("labels", NO_LABELS)
         if labels.ndim != 1:
@@ -158,14 +161,22 @@ def _rows(tensors: Tensors) -> Addresses | Latents:
         if tensors["latents"].ndim != 2:
             raise RequestError(f"inputs: latents must have shape [n, z], got {list(tensors['latents'].shape)}")
         return Latents(tensors["latents"].astype(np.float32, copy=False))
-    for name in ("seed", "count"):
-        if name not in tensors:
-            raise RequestError(f"inputs: {name} is missing; give latents, or seed and count")
+    if "count" not in tensors:
+        raise RequestError("inputs: count is missing; give latents, or count, with seed or without")
     for name, values in tensors.items():
         if values.shape != (1,):
             raise RequestError(f"inputs: {name} must have shape [1], got {list(values.shape)}")
     numbers = {name: values[0].item() for name, values in tensors.items()}
-    return Addresses(numbers["seed"], numbers.get("start", 0), numbers["count"], numbers.get("truncation", 0.0))
+    return Addresses(numbers.get("seed"), numbers.get("start", 0), numbers["count"], numbers.get("truncation", 0.0))
+
+
+def _check_parameters(request: pb.ModelInferRequest) -> None:
+    """Raises RequestError for a parameter that asks for another answer than this server can give; others are echoed."""
+    holders: list[Any] = [request, *request.inputs, *request.outputs]
+    for holder in holders:
+        for name in holder.parameters:
+            if name in UNSUPPORTED_PARAMETERS or name.startswith("shared_memory_"):
+                raise RequestError(f"parameters: {name} is not supported; leave it out")
 
 
 def read_inputs(request: pb.ModelInferRequest) -> Tensors:
@@ -183,7 +194,7 @@ def read_inputs(request: pb.ModelInferRequest) -> Tensors:
         datatype, dtype, contents_field = INPUTS[name]
         if tensor.datatype != datatype:
             raise RequestError(f"inputs: {name} must be {datatype}, got {tensor.datatype[:20]!r}")
-        if raw and tensor.HasField("contents"):
+        if raw and tensor.contents.ByteSize():  # an empty one is none: MLServer's converter sends it
             raise RequestError(f"inputs: {name} has both contents and raw_input_contents")
         shape = list(tensor.shape)
         if not 1 <= len(shape) <= 2 or min(shape) < 1:

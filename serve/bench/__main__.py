@@ -36,7 +36,7 @@ ONE_DIGIT_RESPONSE_BYTES = 832
 SERVER = ("serve", "--grpc-port=0", "--http-port=0")
 FRONTS = {"grpcio": SERVER, "native": (*SERVER, "--front=native", "--max-connection-age-s=0")}
 OVERLOAD_QUEUE = 1024  # images: as many as wait at capacity, with 16 requests of 64 in flight
-SOAK_REQUESTS = 200_000
+SOAK_REQUESTS = {"grpcio": 200_000, "native": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def main() -> int:
     targets.append(Target("metrics: share of a request's processor time, percent", share, 2, at_most=True))
     if flags.soak:
         for name, command in FRONTS.items():
-            growth = figures[f"memory_growth_{name}"] = memory_growth(command, flags.soak)
-            targets.append(Target(f"memory over {flags.soak:,} requests, {name}: percent more", growth * 100, 2, at_most=True))
+            requests = SOAK_REQUESTS[name]
+            growth = figures[f"memory_growth_{name}"] = memory_growth(command, requests)
+            targets.append(Target(f"memory over {requests:,} requests, {name}: percent more", growth * 100, 2, at_most=True))
     print_targets(targets)
     write(flags.out, {"figures": figures}, targets)
     return 0
@@ -245,8 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=int, default=3, help="length of each measurement (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
-    text = f"requests over which memory is watched; 0: none (default: {SOAK_REQUESTS:,})"
-    parser.add_argument("--soak", type=int, default=SOAK_REQUESTS, help=text)
+    text = "watch memory over some hundred thousand requests"
+    parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help=text)
     return parser
 
 

@@ -57,18 +57,22 @@ class Access:
         """What goes with every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def open_channel(self, target: str) -> grpc.Channel:
-        """A channel to one or more replicas. Raises SettingsError naming a file that cannot be read."""
+    def open_channel(self, target: str, *, follow_health: bool = True) -> grpc.Channel:
+        """A channel to one or more replicas. Raises SettingsError naming a file that cannot be read.
+
+        Without ``follow_health`` a replica is called that says it serves nothing: to administer it.
+        """
+        options = CHANNEL_OPTIONS if follow_health else CHANNEL_OPTIONS[1:]
         if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
             raise SettingsError("--cert and --key go together, and with --ca")
         if self.ca is None:
             # gRPC makes all of ``ipv4:host:port,host:port`` the calls' authority, which a strict HTTP/2 server refuses.
             first = target.removeprefix("ipv4:").removeprefix("ipv6:").partition(",")[0]
             authority = [("grpc.default_authority", first)] if "," in target else []
-            return grpc.insecure_channel(target, options=[*CHANNEL_OPTIONS, *authority])
+            return grpc.insecure_channel(target, options=[*options, *authority])
         ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
         credentials = grpc.ssl_channel_credentials(ca, key, cert)
-        return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        return grpc.secure_channel(target, credentials, options=options)
 
 
 PLAIN = Access()

@@ -15,7 +15,7 @@ import yaml
 
 from serve.dataset import main
 
-JOB = yaml.safe_load(Path("deploy/jobs/dataset-job.yaml").read_text())
+JOB = yaml.safe_load(Path("deploy/jobs/dataset/job.yaml").read_text())
 CONTAINER = JOB["spec"]["template"]["spec"]["containers"][0]
 
 

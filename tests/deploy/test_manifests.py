@@ -30,8 +30,9 @@ from tests.server_process import ServerProcess
 from train.cli import build_parser as train_parser
 
 DEPLOY = Path("deploy")
-FOLDERS = ("overlays/cpu", "overlays/gpu", "overlays/dev", "jobs", "parity-watch", "parity-watch-secure", "monitoring")
-OVERLAYS = FOLDERS[:3]
+OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
+JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
+FOLDERS = (*OVERLAYS, *JOBS, "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring")
 KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 LOOSE = ("jobs/train-pytorchjob.yaml", "monitoring/keda-scaledobject.yaml")  # alternatives, in no kustomization
 
@@ -224,8 +225,63 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
     assert checked == 6
 
 
+def pod_specs(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a workload, whatever its kind."""
+    spec = item.get("spec", {})
+    templates = [spec.get("template")] + [each["template"] for each in spec.get("pytorchReplicaSpecs", {}).values()]
+    return [template["spec"] for template in templates if template]
+
+
+def test_every_image_is_one_that_make_image_builds() -> None:
+    """Issue: it built digits-train, and every manifest asked for digits-serve-train."""
+    built = set()
+    for arguments in ("RUNTIME=cpu", "RUNTIME=gpu", "IMAGE_TARGET=train"):
+        lines = run("make", "-n", "image", arguments).stdout
+        built |= set(re.findall(r"name=(\S+);", lines))
+    assert len(built) == 3
+    wanted = {container["image"] for _, item in everything() for container in containers(item)}
+    assert wanted <= built, f"nobody builds {sorted(wanted - built)}"
+    assert built <= wanted
+
+
+def test_pods_with_gpus_are_let_onto_the_nodes_that_keep_others_out() -> None:
+    seen = 0
+    for where, item in everything():
+        for pod in pod_specs(item):
+            wants = any("nvidia.com/gpu" in container["resources"]["limits"] for container in pod["containers"])
+            tolerates = any(each["key"] == "nvidia.com/gpu" for each in pod.get("tolerations", ()))
+            assert wants == tolerates, (where, item["metadata"]["name"])
+            seen += wants
+    assert seen == 4, "the server, the training job, and the training operator's two"
+
+
+def test_a_roll_needs_no_gpu_more_than_there_are() -> None:
+    rolling = of_kind("overlays/gpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]
+    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (0, 1)
+    rolling = of_kind("overlays/cpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]
+    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (1, 0)
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_an_eviction_is_no_failure_of_a_job(folder: str) -> None:
+    spec = of_kind(folder, "Job")["spec"]
+    [rule] = spec["podFailurePolicy"]["rules"]
+    assert rule["action"] == "Ignore"
+    assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never", "the API server wants it beside a failure policy"
+
+
+def test_the_readmes_kubectl_commands_name_what_is_there() -> None:
+    commands = re.findall(r"kubectl apply .*?-([fk]) (\S+)", (DEPLOY / "README.md").read_text())
+    assert len(commands) > 7
+    for flag, path in commands:
+        assert (Path(path) / "kustomization.yaml").exists() if flag == "k" else Path(path).is_file(), path
+    applied = {str(Path(path).relative_to(DEPLOY)) for _, path in commands}
+    assert {*JOBS, "jobs/models-volume"} <= applied
+
+
 def test_the_dataset_jobs_shards_are_its_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [job] = [item for item in rendered("jobs") if item["metadata"]["name"] == "digits-dataset"]
+    [job] = [item for item in rendered("jobs/dataset") if item["metadata"]["name"] == "digits-dataset"]
     assert job["spec"]["completionMode"] == "Indexed"
     arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[arguments.index("--shards") + 1] == str(job["spec"]["completions"])

@@ -90,7 +90,17 @@ def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(share
         (400, "truncation must be 0.01 or more", "/v1/digits?truncation=-2"),
         (400, "format must be one of json, png, got 'gif'", "/v1/digits?format=gif"),
         (400, "parameter 'colour' is unknown; there are model", "/v1/digits?colour=red"),
-        (400, "steps must be from 2 to 4096", "/v1/interpolation?steps=1"),
+        (400, "steps must be from 2 to 4096", "/v1/interpolation?steps=1&seed=1&to_seed=2"),
+        (400, "to_seed is missing; give seed, to_seed, steps", "/v1/interpolation?steps=3&seed=1"),
+        (400, "seed is missing; give seed, to_seed, steps", "/v1/interpolation?steps=3"),
+        (400, "count is given twice", "/v1/digits?count=1&count=2"),
+        (400, "format is given twice", "/v1/digits?format=png&format=json"),
+        (400, "truncation must be 0.01 or more", "/v1/digits?truncation=1e-300"),
+        (400, "truncation must be a number, got 'nan'", "/v1/digits?truncation=nan"),
+        (400, "count must be a whole number, got '1_000'", "/v1/digits?count=1_000"),
+        (400, "count must be a whole number, got '１２'", "/v1/digits?count=%EF%BC%91%EF%BC%92"),
+        (400, "count must be a whole number, got '٣'", "/v1/digits?count=%D9%A3"),
+        (400, "labels must be digits joined by commas, got '1,2_0'", "/v1/digits?labels=1,2_0"),
         (404, "model 'vae' is not served; there are cdcgan, dcgan, mlp", "/v1/digits?model=vae"),
     ],
 )
@@ -148,7 +158,7 @@ def test_tokens_are_needed_where_grpc_needs_them(
     assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
     token = capsys.readouterr().out.strip()
     server = start_server(f"--tokens-file={tokens}")
-    for path in ("/v1/digits", "/v1/interpolation?steps=3", "/v1/status"):
+    for path in ("/v1/digits", "/v1/interpolation?steps=3&seed=1&to_seed=2", "/v1/status"):
         status, headers, _ = get(server, path)
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
         assert get(server, path, Authorization="Bearer reader.wrong")[0] == 401

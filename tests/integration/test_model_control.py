@@ -243,6 +243,34 @@ def test_the_command_line_administers(models: Path, start_server: Callable[..., 
     assert " 3  failed" in admin("status", "mlp")[1]
 
 
+def test_a_server_that_serves_nothing_can_be_administered_and_its_health_listed(
+    models: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Issue: the client's own health checking made the first load impossible, and status when it is needed most."""
+    server = start_server(f"--models-dir={models}", "--versions=1")
+
+    def administer(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "serve.admin", *words, f"--target={server.target}", "--timeout=30"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    names = {path.name for path in models.iterdir() if path.is_dir()}
+    for name in names:
+        assert administer("unload", name).returncode == 0
+    with grpc.insecure_channel(server.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        def serving() -> set[str]:
+            listed = stub.List(health_pb2.HealthListRequest()).statuses
+            return {name for name, each in listed.items() if each.status == health_pb2.HealthCheckResponse.SERVING}
+
+        wait_until(lambda: "digits.v1.DigitGenerator" not in serving())
+        status = administer("status")
+        assert status.returncode == 0, status.stderr
+        assert "unloaded" in status.stdout
+        assert administer("load", sorted(names)[0]).returncode == 0
+        wait_until(lambda: {"digits.v1.DigitGenerator", "liveness"} <= serving())
+
+
 def test_tritons_client_lists_loads_and_unloads(models: Path, start_server: Callable[..., ServerProcess]) -> None:
     assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
     add_version(models, "mlp", 2)

@@ -131,6 +131,28 @@ def test_contents_beside_raw_contents_are_refused(shared_server: ServerProcess, 
     assert text in caught.value.details()
 
 
+def test_empty_contents_beside_raw_ones_are_none_and_the_seed_may_be_left_out(shared_server: ServerProcess) -> None:
+    """MLServer's converter sends an empty contents beside raw values."""
+    tensor = pb.ModelInferRequest.InferInputTensor(name="count", datatype="INT32", shape=[1], contents=pb.InferTensorContents())
+    request = pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[(3).to_bytes(4, "little")])
+    answers = [infer(shared_server.target, request) for _ in range(2)]
+    assert {len(answer.raw_output_contents[0]) for answer in answers} == {3 * 784}
+    drawn = {answer.parameters["seed"].uint64_param for answer in answers}
+    assert len(drawn) == 2, "each with a seed of its own, and told"
+
+
+@pytest.mark.parametrize("where", ["request", "input", "output"])
+@pytest.mark.parametrize("name", ["sequence_id", "classification", "shared_memory_region"])
+def test_parameters_that_ask_for_another_answer_are_refused_by_name(where: str, name: str, shared_server: ServerProcess) -> None:
+    request = pb.ModelInferRequest(model_name="mlp", inputs=typed(seed=3, count=2))
+    holder = {"request": request, "input": request.inputs[0], "output": request.outputs.add(name="pixels")}[where]
+    holder.parameters[name].int64_param = 1
+    with pytest.raises(grpc.RpcError) as caught:
+        infer(shared_server.target, request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == f"parameters: {name} is not supported; leave it out"
+
+
 @pytest.mark.parametrize(("shape", "raw"), [([2**62, 2**62], bytes(4)), ([0, 2**63 - 1], b""), ([0, 64], b""), ([-1, 64], b"")])
 def test_an_impossible_shape_allocates_nothing_and_is_refused(shape: list[int], raw: bytes, shared_server: ServerProcess) -> None:
     tensor = pb.ModelInferRequest.InferInputTensor(name="latents", datatype="FP32", shape=shape)

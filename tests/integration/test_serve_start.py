@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
 from tests.server_process import ServerProcess
 
@@ -36,6 +38,17 @@ def test_a_flag_of_the_wrong_type() -> None:
 def test_an_unknown_flag_and_an_abbreviated_one() -> None:
     assert "unrecognized arguments: --gpu" in start_and_fail("--gpu")
     assert "unrecognized arguments: --instance=2" in start_and_fail("--instance=2")
+
+
+def test_without_the_usual_default_model_what_is_there_answers(
+    tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Issue: after exporting only an mlp the server did not start."""
+    shutil.copytree(BUNDLED_DIR / "mlp", tmp_path / "mlp")
+    server = start_server(f"--models-dir={tmp_path}")
+    assert "model mlp/1 (default)" in server.announced
+    with DigitClient(server.target) as client:
+        assert client.generate(1).model == client.list_models().default_model == "mlp"
 
 
 def test_an_unknown_default_model() -> None:
