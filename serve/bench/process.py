@@ -27,13 +27,17 @@ class Started:
         """Calls that the server failed (not those that their callers left); 0 of a server without metrics."""
         if not self.http:
             return 0.0
-        good = sum(self.metric("grpc_server_handled_total", grpc_code=code) for code in ("OK", "CANCELLED"))
-        return self.metric("grpc_server_handled_total") - good
+        text = self._metrics()  # once: calls go on ending
+        good = sum(sample_sum(text, "grpc_server_handled_total", {"grpc_code": code}) for code in ("OK", "CANCELLED"))
+        return sample_sum(text, "grpc_server_handled_total", {}) - good
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a sample over all children with these labels."""
+        return sample_sum(self._metrics(), name, labels)
+
+    def _metrics(self) -> str:
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=10) as answer:
-            return sample_sum(answer.read().decode(), name, labels)
+            return str(answer.read().decode())
 
 
 def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:

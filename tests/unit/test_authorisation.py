@@ -1,0 +1,150 @@
+"""Every RPC beside every kind of caller: what each needs is written down here once more, apart from the tables."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from serve.access.callers import Accounts
+from serve.access.tokens import TokenFile
+from serve.api.admission import Admission, InFlight
+from serve.api.digits_v1 import DigitService
+from serve.api.model_control import ModelControlService
+from serve.api.open_inference import OpenInferenceService
+from serve.api.rpc import RpcTable
+from serve.observability.metrics import Metrics
+
+DIGITS, CONTROL, INFERENCE = "digits.v1.DigitGenerator", "digits.v1.ModelControl", "inference.GRPCInferenceService"
+NEEDS = {
+    (DIGITS, "Generate"): "generate",
+    (DIGITS, "GenerateStream"): "generate",
+    (DIGITS, "Interpolate"): "generate",
+    (DIGITS, "ListModels"): "generate",
+    (DIGITS, "GetModel"): "generate",
+    (INFERENCE, "ServerLive"): "nothing",
+    (INFERENCE, "ServerReady"): "nothing",
+    (INFERENCE, "ModelReady"): "nothing",
+    (INFERENCE, "ServerMetadata"): "generate",
+    (INFERENCE, "ModelMetadata"): "generate",
+    (INFERENCE, "ModelInfer"): "generate",
+    (CONTROL, "Load"): "admin",
+    (CONTROL, "Unload"): "admin",
+    (CONTROL, "SetDefault"): "admin",
+    (CONTROL, "Rollback"): "admin",
+    (CONTROL, "Status"): "admin",
+    (INFERENCE, "RepositoryIndex"): "admin",
+    (INFERENCE, "RepositoryModelLoad"): "admin",
+    (INFERENCE, "RepositoryModelUnload"): "admin",
+}
+OTHER = {"generate": "admin", "admin": "generate"}
+# What a caller who was let in meets here, where there is nothing behind the services.
+LET_IN = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT}
+NOT_KNOWN, NOT_ALLOWED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+
+
+class AbortedError(Exception):
+    """A handler has ended the call."""
+
+
+class Context:
+    """A call from elsewhere, with or without a token."""
+
+    def __init__(self, token: str) -> None:
+        self.code = grpc.StatusCode.OK
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+
+    def peer(self) -> str:
+        return "ipv4:192.0.2.1:1234"
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._metadata
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def abort(self, code: grpc.StatusCode, text: str, trailing: object = ()) -> None:
+        self.code = code
+        raise AbortedError(text)
+
+
+def tables(accounts: Accounts) -> list[RpcTable]:
+    """The services' own tables, with nothing behind them."""
+    admission = Admission(Metrics(CollectorRegistry()), InFlight(), accounts)
+    nothing: Any = SimpleNamespace()
+    return [
+        DigitService(nothing).table(admission),
+        OpenInferenceService(nothing, lambda: True).table(admission),
+        *ModelControlService(nothing).tables(admission),
+    ]
+
+
+def call(accounts: Accounts, service: str, method: str, token: str) -> grpc.StatusCode:
+    """The status that a call ends with."""
+    [handler] = [table.methods[method] for table in tables(accounts) if table.service == service and method in table.methods]
+    context = Context(token)
+
+    async def run() -> None:
+        try:
+            if handler.unary_unary is not None:
+                await handler.unary_unary(b"", context)
+            else:
+                async for _ in handler.unary_stream(b"", context):
+                    pass
+        except AbortedError:
+            pass
+
+    asyncio.run(run())
+    return context.code
+
+
+@pytest.fixture
+def accounts(tmp_path: Path) -> Accounts:
+    """A tokens file with a token of each scope, and one that has expired, called as their scopes."""
+
+    def entry(name: str, *scopes: str, **more: str) -> dict[str, Any]:
+        return {"name": name, "sha256": hashlib.sha256(f"{name}.secret".encode()).hexdigest(), "scopes": scopes, **more}
+
+    past = "2020-01-01T00:00:00+00:00"
+    entries = [entry("generate", "generate"), entry("admin", "admin"), entry("expired", "generate", "admin", expires=past)]
+    path = tmp_path / "tokens.json"
+    path.write_bytes(msgspec.json.encode({"tokens": entries}))
+    return Accounts(TokenFile(path), 0, 0.0, open_admin=True)
+
+
+def test_every_rpc_of_every_service_is_in_the_matrix() -> None:
+    there = {(table.service, method) for table in tables(Accounts(None, 0, 0.0, open_admin=True)) for method in table.methods}
+    assert there == NEEDS.keys()
+
+
+@pytest.mark.parametrize(("service", "method"), NEEDS)
+def test_an_rpc_lets_in_whom_it_may_and_nobody_else(service: str, method: str, accounts: Accounts) -> None:
+    need = NEEDS[service, method]
+
+    def status(token: str) -> grpc.StatusCode:
+        return call(accounts, service, method, token)
+
+    if need == "nothing":
+        assert {status(token) for token in ("", "generate.wrong", "expired.secret", "generate.secret")} <= LET_IN
+        return
+    assert status("") is NOT_KNOWN
+    assert status("generate.wrong") is NOT_KNOWN
+    assert status("nobody.secret") is NOT_KNOWN
+    assert status("expired.secret") is NOT_KNOWN
+    assert status(f"{OTHER[need]}.secret") is NOT_ALLOWED
+    assert status(f"{need}.secret") in LET_IN
+
+
+@pytest.mark.parametrize(("service", "method"), NEEDS)
+def test_without_a_tokens_file_only_this_machine_administers(service: str, method: str) -> None:
+    beyond, here = (Accounts(None, 0, 0.0, open_admin=is_here) for is_here in (False, True))
+    assert call(here, service, method, "") in LET_IN
+    admin = NEEDS[service, method] == "admin"
+    assert (call(beyond, service, method, "") is NOT_ALLOWED) == admin
