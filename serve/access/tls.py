@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,31 +48,48 @@ class TlsFiles:
         return grpc.ssl_server_certificate_configuration([pair], authorities)
 
 
-def credentials(files: TlsFiles, note_reload: Callable[[str], None]) -> grpc.ServerCredentials:
-    """Credentials that follow the files. Raises SettingsError. ``note_reload`` gets ``ok`` or ``failed`` later on.
+class Certificates:
+    """What the files hold, read anew when they change, for any number of servers. Raises SettingsError.
 
-    Files that cannot be used when they have changed, a certificate without its new key for one, leave the old ones in force.
+    ``note_reload`` gets ``ok`` or ``failed`` later on. Files that cannot be used when they have changed, a certificate without
+    its new key for one, leave the old ones in force.
     """
-    state = files.state()
-    first = files.read()
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        nonlocal state
-        now = files.state()
-        if now == state:
-            return None
-        state = now
+    def __init__(self, files: TlsFiles, note_reload: Callable[[str], None]) -> None:
+        self._files = files
+        self._note_reload = note_reload
+        self._lock = threading.Lock()  # handshakes are in grpcio's threads
+        self._state = files.state()
+        self._current = files.read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For one server: grpcio ties them to it."""
+        given = self._current
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal given
+            with self._lock:
+                self._look()
+                if given is self._current:
+                    return None
+                given = self._current
+                return given
+
+        return grpc.dynamic_ssl_server_credentials(given, fetch, require_client_authentication=self._files.client_ca is not None)  # type: ignore[arg-type]
+
+    def _look(self) -> None:
+        now = self._files.state()
+        if now == self._state:
+            return
+        self._state = now
         try:
-            changed = files.read()
+            self._current = self._files.read()
         except SettingsError as error:
             log.error("the certificate stays as it was: %s", error)
-            note_reload("failed")
-            return None
-        log.info("%s has been read anew", files.cert)
-        note_reload("ok")
-        return changed
-
-    return grpc.dynamic_ssl_server_credentials(first, fetch, require_client_authentication=files.client_ca is not None)  # type: ignore[arg-type]
+            self._note_reload("failed")
+        else:
+            log.info("%s has been read anew", self._files.cert)
+            self._note_reload("ok")
 
 
 def _no_password() -> str:

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serve.access.tls import Certificates
 from serve.api.rpc import RpcTable
 from serve.config.settings import Settings
 from serve.errors import StartError
@@ -56,7 +57,7 @@ class Services:
             reflection.enable_server_reflection(sorted(names), server)
 
 
-def bind(settings: Settings, services: Services, credentials: grpc.ServerCredentials | None) -> Front:
+def bind(settings: Settings, services: Services, certificates: Certificates | None) -> Front:
     """A port that is bound and not yet started. Raises StartError when it cannot be had."""
     if settings.front == "native":
         from serve.runtime.native_front import NativeFront  # noqa: PLC0415  # an extra
@@ -64,7 +65,7 @@ def bind(settings: Settings, services: Services, credentials: grpc.ServerCredent
         return NativeFront(settings, services)
     from serve.runtime.grpcio_front import GrpcioFront  # noqa: PLC0415  # only the transport that is used
 
-    return GrpcioFront(settings, services, credentials)
+    return GrpcioFront(settings, services, certificates)
 
 
 def address(settings: Settings, port: int) -> str:

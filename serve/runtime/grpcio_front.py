@@ -13,6 +13,7 @@ from typing import cast
 
 import grpc
 
+from serve.access.tls import Certificates
 from serve.config.settings import Settings
 from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
 
@@ -23,7 +24,7 @@ CONNECTION_AGE_GRACE_S = 60
 class GrpcioFront:
     """A bound port. Raises StartError when it cannot be had."""
 
-    def __init__(self, settings: Settings, services: Services, credentials: grpc.ServerCredentials | None) -> None:
+    def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
         if settings.grpc_port:
             _check_free(settings)
         options = [
@@ -45,7 +46,10 @@ class GrpcioFront:
             services.add_to(cast(grpc.aio.Server, _GenericHandlersOnly(server)))
             where = address(settings, self.port)
             try:
-                self.port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
+                if certificates:
+                    self.port = server.add_secure_port(where, certificates.credentials())
+                else:
+                    self.port = server.add_insecure_port(where)
             except RuntimeError:
                 self.port = 0
             if self.port == 0:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import grpc
 import uvloop
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -98,7 +97,7 @@ class Server:
 
     async def _start(self) -> Ports:
         settings = self._settings
-        credentials, tokens = self._credentials(), self._tokens()
+        certificates, tokens = self._certificates(), self._tokens()
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,7 +113,7 @@ class Server:
             *ModelControlService(Administration(self._reconciler)).tables(admission),
         ]
         services = Services(tables, self._health.servicer, settings.reflection, self._tracing)
-        self._grpc = bind(settings, services, credentials)
+        self._grpc = bind(settings, services, certificates)
         app = make_app(self._registry if settings.metrics else None, self._health.not_alive, self._health.not_ready)
         if settings.page:
             app.add_routes(HttpApi(core, admission, f"{settings.host}:{self._grpc.port}").routes())
@@ -168,11 +167,11 @@ class Server:
         await for_each(self.catalog.models(), Model.self_check)
         await self._health.publish()
 
-    def _credentials(self) -> grpc.ServerCredentials | None:
+    def _certificates(self) -> tls.Certificates | None:
         cert, key = self._settings.tls_cert, self._settings.tls_key
         if cert is None or key is None:
             return None
-        return tls.credentials(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
+        return tls.Certificates(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
 
     def _tokens(self) -> TokenFile | None:
         path = self._settings.tokens_file
