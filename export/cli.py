@@ -19,7 +19,7 @@ from export import batch_size, quality
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
-from export.to_onnx import to_onnx
+from export.graphs.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
 from serve.client.channel import access_from, add_flags, described

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export.errors import GraphError
-from export.to_int8 import _by_phases, to_int8
+from export.graphs.to_int8 import _by_phases, to_int8
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS_AND_IMAGES

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.errors import GraphError
-from export.to_onnx import check_graph
+from export.graphs.to_onnx import check_graph
 from serve.latents import Span, draw_span
 
 CALIBRATION_SEED = 20_260_103

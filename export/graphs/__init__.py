@@ -1,0 +1,1 @@
+"""The served generator as graphs: ONNX in three precisions, and TorchScript."""
