@@ -16,7 +16,7 @@ from export.errors import ExportError
 from serve.config.atomic_file import replace_file
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions, Provider
-from serve.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from serve.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from serve.models.repository import Bundle
 
 # A batch should not hold others up for longer than this: it is the wait of a caller who comes a moment too late.
@@ -57,15 +57,10 @@ def choose(timings: list[Timing]) -> int:
 def write(bundle: Bundle, provider: Provider, size: int) -> Path:
     """Write a batch size into a bundle's manifest; returns the manifest's path. Raises ExportError."""
     manifest = msgspec.structs.replace(bundle.manifest, batch_sizes={**bundle.manifest.batch_sizes, provider: size})
-    return write_manifest(bundle, manifest)
-
-
-def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:
-    """Replace a bundle's manifest by another, of the schema of today; returns its path. Raises ExportError."""
     manifest = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
     path = bundle.path / MANIFEST_FILE
     try:
         replace_file(path, manifest.to_json().encode(), 0o644)
     except OSError as error:
-        raise ExportError(f"{path} cannot be written ({error.strerror})") from None
+        raise ExportError(f"{path} cannot be written ({error.strerror}); leave --write out") from None
     return path

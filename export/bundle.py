@@ -21,10 +21,9 @@ from PIL import Image
 from export import parity
 from export.errors import ExportError
 from export.generator import Form, ServedGenerator, fold, served_generator, torch_form
-from export.graphs.to_fp16 import to_fp16
-from export.graphs.to_int8 import to_int8
-from export.graphs.to_onnx import OPSET, to_onnx
-from export.graphs.to_torchscript import load_torchscript, to_torchscript
+from export.to_fp16 import to_fp16
+from export.to_onnx import OPSET, to_onnx
+from export.to_torchscript import load_torchscript, to_torchscript
 from serve.engine.onnx_runtime import ort
 from serve.errors import BundleError
 from serve.latents import Span, draw_span
@@ -75,11 +74,10 @@ def export_run(
 ) -> Exported:
     """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
 
-    The name is the preset's unless given, with ``-fp16`` or ``-int8`` behind it in that precision. TorchScript stays in
-    fp32: it is what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least. An int8
-    bundle has no quality of the run's: its own digits are to be judged (``export.quality``).
+    The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
+    what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
     """
-    name = name or run.config.preset + ("" if precision == "fp32" else f"-{precision}")
+    name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
@@ -90,16 +88,12 @@ def export_run(
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
     graph = to_onnx(fold(served), run.config)
-    if precision == "fp16":
-        graph = to_fp16(graph)
-    elif precision == "int8":
-        graph = to_int8(graph, run.config.latent_size, run.config.labels)
     files = {
-        ONNX_FILE: graph,
+        ONNX_FILE: to_fp16(graph) if precision == "fp16" else graph,
         TORCHSCRIPT_FILE: to_torchscript(served),
         PREVIEW_FILE: _preview(served, run.config),
     }
-    if quality is not None and precision != "int8":
+    if quality is not None:
         files[QUALITY_FILE] = quality
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

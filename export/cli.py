@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
-import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
-from export import batch_size, quality
+from export import batch_size
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
-from export.graphs.to_onnx import to_onnx
+from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
 from serve.client.channel import access_from, add_flags, described
@@ -31,9 +30,7 @@ from train.checkpoint import Run, newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import load_mnist
 from train.errors import TrainError
-from train.evaluate import OF_LABELS, Evaluator, parse_floors
-from train.evaluate import table as quality_table
-from train.judge import kept_judge
+from train.evaluate import OF_LABELS, parse_floors
 from train.models import build_generator
 
 
@@ -44,17 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
     run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
-    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 or -int8 in that precision)")
+    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
     run.add_argument(
         "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
     )
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
-    judged = commands.add_parser("judge", help="judge a bundle's own digits and write its quality.json")
-    judged.add_argument("bundle", type=Path, help="a folder such as models/cdcgan-int8/1")
-    judged.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the judge is kept (default: runs)")
-    judged.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="folder of MNIST's files")
     sizes = commands.add_parser("batch-size", help="time a bundle's batches: what its manifest should say of the largest")
     sizes.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     sizes.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
@@ -100,7 +93,7 @@ def _run(flags: argparse.Namespace) -> int:
         runs = newest_finished(flags.runs_dir)
         if not runs:
             raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
-        runs = [run for run in runs if not _left_out(run, flags.precision, floors)]
+        runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")
     for run in runs:
@@ -110,16 +103,12 @@ def _run(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _left_out(run: Run, precision: str, floors: Mapping[str, float]) -> bool:
+def _left_out(run: Run, floors: Mapping[str, float]) -> bool:
     """Whether a run that nobody named cannot have what is asked of all; says so on stderr."""
-    reason = ""
-    if precision == "int8" and run.config.architecture == "mlp":
-        reason = "an mlp has nothing to gain by 8 bits"
-    elif not run.config.labels and (of_labels := sorted(OF_LABELS & floors.keys())):
-        reason = f"{of_labels[0]} is not known of a model without labels"
-    if reason:
-        print(f"skipped: {run.folder}: {reason}", file=sys.stderr)
-    return bool(reason)
+    of_labels = [] if run.config.labels else sorted(OF_LABELS & floors.keys())
+    if of_labels:
+        print(f"skipped: {run.folder}: {of_labels[0]} is not known of a model without labels", file=sys.stderr)
+    return bool(of_labels)
 
 
 def _gallery(flags: argparse.Namespace) -> int:
@@ -178,15 +167,6 @@ def _verify(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(flags: argparse.Namespace) -> int:
-    bundle = read_bundle(flags.bundle)
-    data = load_mnist(flags.data_dir)
-    device = torch.device("cpu")
-    report = quality.judge(bundle, Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device))
-    print(quality_table([(bundle.manifest.name, report)]))
-    return 0
-
-
 def _batch_size(flags: argparse.Namespace) -> int:
     bundle = read_bundle(flags.bundle)
     timings = batch_size.time_batches(bundle, flags.provider)
@@ -202,5 +182,4 @@ def _batch_size(flags: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery, "batch-size": _batch_size,
-    "judge": _judge,
 }  # fmt: skip

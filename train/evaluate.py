@@ -6,7 +6,7 @@ What comes of it is written as ``quality.json`` into the run's folder; export ca
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +27,6 @@ SAMPLES = 10_000
 SCORED_SAMPLES = 60_000  # as many as MNIST has for training
 SEED = 20_260_102
 BATCH = 500
-# Latents float32 (batch, z) and labels int64 (batch,), or None → uint8 (batch, 28, 28).
-Pixels = Callable[[Tensor, Tensor | None], Tensor]
 
 # What is written of a set of digits, and how a table shows it.
 COLUMNS = {
@@ -70,33 +68,26 @@ class Evaluator:
     def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """What the digits of a run's generator reach, as the checkpoint has it."""
         generator = trained_generator(run.config, checkpoint).to(self._device).eval()
+        classes = run.config.labels
         low, high = run.config.pixel_range
 
         @torch.no_grad()
-        def pixels(rows: Tensor, labels: Tensor | None) -> Tensor:
-            images = generator(*(part.to(self._device) for part in (rows, labels) if part is not None))
-            made: Tensor = ((images - low) / (high - low) * 255).round().to(torch.uint8).squeeze(1).cpu()
-            return made
-
-        return self.judged(pixels, run.config.latent_size, run.config.labels)
-
-    def judged(self, pixels: Pixels, latent_size: int, classes: int) -> dict[str, Any]:
-        """What the digits of a function reach that makes them of latents, and of labels if there are ``classes``."""
-
         def digits(count: int, seed: int) -> tuple[Tensor, Tensor | None]:
             noise = torch.Generator().manual_seed(seed)
             labels = torch.arange(count) % classes if classes else None
             made = []
             for first in range(0, count, BATCH):
-                rows = torch.randn(min(BATCH, count - first), latent_size, generator=noise)
-                made.append(pixels(rows, None if labels is None else labels[first : first + len(rows)]))
+                rows = torch.randn(min(BATCH, count - first), run.config.latent_size, generator=noise)
+                inputs = [rows] if labels is None else [rows, labels[first : first + len(rows)]]
+                images = generator(*(part.to(self._device) for part in inputs))
+                made.append(((images - low) / (high - low) * 255).round().to(torch.uint8).squeeze(1).cpu())
             return torch.cat(made), labels
 
         samples, labels = digits(self._samples, SEED)
         report = self._compared(samples, labels)
         report["nearest_training_image"] = self._nearest(samples)
         if classes == len(self._test_probabilities[0]):
-            log.info("training a judge on %d of its digits alone", self._scored)
+            log.info("training a judge on %d of %s's digits alone", self._scored, run.config.preset)
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
             scorer = train_judge(scored, scored_labels, self._device)
@@ -106,14 +97,16 @@ class Evaluator:
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Judge a run and write ``quality.json`` into its folder; returns what was written. Raises CheckpointError."""
         checkpoint = latest_checkpoint(run)
-        report = self.report(self.fake(run, checkpoint), checkpoint["step"])
+        report = {
+            "step": checkpoint["step"],
+            "data": self._data.digests,
+            "samples": self._samples,
+            "scored_samples": self._scored,
+            "model": self.fake(run, checkpoint),
+            "real": self.real,
+        }
         write_json(run.folder / QUALITY_FILE, report)
         return report
-
-    def report(self, model: Mapping[str, Any], step: int) -> dict[str, Any]:
-        """The content of ``quality.json`` for what a model reaches."""
-        sizes = {"samples": self._samples, "scored_samples": self._scored}
-        return {"step": step, "data": self._data.digests, **sizes, "model": model, "real": self.real}
 
     def _compared(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Any]:
         features, probabilities = self._judge.read(pixels)

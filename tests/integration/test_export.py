@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from export import bundle as bundle_module
-from export import parity, quality
+from export import parity
 from export.bundle import export_run, verify
 from export.cli import main
 from export.errors import (
@@ -31,8 +31,8 @@ from export.errors import (
     ValuesDifferError,
 )
 from export.generator import ServedGenerator, fold, served_generator, torch_form
-from export.graphs.to_onnx import check_graph
-from export.graphs.to_torchscript import load_torchscript
+from export.to_onnx import check_graph
+from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
@@ -40,7 +40,6 @@ from tests.server_process import ServerProcess
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.config import TrainConfig, preset
 from train.errors import TrainError
-from train.evaluate import Pixels
 from train.models import build_generator
 
 SMALL = {
@@ -116,38 +115,6 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
         )
 
 
-@pytest.mark.parametrize("name", ["dcgan", "cdcgan"])
-def test_eight_bits_are_a_bundle_of_their_own_whose_digits_are_judged_apart(
-    name: str, make_run: Callable[[str], Run], tmp_path: Path
-) -> None:
-    run = make_run(name)
-    (run.folder / "quality.json").write_text(json.dumps({"step": 7, "model": {}}))
-    done = export_run(run, tmp_path / "models", precision="int8")
-    assert done.path == tmp_path / "models" / f"{name}-int8" / "1"
-    bundle = read_bundle(done.path)
-    assert (bundle.manifest.precision, bundle.manifest.tolerance) == ("int8", parity.INT8_TOLERANCE)
-    assert bundle.quality_json == "", "the run's quality is not that of these digits"
-    assert verify(done.path)["worst_images"] <= parity.INT8_TOLERANCE.images
-
-    class Judge:
-        """Keeps the digits that it is given."""
-
-        def judged(self, pixels: Pixels, latent_size: int, classes: int) -> dict[str, Any]:
-            labels = torch.arange(5) % classes if classes else None
-            self.digits = pixels(torch.zeros(5, latent_size), labels)
-            return {"frechet_distance": 1.0}
-
-        def report(self, model: dict[str, Any], step: int) -> dict[str, Any]:
-            return {"step": step, "model": model}
-
-    judge = Judge()
-    quality.judge(bundle, judge)  # type: ignore[arg-type]
-    assert judge.digits.shape == (5, 28, 28)
-    assert judge.digits.dtype == torch.uint8
-    judged = json.loads(read_bundle(done.path).quality_json)
-    assert judged == {"step": 7, "model": {"frechet_distance": 1.0}}
-
-
 def test_a_checkpoint_older_than_its_run_is_not_exported(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     """Issue: export published an older state in silence."""
     run = make_run("mlp")
@@ -172,10 +139,9 @@ def test_what_was_not_named_and_cannot_be_had_is_skipped_and_said(
     said = capsys.readouterr()
     assert f"skipped: {runs['mlp'].folder}: label_accuracy is not known of a model without labels" in said.err
     assert f'next: make serve ARGS="--models-dir {tmp_path / "models"}"' in said.out
-    assert main([*where, "--precision=int8"]) == 0
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["cdcgan", "cdcgan-int8"]
-    assert main([f"--run={runs['mlp'].folder}", "--precision=int8"]) == 2
-    assert "transposed convolutions of kernel 4 and stride 2" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["cdcgan"]
+    assert main([f"--run={runs['mlp'].folder}", "--min-quality=label_accuracy=0.99"]) == 2
+    assert "--min-quality: label_accuracy of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,1 +1,0 @@
-"""The served generator as graphs: ONNX in three precisions, and TorchScript."""
