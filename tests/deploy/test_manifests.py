@@ -236,7 +236,7 @@ def test_every_image_is_one_that_make_image_builds() -> None:
     """Issue: it built digits-train, and every manifest asked for digits-serve-train."""
     built = set()
     for arguments in ("RUNTIME=cpu", "RUNTIME=gpu", "IMAGE_TARGET=train"):
-        lines = run("make", "-n", "image", arguments).stdout
+        lines = subprocess.run(["make", "-n", "image", arguments], capture_output=True, text=True, check=True).stdout
         built |= set(re.findall(r"name=(\S+);", lines))
     assert len(built) == 3
     wanted = {container["image"] for _, item in everything() for container in containers(item)}

@@ -132,16 +132,17 @@ def test_what_was_not_named_and_cannot_be_had_is_skipped_and_said(
 ) -> None:
     """Issue: --min-quality label_accuracy=... failed as soon as there was an mlp run."""
     runs = {name: make_run(name) for name in ("mlp", "cdcgan")}
-    for run in runs.values():
-        (run.folder / "quality.json").write_text(json.dumps({"step": 7, "model": {"label_accuracy": 0.995}}))
+    for name, run in runs.items():
+        accuracy = None if name == "mlp" else 0.995
+        (run.folder / "quality.json").write_text(json.dumps({"step": 7, "model": {"label_accuracy": accuracy}}))
     where = [f"--runs-dir={tmp_path / 'runs'}", f"--models-dir={tmp_path / 'models'}"]
     assert main([*where, "--min-quality=label_accuracy=0.99"]) == 0
     said = capsys.readouterr()
     assert f"skipped: {runs['mlp'].folder}: label_accuracy is not known of a model without labels" in said.err
     assert f'next: make serve ARGS="--models-dir {tmp_path / "models"}"' in said.out
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["cdcgan"]
-    assert main([f"--run={runs['mlp'].folder}", "--min-quality=label_accuracy=0.99"]) == 2
-    assert "--min-quality: label_accuracy of" in capsys.readouterr().err
+    assert main([*where, f"--run={runs['mlp'].folder}", "--min-quality=label_accuracy=0.99"]) == 2
+    assert "is not known of this model, and must be at least 0.99" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SMALL)
