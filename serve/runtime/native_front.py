@@ -131,7 +131,7 @@ class NativeFront:
         for kind, call_id, method, request, _, details in events:
             if kind == self._native.EVENT_CALL:
                 self._tasks[call_id] = self._loop.create_task(self._answer(call_id, self._handlers[method], request, details))
-            elif task := self._tasks.get(call_id):  # the caller has left, or the deadline has passed
+            elif task := self._tasks.pop(call_id, None):  # the caller has left, or the deadline has passed: it has been told
                 task.cancel()
 
     async def _answer(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
@@ -139,12 +139,13 @@ class NativeFront:
         try:
             await self._handle(call_id, handler, request, details)
         except asyncio.CancelledError:
-            self._front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
+            if call_id in self._tasks:
+                self._front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
         except Exception:
             log.exception("a call could not be answered")
             self._front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], "the call could not be answered")
         finally:
-            del self._tasks[call_id]
+            self._tasks.pop(call_id, None)
 
     async def _handle(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
         front = self._front

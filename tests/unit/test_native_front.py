@@ -138,7 +138,7 @@ def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it() -> N
 
         run(both)
     (remaining, metadata, peer), (without, _, _) = seen
-    assert 15 < remaining <= 20
+    assert 15 < remaining <= 21  # gRPC rounds a timeout up on its way
     assert without is None
     assert metadata["authorization"] == "Bearer t"
     assert peer.startswith("ipv4:127.0.0.1:")
