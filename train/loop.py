@@ -118,10 +118,10 @@ class Trainer:
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
                 if self.step % self.config.report_every == 0:
                     self._log(latest, board)
-                if self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0 or self.step == self.total_steps:
+                last, due = self.step == self.total_steps, self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0
+                if due or last or self.stop_wanted:
                     self._save()
-                if self.stop_wanted and self.step < self.total_steps:
-                    self._save()
+                if self.stop_wanted and not last:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
         self._finish(time.monotonic() - started, self.step - first_step)
 

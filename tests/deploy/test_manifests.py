@@ -78,9 +78,14 @@ def of_kind(folder: str, kind: str) -> dict[str, Any]:
 
 def containers(item: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The containers of a workload, whatever its kind."""
+    return [container for pod in pod_specs(item) for container in pod["containers"]]
+
+
+def pod_specs(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a workload, whatever its kind."""
     spec = item.get("spec", {})
     templates = [spec.get("template")] + [each["template"] for each in spec.get("pytorchReplicaSpecs", {}).values()]
-    return [container for template in templates if template for container in template["spec"]["containers"]]
+    return [template["spec"] for template in templates if template]
 
 
 def settings_of(folder: str) -> Settings:
@@ -223,13 +228,6 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
             checked += 1
             assert where
     assert checked == 6
-
-
-def pod_specs(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pods of a workload, whatever its kind."""
-    spec = item.get("spec", {})
-    templates = [spec.get("template")] + [each["template"] for each in spec.get("pytorchReplicaSpecs", {}).values()]
-    return [template["spec"] for template in templates if template]
 
 
 def test_every_image_is_one_that_make_image_builds() -> None:
