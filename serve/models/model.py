@@ -65,7 +65,6 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
-        self._samples = golden_samples(bundle.manifest)
         self.in_use = RefCount()  # a block in it keeps the model from being released while a call, however long, goes on
 
     @property
@@ -97,10 +96,20 @@ class Model:
         }
 
     async def run(
-        self, span: Span, outputs: Sequence[str], priority: Priority, deadline: float | None, waits_for_room: bool = False
+        self,
+        span: Span,
+        outputs: Sequence[str],
+        priority: Priority,
+        deadline: float | None,
+        waits_for_room: bool = False,
+        *,
+        checking: bool = False,
     ) -> Ticket:
-        """Run a span's rows through the batcher; given up when the waiter is cancelled. Raises ServeError."""
-        if self.breached and span.explicit is not self._samples.latents:
+        """Run a span's rows through the batcher; given up when the waiter is cancelled. Raises ServeError.
+
+        Only ``checking``, whether it does so again, goes on while the model fails its golden check.
+        """
+        if self.breached and not checking:
             raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ticket = Ticket(span, outputs, priority, deadline, waiter, waits_for_room)
@@ -114,11 +123,11 @@ class Model:
 
     async def self_check(self) -> None:
         """The golden check through the live batcher; a breach stops the model until a later check passes."""
-        samples = self._samples
+        samples = golden_samples(self.manifest)
         span = Span(0, 0, len(samples.latents), samples.latents, samples.labels)
         name = f"{self.manifest.name}/{self.manifest.version}"
         try:
-            ticket = await self.run(span, PIXELS, Priority.BULK, None)
+            ticket = await self.run(span, PIXELS, Priority.BULK, None, checking=True)
         except QueueFullError:
             self.metrics.self_checks("skipped").inc()
             return

@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.later: list[Later[Any]] = []
+        self.later: dict[tuple[str, ...], Later[Any]] = {}  # by the labels of what they observe: as many as there are children
         registry.register(self)  # the first to be asked, so that the others are up to date
         self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
         self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
@@ -110,7 +110,7 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """For the registry: whoever reads the metrics is about to."""
-        for records in self.later:
+        for records in self.later.values():
             records.flush()
         return ()
 
@@ -157,10 +157,9 @@ class Later(Generic[RecordT]):
     For the event loop's thread alone.
     """
 
-    def __init__(self, metrics: Metrics, observe: Callable[[Sequence[RecordT]], None]) -> None:
+    def __init__(self, observe: Callable[[Sequence[RecordT]], None]) -> None:
         self._records: list[RecordT] = []
         self._observe = observe
-        metrics.later.append(self)
 
     def add(self, record: RecordT) -> None:
         self._records.append(record)
@@ -187,7 +186,7 @@ class RpcMetrics:
                 seconds(taken)
 
         self.started = metrics.rpc_started.labels(*labels).inc
-        self._ended = Later(metrics, observe)
+        self._ended = metrics.later.setdefault(labels, Later(observe))
 
     def ended(self, code: str, seconds: float) -> None:
         self._ended.add((code, seconds))
@@ -208,7 +207,8 @@ class ModelMetrics:
                 queue_wait(queue_s)
                 encode(encode_s)
 
-        self._answers = Later(metrics, observe)
+        # A version that is loaded anew goes on with the records of the one before it, which may still be answering.
+        self._answers = metrics.later.setdefault(labels, Later(observe))
         self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
         self._assembly = metrics.assembly.labels(*labels).observe
         self._compute = metrics.compute.labels(*labels).observe
