@@ -29,8 +29,8 @@ SERVICE_CONFIG = {
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.05s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
+                "maxBackoff": "2s",
+                "backoffMultiplier": 4,
                 "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }

@@ -25,7 +25,7 @@ CANCEL = struct.pack(">I", 8)
 PATH = b"/digits.v1.DigitGenerator/Generate"
 HALF_OPEN = 2_000
 HALF_OPEN_LONG = 9_000  # as many as a limit of 20,000 descriptors leaves room for, here and there
-RESETS = 25_000
+RESETS = 50_000
 # Allocators keep some of it: 50 MB over 9,000 connections, 80 MB over 25,000 calls that were reset at once, were seen.
 MOST_GROWTH_BYTES = 192 << 20
 
