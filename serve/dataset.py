@@ -25,10 +25,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from serve.config.atomic_file import replace_file
@@ -54,21 +55,32 @@ INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
 
 
+Positive = Annotated[int, Meta(ge=1)]
+Side = Annotated[int, Meta(ge=1, le=1 << 16)]
+
+
 class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a data set is of. ``digest`` is the model file's; a shard of another one is not mixed in."""
 
     model: str
-    version: int
+    version: Positive
     digest: str
-    seed: int
-    start: int
-    count: int
-    shards: int
-    height: int
-    width: int
-    latent_size: int
-    classes: int  # labels that the model can be asked for; 0 for an unconditional one
-    labels: tuple[int, ...] = ()  # the digit at index i is labels[i % n]; empty: the stream's own
+    seed: Annotated[int, Meta(ge=0)]
+    start: Annotated[int, Meta(ge=0)]
+    count: Positive
+    shards: Positive
+    height: Side
+    width: Side
+    latent_size: Side
+    classes: Annotated[int, Meta(ge=0, le=256)]  # labels that the model can be asked for; 0 for an unconditional one
+    labels: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # the digit at index i is labels[i % n]; empty: the stream's own
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that are no data set together."""
+        if self.seed >= SEED_LIMIT or self.start + self.count > INDEX_LIMIT or self.shards > self.count:
+            raise ValueError("seed, start, count or shards is out of range")
+        if any(label >= self.classes for label in self.labels):
+            raise ValueError("a label is out of range")
 
     def rows(self, first: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
         """Latents (count, z) of stream indices, and their labels (count,) unless the model is unconditional."""
@@ -161,10 +173,20 @@ def join(folder: Path, file_format: str) -> list[Path]:
 
 def read_header(folder: Path) -> Dataset:
     """What the folder's data set is of. Raises SettingsError."""
+    path = folder / HEADER_FILE
     try:
-        return msgspec.json.decode((folder / HEADER_FILE).read_bytes(), type=Dataset)
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
-        raise SettingsError(f"{folder / HEADER_FILE} cannot be read; write a shard first") from None
+        content = path.read_bytes()
+    except OSError:
+        raise SettingsError(f"{path} cannot be read; write a shard first") from None
+    return parse_header(content, str(path))
+
+
+def parse_header(content: bytes, where: str) -> Dataset:
+    """A header's bytes. Raises SettingsError naming ``where``."""
+    try:
+        return msgspec.json.decode(content, type=Dataset)
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        raise SettingsError(f"{where} is no data set's header; write a shard into an empty folder") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

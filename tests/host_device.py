@@ -1,8 +1,9 @@
-"""Host memory in a CUDA device's place: the CUDA engine's whole logic beside a session on the CPU."""
+"""What takes a CUDA device's place in host memory, so that the engine's and the training step's whole logic runs on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -32,3 +33,23 @@ class HostDevice(Device):
         ctypes.memmove(to, source, size_bytes)
 
     copy_to_host = copy_to_device
+
+
+class ReplayedByHand:
+    """A recording that runs the function again: what a CUDA graph does, without one. Recording executes nothing."""
+
+    def __init__(self, noise: Any) -> None:
+        self.noise = noise
+        self.calls: list[str] = []
+
+    def warm_up(self, step: Callable[[Any], Any], real: Any) -> Any:
+        self.calls.append("warm up")
+        return step(real)
+
+    def record(self, step: Callable[[], None]) -> None:
+        self.calls.append("record")
+        self._recorded = step
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+        self._recorded()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import json
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,17 +23,23 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
+from yarl import URL
 
-from serve.access.callers import Accounts
-from serve.access.tokens import parse_tokens
+from serve.access.callers import Accounts, Caller
+from serve.access.tokens import TokenFile, parse_tokens
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
+from serve.api.http import DIGITS as DIGITS_QUERY
+from serve.api.http import INTERPOLATION as INTERPOLATION_QUERY
+from serve.api.http import read_query
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.batching.batcher import Batcher, Limits
 from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
-from serve.errors import BundleError, SettingsError
+from serve.dataset import parse_header
+from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
+from serve.latents import SEED_LIMIT
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
@@ -332,6 +341,61 @@ CONTROL = {
 }
 
 
+DATASET = {
+    "model": "mlp", "version": 1, "digest": "0" * 64, "seed": 7, "start": 5, "count": 40, "shards": 3, "height": 28, "width": 28,
+    "latent_size": 64, "classes": 10, "labels": [1, 2, 3],
+}  # fmt: skip
+
+
+def read_dataset(content: bytes, where: str) -> None:
+    """A data set's header, and what is done with one that is accepted."""
+    dataset = parse_header(content, where)
+    ranges = [dataset.shard_range(shard) for shard in {0, dataset.shards // 2, dataset.shards - 1}]
+    if any(count < 1 for _, count in ranges):
+        raise DefectError(f"an empty shard: {ranges}")
+    dataset.rows(dataset.start, 1)
+
+
+def query_target(data: bytes) -> None:
+    """The part of a URL after its question mark; the first byte picks the path."""
+    known = INTERPOLATION_QUERY if data[:1] == b"\1" else DIGITS_QUERY
+    try:
+        query = URL.build(path="/", query_string=data[1:].decode("utf-8", "surrogateescape"), encoded=True).query
+    except ValueError:  # the HTTP server refuses it before
+        return
+    try:
+        values = read_query(query, known)
+    except RequestError as refusal:
+        if "\n" in str(refusal) or len(str(refusal)) > 1000:
+            raise DefectError(f"not a one-line text: {refusal}") from None
+        return
+    if not all(0 <= values.get(name, 0) < SEED_LIMIT for name in ("seed", "start", "to_seed", "to_start", "count", "steps")):
+        raise DefectError(f"out of range: {values}")
+
+
+def bearer_target() -> Target:
+    """What a caller may send for ``authorization``, zero bytes between its values; the first byte: text, or bytes."""
+    secret = "jobs.open-sesame"
+    scratch = Path(tempfile.mkdtemp(prefix="fuzz-tokens-")) / "tokens.json"
+    entry = {"name": "jobs", "sha256": hashlib.sha256(secret.encode()).hexdigest(), "scopes": ["generate"]}
+    scratch.write_text(json.dumps({"tokens": [entry]}))
+    accounts = Accounts(TokenFile(scratch), 0, 0.0, open_admin=True)
+
+    def target(data: bytes) -> None:
+        parts = data[1:].split(b"\0")
+        values: list[str | bytes] = [*parts] if data[:1] == b"\1" else [part.decode("utf-8", "surrogateescape") for part in parts]
+        try:
+            account = accounts.admit(Caller("127.0.0.1", values), "generate")
+        except UnauthenticatedError as refusal:
+            if "\n" in str(refusal) or len(str(refusal)) > 1000 or secret in str(refusal):
+                raise DefectError(f"not a one-line text: {refusal!r}") from None
+            return
+        if len(values) != 1 or not str(values[0]).endswith(secret):
+            raise DefectError(f"{values} is let in as {account.name}")
+
+    return target
+
+
 def make_target(name: str) -> Target:
     """The target of that name. Raises KeyError."""
     if name in ("digits", "inference", "control"):
@@ -343,12 +407,15 @@ def make_target(name: str) -> Target:
         "manifest": lambda: json_target(parse_manifest, BundleError, small_manifest()),
         "serving": lambda: json_target(parse_serving_state, SettingsError, SERVING),
         "tokens": lambda: json_target(parse_tokens, SettingsError, TOKENS),
+        "header": lambda: json_target(read_dataset, SettingsError, DATASET),
         "idx": lambda: reader_target(read_idx, DataError),
+        "query": lambda: query_target,
+        "bearer": bearer_target,
     }
     return readers[name]()
 
 
-NAMES = ("digits", "inference", "control", "manifest", "serving", "tokens", "idx")
+NAMES = ("digits", "inference", "control", "manifest", "serving", "tokens", "header", "idx", "query", "bearer")
 
 
 def seeds(name: str) -> Iterable[bytes]:
@@ -380,5 +447,11 @@ def seeds(name: str) -> Iterable[bytes]:
         "manifest": [json.dumps(small_manifest()).encode(), *steering],
         "serving": [json.dumps(SERVING).encode(), *steering],
         "tokens": [json.dumps(TOKENS).encode(), *steering],
+        "header": [json.dumps(DATASET).encode(), *steering],
         "idx": [idx],
+        "query": [
+            b"\0count=3&seed=7&start=5&labels=1,2,3&truncation=0.5&format=png&model=cdcgan&version=1",
+            b"\1seed=1&to_seed=2&steps=9&start=4&to_start=18446744073709551615",
+        ],
+        "bearer": [b"\0Bearer jobs.secret", b"\0bearer  jobs.", b"\1Basic am9iczpzZWNyZXQ=", b"\2Bearer a.b\0Bearer a.b"],
     }[name]

@@ -31,6 +31,8 @@ from serve.bench.load import Load, by_python
 from serve.bench.process import Started, started
 from serve.bench.report import Target, runs_per_second
 from serve.engine import cuda
+from serve.engine.cuda import Device
+from serve.engine.cuda_engine import CudaEngine
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions, Provider
 from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Engine
@@ -40,7 +42,7 @@ from serve.models.repository import Bundle, read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from train.bench import measure
-from train.capture import CudaRecording
+from train.capture import CudaRecording, Recording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
 from train.loop import Trainer
@@ -63,6 +65,8 @@ class Plan:
     memory_seconds: float = 45.0
     count: int = WIRE_COUNT
     training_steps: int = 200
+    recording: Callable[[torch.Generator], Recording] = CudaRecording
+    device: Callable[[], Device] | None = None  # what stands for the GPU where there is none
 
     def options(self, **changes: Any) -> EngineOptions:
         return EngineOptions(provider=self.provider, pad_to_powers=True, **changes)
@@ -70,10 +74,6 @@ class Plan:
     @property
     def graphs(self) -> bool:
         return self.provider == "cuda"
-
-    @property
-    def recording(self) -> type[CudaRecording] | None:
-        return CudaRecording if self.provider == "cuda" else None
 
     @contextmanager
     def server(self) -> Iterator[Started]:
@@ -101,7 +101,14 @@ def bundle_of(model: str) -> Bundle:
 
 def engine_of(model: str, plan: Plan, **changes: Any) -> Engine:
     bundle = bundle_of(model)
+    if plan.device is not None:
+        return CudaEngine(bundle.model, bundle.manifest, plan.options(**changes), plan.largest, plan.device())
     return make_engine(bundle.model, bundle.manifest, plan.options(**changes), plan.largest)
+
+
+def plain_engine_of(model: str, plan: Plan) -> Engine:
+    """The engine without graphs; where something stands for the GPU, the CPU's own."""
+    return engine_of(model, replace(plan, device=None))
 
 
 def strictness(plan: Plan) -> Outcome:
@@ -155,7 +162,7 @@ def graphs(plan: Plan) -> Outcome:
     figures: dict[str, Any] = {}
     targets, aims = [], []
     for model in MODELS:
-        engine, plain = engine_of(model, plan, cuda_graphs=plan.graphs), engine_of(model, plan)
+        engine, plain = engine_of(model, plan, cuda_graphs=plan.graphs), plain_engine_of(model, plan)
         captured = sum(engine.warm().values())
         plain.warm()
         shape = engine.manifest.latent_size, engine.manifest.labels

@@ -250,6 +250,7 @@ def test_a_token_revoked_under_load_is_out_within_a_second_and_others_stay(
     assert set(stayed) == {grpc.StatusCode.OK}
 
 
+@pytest.mark.long
 @pytest.mark.both_fronts
 def test_ten_thousand_guesses_over_the_wire_get_nobody_in_and_cost_nobody_else(
     tmp_path: Path, add_token: Callable[..., str], start_server: Callable[..., ServerProcess]

@@ -36,6 +36,7 @@ from export.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
+from tests.command_lines import in_process
 from tests.server_process import ServerProcess
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.config import TrainConfig, preset
@@ -277,10 +278,16 @@ def test_a_frozen_batch_axis_or_a_batchnorm_left_over_is_no_export() -> None:
     frozen.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 3
     with pytest.raises(GraphError, match="batch axis of latents was frozen to 3"):
         check_graph(frozen)
+    rows = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 2, 1, 1])
+    given = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 2, 1, 1])
+    ones = [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [2], [1.0, 1.0]) for name in "sbmv"]
+    left = onnx.helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y"])
+    with pytest.raises(GraphError, match="a BatchNormalization is left in the graph"):
+        check_graph(onnx.helper.make_model(onnx.helper.make_graph([left], "left", [rows], [given], ones)))
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "export", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return in_process(main, *arguments)
 
 
 def test_verify_repeats_the_check_and_sees_a_tampered_bundle(bundles: Path) -> None:

@@ -13,8 +13,20 @@ from serve.bench.report import Target
 from tests.gpu import checks
 from tests.gpu.__main__ import no_gpu, run
 from tests.gpu.checks import CHECKS, Outcome, Plan
+from tests.host_device import HostDevice, ReplayedByHand
 
-TWIN = Plan(provider="cpu", largest=8, seconds=0.2, memory_seconds=1.0, count=64, training_steps=8)
+TWIN = Plan(
+    provider="cpu",
+    largest=8,
+    seconds=0.2,
+    memory_seconds=1.0,
+    count=64,
+    training_steps=8,
+    recording=ReplayedByHand,
+    device=HostDevice,
+)  # fmt: skip
+
+SLOW = ("served", "training", "wire")
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has a GPU")
@@ -27,7 +39,7 @@ def test_without_a_gpu_it_says_so_and_exits_three(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)  # training in every precision takes minutes when the machine is busy
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in CHECKS])
 def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
     outcome = CHECKS[name](TWIN)
     assert outcome.figures

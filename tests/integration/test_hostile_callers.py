@@ -158,7 +158,7 @@ def test_a_thousand_connections_opened_and_dropped_and_a_thousand_callers_cost_n
     assert process.num_threads() - threads_before < 20
 
 
-def test_expired_and_cancelled_rows_are_counted_and_never_run(start_server: Callable[..., ServerProcess]) -> None:
+def test_rows_that_nobody_waits_for_any_more_are_counted_and_never_run(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--instances=1", "--max-batch-size=4")
     with grpc.insecure_channel(server.target, NO_RETRIES) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)

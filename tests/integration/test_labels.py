@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.latents import Span, draw_span, slerp
+from serve.manifest import BUNDLED_DIR, QUALITY_FILE
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from serve.pb.inference import open_inference_pb2 as oip
@@ -154,7 +156,11 @@ def test_a_stream_with_labels_out_of_range_is_refused(client: DigitClient) -> No
 
 
 def test_a_model_says_what_can_be_asked_for_and_how_good_it_is(client: DigitClient) -> None:
-    assert [client.get_model(name).labels for name in ("cdcgan", "dcgan", "mlp")] == [10, 0, 0]
+    about = {name: client.get_model(name) for name in ("cdcgan", "dcgan", "mlp")}
+    assert {name: each.labels for name, each in about.items()} == {"cdcgan": 10, "dcgan": 0, "mlp": 0}
+    for name, each in about.items():
+        assert each.quality_json == (BUNDLED_DIR / name / "1" / QUALITY_FILE).read_text()
+        assert ("label_accuracy" in json.loads(each.quality_json)["model"]) is (name == "cdcgan")
 
 
 def infer(inference: Any, outputs: tuple[str, ...], model: str = "cdcgan", **tensors: Any) -> Any:

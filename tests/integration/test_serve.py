@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
@@ -246,12 +247,34 @@ def test_health_is_told_overall_and_for_each_model(shared_server: ServerProcess)
         assert caught.value.code() is MISSING
 
 
-def test_reflection_lists_the_services(shared_server: ServerProcess) -> None:
+def test_reflection_describes_every_service_with_its_methods(shared_server: ServerProcess) -> None:
     with grpc.insecure_channel(shared_server.target) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
-        (answer,) = call(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=20)
-    names = {service.name for service in answer.list_services_response.service}
-    assert {"digits.v1.DigitGenerator", "grpc.health.v1.Health"} <= names
+
+        def ask(**request: str) -> Any:
+            (answer,) = call(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=20)
+            return answer
+
+        names = {service.name for service in ask(list_services="").list_services_response.service}
+        methods: dict[str, set[str]] = {}
+        for name in names:
+            for content in ask(file_containing_symbol=name).file_descriptor_response.file_descriptor_proto:
+                file = descriptor_pb2.FileDescriptorProto.FromString(content)
+                for service in file.service:
+                    methods[f"{file.package}.{service.name}"] = {method.name for method in service.method}
+    assert (
+        {
+            "digits.v1.DigitGenerator",
+            "digits.v1.ModelControl",
+            "inference.GRPCInferenceService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        == names
+        <= methods.keys()
+    )
+    assert methods["digits.v1.DigitGenerator"] == {"Generate", "GenerateStream", "Interpolate", "ListModels", "GetModel"}
+    assert "ModelInfer" in methods["inference.GRPCInferenceService"]
 
 
 def test_http_says_alive_and_ready_and_nothing_else(shared_server: ServerProcess) -> None:

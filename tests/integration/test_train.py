@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.command_lines import in_process
 from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
+from train.cli import main
 from train.config import preset
 from train.errors import DivergedError
 from train.loop import Trainer
@@ -39,6 +43,25 @@ def command(name: str, runs: Path, *flags: str) -> list[str]:
 
 def train(name: str, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(name, runs, *flags), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def train_here(name: str, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """As ``train``, in this process: for what is refused."""
+    return in_process(main, *command(name, runs, *flags)[3:])
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small preset's whole run; each is trained once, for all tests that look at one."""
+
+    @cache
+    def trained(name: str) -> Path:
+        runs = tmp_path_factory.mktemp("whole")
+        done = train(name, runs, *SMALL[name])
+        assert done.returncode == 0, done.stderr
+        return only_run(runs, name)
+
+    return trained
 
 
 def only_run(runs: Path, name: str) -> Path:
@@ -64,10 +87,8 @@ def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
         assert ours == theirs, where
 
 
-def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
-    done = train("dcgan", tmp_path, *SMALL["dcgan"])
-    assert done.returncode == 0, done.stderr
-    folder = only_run(tmp_path, "dcgan")
+def test_a_run_leaves_all_that_it_promises(whole_run: Callable[[str], Path]) -> None:
+    folder = whole_run("dcgan")
     stored = json.loads((folder / "config.json").read_text())
     assert stored["config"]["generator_widths"] == [8, 8, 8]
     assert set(stored["provenance"]["data"]) == {
@@ -111,10 +132,11 @@ def test_the_average_follows_the_generator_and_the_learning_rate_decays(tmp_path
         assert activations["layer4"].shape == (36, 1, 28, 28)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train(name, whole, *SMALL[name]).returncode == 0
+@pytest.mark.parametrize("name", ["dcgan", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlp", "cdcgan"))])
+def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(
+    name: str, tmp_path: Path, whole_run: Callable[[str], Path]
+) -> None:
+    whole, broken = whole_run(name), tmp_path / "broken"
     chance = random.Random(name)
     kills = 0
     flags: list[str] = SMALL[name]
@@ -131,8 +153,8 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(name: st
     if not (only_run(broken, name) / "result.json").exists():
         done = train(name, broken, "--resume")
         assert done.returncode == 0, done.stderr
-    assert_same(final_state(only_run(broken, name)), final_state(only_run(whole, name)))
-    ours, theirs = (np.load(only_run(runs, name) / "losses.npy") for runs in (broken, whole))
+    assert_same(final_state(only_run(broken, name)), final_state(whole))
+    ours, theirs = (np.load(folder / "losses.npy") for folder in (only_run(broken, name), whole))
     assert ours.tolist() == theirs.tolist()
     assert not list((only_run(broken, name) / "checkpoints").glob(".*"))
 
@@ -145,7 +167,7 @@ def test_a_run_saves_its_last_step_whatever_the_interval(tmp_path: Path) -> None
     assert final_state(folder)["step"] == json.loads((folder / "result.json").read_text())["step"] == 18
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_same_command_with_resume_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     """Issue: Ctrl-C saved nothing, and the advice it gave failed."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -175,15 +197,15 @@ def wait_for_losses(parent: Path, process: subprocess.Popen[str]) -> None:
 
 def test_resuming_refuses_other_numbers_and_passes_over_runs_that_saved_nothing(tmp_path: Path) -> None:
     """Issue: a run folder without a checkpoint blocked --resume for ever."""
-    done = train("mlp", tmp_path, *SMALL["mlp"], "--precision=tf32")
+    done = train_here("mlp", tmp_path, *SMALL["mlp"], "--precision=tf32")
     assert (done.returncode, list(tmp_path.iterdir())) == (2, []), "refused before there is a folder"
     create_run(tmp_path, preset("mlp"), {})
-    done = train("mlp", tmp_path, "--resume")
+    done = train_here("mlp", tmp_path, "--resume")
     assert done.returncode == 2
     assert "no unfinished run of mlp" in done.stderr
     config = preset("mlp").replace({"generator_widths": (16, 32), "epochs": 6})
     save_checkpoint(create_run(tmp_path, config, {}), 0, {"step": 0})
-    done = train("mlp", tmp_path, "--resume", "--epochs=7")
+    done = train_here("mlp", tmp_path, "--resume", "--epochs=7")
     assert done.returncode == 2
     assert "--epochs cannot be changed by --resume" in done.stderr
     assert "has 6; start a new run" in done.stderr
@@ -191,7 +213,7 @@ def test_resuming_refuses_other_numbers_and_passes_over_runs_that_saved_nothing(
 
 def test_a_last_batch_of_one_image_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
     count = len(np.frombuffer((SUBSET / "train-labels-idx1-ubyte").read_bytes(), np.uint8)) - 8
-    done = train("mlp", tmp_path, f"--batch-size={count - 1}")
+    done = train_here("mlp", tmp_path, f"--batch-size={count - 1}")
     assert done.returncode == 2
     assert f"--batch-size {count - 1} leaves one image for the last step, and BatchNorm needs two" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -242,11 +264,11 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         (["activations", "--sample=36", "--runs-dir=nowhere"], "no finished run of dcgan"),
     ],
 )
-def test_bad_flags_are_one_line_and_leave_nothing_behind(flags: list[str], message: str, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+def test_bad_flags_are_one_line_and_leave_nothing_behind(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = in_process(main, *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -255,7 +277,7 @@ def test_bad_flags_are_one_line_and_leave_nothing_behind(flags: list[str], messa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_missing_is_one_line(tmp_path: Path) -> None:
-    done = train("mlp", tmp_path, "--device=cuda")
+    done = train_here("mlp", tmp_path, "--device=cuda")
     assert done.returncode == 2
     assert "error: --device cuda: PyTorch finds no usable CUDA device here" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -264,36 +286,27 @@ def test_cuda_asked_for_and_missing_is_one_line(tmp_path: Path) -> None:
 def test_an_unwritable_runs_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    done = train("mlp", blocker)
+    done = train_here("mlp", blocker)
     assert done.returncode == 2
     assert f"error: cannot write a run to {blocker / 'mlp'}" in done.stderr
     assert "--runs-dir" in done.stderr
 
 
 def evaluate(runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    base = [
-        sys.executable,
-        "-m",
-        "train",
-        "evaluate",
-        f"--runs-dir={runs}",
-        f"--data-dir={SUBSET}",
-        "--device=cpu",
-        "--threads=1",
-    ]
-    return subprocess.run([*base, *flags], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    machine = (f"--runs-dir={runs}", f"--data-dir={SUBSET}", "--device=cpu", "--threads=1")
+    return in_process(main, "evaluate", *machine, *flags)
 
 
-def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path) -> None:
+def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
     done = evaluate(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("skipped: no finished run of") == 3
     assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
-    assert train("mlp", tmp_path, *SMALL["mlp"]).returncode == 0
+    shutil.copytree(whole_run("dcgan"), tmp_path / "dcgan" / "one")
     done = evaluate(tmp_path)
     assert done.returncode == 2
     assert "and 99.3% are needed; evaluate on all of MNIST" in done.stderr.strip().splitlines()[-1]
-    folder = only_run(tmp_path, "mlp")
+    folder = only_run(tmp_path, "dcgan")
     assert not (folder / "quality.json").exists()
     (folder / "quality.json").write_text("{}")
     done = evaluate(tmp_path, "--missing")

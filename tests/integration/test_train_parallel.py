@@ -33,6 +33,7 @@ def outcome(runs: Path, preset: str) -> tuple[np.ndarray, dict[str, torch.Tensor
     return np.load(run / "losses.npy"), torch.load(newest, weights_only=True)["generator"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", SMALL)
 def test_two_processes_train_as_one_with_twice_the_batch(preset: str, subset: Path, tmp_path: Path) -> None:
     common = ("--epochs=4", "--report-every=4", "--reported-loss=mean", "--checkpoint-every=4")
@@ -50,6 +51,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(preset: str, subset: Pa
     assert two.stdout.count("finished: ") == 1, "one of them writes"
 
 
+@pytest.mark.long
 def test_a_run_of_two_is_resumed_by_two_and_by_no_other_number(subset: Path, tmp_path: Path) -> None:
     flags = ("--batch-size=16", "--report-every=4", "--epochs=3")
     assert train(2, "mlp", subset, tmp_path / "whole", *flags).returncode == 0
@@ -68,6 +70,9 @@ def test_a_run_of_two_is_resumed_by_two_and_by_no_other_number(subset: Path, tmp
     assert again.returncode == 0, again.stderr
     whole, resumed = outcome(tmp_path / "whole", "mlp"), outcome(tmp_path / "cut", "mlp")
     assert np.allclose(whole[0], resumed[0], atol=1e-6)
+    assert whole[1].keys() == resumed[1].keys()
+    for name, tensor in whole[1].items():
+        assert torch.allclose(tensor.float(), resumed[1][name].float(), atol=1e-6), name
 
 
 def test_capture_with_several_processes_or_without_cuda_is_refused(subset: Path, tmp_path: Path) -> None:

@@ -36,6 +36,19 @@ GOLDEN = {
 }
 
 
+GOLDEN_TRUNCATED = {
+    (7, 5, 64, 0.5): [1045953239, 1052971980, 1037276301, 1041149912, 3196357945, 3200380979],
+    (SEED_LIMIT - 1, 1 << 62, 100, 1.0): [1063713361, 3206008563, 3211666051, 1037363843, 1045982784, 1037575294],
+}
+
+
+@pytest.mark.parametrize("address", GOLDEN_TRUNCATED)
+def test_golden_vectors_of_truncated_rows_never_move(address: tuple[int, int, int, float]) -> None:
+    seed, index, latent_size, truncation = address
+    rows, _ = draw_span(Span(seed, index, 1, truncation=truncation), latent_size, 0)
+    assert rows[0].view(np.uint32)[:6].tolist() == GOLDEN_TRUNCATED[address]
+
+
 @pytest.mark.parametrize("address", GOLDEN)
 def test_golden_vectors_never_move(address: tuple[int, int, int]) -> None:
     seed, index, latent_size = address

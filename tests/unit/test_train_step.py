@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.capture import WARM_UP_STEPS, Batch, CapturedStep, Step
+from tests.host_device import ReplayedByHand
+from train.capture import WARM_UP_STEPS, Batch, CapturedStep
 from train.checkpoint import create_run
 from train.config import preset
 from train.device import set_precision
@@ -22,26 +23,6 @@ SMALL = {
     "cdcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
 }
-
-
-class ReplayedByHand:
-    """Records the function and runs it again: what a CUDA graph does, without one. Recording executes nothing."""
-
-    def __init__(self, noise: torch.Generator) -> None:
-        self.noise = noise
-        self.calls: list[str] = []
-
-    def warm_up(self, step: Step, real: Batch) -> Tensor:
-        self.calls.append("warm up")
-        return step(real)
-
-    def record(self, step: Callable[[], None]) -> None:
-        self.calls.append("record")
-        self._recorded = step
-
-    def replay(self) -> None:
-        self.calls.append("replay")
-        self._recorded()
 
 
 @pytest.fixture(params=["mlp", "dcgan", "cdcgan"])

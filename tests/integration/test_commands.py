@@ -1,0 +1,130 @@
+"""The README's and the guides' commands that no other test calls: they run, and say what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from serve.latents import draw
+from serve.manifest import BUNDLED_DIR
+from serve.models.repository import read_bundle
+from train.checkpoint import LOSSES_FILE, create_run
+from train.config import preset
+from train.reference import NOTEBOOK_MLP_LOSSES
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
+    )
+
+
+def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> None:
+    run = create_run(tmp_path, preset("mlp"), {})
+    marks = np.array([(step, *losses) for step, losses in NOTEBOOK_MLP_LOSSES.items()])
+
+    def compare(changed: np.ndarray) -> tuple[int, str]:
+        np.save(run.folder / LOSSES_FILE, changed)
+        done = python("train", "compare", f"--run={run.folder}")
+        return done.returncode, done.stdout + done.stderr
+
+    assert compare(marks)[0] == 0
+    off = marks.copy()
+    off[3, 2] *= 1.5
+    status, said = compare(off)
+    assert status == 1
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("outside")] == [str(int(marks[3, 0]))]
+    status, said = compare(marks[:-1])
+    assert status == 2
+    assert f"has no log point at step {int(marks[-1, 0])} yet" in said
+
+
+def test_bench_train_times_every_preset() -> None:
+    done = python("train", "bench", "--seconds=0.1", "--device=cpu", "--threads=1")
+    assert done.returncode == 0, done.stderr
+    for name in ("mlp", "dcgan", "cdcgan"):
+        [line] = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert float(re.findall(r"[\d.]+", line)[0]) > 0
+
+
+def test_export_plain_writes_each_presets_graph_as_the_exporter_leaves_it(tmp_path: Path) -> None:
+    done = python("export", "plain", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for model in ("mlp", "dcgan"):
+        path = tmp_path / f"{model}.onnx"
+        folded = {node.op_type for node in onnx.load(BUNDLED_DIR / model / "1" / "model.onnx").graph.node}
+        assert {node.op_type for node in onnx.load(path).graph.node} - folded, "no unfolded BatchNorm, nothing of the wrapper"
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        for count in (1, 3):
+            latents = draw(7, 0, count, read_bundle(BUNDLED_DIR / model / "1").manifest.latent_size)
+            [images] = session.run(None, {"latents": latents})
+            assert images.reshape(count, -1).shape == (count, 784)
+
+
+@pytest.mark.long
+def test_the_benchmark_measures_every_case_and_writes_every_target(tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "bench.json"
+    assert python("export", "plain", str(plain)).returncode == 0
+    flags = [f"--plain={plain}", f"--out={out}", "--rounds=1", "--seconds=1", "--no-soak"]
+    done = python("serve.bench", *flags, timeout_s=500)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    for case in ("mlp, 1 digit, alone", "dcgan, 64 digits, 16 in flight"):
+        assert {"grpcio", "native"} < written["figures"][case].keys()
+    for target in written["targets"]:
+        assert target["name"] in done.stdout
+
+
+@pytest.fixture
+def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lock", ROOT / "deploy" / "lock.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    return module
+
+
+def test_lock_writes_versions_and_hashes_and_each_package_once(
+    lock: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def resolver(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "--no-emit-index-url" in command
+        names = ["numpy", "grpcio"]
+        names += ["torch"] if "--extra=train" in command else []
+        names += ["nvidia-cudnn-cu13"] if "--extra=cuda" in command else []
+        names += ["onnxruntime"] if "onnxruntime==" in options["input"] else ["onnxruntime-gpu"]
+        text = "".join(f"{name}==1.0 \\\n    --hash=sha256:{name}\n" for name in names)
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    monkeypatch.setattr(lock.subprocess, "run", resolver)
+    assert lock.main() == 0
+    locked = {path.stem: re.findall(r"^([\w-]+)==", path.read_text(), re.MULTILINE) for path in tmp_path.iterdir()}
+    assert locked == {
+        "serve": ["numpy", "grpcio"],
+        "cpu": ["onnxruntime"],
+        "gpu": ["onnxruntime-gpu"],
+        "cuda": ["nvidia-cudnn-cu13"],
+        "train": ["numpy", "grpcio", "torch", "onnxruntime-gpu"],
+    }
+
+
+def test_the_lock_files_name_no_host() -> None:
+    for path in (ROOT / "deploy" / "requirements").glob("*.txt"):
+        text = path.read_text()
+        assert "://" not in text
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", text)
