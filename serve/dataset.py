@@ -77,8 +77,8 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are no data set together."""
-        if self.seed >= SEED_LIMIT or self.start + self.count > INDEX_LIMIT or self.shards > self.count:
-            raise ValueError("seed, start, count or shards is out of range")
+        if self.seed >= SEED_LIMIT or self.start + self.count > INDEX_LIMIT:
+            raise ValueError("seed, start or count is out of range")
         if any(label >= self.classes for label in self.labels):
             raise ValueError("a label is out of range")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -191,3 +192,17 @@ def test_the_golden_check_is_made_where_the_digits_will_be(
     assert capsys.readouterr().err == "error: planted\n"
     assert checked == ["cuda"]
     assert not list((tmp_path / "digits").glob("*.pixels")), "nothing is written by a model that is off"
+
+
+@pytest.mark.parametrize(
+    "change", [{"shards": 0}, {"count": -1}, {"height": 0}, {"latent_size": 1 << 40}, {"seed": 1 << 64}, {"labels": [11]}]
+)
+def test_a_header_of_numbers_that_are_no_data_set_is_one_line(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", f"--out={tmp_path}", "--count=4", "--model=cdcgan"]) == 0
+    header = tmp_path / "dataset.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | change))
+    capsys.readouterr()
+    assert main(["join", f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"error: {header} is no data set's header; write a shard into an empty folder\n"
