@@ -21,7 +21,7 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all mutate page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -75,8 +75,13 @@ build/triton-client/.ready: | $(BIN)/python
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready ## run the tests with the long ones, over both transports
-	$(BIN)/python -m pytest --all $(ARGS)
+test-all: .venv/.all build/triton-client/.ready ## run the tests with the long ones, over both transports, and print what they cover
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --all $(ARGS)
+	@$(BIN)/python -m tests.coverage_report
+
+mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md
+	@$(BIN)/python -m tests.mutate $(ARGS)
 
 page-test: .venv/.all ## try the page in a headless Chromium (apt-get installs it where it is missing)
 	@if ! command -v chromium >/dev/null && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends chromium >/dev/null; fi

@@ -1,0 +1,120 @@
+"""``make mutate``: put the faults in one at a time, on a copy of what git tracks, and see whether the tests for them fail.
+
+    python -m tests.mutate                    # all of them; writes docs/mutations.md
+    python -m tests.mutate --only train/      # those of some files, as a table on standard output
+
+Exit status 1 when fewer than nine in ten are caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from tests.mutate.faults import FAULTS, Fault
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "mutations.md"
+TIMEOUT_S = 300
+WANTED = 0.9
+# Faults that no test is asked to see, and why.
+EXCUSED: dict[str, str] = {}
+FAILED = 1  # pytest's exit status when tests ran and some of them failed
+
+
+def main() -> int:
+    """Run the faults and print a line for each."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description="See whether the tests find planted faults.")
+    parser.add_argument("--only", default="", help="faults of files whose path begins so")
+    flags = parser.parse_args()
+    chosen = [fault for fault in FAULTS if fault.file.startswith(flags.only)]
+    results: list[tuple[Fault, str]] = []
+    with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
+        copy = Path(scratch) / "copy"
+        copy_tree(copy)
+        for number, fault in enumerate(chosen, 1):
+            started = time.monotonic()
+            caught = run_fault(copy, fault)
+            results.append((fault, caught))
+            said = caught or "SURVIVED"
+            print(f"{number}/{len(chosen)} {fault.file}: {fault.what}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    share = sum(bool(caught) for _, caught in results) / len(results)
+    if not flags.only:
+        TABLE.write_text(as_markdown(results))
+    print(f"{share:.1%} of {len(results)} faults are caught")
+    return 0 if share >= WANTED else 1
+
+
+def copy_tree(copy: Path) -> None:
+    """What git tracks, and the environments beside it."""
+    copy.mkdir()
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    for name in (".venv", "build"):
+        if (ROOT / name).exists():
+            (copy / name).symlink_to(ROOT / name)
+
+
+def run_fault(copy: Path, fault: Fault) -> str:
+    """Put a fault in, run its tests, take it out; the test that failed, or nothing when none did."""
+    path = copy / fault.file
+    honest = path.read_text()
+    path.write_text(mutate(honest, fault))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(_quoted(fault.tests))]
+    # The copy, and not the tree that the environment was installed from, is what the tests and their servers import.
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"nothing ended within {TIMEOUT_S} s"
+    finally:
+        path.write_text(honest)
+    if done.returncode not in (0, FAILED):
+        raise SystemExit(f"error: the tests of {fault.what!r} could not be run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\w+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed and done.returncode == FAILED else ""
+
+
+def mutate(text: str, fault: Fault) -> str:
+    """The file with the fault in it. Raises SystemExit when the place is not there exactly once."""
+    if text.count(fault.before) != 1:
+        raise SystemExit(f"error: {fault.what!r}: {fault.file} has {fault.before!r} {text.count(fault.before)} times, not once")
+    return text.replace(fault.before, fault.after)
+
+
+def _quoted(tests: str) -> str:
+    """What follows -k is one expression."""
+    files, marker, expression = tests.partition(" -k ")
+    return f"{files}{marker}{shlex.quote(expression)}" if marker and "--" not in expression else tests
+
+
+def as_markdown(results: list[tuple[Fault, str]]) -> str:
+    """The table for the docs."""
+    caught = sum(bool(name) for _, name in results)
+    lines = [
+        "# Planted faults, and the tests that find them",
+        "",
+        f"{caught} of {len(results)} are caught; written on {date.today().isoformat()} by `make mutate`, which puts each into",
+        "a copy of the tree and runs the tests that concern it. The list is `tests/mutate/faults.py`.",
+        "",
+        "| fault | file | caught by |",
+        "|---|---|---|",
+    ]
+    for fault, name in results:
+        lines.append(f"| {fault.what} | `{fault.file}` | {f'`{name}`' if name else EXCUSED.get(fault.what, 'nothing')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

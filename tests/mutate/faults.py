@@ -1,0 +1,142 @@
+# ruff: noqa: E501  # a fault is a line
+"""The faults that ``make mutate`` puts in, one at a time: small mistakes that a change could bring, and the tests to see them.
+
+``before`` stands exactly once in its file; a change of that line moves the fault along.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIRING = "tests/integration/test_wiring.py"
+BATCHER = "tests/unit/test_batcher.py"
+QUEUE = "tests/unit/test_fair_queue.py"
+AUTHORISATION = "tests/unit/test_authorisation.py"
+ACCESS = "tests/unit/test_access.py"
+OVER_THE_WIRE = "tests/integration/test_access.py"
+LABELS = "tests/integration/test_labels.py"
+SERVE = "tests/integration/test_serve.py"
+MODEL = "tests/unit/test_model.py"
+RECONCILE = "tests/unit/test_reconcile.py"
+RUNTIME = "tests/unit/test_runtime.py"
+REFERENCE = "tests/unit/test_train_reference.py"
+TRAIN = "tests/integration/test_train.py"
+EXPORT = "tests/integration/test_export.py"
+
+
+class Fault(NamedTuple):
+    """A mistake in one file, and what pytest is given to find it."""
+
+    what: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+CORE, QUEUES, BATCH = "serve/core/generate.py", "serve/batching/queue.py", "serve/batching/batcher.py"
+CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "serve/access/tls.py"
+OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http.py", "serve/api/rpc.py", "serve/api/admission.py"
+METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/loop.py"
+GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
+
+FAULTS = [
+    # core
+    Fault("one digit too many in an answer", CORE, "<= span.count <= most:", "<= span.count <= most + 1:", SERVE),
+    Fault("a caller's images are not held", CORE, "with model.in_use, account.hold(span.count):", "with model.in_use:", f"{OVER_THE_WIRE} -k limits"),
+    Fault("a model does not know that it is in use", CORE, "with model.in_use, account.hold(span.count):", "with account.hold(span.count):", "tests/integration/test_model_control.py tests/unit/test_reconcile.py"),
+    Fault("a request's deadline is dropped", CORE, "request.outputs, request.priority, request.deadline)\n        return", "request.outputs, request.priority, None)\n        return", WIRING),
+    Fault("a stream's deadline is dropped", CORE, "request.deadline, waits_for_room=True)", "None, waits_for_room=True)", WIRING),
+    Fault("a stream's labels begin anew in every chunk", CORE, "in_turn(labels, part.start, part.count)", "in_turn(labels, 0, part.count)", LABELS),
+    Fault("a label one too high is taken", CORE, "(numbers >= manifest.labels)", "(numbers > manifest.labels)", LABELS),
+    Fault("latents that are not finite are taken", CORE, "if not finite.all():", "if False:", SERVE),
+    Fault("an interpolation's middle has the farther end's label", CORE, "(steps - steps // 2, steps // 2)", "(steps // 2, steps - steps // 2)", LABELS),
+    Fault("truncation is ignored", CORE, "start, count, truncation=truncation)", "start, count)", LABELS),
+    Fault("traffic is not split by the seed", CORE, "request.version, lambda: span.seed)", "request.version, lambda: 0)", WIRING),
+    Fault("the indices beyond the stream's end are taken", CORE, "if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:", "if start > INDEX_LIMIT:", SERVE),
+    # batching
+    Fault("first come, first served", QUEUES, "[ticket.tag + min(waiting, self._quantum), waiting,", "[0.0, 0,", QUEUE),
+    Fault("expired rows are run", QUEUES, "ticket.deadline <= now:", "ticket.deadline <= 0:", QUEUE),
+    Fault("bulk starves", QUEUES, "self._batches_without_bulk >= BULK_TURN - 1", "False", QUEUE),
+    Fault("the queue takes twice its bound", QUEUES, "<= self.max_images\n", "<= 2 * self.max_images\n", QUEUE),
+    Fault("bulk fills the queue against interactive callers", QUEUES, "return self._levels[ticket.priority].images + ticket", "return self.images + ticket", QUEUE),
+    Fault("tickets that left stay in the heap", QUEUES, "        level.sweep()\n", "", QUEUE),
+    Fault("a cancelled ticket's rows are run", BATCH, "            dropped = self._drop(ticket)\n            if self._no_room:", "            dropped = 0\n            if self._no_room:", f"{BATCHER} {WIRING} -k cancel"),
+    Fault("the watchdog sleeps", BATCH, "> self.limits.watchdog_s\n", "> 1e9\n", f"{BATCHER} {WIRING} -k hang or hung"),
+    Fault("a lost slot is not replaced", BATCH, "        self._slots.replace()\n", "", f"{BATCHER} {WIRING} -k hang or hung or replaced"),
+    Fault("a lost slot's callers wait for ever", BATCH, "        self._observer.failed(reason)\n        self._deliver(failed)\n        self._slots", "        self._observer.failed(reason)\n        self._slots", f"{BATCHER} -k hang"),
+    Fault("the hint when to return ignores the queue", BATCH, "self._queue.images * self._seconds_per_image", "self._seconds_per_image", WIRING),
+    Fault("rows go to the wrong callers", BATCH, "array[begin:offset] for", "array[:count] for", BATCHER),
+    Fault("a batch's failure is nobody's", BATCH, "EngineError(\"a run of the model failed\"), \"failed\")", "EngineError(\"a run of the model failed\"), \"failed\")[:0]", f"{BATCHER} -k raises --timeout=60"),
+    Fault("replacements are tried without a pause", "serve/batching/slots.py", "0.0 if losses <= 1 else", "0.0 if losses <= 1000 else", BATCHER),
+    Fault("a batch waits however full it is", "serve/batching/linger.py", "if queue.images >= self._max_batch_size:", "if False:", BATCHER),
+    Fault("pixels of the next batch overwrite a labelled one's labels", "serve/batching/slot.py", "feeds[\"labels\"].copy()", "feeds[\"labels\"]", "tests/unit/test_batcher.py tests/unit/test_engine.py tests/integration/test_labels.py"),
+    # access
+    Fault("ModelInfer is open to all", OIP, "pb.ModelInferRequest, self.model_infer)", "pb.ModelInferRequest, self.model_infer, scope=\"open\")", AUTHORISATION),
+    Fault("a generating token may load models", "serve/api/model_control.py", "pb.LoadRequest, self.load, scope=\"admin\")", "pb.LoadRequest, self.load)", AUTHORISATION),
+    Fault("Triton's unload is open to all", "serve/api/model_control.py", "self.repository_unload, scope=\"admin\")", "self.repository_unload, scope=\"open\")", AUTHORISATION),
+    Fault("without tokens anybody administers", CALLERS, "if scope == \"admin\" and not self._open_admin:", "if False:", f"{ACCESS} {AUTHORISATION}"),
+    Fault("the server opens administration beyond loopback", SERVER, "*limits, is_loopback(settings.host))", "*limits, True)", f"{OVER_THE_WIRE} {WIRING}"),
+    Fault("an expired token is taken", TOKENS, "if token.expires_at <= time.time():", "if False:", f"{ACCESS} {AUTHORISATION}"),
+    Fault("a token's scopes are not looked at", CALLERS, "if scope not in token.scopes:", "if False:", f"{ACCESS} {AUTHORISATION}"),
+    Fault("a token's secret is not looked at", TOKENS, "if not hmac.compare_digest(hashed, token.sha256 if token else NO_HASH) or token is None:", "if token is None:", f"{ACCESS} {AUTHORISATION}"),
+    Fault("a caller's limit is per request", CALLERS, "if self.images + images > self.images_limit:", "if images > self.images_limit:", f"{ACCESS} {OVER_THE_WIRE} -k limit"),
+    Fault("a caller's images are never given back", CALLERS, "            self.images -= images\n", "            pass\n", f"{ACCESS} {OVER_THE_WIRE} -k limit"),
+    Fault("an IPv4 caller over IPv6 is somebody else", CALLERS, "getattr(address, \"ipv4_mapped\", None) or address", "address", ACCESS),
+    Fault("client certificates are not asked for", TLS, "require_client_authentication=self._files.client_ca is not None)", "require_client_authentication=False)", f"{OVER_THE_WIRE} -k certificate"),
+    # api
+    Fault("gRPC's deadline does not reach the call", RPC, "None if remaining is None else time.monotonic() + remaining", "None", WIRING),
+    Fault("the drain's gate is open", ADMISSION, "        if self._closed:\n", "        if False:\n", WIRING),
+    Fault("a cancelled call is counted as OK", ADMISSION, "self._code = grpc.StatusCode.CANCELLED", "self._code = grpc.StatusCode.OK", WIRING),
+    Fault("no hint when to return over gRPC", RPC, "if answer.retry_after_s is not None:", "if False:", WIRING),
+    Fault("no hint when to return over HTTP", HTTP, "if refusal.retry_after_s is not None:", "if False:", f"{WIRING} tests/integration/test_http_api.py"),
+    Fault("HTTP requests have no deadline", HTTP, "observed, time.monotonic() + TIMEOUT_S)", "observed, None)", WIRING),
+    Fault("a full queue is UNAVAILABLE", "serve/api/status.py", "QueueFullError: (Code.RESOURCE_EXHAUSTED, 429)", "QueueFullError: (Code.UNAVAILABLE, 503)", f"tests/unit/test_status.py {WIRING}"),
+    Fault("digits over Open Inference are not counted", OIP, "    call.encoded(digits, time.perf_counter() - started)\n", "", WIRING),
+    Fault("Open Inference is always ready", OIP, "ready=self._ready()", "ready=True", WIRING),
+    Fault("typed values over 127 are cut", "serve/api/encoding.py", "two = flat > 0x7F", "two = flat > 0xFF", "tests/unit/test_encode.py"),
+    Fault("a repeated HTTP parameter's last value counts", HTTP, "        if name in values:\n", "        if False:\n", "tests/integration/test_http_api.py"),
+    Fault("streams are interactive", "serve/api/digits_v1.py", "_addresses(request), Priority.BULK, call)", "_addresses(request), Priority.INTERACTIVE, call)", WIRING),
+    # models and runtime
+    Fault("a model that fails its golden check goes on", "serve/models/model.py", "if self.breached and not checking:", "if False:", MODEL),
+    Fault("self-checks go before callers", "serve/models/model.py", "PIXELS, Priority.BULK, None, checking=True)", "PIXELS, Priority.INTERACTIVE, None, checking=True)", WIRING),
+    Fault("readiness leaves out the canary", "serve/models/catalog.py", "if route.share(version) or version == route.default", "if version == route.default", f"{WIRING} {RECONCILE}"),
+    Fault("one failing look unloads a served model", "serve/models/reconcile.py", "{**before.get(name, {}), **now.get(name, {})}", "now.get(name, {})", RECONCILE),
+    Fault("a file's digest is not looked at", "serve/models/repository.py", "if sha256(contents[name]) != digest:", "if False:", "tests/unit/test_bundle_reading.py"),
+    Fault("the golden check at loading passes all", "serve/engine/golden.py", "if problem := golden_difference(manifest, expected, got):", "if problem := None:", "tests/unit/test_engine.py tests/unit/test_bundle_reading.py"),
+    Fault("connections live for ever", "serve/runtime/grpcio_front.py", "if settings.max_connection_age_s:", "if False:", WIRING),
+    Fault("a stopping server refuses nobody", SERVER, "        self._in_flight.close()\n", "", WIRING),
+    Fault("a stopping server says that it is ready", SERVER, "        self._health.draining = True\n", "", WIRING),
+    Fault("liveness never fails", "serve/runtime/health.py", "without_slots_s > WITHOUT_SLOTS_S:", "without_slots_s > 1e9:", RUNTIME),
+    Fault("a background task dies of its first error", "serve/runtime/background.py", "        except Exception:\n", "        except ZeroDivisionError:\n", RUNTIME),
+    # observability
+    Fault("padding is not counted", METRICS, "if bucket > images:", "if False:", WIRING),
+    Fault("dropped rows are counted as one", METRICS, "self._dropped(reason).inc(images)", "self._dropped(reason).inc()", WIRING),
+    Fault("digits are counted as requests", METRICS, "images_in(encoding)(images)", "images_in(encoding)(1)", WIRING),
+    Fault("a gauge keeps a released model", METRICS, "            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model\n", "", MODEL),
+    Fault("what was kept is not observed when metrics are read", METRICS, "            records.flush()\n", "            pass\n", WIRING),
+    # train
+    Fault("real and fake are swapped", LOOP, "discriminator_loss(real_logits.float(), fake_logits.float(),", "discriminator_loss(fake_logits.float(), real_logits.float(),", REFERENCE),
+    Fault("fakes are judged with the real images' labels", LOOP, "self.trained_discriminator(fake, *labels)", "self.trained_discriminator(fake, *real[1:])", REFERENCE),
+    Fault("the discriminator's gradients pile up", LOOP, "        self.discriminator_optimizer.zero_grad()\n", "", REFERENCE),
+    Fault("the generator's gradients pile up", LOOP, "        self.generator_optimizer.zero_grad()\n", "", REFERENCE),
+    Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
+    Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
+    Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),
+    Fault("the generator wants to be found out", "train/losses.py", "torch.ones_like(fake_logits))", "torch.zeros_like(fake_logits))", REFERENCE),
+    Fault("the mean of the losses is their sum", "train/losses.py", "return total / 2 if joined_by == \"mean\" else total", "return total", REFERENCE),
+    Fault("the learning rate does not decay", LOOP, "                self._set_learning_rate()\n", "", f"{TRAIN} -k decays"),
+    Fault("a resumed run draws the first noise again", LOOP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k killed"),
+    Fault("a signal saves nothing", LOOP, "if due or last or self.stop_wanted:", "if due or last:", f"{TRAIN} -k signal"),
+    Fault("the last step is not saved", LOOP, "if due or last or self.stop_wanted:", "if due or self.stop_wanted:", f"{TRAIN} -k last_step"),
+    # export
+    Fault("pixels are cut, not rounded", GENERATOR, "torch.round(images * 255.0)", "torch.floor(images * 255.0)", EXPORT),
+    Fault("the trained range's offset is turned round", GENERATOR, "self.offset = -low /", "self.offset = low /", EXPORT),
+    Fault("a NaN passes for parity", PARITY, "if not images.max() <= tolerance.images:", "if images.max() > tolerance.images:", EXPORT),
+    Fault("images may differ by twice the tolerance", PARITY, "if not images.max() <= tolerance.images:", "if not images.max() <= 2 * tolerance.images:", EXPORT),
+    Fault("pixels may differ by one level more", PARITY, "if levels.max() > tolerance.pixel_levels:", "if levels.max() > tolerance.pixel_levels + 1:", EXPORT),
+    Fault("the generator is exported, not its average", "train/models.py", "\"average\" if config.average_decay else \"generator\"", "\"generator\"", EXPORT),
+    Fault("a checkpoint older than its run is exported", "train/checkpoint.py", "if state[\"step\"] != last:", "if False:", EXPORT),
+    Fault("a quality of another step is published", BUNDLE, "if step != checkpoint[\"step\"]:", "if False:", EXPORT),
+    Fault("a floor is a ceiling", BUNDLE, "(value >= floor if", "(value <= floor if", EXPORT),
+]  # fmt: skip
