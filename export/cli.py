@@ -21,7 +21,8 @@ from export.gallery import Gallery
 from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
-from serve.client.channel import access_from, add_flags, described
+from serve.client.channel import access_from, add_flags
+from serve.client.diagnosis import described
 from serve.config.command_line import OneLineParser
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
@@ -130,16 +131,17 @@ def _plain(flags: argparse.Namespace) -> int:
 
 
 def _watch(flags: argparse.Namespace) -> int:
-    with DigitClient(flags.target, access=access_from(flags)) as client:
+    access = access_from(flags)
+    with DigitClient(flags.target, access=access) as client:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:
                 done = watch.round()
             except grpc.RpcError as error:
-                raise ExportError(f"{flags.target}: {described(error)}") from None
+                raise ExportError(f"{flags.target}: {described(error, flags.target, access)}") from None
             print(table(done.checks))
             for failure in done.failures:
-                text = described(failure) if isinstance(failure, grpc.RpcError) else failure
+                text = described(failure, flags.target, access) if isinstance(failure, grpc.RpcError) else failure
                 print(f"error: {text}", file=sys.stderr)
             return 1 if done.failures or any(check.breach for check in done.checks) else 0
         registry = CollectorRegistry()

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import grpc
 from google.protobuf.message import Message
 
-from serve.client.channel import access_from, add_flags, described
+from serve.client.channel import access_from, add_flags
+from serve.client.diagnosis import described
 from serve.config.command_line import OneLineParser
 from serve.errors import SettingsError
 from serve.pb.digits.v1 import control_pb2 as pb
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             call = getattr(pb_grpc.ModelControlStub(channel), method)
             response = call(request, timeout=flags.timeout, metadata=access.metadata)
     except grpc.RpcError as error:
-        print(f"error: {flags.target}: {described(error)}", file=sys.stderr)
+        print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
         return 1
     except (SettingsError, ValueError) as error:  # protobuf refuses a value before anything is sent
         print(f"error: {error}", file=sys.stderr)

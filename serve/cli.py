@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from serve.batching.slot import SLOT_THREAD
 from serve.config.settings import Settings, from_arguments
 from serve.errors import StartError
 from serve.observability.logs import configure
+from serve.runtime.front import address, join
 from serve.runtime.server import Ports, Server, serve
+
+log = logging.getLogger(__name__)
+
+USUAL_TARGETS = ("127.0.0.1:50051", "localhost:50051")  # make generate's own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,17 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _announce(server: Server, ports: Ports, settings: Settings) -> None:
+    """What is served and where: for a person on standard output, for machines in the log."""
+    for line in _banner(server, ports, settings):
+        if settings.log_format == "json":
+            log.info(line)
+        else:
+            print(line, flush=True)
+
+
+def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:
     tls, tokens = settings.tls_cert is not None, settings.tokens_file is not None
-    print(f"gRPC  {settings.host}:{ports.grpc}{' with TLS' * tls}{' and bearer tokens' * tokens}")
-    print(f"HTTP  http://{settings.http_host}:{ports.http}/metrics /healthz /readyz")
+    target, http = address(settings, ports.grpc), join(settings.http_host, ports.http)
+    yield f"gRPC  {target}{' with TLS' * tls}{' and bearer tokens' * tokens}"
+    yield f"HTTP  http://{http}/metrics /healthz /readyz"
     if settings.page:
-        print(f"page  http://{settings.http_host}:{ports.http}/")
+        yield f"page  http://{http}/"
     for model in server.catalog.models():
         limits = model.batcher.limits
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""
-        print(
+        yield (
             f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "
             f"{limits.slots} instances, batches of up to {limits.max_batch_size}"
         )
+    if not server.catalog.names():
+        yield f"model none yet: {settings.models_dir} is looked at every {settings.poll_interval_s:g} s"
     needs = " --ca FILE" * tls + " --token-file FILE" * tokens
-    print(f"next  make generate    or: python -m serve.client --target {settings.host}:{ports.grpc}{needs}", flush=True)
+    make = "make generate" + f" TARGET={target}" * (target not in USUAL_TARGETS) + f' ARGS="{needs.strip()}"' * bool(needs)
+    yield f"next  {make}    or: python -m serve.client --target {target}{needs}"

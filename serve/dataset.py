@@ -196,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.action == "join":
             for path in join(flags.out, flags.format):
                 print(path)
+            _say_unlabelled(read_header(flags.out))
             return 0
         _write(flags)
     except (ServeError, OSError) as error:
@@ -230,8 +231,18 @@ def _write(flags: argparse.Namespace) -> None:
     begun = time.perf_counter()
     options = EngineOptions(provider=choose_provider(flags.provider))
     path = write_shard(flags.out, dataset, flags.shard, Generator(bundle, options, flags.threads))
+    _say_unlabelled(dataset)
     seconds, count = time.perf_counter() - begun, dataset.shard_range(flags.shard)[1]
     print(f"{path}: {count:,} digits by {dataset.model}/{dataset.version} in {seconds:.1f} s, {count / seconds:,.0f} a second")
+
+
+def _say_unlabelled(dataset: Dataset) -> None:
+    if not dataset.classes:
+        print(
+            f"{dataset.model} is unconditional: every label is {UNKNOWN_LABEL}, which stands for none; for training a classifier"
+            " write a data set of a conditional model, as --model cdcgan",
+            file=sys.stderr,
+        )
 
 
 def _bundle(models_dir: Path, model: str, version: int) -> Bundle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 from serve.bench.process import sample_sum
 
+SERVE = ("-m", "serve")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
 
@@ -23,15 +25,19 @@ class ServerProcess:
 
     def __init__(self, *flags: str, environment: Mapping[str, str] | None = None) -> None:
         ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
-        command = [sys.executable, "-m", "serve", *ports, "--http-port=0", *flags]
+        command = [sys.executable, *SERVE, *ports, "--http-port=0", *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )
-        assert self.process.stdout is not None
-        self.announced = ""
-        for line in self.process.stdout:
-            self.announced += line
-            if line.startswith("next"):
+        in_log = "--log-format=json" in flags  # there the announcement is a part of the log
+        stream = self.process.stderr if in_log else self.process.stdout
+        assert stream is not None
+        self.announced = self._log = ""
+        for line in stream:
+            said = json.loads(line)["message"] + "\n" if in_log else line
+            self.announced += said
+            self._log += line if in_log else ""
+            if said.startswith("next"):
                 break
         else:
             raise AssertionError(f"the server did not start: {self.process.communicate()[1]}")
@@ -60,7 +66,7 @@ class ServerProcess:
         """SIGTERM; the exit status and what was logged."""
         self.process.send_signal(signal.SIGTERM)
         _, log = self.process.communicate(timeout=STOP_TIMEOUT_S)
-        return self.process.returncode, log
+        return self.process.returncode, self._log + log
 
     def kill(self) -> None:
         if self.process.poll() is None:

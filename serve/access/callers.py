@@ -118,11 +118,12 @@ class Accounts:
 
     def admit(self, caller: Caller, scope: Scope) -> Account:
         """The account of a caller. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""
-        account = self._identify(caller, scope)
+        account = self.identify(caller, scope)
         account.count_request()
         return account
 
-    def _identify(self, caller: Caller, scope: Scope) -> Account:
+    def identify(self, caller: Caller, scope: Scope) -> Account:
+        """The account of a caller, its request not counted. Raises UnauthenticatedError or ForbiddenError."""
         if scope == "open":
             return self._everyone
         if self._tokens is None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 import grpc
 
-from serve.access.callers import Account, Accounts, Caller, Scope
+from serve.access.callers import Account, Accounts, Caller, Scope, peer_address
 from serve.api.status import Refusal, refusal
 from serve.core.request import Digits
 from serve.errors import ServeError, UnavailableError
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.observability.tracing import Tracing
+
+log = logging.getLogger(__name__)
+
+DENIALS_EVERY_S = 1.0
 
 
 class InFlight:
@@ -50,6 +55,24 @@ class InFlight:
         return True
 
 
+class DenialLog:
+    """Names who was kept out, in a line a second at most: guessing must not fill the log."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+        self._unsaid = 0
+
+    def note(self, caller: Caller, error: ServeError) -> None:
+        """A call has been denied."""
+        now = time.monotonic()
+        if now < self._next_at:
+            self._unsaid += 1
+            return
+        more = f"; {self._unsaid} more since the last such line" if self._unsaid else ""
+        log.warning("denied: %s, from %s%s", error, peer_address(caller.address) or "an unknown address", more)
+        self._next_at, self._unsaid = now + DENIALS_EVERY_S, 0
+
+
 class Admission:
     """What the calls of a server share."""
 
@@ -58,6 +81,7 @@ class Admission:
         self.in_flight = in_flight
         self.accounts = accounts
         self.tracing = tracing
+        self.denials = DenialLog()
 
 
 class Call:
@@ -66,7 +90,7 @@ class Call:
     ``in_flight`` is for the transport: whether the call was counted, and is to leave once its answer has been sent.
     """
 
-    __slots__ = ("_admission", "_code", "_observed", "_started", "account", "deadline", "in_flight")
+    __slots__ = ("_admission", "_caller", "_code", "_observed", "_scope", "_started", "account", "deadline", "in_flight")
 
     def __init__(self, admission: Admission, observed: RpcMetrics, deadline: float | None) -> None:
         """``deadline`` on ``time.monotonic()``; None without one."""
@@ -77,14 +101,26 @@ class Call:
         self.deadline = deadline
         self.in_flight = False
         self.account: Account
+        self._caller: Caller
+        self._scope: Scope
         observed.started()
 
     def admit(self, caller: Caller, scope: Scope) -> None:
         """Count the call. Raises UnavailableError while draining, or as ``Accounts.admit`` does."""
         current_request_id.set(caller.request_id)
+        self._caller, self._scope = caller, scope
         self._admission.in_flight.enter()
         self.in_flight = True
         self.account = self._admission.accounts.admit(caller, scope)
+
+    def check_again(self) -> None:
+        """Raises UnauthenticatedError or ForbiddenError when the caller would not be admitted any more."""
+        self._admission.accounts.identify(self._caller, self._scope)
+
+    @property
+    def caller(self) -> str:
+        """Who calls, for the log."""
+        return f"{self.account.name} at {peer_address(self._caller.address) or 'an unknown address'}"
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""
@@ -99,6 +135,7 @@ class Call:
         """Count what went wrong; returns what to answer."""
         if isinstance(error, ServeError) and error.denial:
             self._admission.metrics.access_denied.labels(error.denial).inc()
+            self._admission.denials.note(self._caller, error)
         answer = refusal(error)
         self._code = answer.code
         return answer

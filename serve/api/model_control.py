@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from serve.api.admission import Admission, Call
@@ -12,6 +13,8 @@ from serve.models.desired_state import Route
 from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import control_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
+
+log = logging.getLogger(__name__)
 
 SERVICE = "digits.v1.ModelControl"
 OPEN_INFERENCE = "inference.GRPCInferenceService"
@@ -39,14 +42,17 @@ class ModelControlService:
         return [own, extension]
 
     async def load(self, request: pb.LoadRequest, call: Call) -> bytes:
+        _note(call, "load", request.model, request.version)
         await self._administration.load(_name(request.model), _version(request.version))
         return await self._answer(request.model)
 
     async def unload(self, request: pb.UnloadRequest, call: Call) -> bytes:
+        _note(call, "unload", request.model, request.version)
         await self._administration.unload(_name(request.model), _version(request.version))
         return await self._answer(request.model)
 
     async def set_default(self, request: pb.SetDefaultRequest, call: Call) -> bytes:
+        _note(call, "set the default of", request.model, request.version)
         default, canary, share = _version(request.version), _version(request.canary_version), request.canary_share
         if bool(canary) != bool(share):
             raise RequestError("canary_version and canary_share go together: one of them is missing")
@@ -58,6 +64,7 @@ class ModelControlService:
         return await self._answer(request.model)
 
     async def rollback(self, request: pb.RollbackRequest, call: Call) -> bytes:
+        _note(call, "roll back", request.model, 0)
         await self._administration.rollback(_name(request.model))
         return await self._answer(request.model)
 
@@ -76,10 +83,12 @@ class ModelControlService:
     async def repository_load(self, request: oip.RepositoryModelLoadRequest, call: Call) -> bytes:
         if request.parameters:
             raise RequestError(f"parameters: {min(request.parameters)[:40]!r} is unknown; a bundle brings its own configuration")
+        _note(call, "load", request.model_name, 0)
         await self._administration.load(_name(request.model_name), 0)
         return oip.RepositoryModelLoadResponse().SerializeToString()
 
     async def repository_unload(self, request: oip.RepositoryModelUnloadRequest, call: Call) -> bytes:
+        _note(call, "unload", request.model_name, 0)
         await self._administration.unload(_name(request.model_name), 0)
         return oip.RepositoryModelUnloadResponse().SerializeToString()
 
@@ -103,6 +112,11 @@ def to_response(statuses: Sequence[VersionStatus]) -> pb.ControlResponse:
             queued_images=status.queued_images,
         )
     return response
+
+
+def _note(call: Call, what: str, model: str, version: int) -> None:
+    """Say in the log who wants what changed; whether it was, the models' own lines tell."""
+    log.info("%s asks to %s %r%s", call.caller, what, model[:64], f", version {version}" if version else "")
 
 
 def _name(model: str) -> str:

@@ -74,6 +74,7 @@ class RpcTable:
             try:
                 call.admit(caller_of(context), scope)
                 async for response in answers(_parse(request_type, raw), call):
+                    call.check_again()  # a token may have been revoked since
                     yield response
                 call.answered()
             except Exception as error:

@@ -93,13 +93,6 @@ def access_from(flags: argparse.Namespace) -> Access:
     return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
 
 
-def described(error: grpc.RpcError) -> str:
-    """A failed call's status in one line, with the way out where nobody could be reached."""
-    unreachable = error.code() is grpc.StatusCode.UNAVAILABLE and "Connection refused" in (error.details() or "")
-    hint = "; is a server running there? make serve starts one" if unreachable else ""
-    return f"{error.code().name}: {error.details()}{hint}".replace("\n", " ")
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -11,8 +11,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.client.channel import access_from, add_flags, described
+from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
+from serve.client.diagnosis import described
 from serve.config.command_line import OneLineParser
 from serve.errors import SettingsError
 from serve.pictures import to_grid, to_png
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Ask a server for digits; write a picture and print them."""
     flags = _parser().parse_args(arguments)
     try:
-        with DigitClient(flags.target, flags.timeout, access_from(flags), wait_for_server=False) as client:
+        access = access_from(flags)
+        with DigitClient(flags.target, flags.timeout, access, wait_for_server=False) as client:
             digits = client.generate(
                 flags.count,
                 seed=flags.seed,
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 version=flags.version,
             )
     except grpc.RpcError as error:
-        print(f"error: {flags.target}: {described(error)}", file=sys.stderr)
+        print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
         return 1
     except (SettingsError, ValueError) as error:  # protobuf refuses a value before anything is sent
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import ipaddress
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from serve.config.command_line import OneLineParser
+from serve.config.release import release
 from serve.config.version_policy import parse_policies
 from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 
 ENV_PREFIX = "DIGITS_"
+UNIX = "unix:"  # how a --host begins that is a Unix socket's path
+# What others read, and what Kubernetes sets in every container for a Service called digits or digits-serve.
+NO_SETTINGS = re.compile(r"DIGITS_(TOKEN|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|(\w+_)?PORT(_\w+)?)")
 
 # Settings of earlier releases, and what to do instead.
 RETIRED = {
@@ -62,6 +68,11 @@ class Settings:
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
     http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz and the page; 0 takes a free one", low=0, high=65535)
+    http_names: str = _setting(
+        "",
+        "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
+        " loopback, else every name)",
+    )
     page: bool = _setting(True, "answer with a page to look at, and digits at /v1/digits, on the HTTP port")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
@@ -136,6 +147,8 @@ class Settings:
         """Refuse what pygrpc-native cannot do, or not safely."""
         if self.tls_cert is not None:
             raise SettingsError("--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it")
+        if self.host.startswith(UNIX):
+            raise SettingsError(f"--front native cannot serve --host {self.host}: give an address, or use --front grpcio")
         if not is_loopback(self.host):
             raise SettingsError(
                 f"--front native reads requests of any size and cannot serve --host {self.host}: put a proxy on this machine"
@@ -150,7 +163,8 @@ class Settings:
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        unix = host.startswith(UNIX)
+        return unix or host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -194,7 +208,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default = "" if spec.name == "models_dir" or shown in (None, "") else f" (default: {shown})"
         text = f"{spec.metadata['help']}{default} [{env_name(spec.name)}]"
         options: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(spec.default, bool) else {}
-        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar="VALUE", **options)
+        choices = ("true", "false") if isinstance(spec.default, bool) else spec.metadata.get("choices")
+        shape = "{" + ",".join(choices) + "}" if choices else "VALUE"
+        parser.add_argument(flag_name(spec.name), help=text.replace("%", "%%"), default=None, metavar=shape, **options)
     for name in RETIRED:
         parser.add_argument(flag_name(name), help=argparse.SUPPRESS, default=None)
 
@@ -205,6 +221,11 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> 
         if flags.get(name) is not None or env_name(name) in environment:
             source = flag_name(name) if flags.get(name) is not None else env_name(name)
             raise SettingsError(f"{source} is no setting any more: {instead}")
+    known = {env_name(spec.name) for spec in dataclasses.fields(Settings)}
+    for name in environment:
+        if name.startswith(ENV_PREFIX) and name not in known and not NO_SETTINGS.fullmatch(name):
+            close = difflib.get_close_matches(name, known, 1)
+            raise SettingsError(f"{name} is no setting{f'; is {close[0]} meant?' if close else ''} (see python -m serve --help)")
     hints = typing.get_type_hints(Settings)
     values: dict[str, Any] = {}
     for spec in dataclasses.fields(Settings):
@@ -220,6 +241,7 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     """Settings from a command line. Raises SettingsError; an unknown flag ends the process with one line."""
     parser = OneLineParser(prog="python -m serve", description="Serve digit generators over gRPC.")
     add_flags(parser)
+    parser.add_argument("--version", action="version", version=f"digits-serve {release()}")
     return resolve(vars(parser.parse_args(arguments)), environment)
 
 

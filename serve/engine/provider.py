@@ -44,7 +44,7 @@ def choose_provider(wanted: str) -> Provider:
         return "cuda"
     if wanted == "cuda":
         raise ProviderError(f"--provider cuda: {reason}; install the CUDA extra and a driver, or use --provider cpu")
-    log.warning("provider auto: serving on the CPU, because %s", reason)
+    log.info("provider auto: on the CPU, because %s", reason)
     return "cpu"
 
 

@@ -83,6 +83,8 @@ class Reconciler:
             raise BundleError(f"--models-dir {self._settings.models_dir} holds no complete model; make export writes one")
         if strict and (wanted := self._settings.default_model) and wanted not in self._scan:
             raise SettingsError(f"--default-model {wanted!r} is not served; there are {', '.join(self._scan)}")
+        if strict and (unknown := self._policies.own.keys() - self._scan.keys()):
+            raise SettingsError(f"--versions: there is no model {min(unknown)!r}; there are {', '.join(self._scan)}")
         for name in self._scan:
             await self.reconcile(name, strict)
 

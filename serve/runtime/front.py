@@ -8,13 +8,13 @@ from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from serve.access.tls import Certificates
 from serve.api.rpc import RpcTable
-from serve.config.settings import Settings
+from serve.config.settings import UNIX, Settings
 from serve.errors import StartError
 from serve.observability.tracing import Tracing
+from serve.runtime.reflection import add_reflection
 
 MAX_REQUEST_BYTES = 4 << 20
 KEEPALIVE_MS = 30_000
@@ -53,8 +53,7 @@ class Services:
         """Add what grpcio's own packages answer, about all of the services."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.reflection:
-            names = {table.service for table in self.tables} | {health.SERVICE_NAME, reflection.SERVICE_NAME}
-            reflection.enable_server_reflection(sorted(names), server)
+            add_reflection({*(table.service for table in self.tables), health.SERVICE_NAME}, server)
 
 
 def bind(settings: Settings, services: Services, certificates: Certificates | None) -> Front:
@@ -69,9 +68,14 @@ def bind(settings: Settings, services: Services, certificates: Certificates | No
 
 
 def address(settings: Settings, port: int) -> str:
-    """``host:port``, as gRPC reads it."""
-    host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
-    return f"{host}:{port}"
+    """``host:port``, as gRPC reads it: ``[::1]:50051`` for an IPv6 address, and a Unix socket's path without a port."""
+    return settings.host if settings.host.startswith(UNIX) else join(settings.host, port)
+
+
+def join(host: str, port: int) -> str:
+    """``host:port``, with an IPv6 address in brackets."""
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def port_taken(settings: Settings) -> StartError:

@@ -8,13 +8,12 @@ what the number of servers gave: docs/decisions/0001-asyncio.md, 0009-fronts.md.
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import cast
 
 import grpc
 
 from serve.access.tls import Certificates
-from serve.config.settings import Settings
+from serve.config.settings import UNIX, Settings
 from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
 
 SERVERS = 8
@@ -25,8 +24,6 @@ class GrpcioFront:
     """A bound port. Raises StartError when it cannot be had."""
 
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
-        if settings.grpc_port:
-            _check_free(settings)
         options = [
             ("grpc.so_reuseport", 1),
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -41,7 +38,8 @@ class GrpcioFront:
         interceptors = [services.tracing.interceptor] if services.tracing else []
         self.port = settings.grpc_port
         self._servers: list[grpc.aio.Server] = []
-        for _ in range(SERVERS):
+        # A path cannot be shared.
+        for _ in range(1 if settings.host.startswith(UNIX) else SERVERS):
             server = grpc.aio.server(interceptors=interceptors, options=options)
             services.add_to(cast(grpc.aio.Server, _GenericHandlersOnly(server)))
             where = address(settings, self.port)
@@ -72,18 +70,3 @@ class _GenericHandlersOnly:
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Leave them out: the generic handlers cover them."""
-
-
-def _check_free(settings: Settings) -> None:
-    """Raises StartError where another process listens: sharing the port with it would succeed, and in silence."""
-    try:
-        candidates = socket.getaddrinfo(settings.host.strip("[]"), settings.grpc_port, type=socket.SOCK_STREAM)
-        for family, kind, protocol, _, where in candidates:
-            with socket.socket(family, kind, protocol) as probe:
-                # Ports of connections that have just ended are free; without SO_REUSEPORT a listener is a conflict.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(where)
-    except OSError:
-        raise port_taken(settings) from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from serve.access import tls
 from serve.access.callers import Accounts
@@ -24,9 +24,10 @@ from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
 from serve.api.http import HttpApi
+from serve.api.http_port import LOOPBACK_NAMES, start_http
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
-from serve.api.probes import make_app, start_http
+from serve.api.probes import make_app
 from serve.config.release import release
 from serve.config.settings import Settings, is_loopback
 from serve.core.generate import Core
@@ -39,13 +40,15 @@ from serve.models.repository import Repository
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
 from serve.runtime.background import for_each, repeat
-from serve.runtime.front import Front, Services, bind
+from serve.runtime.front import Front, Services, address, bind
 from serve.runtime.health import Health
+from serve.runtime.ports import check_ports
 
 log = logging.getLogger(__name__)
 
 SUPERVISION_S = 1.0
 YOUNG_OBJECTS = 10_000  # made and not yet freed, between two garbage collections of the youngest
+ENDED_AT_ONCE = 130  # the exit status
 FLUSH_GRACE_S = 0.25  # for answers to be written when the drain's deadline has passed
 HTTP_CLEANUP_S = 1.0  # twice: for connections whose clients do not read
 # What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, open connections, spans not yet sent.
@@ -95,13 +98,20 @@ class Server:
         """Begin to drain."""
         self._stopping.set()
 
+    def _signalled(self) -> None:
+        """The first signal drains, the second ends the process at once."""
+        if self._stopping.is_set():
+            os._exit(ENDED_AT_ONCE)
+        self.stop()
+
     async def _start(self) -> Ports:
         settings = self._settings
         certificates, tokens = self._certificates(), self._tokens()
+        check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
         limits = (settings.caller_images, settings.caller_requests_per_s)
         accounts = Accounts(tokens, *limits, is_loopback(settings.host))
@@ -116,8 +126,10 @@ class Server:
         self._grpc = bind(settings, services, certificates)
         app = make_app(self._registry if settings.metrics else None, self._health.not_alive, self._health.not_ready)
         if settings.page:
-            app.add_routes(HttpApi(core, admission, f"{settings.host}:{self._grpc.port}").routes())
-        self._http, http_port = await start_http(app, settings.http_host, settings.http_port, HTTP_CLEANUP_S)
+            app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port)).routes())
+        self._http, http_port = await start_http(
+            app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
+        )
         await self._grpc.start()
         await self._health.publish()
         self._start_background()
@@ -195,7 +207,16 @@ def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None
     uvloop.run(run())
 
 
+def _http_names(settings: Settings) -> set[str] | None:
+    """The names that the HTTP port answers to; None for all. On loopback nobody but this machine has any business there."""
+    named = {name.strip().lower() for name in settings.http_names.split(",") if name.strip()}
+    if not named and not is_loopback(settings.http_host):
+        return None
+    return {*named, *LOOPBACK_NAMES, settings.http_host.strip("[]").lower()}
+
+
 def _new_registry() -> CollectorRegistry:
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     collectors: list[Any] = [ProcessCollector, PlatformCollector, GCCollector]
     for collector in collectors:

@@ -250,6 +250,27 @@ def test_a_token_revoked_under_load_is_out_within_a_second_and_others_stay(
     assert set(stayed) == {grpc.StatusCode.OK}
 
 
+@pytest.mark.both_fronts
+def test_a_revoked_tokens_stream_ends_at_its_next_chunk_and_the_log_names_who_was_kept_out(
+    tmp_path: Path, add_token: Callable[..., str], start_server: Callable[..., ServerProcess]
+) -> None:
+    """Issue: it went on until the connection's age ended it."""
+    token = add_token("leaving")
+    path = tmp_path / "tokens.json"
+    server = start_server(f"--tokens-file={path}")
+    with grpc.insecure_channel(server.target) as channel:
+        request = pb.GenerateStreamRequest(count=10_000_000, chunk=64, model="mlp")
+        stream = pb_grpc.DigitGeneratorStub(channel).GenerateStream(request, metadata=Access(token=token).metadata, timeout=60)
+        next(stream)
+        assert tokens_command(["remove", str(path), "--name=leaving"]) == 0
+        revoked = time.monotonic()
+        code = code_of(lambda: [None for _ in stream])
+        assert time.monotonic() - revoked < 30
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    _, log = server.terminate()
+    assert "denied: the bearer token is not known here, from 127.0.0.1" in log
+
+
 @pytest.mark.long
 @pytest.mark.both_fronts
 def test_ten_thousand_guesses_over_the_wire_get_nobody_in_and_cost_nobody_else(
@@ -325,7 +346,7 @@ def test_reflection_and_metrics_can_be_turned_off_and_http_changes_nothing(
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         for path in ("/metrics", "/healthz", "/readyz", "/"):
             with socket.create_connection((host, int(port)), timeout=10) as raw:
-                raw.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                raw.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
                 assert raw.recv(100).split()[1] in (b"404", b"405")
 
 

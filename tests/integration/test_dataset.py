@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, 2, 0)
+    assert "mlp is unconditional: every label is 255" in capsys.readouterr().err
     assert main([*BASE, f"--out={tmp_path}", "--shards=2", "--shard=1", *flags]) == 2
     said = capsys.readouterr().err
     assert message in said

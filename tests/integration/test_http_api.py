@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
+import http.client
 import io
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -189,3 +194,95 @@ def test_only_get_is_answered(shared_server: ServerProcess) -> None:
             urllib.request.urlopen(request, timeout=20)
         caught.value.close()
         assert caught.value.code == 405
+
+
+def test_errors_of_the_transport_are_json_too_and_no_banner_is_shown(shared_server: ServerProcess) -> None:
+    host, _, port = shared_server.http.rpartition(":")
+    for method, path, status in (("GET", "/nowhere", 404), ("POST", "/v1/digits", 405), ("GET", "/v1/digits?count=0", 400)):
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            assert answer.status == status
+            assert answer.headers["Content-Type"].startswith("application/json")
+            assert "Server" not in answer.headers
+            assert set(json.loads(answer.read())) == {"error"}
+
+
+def test_another_name_than_this_servers_is_refused_but_for_probes_and_metrics(
+    start_server: Callable[..., ServerProcess],
+) -> None:
+    """A page elsewhere could have its own name lead to this machine and read what is here (DNS rebinding)."""
+
+    def status(server: ServerProcess, path: str, name: str) -> int:
+        request = urllib.request.Request(f"http://{server.http}{path}", headers={"Host": name})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    server = start_server("--http-names=digits.example.org")
+    for path in ("/", "/v1/digits", "/v1/status"):
+        for name, expected in (("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("DIGITS.example.org", 200),
+                               ("evil.example.com", 421), ("localhost.evil.com", 421), ("", 421)):  # fmt: skip
+            assert status(server, path, name) == expected, (path, name)
+    assert status(server, "/readyz", "evil.example.com") == status(server, "/metrics", "10.0.0.7") == 200
+
+
+def test_metrics_are_compressed_where_that_is_taken_and_have_no_creation_times(shared_server: ServerProcess) -> None:
+    request = urllib.request.Request(f"http://{shared_server.http}/metrics", headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.headers["Content-Encoding"] == "gzip"
+        text = gzip.decompress(answer.read()).decode()
+    assert "digits_images_total" in text
+    assert "_created" not in text
+
+
+def test_what_is_no_http_leaves_no_trace_in_the_log(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    host, _, port = server.http.rpartition(":")
+    for garbage in (
+        b"\x16\x03\x01\x02\0",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\0 HTTP/1.1\r\n\r\n",
+        b"\r\n" * 9 + b"?" * 9000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA : b\r\n\r\n",
+    ):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+    assert server.get("/v1/digits")[0] == 200
+    _, log = server.terminate()
+    assert "Traceback" not in log
+    assert " ERROR " not in log
+
+
+def test_half_open_connections_are_ended_and_take_no_descriptors_from_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: 1,500 half-open connections were held, and with 256 descriptors 400 of them took gRPC down."""
+    few = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); sys.argv = ['serve', *sys.argv[1:]]"
+    slow = "import serve.api.http_port as port; port.HEAD_TIMEOUT_S = 1.5"
+    program = f"{few}; {slow}; import runpy; runpy.run_module('serve', run_name='__main__')"
+    monkeypatch.setattr("tests.server_process.SERVE", ("-c", program))
+    server = ServerProcess()
+    try:
+        host, _, port = server.http.rpartition(":")
+        process = psutil.Process(server.process.pid)
+        with contextlib.ExitStack() as stack, DigitClient(server.target) as client:
+            held = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(200)]
+            for number, connection in enumerate(held):
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"" if number % 2 else b"GET / HTTP/1.1\r\nHost:")
+            with DigitClient(server.target) as newcomer:
+                assert newcomer.generate(1).model == client.generate(1).model
+            assert process.num_fds() < 200
+            for connection in held:
+                with contextlib.suppress(OSError):
+                    assert connection.recv(1) == b"", "it is ended"
+        assert server.get("/readyz")[0] == 200
+    finally:
+        server.kill()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from PIL import Image
 
 from serve.client import DigitClient
@@ -247,9 +247,14 @@ def test_health_is_told_overall_and_for_each_model(shared_server: ServerProcess)
         assert caught.value.code() is MISSING
 
 
-def test_reflection_describes_every_service_with_its_methods(shared_server: ServerProcess) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_describes_every_service_with_its_methods(shared_server: ServerProcess, version: str) -> None:
     with grpc.insecure_channel(shared_server.target) as channel:
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        call: Any = channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            reflection_pb2.ServerReflectionRequest.SerializeToString,
+            reflection_pb2.ServerReflectionResponse.FromString,
+        )
 
         def ask(**request: str) -> Any:
             (answer,) = call(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=20)
@@ -268,6 +273,7 @@ def test_reflection_describes_every_service_with_its_methods(shared_server: Serv
             "digits.v1.ModelControl",
             "inference.GRPCInferenceService",
             "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
             "grpc.reflection.v1alpha.ServerReflection",
         }
         == names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from serve.client import DigitClient
+from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
 from tests.server_process import ServerProcess
 
@@ -101,13 +104,14 @@ def test_the_start_tells_where_it_listens_what_it_serves_and_what_is_next(shared
     assert re.search(r"^next +make generate", said, re.MULTILINE)
 
 
-def test_auto_says_loudly_that_it_took_the_cpu(start_server: Callable[..., ServerProcess]) -> None:
+def test_auto_says_that_it_took_the_cpu_and_warns_of_nothing(start_server: Callable[..., ServerProcess]) -> None:
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has an NVIDIA driver")
     server = start_server()
     assert server.metric("digits_provider", provider="cpu") == 3
     _, log = server.terminate()
-    assert "WARNING serve.engine.provider: provider auto: serving on the CPU, because no NVIDIA driver" in log
+    assert "INFO serve.engine.provider: provider auto: on the CPU, because no NVIDIA driver" in log
+    assert "WARNING" not in log
 
 
 def test_serving_imports_no_torch() -> None:
@@ -128,3 +132,55 @@ def test_onnx_runtime_reports_to_nobody(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=homeless, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "telemetry" not in done.stderr.lower()
+
+
+def test_a_port_in_use_is_said_before_models_are_loaded(bundles: Path) -> None:
+    (bundles / "mlp" / "1" / MANIFEST_FILE).write_text("{")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flags in ((f"--grpc-port={port}", "--http-port=0"), ("--grpc-port=0", f"--http-port={port}")):
+            assert "cannot be had" in start_and_fail(f"--models-dir={bundles}", *flags)
+
+
+def test_an_unknown_model_among_the_versions() -> None:
+    assert "--versions: there is no model 'mpl'; there are cdcgan, dcgan, mlp" in start_and_fail("--versions=mpl=latest:2")
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6_is_printed_as_it_can_be_used(host: str, start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = start_server(f"--host={host}", f"--http-host={host}")
+    assert server.target.startswith("[::1]:")
+    assert server.http.startswith("[::1]:")
+    assert server.get("/readyz") == (200, "ready\n")
+    assert server.get("/v1/digits")[0] == 200
+    [said] = re.findall(r"^next +make generate TARGET=(\S+) ", server.announced, re.MULTILINE)
+    assert main(["--target", said, "--count=1", f"--out={tmp_path / 'digits.png'}"]) == 0
+
+
+def test_a_unix_socket_counts_as_loopback(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = start_server(f"--host=unix:{tmp_path}/grpc", "--grpc-port=0")
+    assert server.target == f"unix:{tmp_path}/grpc"
+    with DigitClient(server.target) as client:
+        assert client.generate(1).model == "cdcgan"
+
+
+def test_with_json_logs_all_that_is_said_is_json(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--log-format=json")
+    assert re.search(r"^gRPC  127\.0\.0\.1:\d+$", server.announced, re.MULTILINE)
+    server.process.send_signal(signal.SIGTERM)
+    out, log = server.process.communicate(timeout=60)
+    assert out == ""
+    assert all(json.loads(line) for line in log.splitlines())
+
+
+def test_a_second_signal_ends_it_at_once_and_without_a_trace(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--drain-grace-s=60")
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.stderr is not None
+    for line in server.process.stderr:
+        if "stopping" in line:
+            break
+    server.process.send_signal(signal.SIGINT)
+    _, log = server.process.communicate(timeout=20)
+    assert server.process.returncode == 130
+    assert "Traceback" not in log

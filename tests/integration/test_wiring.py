@@ -140,6 +140,24 @@ def test_a_cancelled_calls_rows_never_run_and_it_is_counted_as_cancelled(served:
     served(test)
 
 
+def test_a_model_knows_the_calls_that_use_it_until_they_are_answered(served: Served) -> None:
+    async def test(server: Running) -> None:
+        [model] = server.server.catalog.models()
+        server.orders.hold()
+        calls = [asyncio.ensure_future(CALLS[method](server, None)) for method in ("Generate", "ModelInfer", "GenerateStream")]
+        await server.until_held()
+
+        async def in_use() -> int:
+            return model.in_use.calls
+
+        await until(in_use, lambda seen: seen == len(calls))
+        server.orders.release()
+        await asyncio.gather(*calls)
+        assert model.in_use.calls == 0
+
+    served(test)
+
+
 def test_a_hung_run_fails_its_caller_and_the_slot_is_replaced(served: Served) -> None:
     async def test(server: Running) -> None:
         server.orders.hang_once()

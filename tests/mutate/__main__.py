@@ -71,7 +71,8 @@ def run_fault(copy: Path, fault: Fault) -> str:
     path = copy / fault.file
     honest = path.read_text()
     path.write_text(mutate(honest, fault))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(_quoted(fault.tests))]
+    quietly = ("-x", "-q", "--timeout=90", "-pno:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *quietly, *shlex.split(_quoted(fault.tests))]
     # The copy, and not the tree that the environment was installed from, is what the tests and their servers import.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

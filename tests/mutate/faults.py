@@ -44,7 +44,7 @@ FAULTS = [
     # core
     Fault("one digit too many in an answer", CORE, "<= span.count <= most:", "<= span.count <= most + 1:", SERVE),
     Fault("a caller's images are not held", CORE, "with model.in_use, account.hold(span.count):", "with model.in_use:", f"{OVER_THE_WIRE} -k limits"),
-    Fault("a model does not know that it is in use", CORE, "with model.in_use, account.hold(span.count):", "with account.hold(span.count):", "tests/integration/test_model_control.py tests/unit/test_reconcile.py"),
+    Fault("a model does not know that it is in use", CORE, "with model.in_use, account.hold(span.count):", "with account.hold(span.count):", WIRING),
     Fault("a request's deadline is dropped", CORE, "request.outputs, request.priority, request.deadline)\n        return", "request.outputs, request.priority, None)\n        return", WIRING),
     Fault("a stream's deadline is dropped", CORE, "request.deadline, waits_for_room=True)", "None, waits_for_room=True)", WIRING),
     Fault("a stream's labels begin anew in every chunk", CORE, "in_turn(labels, part.start, part.count)", "in_turn(labels, 0, part.count)", LABELS),

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve.access.tokens import main as tokens_main
 from serve.client.command import main as client_main
+from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
 
 WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
@@ -141,10 +142,10 @@ def test_it_works_by_keyboard_alone(shared_server: ServerProcess, open_page: Cal
     page = open_page(shared_server)
     page.locator("#model").focus()
     order = []
-    for _ in range(9):
+    for _ in range(10):
         order.append(page.evaluate("document.activeElement.id"))
         page.keyboard.press("Tab")
-    assert order[:8] == ["model", "digit", "seed", "start", "count", "truncation", "draw", "another"]
+    assert order[:9] == ["model", "version", "digit", "seed", "start", "count", "truncation", "draw", "another"]
     page.locator("#digit").focus()
     changed(page, lambda: page.keyboard.press("4"))
     assert page.locator("#digit").input_value() == "4"
@@ -213,7 +214,7 @@ def test_a_token_is_asked_for_where_one_is_needed(
     assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
     token = capsys.readouterr().out.strip()
     page = open_page(start_server(f"--tokens-file={tokens}"), drawn=False)
-    expect(page.locator("#message")).to_contain_text("a bearer token is needed")
+    expect(page.locator("#message")).to_contain_text("The server asks for a token")
     page.locator("#token").fill(token)
     page.locator("#token").press("Enter")
     expect(page.locator("#digits img")).to_have_count(25)
@@ -228,3 +229,50 @@ def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser
     expect(page.locator("#digits img")).to_have_count(25)
     context.close()
     assert hosts <= {shared_server.http, "data"}
+
+
+def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server, "?seed=-1&start=abc&count=1e9&truncation=x&labels=77&model=vae&begin=3&end=9&version=99")
+    expect(page.locator("#message")).to_contain_text("has no usable seed, start, count, truncation")
+    assert page.locator("#seed").input_value().isdecimal()
+    values = {name: page.locator(f"#{name}").input_value() for name in ("start", "count", "truncation", "digit", "version")}
+    assert values == {"start": "0", "count": "25", "truncation": "2.5", "digit": "", "version": ""}
+    assert (page.locator("#begin").input_value(), page.locator("#end").input_value()) == ("3", "9")
+    assert page.locator("#model").input_value() == "cdcgan"
+
+
+def test_the_ends_are_kept_in_the_address(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    changed(page, lambda: (page.fill("#end", "40"), page.press("#end", "Enter")), "strip")
+    page.wait_for_function("location.search.includes('end=40')")
+    strip = pictures(page, "strip")
+    again = open_page(shared_server, page.evaluate("location.search"))
+    assert again.locator("#end").input_value() == "40"
+    assert pictures(again, "strip") == strip
+
+
+def test_a_version_can_be_chosen(
+    open_page: Callable[..., Page], start_server: Callable[..., ServerProcess], bundles: Path
+) -> None:
+    add_version(bundles, "mlp", 2)
+    server = start_server(f"--models-dir={bundles}", "--versions=latest:2")
+    page = open_page(server, "?seed=7&model=mlp")
+    assert page.locator("#version option").all_text_contents() == ["as routed", "1", "2"]
+    page.select_option("#version", "1")
+    page.wait_for_function("location.search.includes('version=1')")
+    page.click("#digits button >> nth=0")
+    expect(page.locator("#copied")).to_contain_text("--version 1 ")
+
+
+def test_figures_do_not_outlive_the_server(open_page: Callable[..., Page], start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    page = open_page(server)
+    expect(page.locator("#rate")).not_to_have_text("–")
+    server.kill()
+    for name in ("rate", "latency", "queue", "provider"):
+        expect(page.locator(f"#{name}")).to_have_text("–")
+
+
+def test_without_javascript_it_says_so(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server, drawn=False, java_script_enabled=False)
+    expect(page.locator("body")).to_contain_text("This page needs JavaScript", use_inner_text=True)

@@ -114,6 +114,7 @@ def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
 def test_each_priority_has_the_whole_bound_for_itself() -> None:
     queue = FairQueue(10, BATCH)
     queue.push(make_ticket(10, priority=Priority.BULK))
+    assert queue.fits(make_ticket(10))
     queue.push(make_ticket(10))
     assert queue.images == 20
     assert not queue.fits(make_ticket(1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serve.config.release import release
 from serve.config.settings import Settings, env_name, flag_name, from_arguments
 from serve.errors import SettingsError
 
@@ -20,6 +21,7 @@ OTHER: dict[str, Any] = {
     "wait_for_models": True,
     "poll_interval_s": 1.0,
     "host": "127.0.0.2",
+    "http_names": "digits.example.org",
     "grpc_port": 1234,
     "front": "native",
     "tls_cert": Path("tls.crt"),
@@ -122,6 +124,12 @@ def test_the_native_front_refuses_tls() -> None:
         from_arguments(flags, {})
 
 
+def test_the_native_front_takes_tcp_alone() -> None:
+    flags = ["--front=native", "--max-connection-age-s=0", "--host=unix:/run/grpc"]
+    with pytest.raises(SettingsError, match="--front native cannot serve --host unix:/run/grpc"):
+        from_arguments(flags, {})
+
+
 def test_the_native_front_stays_on_this_machine() -> None:
     flags = ["--front=native", "--max-connection-age-s=0", "--host=0.0.0.0", "--insecure"]
     with pytest.raises(SettingsError, match=r"--front native reads requests of any size and cannot serve --host 0\.0\.0\.0"):
@@ -142,3 +150,26 @@ def test_every_setting_is_explained_in_the_help(capsys: pytest.CaptureFixture[st
     for spec in dataclasses.fields(Settings):
         assert flag_name(spec.name) in text
         assert env_name(spec.name) in text
+
+
+@pytest.mark.parametrize("name", ["DIGITS_PORTT", "DIGITS_MAX_COUNTS", "DIGITS_"])
+def test_a_variable_that_is_no_setting_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} is no setting"):
+        from_arguments([], {name: "1"})
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    links = ("SERVE_SERVICE_HOST", "SERVE_PORT", "SERVE_PORT_50051_TCP_ADDR", "SERVICE_PORT_GRPC", "PORT_8080_TCP")
+    environment = {f"DIGITS_{name}": "tcp://10.0.0.1:50051" for name in links} | {"DIGITS_TOKEN": "t", "HOME": "/"}
+    assert from_arguments([], environment) == Settings()
+
+
+def test_help_lists_the_choices_and_version_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "--version"):
+        with pytest.raises(SystemExit) as ended:
+            from_arguments([flag], {})
+        assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--provider {auto,cuda,cpu}" in said
+    assert "--log-format {text,json}" in said
+    assert said.endswith(f"digits-serve {release()}\n")
