@@ -69,7 +69,7 @@ export: .venv/.all ## export the newest finished run of each preset into models/
 
 build/triton-client/.ready: | $(BIN)/python
 	$(PYTHON) -m venv build/triton-client
-	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc]>=2.60'
+	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc,http]>=2.60'
 	@touch $@
 
 test: .venv/.all build/triton-client/.ready ## run the tests

@@ -8,43 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
-import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grpc
 from aiohttp import web
 
-from serve.access.callers import Caller
 from serve.api.admission import Admission, Call
-from serve.api.status import Refusal
+from serve.api.http_call import HEADERS, guarded
 from serve.config.release import release
 from serve.core.generate import Core
 from serve.core.request import Addresses, Digits, DigitsRequest, Interpolation
-from serve.errors import ExpiredError, RequestError
+from serve.errors import RequestError
 from serve.latents import SEED_LIMIT
-from serve.observability.logs import REQUEST_ID_KEY
-from serve.observability.metrics import RpcMetrics
 from serve.pictures import to_grid, to_png
 
-SERVICE = "http"  # as the RPC metrics call it
-TIMEOUT_S = 30.0
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
-
-FORMATS = {"json": "png", "png": "png_grid"}  # as the query has it → the encoding
-# Nothing but what this server sends, and pictures that the page makes of it.
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/openapi.json": ("openapi.json", "application/json"),
 }
 
+FORMATS = {"json": "png", "png": "png_grid"}  # as the query has it → the encoding
 # Parameter → how its text is read. Numbers in 64 bits are text in the answers: JavaScript has no such numbers.
 WHOLE, REAL, TEXT = "a whole number", "a number", "text"
 # Python's own readers take more for a number than anybody means: 1_000, digits of other scripts, nan.
@@ -56,8 +45,6 @@ ENDS = ("seed", "to_seed", "steps")  # what an interpolation needs
 # What the parameters hold at most: as much as the fields of the same name in digits.proto.
 ADDRESS_PARTS = ("seed", "start", "to_seed", "to_start")
 LIMITS = {"count": 1 << 32, "steps": 1 << 32, "version": 1 << 63, **dict.fromkeys(ADDRESS_PARTS, SEED_LIMIT)}
-
-Handler = Callable[[web.Request, Call], Awaitable[web.Response]]
 
 
 class HttpApi:
@@ -71,33 +58,9 @@ class HttpApi:
     def routes(self) -> list[web.RouteDef]:
         """What to add to the application."""
         api = {"/v1/digits": self._digits, "/v1/interpolation": self._interpolation, "/v1/status": self._status}
-        return [web.get(path, self._guarded(path, handler)) for path, handler in api.items()] + [
+        return [web.get(path, guarded(self._admission, path, handler)) for path, handler in api.items()] + [
             web.get(path, _file(PAGE / name, kind)) for path, (name, kind) in PAGE_FILES.items()
         ]
-
-    def _guarded(self, path: str, handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
-        observed = RpcMetrics(self._admission.metrics, "unary", SERVICE, path)
-
-        async def handle(request: web.Request) -> web.Response:
-            call = Call(self._admission, observed, time.monotonic() + TIMEOUT_S)
-            try:
-                try:
-                    call.admit(_caller(request), "generate")
-                    answer = await _in_time(handler(request, call))
-                    call.answered()
-                except Exception as error:
-                    answer = _refused(call.failed(error))
-                finally:
-                    call.ended()
-                answer.headers.update(HEADERS)
-                # Sent from here, so that a drain waits until it is.
-                await answer.prepare(request)
-                await answer.write_eof()
-                return answer
-            finally:
-                call.sent()
-
-        return handle
 
     async def _digits(self, request: web.Request, call: Call) -> web.Response:
         given = {"count": 1} | read_query(request.query, DIGITS)
@@ -179,19 +142,6 @@ def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, 
     return {"format": FORMATS["json"]} | values
 
 
-async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            return await answer
-    except TimeoutError:
-        raise ExpiredError(f"there was no answer within {TIMEOUT_S:g} s") from None
-
-
-def _caller(request: web.Request) -> Caller:
-    headers = request.headers
-    return Caller(request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
-
-
 async def _json(digits: Digits) -> web.Response:
     manifest = digits.model.manifest
     pictures = await asyncio.to_thread(lambda: [base64.b64encode(to_png(digit)).decode() for digit in digits.joined_pixels])
@@ -218,16 +168,6 @@ def _picture(digits: Digits, png: bytes) -> web.Response:
     if digits.labels is not None:
         address["Digits-Labels"] = ",".join(map(str, digits.labels))
     return web.Response(body=png, content_type="image/png", headers=address)
-
-
-def _refused(refusal: Refusal) -> web.Response:
-    headers = {}
-    if refusal.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
-    if refusal.code is grpc.StatusCode.UNAUTHENTICATED:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = json.dumps({"error": refusal.text})
-    return web.Response(status=refusal.http_status, text=body, content_type="application/json", headers=headers)
 
 
 def _file(path: Path, kind: str) -> Callable[[web.Request], Awaitable[web.Response]]:

@@ -1,4 +1,4 @@
-"""The HTTP port itself: how many connections, how long a request's head may take, whose names it answers to.
+"""The HTTP port itself: /metrics, /healthz and /readyz; how many connections, how long a head may take, whose names it has.
 
 aiohttp bounds a head's size and not its time, and takes connections until there are no descriptors left, gRPC's included.
 """
@@ -9,15 +9,19 @@ import asyncio
 import json
 import logging
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
 from serve.errors import StartError
 
 log = logging.getLogger(__name__)
+
+Reason = Callable[[], str | None]
 
 HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, from the connection's start or the answer before
 MOST_CONNECTIONS = 512
@@ -200,3 +204,29 @@ def _is_our_fault(record: logging.LogRecord) -> bool:
         log.debug("what came is no HTTP: %s", str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
         return False
     return True
+
+
+def make_app(
+    registry: CollectorRegistry | None, not_alive: Reason, not_ready: Reason, max_body_bytes: int = 1 << 20
+) -> web.Application:
+    """The application. The two say why the server is not alive, or not ready; None when it is. No ``registry``, no /metrics."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        if registry is None:
+            return web.Response(status=404, text="metrics are turned off: --metrics true\n")
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        answer = web.Response(body=encode(registry), headers={"Content-Type": content_type})
+        answer.enable_compression()  # where the reader takes it
+        return answer
+
+    def probe(reason_of: Reason, good: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def answer(request: web.Request) -> web.Response:
+            reason = reason_of()
+            return web.Response(text=good + "\n") if reason is None else web.Response(status=503, text=reason + "\n")
+
+        return answer
+
+    app = web.Application(client_max_size=max_body_bytes)
+    app.add_routes([web.get("/metrics", metrics)])
+    app.add_routes([web.get("/healthz", probe(not_alive, "alive")), web.get("/readyz", probe(not_ready, "ready"))])
+    return app

@@ -24,10 +24,10 @@ from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
 from serve.api.http import HttpApi
-from serve.api.http_port import LOOPBACK_NAMES, start_http
+from serve.api.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
-from serve.api.probes import make_app
+from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.config.release import release
 from serve.config.settings import Settings, is_loopback
 from serve.core.generate import Core
@@ -124,8 +124,11 @@ class Server:
         ]
         services = Services(tables, self._health.servicer, settings.reflection, self._tracing)
         self._grpc = bind(settings, services, certificates)
-        app = make_app(self._registry if settings.metrics else None, self._health.not_alive, self._health.not_ready)
+        registry = self._registry if settings.metrics else None
+        app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:
+            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_ready).routes())
+            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_ready).routes())
             app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port)).routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)

@@ -346,7 +346,9 @@ def test_reflection_and_metrics_can_be_turned_off_and_http_changes_nothing(
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         for path in ("/metrics", "/healthz", "/readyz", "/"):
             with socket.create_connection((host, int(port)), timeout=10) as raw:
-                raw.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                raw.sendall(
+                    f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                )
                 assert raw.recv(100).split()[1] in (b"404", b"405")
 
 

@@ -249,6 +249,35 @@ def test_differences_are_found_in_order_and_named(got: Any, error: type[Exceptio
         parity.difference(GOOD, got, parity.FP32_TOLERANCE, "here")
 
 
+@pytest.mark.parametrize(("images_off", "levels_off", "good"), [(0.99e-5, 1, True), (1.01e-5, 0, False), (0, 2, False)])
+def test_the_tolerances_hold_at_their_edges(images_off: float, levels_off: int, good: bool) -> None:
+    got = {name: array.astype(np.float64) if name == "images" else array.copy() for name, array in GOOD.items()}
+    got["images"][1, 0, 3, 4] += images_off
+    got["pixels"][1, 3, 4] += levels_off
+    if good:
+        assert parity.difference(GOOD, got, parity.FP32_TOLERANCE, "here")["pixel_levels_max"] == levels_off
+    else:
+        with pytest.raises(ValuesDifferError):
+            parity.difference(GOOD, got, parity.FP32_TOLERANCE, "here")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pixels_are_the_raw_generators_values_rounded(name: str) -> None:
+    """Against what was trained, apart from the exporter's own code: (x - low) / (high - low), times 255, to the nearest."""
+    config = preset(name).replace(SMALL[name])
+    generator = build_generator(config).eval()
+    given = inputs(config, 50)
+    with torch.no_grad():
+        raw = generator(*given).double().numpy()[:, 0]
+        images, pixels = served_generator(config, generator)(*given)
+    low, high = config.pixel_range
+    exact = (raw - low) / (high - low) * 255
+    decided = np.abs(exact - np.floor(exact) - 0.5) > 1e-3  # not on the border between two levels
+    assert decided.mean() > 0.8  # untrained, the values of a tanh lie close to 127.5
+    assert np.array_equal(pixels.numpy()[decided], np.rint(exact)[decided].astype(np.uint8))
+    assert np.abs(images.numpy()[:, 0] * 255 - exact).max() < 1e-3
+
+
 def test_identical_pixels_are_counted_over_all_batch_sizes_of_a_pair() -> None:
     def form(off_in: int, pixels_off: int) -> parity.Form:
         def run(latents: Any, labels: Any) -> parity.Arrays:

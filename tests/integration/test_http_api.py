@@ -169,6 +169,16 @@ def test_tokens_are_needed_where_grpc_needs_them(
         assert get(server, path, Authorization="Bearer reader.wrong")[0] == 401
         assert get(server, path, Authorization=f"Bearer {token}")[0] == 200
     assert get(server, "/")[0] == 200, "the page itself is open: it has a field for the token"
+    for path in ("/v2", "/v2/models/mlp", "/v2/models/mlp/versions/1"):
+        assert get(server, path)[0] == 401
+        assert get(server, path, Authorization=f"Bearer {token}")[0] == 200
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/mlp/ready"):
+        assert get(server, path)[0] == 200, "health is open to all"
+    request = urllib.request.Request(f"http://{server.http}/v2/models/mlp/infer", b"{}")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    with caught.value as refused:
+        assert refused.code == 401
 
 
 def test_the_page_is_three_files_and_can_be_turned_off(

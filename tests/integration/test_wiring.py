@@ -14,9 +14,10 @@ import grpc
 import numpy as np
 import pytest
 
-from serve.api import http
+from serve.api import http_call
 from serve.batching.queue import Priority
 from serve.models.desired_state import Route
+from serve.pb.digits.v1 import control_pb2
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
 from tests.bundle_copies import add_version
@@ -101,7 +102,7 @@ def test_an_http_request_has_the_servers_own_deadline(served: Served, monkeypatc
         assert (await server.get("/v1/digits?seed=1"))[0] == 200
         [(_, deadline)] = runs
         assert deadline is not None
-        assert before + http.TIMEOUT_S <= deadline <= time.monotonic() + http.TIMEOUT_S
+        assert before + http_call.TIMEOUT_S <= deadline <= time.monotonic() + http_call.TIMEOUT_S
 
     served(test)
 
@@ -236,7 +237,7 @@ def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(served: Ser
 
 
 def test_an_answer_that_takes_too_long_is_504_over_http(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_call, "TIMEOUT_S", 0.2)
 
     async def test(server: Running) -> None:
         server.orders.hold()
@@ -335,3 +336,19 @@ CALLS_OF_THREE: dict[str, Callable[[Running], Any]] = {
     "inference": lambda server: server.inference.ModelInfer(infer_request(3)),
     "http": lambda server: server.get("/v1/digits?count=3"),
 }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, None), ({"host": "0.0.0.0", "insecure": True}, StatusCode.PERMISSION_DENIED)]
+)
+def test_administration_without_tokens_is_for_loopback_alone(
+    settings: dict[str, Any], expected: grpc.StatusCode | None, served: Served
+) -> None:
+    async def test(server: Running) -> None:
+        call = server.control.Status(control_pb2.StatusRequest())
+        if expected is None:
+            assert len((await call).versions) == 1
+        else:
+            assert (await failure_of(call)).code() is expected
+
+    served(test, **settings)

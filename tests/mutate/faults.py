@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 
 CORE, QUEUES, BATCH = "serve/core/generate.py", "serve/batching/queue.py", "serve/batching/batcher.py"
 CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "serve/access/tls.py"
-OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http.py", "serve/api/rpc.py", "serve/api/admission.py"
+OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.py", "serve/api/rpc.py", "serve/api/admission.py"
 METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/loop.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
@@ -76,7 +76,7 @@ FAULTS = [
     Fault("a generating token may load models", "serve/api/model_control.py", "pb.LoadRequest, self.load, scope=\"admin\")", "pb.LoadRequest, self.load)", AUTHORISATION),
     Fault("Triton's unload is open to all", "serve/api/model_control.py", "self.repository_unload, scope=\"admin\")", "self.repository_unload, scope=\"open\")", AUTHORISATION),
     Fault("without tokens anybody administers", CALLERS, "if scope == \"admin\" and not self._open_admin:", "if False:", f"{ACCESS} {AUTHORISATION}"),
-    Fault("the server opens administration beyond loopback", SERVER, "*limits, is_loopback(settings.host))", "*limits, True)", f"{OVER_THE_WIRE} {WIRING}"),
+    Fault("the server opens administration beyond loopback", SERVER, "*limits, is_loopback(settings.host))", "*limits, True)", WIRING),
     Fault("an expired token is taken", TOKENS, "if token.expires_at <= time.time():", "if False:", f"{ACCESS} {AUTHORISATION}"),
     Fault("a token's scopes are not looked at", CALLERS, "if scope not in token.scopes:", "if False:", f"{ACCESS} {AUTHORISATION}"),
     Fault("a token's secret is not looked at", TOKENS, "if not hmac.compare_digest(hashed, token.sha256 if token else NO_HASH) or token is None:", "if token is None:", f"{ACCESS} {AUTHORISATION}"),
@@ -95,7 +95,7 @@ FAULTS = [
     Fault("digits over Open Inference are not counted", OIP, "    call.encoded(digits, time.perf_counter() - started)\n", "", WIRING),
     Fault("Open Inference is always ready", OIP, "ready=self._ready()", "ready=True", WIRING),
     Fault("typed values over 127 are cut", "serve/api/encoding.py", "two = flat > 0x7F", "two = flat > 0xFF", "tests/unit/test_encode.py"),
-    Fault("a repeated HTTP parameter's last value counts", HTTP, "        if name in values:\n", "        if False:\n", "tests/integration/test_http_api.py"),
+    Fault("a repeated HTTP parameter's last value counts", "serve/api/http.py", "        if name in values:\n", "        if False:\n", "tests/integration/test_http_api.py"),
     Fault("streams are interactive", "serve/api/digits_v1.py", "_addresses(request), Priority.BULK, call)", "_addresses(request), Priority.INTERACTIVE, call)", WIRING),
     # models and runtime
     Fault("a model that fails its golden check goes on", "serve/models/model.py", "if self.breached and not checking:", "if False:", MODEL),

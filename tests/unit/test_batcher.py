@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from serve.batching.batcher import Batcher
 from serve.batching.linger import CROWD_CALLERS
 from serve.batching.queue import Priority, Ticket
 from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
-from serve.latents import Span, draw
+from serve.latents import Span, draw, draw_span
 from tests.fake_runner import (
     LATENT_SIZE,
     TIMEOUT_S,
@@ -53,6 +54,28 @@ def test_an_idle_slot_takes_a_single_digit_at_once() -> None:
     assert rows_of(ticket) == expected_rows(ticket)
     batcher.close()
     assert observer.batches == [1]
+
+
+def test_labels_outlive_the_memory_that_the_next_batch_is_assembled_in() -> None:
+    class OneMemory(FakeRunner):
+        """As the CUDA engine: every batch is assembled in the same arrays."""
+
+        def __init__(self) -> None:
+            super().__init__(labelled=True)
+            self._feeds = super().allocate(16)
+
+        def allocate(self, count: int) -> dict[str, NDArray[Any]]:
+            return {name: array[:count] for name, array in self._feeds.items()}
+
+    batcher, _, _ = start_batcher(OneMemory, labels=10)
+    first, second = make_ticket(8, seed=1), make_ticket(8, seed=2)
+    for ticket in (first, second):
+        batcher.submit(ticket)
+        wait_for(ticket)
+    batcher.close()
+    for ticket in (first, second):
+        [part] = ticket.parts
+        assert part.rows["labels"].tolist() == draw_span(ticket.span, LATENT_SIZE, 10)[1].tolist()  # type: ignore[union-attr]
 
 
 def test_waiting_requests_share_the_next_batch() -> None:

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
 from serve.api.digits_v1 import SERVICE
-from serve.api.probes import make_app
+from serve.api.http_port import make_app
 from serve.bench import report
 from serve.engine.onnx_runtime import ort
 from serve.models.catalog import Catalog

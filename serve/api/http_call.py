@@ -1,0 +1,82 @@
+"""Around every HTTP handler that answers for a model: admitted, timed, its errors in JSON. Knows no API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+import grpc
+from aiohttp import web
+
+from serve.access.callers import Caller, Scope
+from serve.api.admission import Admission, Call
+from serve.api.status import Refusal
+from serve.errors import ExpiredError
+from serve.observability.logs import REQUEST_ID_KEY
+from serve.observability.metrics import RpcMetrics
+
+SERVICE = "http"  # as the RPC metrics call it
+TIMEOUT_S = 30.0
+# Nothing but what this server sends, and pictures that the page makes of it.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+Handler: TypeAlias = Callable[[web.Request, Call], Awaitable[web.Response]]
+Guarded: TypeAlias = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "generate") -> Guarded:
+    """A handler for aiohttp. ``name`` is the call's in the metrics; ``scope`` is what a caller needs."""
+    observed = RpcMetrics(admission.metrics, "unary", SERVICE, name)
+
+    async def handle(request: web.Request) -> web.Response:
+        call = Call(admission, observed, time.monotonic() + TIMEOUT_S)
+        try:
+            try:
+                call.admit(_caller(request), scope)
+                answer = await _in_time(handler(request, call))
+                call.answered()
+            except Exception as error:
+                answer = _refused(call.failed(error))
+            finally:
+                call.ended()
+            answer.headers.update(HEADERS)
+            # Sent from here, so that a drain waits until it is.
+            await answer.prepare(request)
+            await answer.write_eof()
+            return answer
+        finally:
+            call.sent()
+
+    return handle
+
+
+async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        raise ExpiredError(f"there was no answer within {TIMEOUT_S:g} s") from None
+
+
+def _caller(request: web.Request) -> Caller:
+    headers = request.headers
+    return Caller(request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
+
+
+def _refused(refusal: Refusal) -> web.Response:
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
+    if refusal.code is grpc.StatusCode.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = json.dumps({"error": refusal.text})
+    return web.Response(status=refusal.http_status, text=body, content_type="application/json", headers=headers)

@@ -1,0 +1,186 @@
+"""The Open Inference Protocol over HTTP: the answers of the service over gRPC, to tritonclient and to hand-made requests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from serve.api.http import DIGITS, INTERPOLATION
+from serve.client import DigitClient
+from tests.server_process import ServerProcess
+
+CALLER = Path(__file__).parent / "triton_http_caller.py"
+TRITON_PYTHON = Path("build/triton-client/bin/python")
+BIGGEST_SEED = 2**64 - 1
+
+
+@pytest.fixture(scope="module")
+def seen(shared_server: ServerProcess) -> dict[str, Any]:
+    """What tritonclient saw."""
+    assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
+    done = subprocess.run(
+        [str(TRITON_PYTHON), str(CALLER), shared_server.http], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def openapi(shared_server: ServerProcess) -> dict[str, Any]:
+    """The description that the server gives of itself."""
+    status, text = shared_server.get("/openapi.json")
+    assert status == 200
+    described: dict[str, Any] = json.loads(text)
+    return described
+
+
+def post(server: ServerProcess, body: bytes, path: str = "/v2/models/mlp/infer", **headers: str) -> tuple[int, Any, bytes]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"http://{server.http}{path}", body, named)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+def infer(*inputs: dict[str, Any], **more: Any) -> bytes:
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+COUNT = {"name": "count", "datatype": "INT32", "shape": [1], "data": [2]}
+SEED = {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [BIGGEST_SEED]}
+
+
+def test_health_and_metadata(seen: dict[str, Any]) -> None:
+    assert (seen["live"], seen["ready"], seen["model_ready"]) == (True, True, [True, True, False])
+    assert seen["server"]["name"] == "digits-serve"
+    assert seen["server"]["extensions"] == ["binary_tensor_data"]
+    model = seen["model"]
+    assert (model["name"], model["versions"], model["platform"]) == ("mlp", ["1"], "onnxruntime_onnx")
+    assert {"name": "latents", "datatype": "FP32", "shape": [-1, 64]} in model["inputs"]
+    assert {"name": "pixels", "datatype": "UINT8", "shape": [-1, 28, 28]} in model["outputs"]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient_gets_the_digits_of_the_address_in_either_form(
+    seen: dict[str, Any], binary: bool, shared_server: ServerProcess
+) -> None:
+    with DigitClient(shared_server.target) as client:
+        own = client.generate(5, model="mlp", seed=BIGGEST_SEED, start=1000).pixels.astype(int)
+    pixels, images = np.array(seen[f"pixels {binary}"]), np.array(seen[f"images {binary}"])
+    assert int(np.abs(pixels - own).max()) <= 1
+    assert images.shape == (5, 1, 28, 28)
+    assert float(np.abs(images[:, 0] * 255 - own).max()) <= 1
+    assert seen[f"answer {binary}"] == ["abc", "1", BIGGEST_SEED]
+
+
+def test_latents_and_refusals(seen: dict[str, Any], shared_server: ServerProcess) -> None:
+    rows = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)
+    with DigitClient(shared_server.target) as client:
+        own = client.generate(latents=rows, model="mlp").pixels.astype(int)
+    assert int(np.abs(np.array(seen["latents"]) - own).max()) <= 1
+    status, text = seen["refused"]
+    assert status == "400"
+    assert "count must be from 1 to" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"{", 400, "the request is not an inference request in JSON"),
+        (b"[" * 100_000, 400, "the request is not an inference request in JSON"),
+        (b"{}", 400, "missing required field `inputs`"),
+        (infer(), 400, "count is missing"),
+        (infer(COUNT, COUNT), 400, "count is given twice"),
+        (infer(COUNT | {"name": "size"}), 400, "'size' is unknown"),
+        (infer(COUNT | {"datatype": "INT64"}), 400, "count must be INT32, got 'INT64'"),
+        (infer(COUNT | {"shape": [2]}), 400, "needs 2 values, got 1"),
+        (infer(COUNT | {"shape": [1 << 62, 1 << 62]}), 400, "values, got 1"),
+        (infer(COUNT | {"data": [1.5]}), 400, "count: data must be a list of whole numbers"),
+        (infer(COUNT | {"data": [True]}), 400, "count: data must be a list of whole numbers"),
+        (infer(COUNT | {"data": [1 << 40]}), 400, "count: data must be a list of whole numbers"),
+        (infer(COUNT, SEED | {"data": [-1]}), 400, "seed: data must be a list of whole numbers"),
+        (infer(COUNT, SEED | {"data": "7"}), 400, "seed: data must be a list of whole numbers"),
+        (infer(COUNT | {"data": None}), 400, "count: data must be a list"),
+        (infer(COUNT, outputs=[{"name": "faces"}]), 400, "outputs: 'faces' is unknown"),
+        (infer(COUNT, outputs=[{"name": "labels"}]), 400, "outputs: labels cannot be had of mlp"),
+        (infer(COUNT, parameters={"sequence_id": 7}), 400, "parameters: sequence_id is not supported"),
+        (infer(COUNT | {"parameters": {"shared_memory_region": "x"}}), 400, "shared_memory_region is not supported"),
+        (infer(COUNT | {"data": None, "parameters": {"binary_data_size": 9}}), 400, "no binary_data_size of the bytes"),
+        (infer(COUNT) + b"more", 400, "the request is not an inference request in JSON"),
+        (b" " * (5 << 20), 400, "the request is larger than"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(body: bytes, status: int, text: str, shared_server: ServerProcess) -> None:
+    got, _, answer = post(shared_server, body)
+    assert got == status
+    assert text in json.loads(answer)["error"]
+
+
+def test_bytes_that_do_not_fit_the_header_are_refused(shared_server: ServerProcess) -> None:
+    head = infer(COUNT | {"data": None, "parameters": {"binary_data_size": 4}})
+    raw = np.int32(2).tobytes()
+    status, _, answer = post(shared_server, head + raw, Inference_Header_Content_Length=str(len(head)))
+    assert status == 200
+    assert json.loads(answer)["outputs"][0]["shape"] == [2, 28, 28]
+    for content, length, text in (
+        (head + raw + b"?", str(len(head)), "1 bytes follow the last tensor"),
+        (head + raw[:3], str(len(head)), "no binary_data_size of the bytes that follow"),
+        (head + raw, "-1", "must be from 0 to the body's"),
+        (head + raw, str(len(head) + 99), "must be from 0 to the body's"),
+    ):
+        status, _, answer = post(shared_server, content, Inference_Header_Content_Length=length)
+        assert (status, text in json.loads(answer)["error"]) == (400, True), answer
+
+
+def test_a_whole_answer_in_bytes_by_one_parameter(shared_server: ServerProcess) -> None:
+    status, headers, answer = post(shared_server, infer(COUNT, SEED, parameters={"binary_data_output": True}))
+    assert status == 200
+    size = int(headers["Inference-Header-Content-Length"])
+    [output] = json.loads(answer[:size])["outputs"]
+    assert output["parameters"]["binary_data_size"] == len(answer) - size == 2 * 784
+
+
+def test_what_the_description_names_is_there(openapi: dict[str, Any], shared_server: ServerProcess) -> None:
+    for path, known in {"/v1/digits": DIGITS, "/v1/interpolation": INTERPOLATION}.items():
+        assert {each["name"] for each in openapi["paths"][path]["get"]["parameters"]} == set(known)
+    for path, methods in openapi["paths"].items():
+        real = path.replace("{model}", "mlp").replace("{version}", "1")
+        for method in methods:
+            status = post(shared_server, b"", real)[0] if method == "post" else shared_server.get(real)[0]
+            assert status in (200, 400), path
+    assert shared_server.get("/v2/models/vae")[0] == shared_server.get("/v2/models/mlp/versions/9")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "schema"),
+    [
+        ("/v1/digits?count=2", None, "Digits"),
+        ("/v1/digits?count=2&model=mlp", None, "Digits"),
+        ("/v1/interpolation?seed=1&to_seed=2&steps=3", None, "Digits"),
+        ("/v1/status", None, "Status"),
+        ("/v1/digits?count=0", None, "Error"),
+        ("/nowhere", None, "Error"),
+        ("/v2", None, "Server"),
+        ("/v2/models/cdcgan", None, "Model"),
+        ("/v2/models/mlp/infer", infer(COUNT), "InferenceResponse"),
+        ("/v2/models/mlp/infer", b"{", "Error"),
+    ],
+)
+def test_answers_are_as_the_description_says(
+    path: str, body: bytes | None, schema: str, openapi: dict[str, Any], shared_server: ServerProcess
+) -> None:
+    text = shared_server.get(path)[1] if body is None else post(shared_server, body, path)[2]
+    wanted = {"$ref": f"#/components/schemas/{schema}", "components": openapi["components"]}
+    jsonschema.Draft202012Validator(wanted).validate(json.loads(text))
