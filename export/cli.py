@@ -29,7 +29,7 @@ from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
 from train.checkpoint import Run, newest_finished, newest_run, open_run
 from train.config import PRESETS
-from train.data import load_mnist
+from train.data import DEFAULT_DATA_DIR, load_mnist
 from train.errors import TrainError
 from train.evaluate import OF_LABELS, parse_floors
 from train.models import build_generator
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     pictures = commands.add_parser("gallery", help="draw what a run's generator can do")
     pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished cdcgan run)")
     pictures.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    pictures.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="folder of the training images' files")
+    pictures.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     pictures.add_argument("--out", type=Path, default=Path("build/gallery"), help="where to write (default: build/gallery)")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
     add_flags(live)

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from export.errors import ExportError
 from export.generator import ServedGenerator
 
 
@@ -21,8 +22,11 @@ def to_torchscript(served: ServedGenerator) -> bytes:
 
 
 def load_torchscript(content: bytes) -> torch.jit.ScriptModule:
-    """The module back from its bytes, on the CPU."""
+    """The module back from its bytes, on the CPU. Raises ExportError when it is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
+        try:
+            module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location="cpu")
+        except RuntimeError:
+            raise ExportError("model.ts is no TorchScript module; export the model again") from None
     return module

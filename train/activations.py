@@ -50,7 +50,7 @@ def draw(run: Run, sample: int) -> str:
     layers = record(generator, latents, *labels)
     folder = run.folder / "activations"
     folder.mkdir(exist_ok=True)
-    arrays = {f"layer{number}": layer.numpy() for number, layer in enumerate(layers, start=1)}
+    arrays = {"latents": latents.numpy()} | {f"layer{number}": layer.numpy() for number, layer in enumerate(layers, start=1)}
     write_atomically(folder / "activations.npz", lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
     written = [f"{folder / 'activations.npz'}: {', '.join(str(tuple(layer.shape)) for layer in layers)}"]
     for number, layer in enumerate(layers[:-1], start=1):
@@ -59,7 +59,7 @@ def draw(run: Run, sample: int) -> str:
         brightest = filters.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
         enlarged = (filters / brightest).repeat_interleave(64 // filters.shape[-1], -1)
         enlarged = enlarged.repeat_interleave(64 // filters.shape[-1], -2)
-        save_grid(enlarged, MOSAIC_SIDE, path, separator=0.35)
+        save_grid(enlarged, MOSAIC_SIDE, path, separator=0.35, scale=1)
         written.append(str(path))
     path = folder / f"sample-{sample:02d}-image.png"
     save_grid((layers[-1][sample : sample + 1] + 1) / 2, 1, path)

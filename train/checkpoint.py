@@ -73,10 +73,13 @@ def open_run(folder: Path) -> Run:
     """Read a run folder's config. Raises CheckpointError."""
     try:
         stored = json.loads((folder / CONFIG_FILE).read_text())
-        return Run(folder, TrainConfig.from_json(stored["config"]), stored["provenance"])
+        provenance = stored["provenance"]
+        if not isinstance(provenance.get("data", {}), dict):
+            raise TypeError(CONFIG_FILE)  # as what a missing key raises
+        return Run(folder, TrainConfig.from_json(stored["config"]), provenance)
     except OSError:
         raise CheckpointError(f"{folder} is not a run folder: it has no readable {CONFIG_FILE}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged; the run cannot be used") from None
 
 

@@ -18,7 +18,7 @@ from train import activations, bench, evaluate, reference
 from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig, parse_field, preset
-from train.data import load_mnist, training_examples
+from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
 from train.device import choose_device, describe, set_precision
 from train.errors import CheckpointError, ConfigError, StoppedError, TrainError
 from train.judge import kept_judge
@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, a folder that has gone
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was saved before is kept: make room and resume", file=sys.stderr)
+        return 2
     except StoppedError as stopped:
         print(f"{stopped}; add --resume to the same command to go on", file=sys.stderr)
         return 130
@@ -86,8 +90,12 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
             continue
         value = getattr(defaults, spec.name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+        choices = spec.metadata.get("choices")
         command.add_argument(
-            "--" + spec.name.replace("_", "-"), help=f"{spec.metadata['help']} (default: {shown})", default=argparse.SUPPRESS
+            "--" + spec.name.replace("_", "-"),
+            help=f"{spec.metadata['help']} (default: {shown})",
+            default=argparse.SUPPRESS,
+            metavar="{" + ",".join(choices) + "}" if choices else "VALUE",
         )
     _add_machine_flags(command)
     command.add_argument(
@@ -105,9 +113,7 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
 
 
 def _add_data_flag(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data-dir", type=Path, default=Path("data/mnist"), help="folder of the four idx files; filled if empty"
-    )
+    command.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the four idx files; filled if empty")
 
 
 def _add_machine_flags(command: argparse.ArgumentParser) -> None:
@@ -243,6 +249,8 @@ def _evaluate(flags: argparse.Namespace) -> int:
 
 
 def _bench(flags: argparse.Namespace) -> int:
+    if not 0 < flags.seconds <= 3600:
+        raise ConfigError(f"--seconds must be over 0 and at most 3600, got {flags.seconds:g}")
     device = _prepare_machine(flags)
     print(bench.table(device, flags.seconds))
     return 0

@@ -53,6 +53,7 @@ class TrainConfig:
     beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
     batch_size: int = field(metadata={"help": "images per step; the last partial batch of an epoch is kept"})
     epochs: int = field(metadata={"help": "passes over the training set"})
+    steps: int = field(default=0, metadata={"help": "steps after which the run ends within its epochs; 0: all of them"})
     precision: str = field(
         default="fp32",
         metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
@@ -75,6 +76,7 @@ class TrainConfig:
                 raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("latent_size", "batch_size", "epochs", "report_every", "grid_images", "grid_columns"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "steps", self.steps >= 0, "0 or more")
         _require(self, "keep_checkpoints", self.keep_checkpoints >= 0, "0 or more")
         _require(self, "seed", 0 <= self.seed < 1 << 44, "from 0 to 2^44 - 1: an epoch's order comes of it in 64 bits")
         _require(self, "checkpoint_every", self.checkpoint_every >= 1, "at least 1")
@@ -147,8 +149,8 @@ _DCGAN = TrainConfig(
     epochs=10,
     report_every=25,
     reported_loss="last",
-    grid_images=36,
-    grid_columns=6,
+    grid_images=64,  # the whole batch, as in the notebook
+    grid_columns=8,
     keep_checkpoints=0,
 )
 

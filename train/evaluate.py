@@ -87,10 +87,10 @@ class Evaluator:
         report = self._compared(samples, labels)
         report["nearest_training_image"] = self._nearest(samples)
         if classes == len(self._test_probabilities[0]):
-            log.info("training a judge on %d of %s's digits alone", self._scored, run.config.preset)
+            log.info("training a judge on %d of %s's digits alone: as long again", self._scored, run.config.preset)
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
-            scorer = train_judge(scored, scored_labels, self._device)
+            scorer = train_judge(scored, scored_labels, self._device, what=f"judge of {run.config.preset}'s digits")
             report["classification_accuracy_score"] = scorer.accuracy(self._data.test_images, self._data.test_labels)
         return report
 

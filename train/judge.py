@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
+from tqdm import trange
 
 from train.checkpoint import load_checkpoint, write_atomically
 from train.data import Mnist
@@ -73,7 +74,9 @@ class Judge(nn.Module):
         return float((self.read(pixels)[1].argmax(1) == labels).double().mean())
 
 
-def train_judge(pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0) -> Judge:
+def train_judge(
+    pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0, *, what: str = "judge"
+) -> Judge:
     """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -83,7 +86,7 @@ def train_judge(pixels: Tensor, labels: Tensor, device: torch.device, epochs: in
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
         pixels, labels = pixels.to(device), labels.to(device)
         judge.train()
-        for epoch in range(epochs):
+        for _ in trange(epochs, desc=what, unit="epoch"):
             for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                 images = moved(pixels[chosen].unsqueeze(1).float() / 255)
                 with torch.autocast(device.type, torch.bfloat16):
@@ -93,7 +96,6 @@ def train_judge(pixels: Tensor, labels: Tensor, device: torch.device, epochs: in
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            log.info("judge: epoch %d of %d, loss %.4f", epoch + 1, epochs, loss.item())
     return judge.eval()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from train import losses, report
 from train.capture import Batch, CapturedStep, Recording
@@ -31,6 +32,7 @@ from train.parallel import Ranks
 log = logging.getLogger(__name__)
 
 ALONE = Ranks()
+PLOT_EVERY_S = 10.0
 PROGRESS_EVERY = 25  # steps between two looks at the losses: each look waits for the device
 
 
@@ -77,6 +79,7 @@ class Trainer:
         self.noise = torch.Generator(device).manual_seed(config.seed)
         self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
+        self._plotted_at = 0.0  # time.monotonic()
         self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last log point
         self.log_points: list[tuple[int, float, float]] = []
@@ -91,7 +94,8 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
+        whole = self.steps_per_epoch * self.config.epochs
+        return min(whole, self.config.steps) if self.config.steps else whole
 
     def fit(self) -> None:
         """Train to the last epoch. Raises DivergedError, and the last good checkpoint stands untouched; or StoppedError."""
@@ -105,8 +109,10 @@ class Trainer:
             tqdm(
                 total=self.total_steps, initial=self.step, unit="step", desc=self.config.preset, mininterval=1, disable=quiet
             ) as bar,
+            logging_redirect_tqdm(),  # or lines of the log would tear the bar
         ):
             for batch in self._batches():
+                self._announce_epoch(bar)
                 self._set_learning_rate()
                 latest = self.ranks.mean(self.take_step(batch))
                 self._average()
@@ -121,9 +127,19 @@ class Trainer:
                 last, due = self.step == self.total_steps, self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0
                 if due or last or self.stop_wanted:
                     self._save()
-                if self.stop_wanted and not last:
+                if last:
+                    break  # with --steps, within an epoch
+                if self.stop_wanted:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
         self._finish(time.monotonic() - started, self.step - first_step)
+
+    def _announce_epoch(self, bar: Any) -> None:
+        """Say at its first step which epoch begins."""
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        if step == 0 or self.step == bar.initial:
+            bar.set_description(f"{self.config.preset}, epoch {epoch + 1} of {self.config.epochs}", refresh=False)
+        if step == 0 and self.ranks.first:
+            log.info("epoch %d of %d", epoch + 1, self.config.epochs)
 
     def train_step(self, real: Batch) -> Tensor:
         """One step of both networks on ``real``. Returns float64 (2,): generator, discriminator loss."""
@@ -245,6 +261,7 @@ class Trainer:
         reals = self._to_unit(self.images[window % len(self.images)])
         report.save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
         report.save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
+        self._write_losses()
         board.add_scalar("loss/generator", generator, self.step)
         board.add_scalar("loss/discriminator", discriminator, self.step)
         board.add_image("fakes", report.grid_array(fakes, self.config.grid_columns), self.step, dataformats="HW")
@@ -254,11 +271,17 @@ class Trainer:
         if not self.ranks.first:
             return
         save_checkpoint(self.run, self.step, self.state())
-        self._write_losses()
+        self._write_losses(plot=True)
 
-    def _write_losses(self) -> None:
-        if self.log_points:
-            report.save_losses(np.array(self.log_points, dtype=np.float64), self.run.folder)
+    def _write_losses(self, plot: bool = False) -> None:
+        """Write the losses so far, and draw them if that is not too long ago: a plot takes as long as several steps."""
+        if not self.log_points:
+            return
+        losses = np.array(self.log_points, dtype=np.float64)
+        report.save_losses(losses, self.run.folder)
+        if plot or time.monotonic() - self._plotted_at > PLOT_EVERY_S:
+            report.plot_losses(losses, self.run.folder)
+            self._plotted_at = time.monotonic()
 
     def _check_finite(self) -> None:
         tensors = [self.sums, *self.generator.parameters(), *self.discriminator.parameters()]
@@ -277,7 +300,7 @@ class Trainer:
     def _finish(self, seconds: float, steps: int) -> None:
         if not self.ranks.first:
             return
-        self._write_losses()
+        self._write_losses(plot=True)
         pictures = sorted(self.run.pictures.glob("fake-*.png"))
         if pictures:
             report.save_time_lapse(pictures, self.run.folder / "fakes.gif")

@@ -16,9 +16,15 @@ from torchvision.utils import make_grid
 
 from train.checkpoint import write_atomically
 
+GRID_SCALE = 4  # a digit of 28 pixels is too small to look at
 LAPSE_FRAME_MS = 40
+LAPSE_LEAST_MS = 5000  # of a short lapse, its last frame not counted: its frames are slowed down
+LAPSE_SLOWEST_FRAME_MS = 500
 LAPSE_LAST_FRAME_MS = 3000
 LAPSE_MAX_FRAMES = 250
+
+
+Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def grid_array(images: Tensor, columns: int, separator: float = 0.0) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -28,33 +34,38 @@ def grid_array(images: Tensor, columns: int, separator: float = 0.0) -> np.ndarr
     return levels
 
 
-def save_grid(images: Tensor, columns: int, path: Path, separator: float = 0.0) -> None:
-    """Write the grid as a grey PNG."""
-    _save_png(Image.fromarray(grid_array(images, columns, separator)), path)
+def save_grid(images: Tensor, columns: int, path: Path, separator: float = 0.0, scale: int = GRID_SCALE) -> None:
+    """Write the grid as a grey PNG, every pixel ``scale`` × ``scale``."""
+    grid = grid_array(images, columns, separator).repeat(scale, axis=0).repeat(scale, axis=1)
+    _save_png(Image.fromarray(grid), path)
 
 
-def save_losses(losses: np.ndarray[tuple[int, ...], np.dtype[np.float64]], folder: Path) -> None:
-    """Write ``losses.npy`` and its plot. ``losses`` is (log points, 3): step, generator loss, discriminator loss."""
+def save_losses(losses: Losses, folder: Path) -> None:
+    """Write ``losses.npy``: (log points, 3): step, generator loss, discriminator loss."""
     write_atomically(folder / "losses.npy", lambda stream: np.save(stream, losses))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(losses[:, 0], losses[:, 1], label="generator", linewidth=1)
-    axes.plot(losses[:, 0], losses[:, 2], label="discriminator", linewidth=1)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+
+
+def plot_losses(losses: Losses, folder: Path) -> None:
+    """Draw them as ``losses.png``, the two networks' one above the other, each on its own scale."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for column, (name, own) in enumerate(zip(("generator", "discriminator"), axes, strict=True), start=1):
+        own.plot(losses[:, 0], losses[:, column], linewidth=1, color=f"C{column - 1}")
+        own.set_ylabel(f"{name} loss")
+        own.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(folder / "losses.png", lambda stream: stream.write(buffer.getvalue()))
 
 
 def save_time_lapse(pictures: list[Path], path: Path) -> None:
-    """Join PNG grids, oldest first, into an endless GIF of at most 250 frames whose last frame stays for 3 s."""
+    """Join PNG grids, oldest first, into an endless GIF: at most 250 frames, slower if they are few; the last stays for 3 s."""
     stride = max(1, -(-len(pictures) // LAPSE_MAX_FRAMES))
     chosen = [*pictures[:-1:stride], *pictures[-1:]]
     frames = [Image.open(picture).convert("P") for picture in chosen]
-    durations = [LAPSE_FRAME_MS] * (len(frames) - 1) + [LAPSE_LAST_FRAME_MS]
+    frame_ms = max(LAPSE_FRAME_MS, min(LAPSE_SLOWEST_FRAME_MS, LAPSE_LEAST_MS // max(1, len(frames) - 1)))
+    durations = [frame_ms] * (len(frames) - 1) + [LAPSE_LAST_FRAME_MS]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
     write_atomically(path, lambda stream: stream.write(buffer.getvalue()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -330,6 +331,17 @@ def test_verify_repeats_the_check_and_sees_a_tampered_bundle(bundles: Path) -> N
     assert re.fullmatch(r"error: .*model\.ts is not the file that was exported.*\n", done.stderr)
 
 
+def test_a_script_that_is_none_though_its_digest_fits_is_one_line(bundles: Path) -> None:
+    bundle = bundles / "mlp" / "1"
+    (bundle / "model.ts").write_bytes((bundle / "model.ts").read_bytes()[:5000])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["model.ts"] = hashlib.sha256((bundle / "model.ts").read_bytes()).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = cli("verify", str(bundle))
+    assert done.returncode == 2
+    assert done.stderr == "error: model.ts is no TorchScript module; export the model again\n"
+
+
 def test_what_cannot_be_exported_is_one_line(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     run = make_run("mlp")
     with pytest.raises(ExportError, match="--name 'Über' is no model name"):
@@ -399,15 +411,15 @@ def test_the_gallery_draws_a_run(name: str, make_run: Callable[[str], Run], tmp_
     for path in sorted((tmp_path / "gallery").glob("*.png")):
         with Image.open(path) as picture:
             sizes[path.name] = picture.size
-    cell = 30  # a digit and its border; two pixels more close the grid
+    cell, rim = 4 * 30, 4 * 2  # a digit and its border, four times as large; two pixels more close the grid
     expected = {
-        "digits.png": (12 * cell + 2, 10 * cell + 2),
-        "interpolation.png": (11 * cell + 2, 10 * cell + 2),
-        "neighbours.png": (12 * cell + 2, 4 * cell + 2),
-        "truncation.png": (12 * cell + 2, 5 * cell + 2),
+        "digits.png": (12 * cell + rim, 10 * cell + rim),
+        "interpolation.png": (11 * cell + rim, 10 * cell + rim),
+        "neighbours.png": (12 * cell + rim, 4 * cell + rim),
+        "truncation.png": (12 * cell + rim, 5 * cell + rim),
     }
     if name == "cdcgan":
-        expected["styles.png"] = (10 * cell + 2, 10 * cell + 2)
+        expected["styles.png"] = (10 * cell + rim, 10 * cell + rim)
         assert {f"layer{number}.png" for number in (1, 2, 3)} <= set(sizes)
     assert {key: sizes[key] for key in expected} == expected
     assert sorted(done.stdout.split()) == sorted(str(path) for path in (tmp_path / "gallery").iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -100,12 +101,14 @@ def test_a_run_leaves_all_that_it_promises(whole_run: Callable[[str], Path]) -> 
     assert np.isfinite(losses).all()
     for picture in ("fake-00000036.png", "real-00000036.png"):
         with Image.open(folder / "pictures" / picture) as grid:
-            assert grid.size == (6 * 30 + 2, 6 * 30 + 2)
+            assert grid.size == (4 * (8 * 30 + 2), 4 * (8 * 30 + 2)), "64 digits, each pixel 4 × 4"
     with Image.open(folder / "fakes.gif") as lapse:
         assert lapse.n_frames == 9
+        assert lapse.info["duration"] == 500, "nine frames go slowly"
     with Image.open(folder / "losses.png") as plot:
         assert plot.size[0] > 500
     activations = np.load(folder / "activations" / "activations.npz")
+    assert activations["latents"].shape == (36, 100)
     assert [activations[f"layer{number}"].shape for number in (1, 2, 3, 4)] == [
         (36, 8, 4, 4), (36, 8, 8, 8), (36, 8, 16, 16), (36, 1, 28, 28),
     ]  # fmt: skip
@@ -261,6 +264,8 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         (["mlp", "--seed=17592186044416"], "seed must be from 0 to 2^44 - 1"),
         (["mlp", "--learning-rat=1"], "unrecognized arguments: --learning-rat=1"),
         (["activations", "--run=nowhere"], "nowhere is not a run folder"),
+        (["bench", "--seconds=-1"], "--seconds must be over 0 and at most 3600, got -1"),
+        (["mlp", "--data-dir=nowhere/mnist"], "--data-dir nowhere/mnist: there is no nowhere; make it"),
         (["activations", "--sample=36", "--runs-dir=nowhere"], "no finished run of dcgan"),
     ],
 )
@@ -311,3 +316,66 @@ def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path, whole_
     (folder / "quality.json").write_text("{}")
     done = evaluate(tmp_path, "--missing")
     assert (done.returncode, done.stdout) == (0, ""), "it has been judged"
+
+
+def test_a_run_may_end_within_an_epoch_and_says_which_epoch_it_is_in(tmp_path: Path) -> None:
+    done = train_here("mlp", tmp_path, *SMALL["mlp"], "--steps=8", "--checkpoint-every=100")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path, "mlp")
+    assert final_state(folder)["step"] == json.loads((folder / "result.json").read_text())["step"] == 8
+    assert "epoch 1 of 6" in done.stderr
+    assert "epoch 2 of 6" in done.stderr
+    assert "epoch 3 of 6" not in done.stderr
+
+
+def test_the_losses_are_on_disk_between_two_checkpoints(tmp_path: Path) -> None:
+    small = {"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 9}
+    config = preset("mlp").replace({**small, "report_every": 2, "checkpoint_every": 9})
+    trainer = Trainer(create_run(tmp_path, config, {}), (torch.rand(12, 1, 28, 28),), torch.device("cpu"))
+    honest = trainer.train_step
+    seen: dict[int, int] = {}
+
+    def step(real: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        losses = trainer.run.folder / "losses.npy"
+        seen[trainer.step] = len(np.load(losses)) if losses.exists() else 0
+        return honest(real)
+
+    trainer.take_step = step
+    trainer.fit()
+    assert [seen[number] for number in (1, 2, 3, 4, 9)] == [0, 1, 1, 2, 4]
+    assert (trainer.run.folder / "losses.png").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, saved = torch.save, []
+
+    def save(state: object, stream: Any) -> None:
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(True)
+        honest(state, stream)
+
+    monkeypatch.setattr(torch, "save", save)
+    done = train_here("mlp", tmp_path, *SMALL["mlp"])
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: No space left on device; what was saved before is kept")
+    assert final_state(only_run(tmp_path, "mlp"))["step"] == 0
+    assert not list((only_run(tmp_path, "mlp") / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"config": {}, "provenance": []}', '{"config": 3, "provenance": {"data": {}}}', "[" * 99_999]
+)
+def test_a_damaged_config_is_one_line(content: str, tmp_path: Path) -> None:
+    run = create_run(tmp_path, preset("mlp"), {"data": {}})
+    (run.folder / "config.json").write_text(content)
+    done = train_here("mlp", tmp_path, f"--resume={run.folder}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_choices_are_in_the_help() -> None:
+    said = in_process(main, "mlp", "--help").stdout
+    assert "--precision {fp32,tf32,bf16}" in said
+    assert "--discriminator-loss {mean,sum}" in said

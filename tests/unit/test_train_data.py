@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,17 @@ def test_no_bytes_make_the_reader_fail_otherwise_than_by_name(content: bytes) ->
 def test_a_header_that_announces_exabytes_or_nothing_allocates_nothing(shape: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="announces"):
         read_idx(b"\0\0\x08\x03" + struct.pack(">3I", *shape), "somewhere")
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.write_bytes(b"\xff\xfe\0"), lambda path: path.mkdir()])
+def test_a_sums_file_that_is_none_is_one_line(subset: Path, plant: Callable[[Path], object]) -> None:
+    (subset / SUMS_FILE).unlink()
+    plant(subset / SUMS_FILE)
+    with pytest.raises(DataError, match="SHA256SUMS is no text file of digests and names"):
+        load_mnist(subset)
+
+
+def test_a_file_that_is_no_idx_file_is_named_with_its_folder(subset: Path) -> None:
+    (subset / "train-labels-idx1-ubyte").write_bytes(b"no idx file")
+    with pytest.raises(DataError, match=f"^{subset}/train-labels-idx1-ubyte is not an idx file"):
+        load_mnist(subset)
