@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 from train.checkpoint import write_atomically
 
 GRID_SCALE = 4  # a digit of 28 pixels is too small to look at
+LAPSE_REDUCED = GRID_SCALE // 2
 LAPSE_FRAME_MS = 40
 LAPSE_LEAST_MS = 5000  # of a short lapse, its last frame not counted: its frames are slowed down
 LAPSE_SLOWEST_FRAME_MS = 500
@@ -63,7 +64,9 @@ def save_time_lapse(pictures: list[Path], path: Path) -> None:
     """Join PNG grids, oldest first, into an endless GIF: at most 250 frames, slower if they are few; the last stays for 3 s."""
     stride = max(1, -(-len(pictures) // LAPSE_MAX_FRAMES))
     chosen = [*pictures[:-1:stride], *pictures[-1:]]
-    frames = [Image.open(picture).convert("P") for picture in chosen]
+    pictures_of = (Image.open(picture) for picture in chosen)
+    # Half as large as the pictures: hundreds of whole ones would be tens of megabytes.
+    frames = [each.reduce(LAPSE_REDUCED).convert("P") for each in pictures_of]
     frame_ms = max(LAPSE_FRAME_MS, min(LAPSE_SLOWEST_FRAME_MS, LAPSE_LEAST_MS // max(1, len(frames) - 1)))
     durations = [frame_ms] * (len(frames) - 1) + [LAPSE_LAST_FRAME_MS]
     buffer = io.BytesIO()
