@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from serve.errors import GoldenError
 from serve.manifest import Manifest
 from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 COUNT = 3001
 BASE = ["write", "--model=mlp", "--provider=cpu", "--seed=7", "--start=100", f"--count={COUNT}"]
@@ -60,10 +60,7 @@ def test_a_shard_that_is_killed_is_not_there_and_repeats_its_bytes(tmp_path: Pat
     flags = ["write", "--model=dcgan", "--provider=cpu", "--count=8000", "--shards=2", "--shard=1", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "serve.dataset", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.glob(".part-*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".part-*")))
         process.kill()
     assert not list(tmp_path.glob("part-*"))
     assert main(flags) == 0

@@ -16,6 +16,7 @@ from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.both_fronts
 
@@ -25,8 +26,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_zero(start_server: Callabl
     with grpc.insecure_channel(server.target, CHANNEL_OPTIONS[1:]) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         calls = [stub.Generate.future(pb.GenerateRequest(count=500, model="dcgan", seed=n), timeout=60) for n in range(6)]
-        while server.metric("digits_queue_images", model="dcgan") < 2000:
-            pass
+        wait_until(lambda: server.metric("digits_queue_images", model="dcgan") >= 2000)
         status, log = server.terminate()
         for number, call in enumerate(calls):
             answer = call.result(timeout=60)
@@ -61,8 +61,7 @@ def test_the_drain_deadline_cancels_and_counts_what_is_left(start_server: Callab
     with grpc.insecure_channel(server.target, CHANNEL_OPTIONS[1:]) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         calls = [stub.Generate.future(pb.GenerateRequest(count=4096, model="dcgan"), timeout=60) for _ in range(3)]
-        while server.metric("digits_queue_images", model="dcgan") < 8000:
-            pass
+        wait_until(lambda: server.metric("digits_queue_images", model="dcgan") >= 8000)
         started = time.monotonic()
         status, log = server.terminate()
         assert time.monotonic() - started < 10
@@ -122,10 +121,7 @@ def test_restarts_under_load_fail_no_call(rolls: int, start_server: Callable[...
             status, _ = replicas[turn].terminate()
             assert status == 0
             replicas[turn] = start_server(*flags, f"--grpc-port={port}")
-            deadline = time.monotonic() + 30
-            while calls[0] < before + 20:
-                assert time.monotonic() < deadline, "the load has stopped"
-                time.sleep(0.01)
+            wait_until(lambda: calls[0] >= before + 20)  # noqa: B023  # called before the next turn
     finally:
         stop.set()
         for thread in threads:

@@ -39,6 +39,7 @@ from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.command_lines import in_process
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.config import TrainConfig, preset
 from train.errors import TrainError
@@ -480,8 +481,8 @@ def test_watch_exports_metrics_until_it_is_stopped(shared_server: ServerProcess)
         assert address
         seen = ServerProcess.__new__(ServerProcess)  # only its reading of metrics is wanted
         seen.http = address[1]
-        while seen.metric("digits_watch_difference_count") < 8:
-            assert process.poll() is None
+        wait_until(lambda: process.poll() is not None or seen.metric("digits_watch_difference_count") >= 8)
+        assert process.poll() is None
         assert seen.metric("digits_watch_breaches_total") == 0
         assert seen.metric("digits_watch_last_check_timestamp_seconds") > 1.7e9
         process.terminate()

@@ -21,6 +21,7 @@ from serve.latents import draw
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.both_fronts
 
@@ -125,10 +126,7 @@ def test_slow_readers_and_callers_who_leave_hold_up_nobody(shared_server: Server
         for call in leaving:
             call.cancel()
         seen = len(latencies)
-        deadline = time.monotonic() + 30
-        while len(latencies) < seen + 20:
-            assert time.monotonic() < deadline, "the well-behaved caller is not answered"
-            time.sleep(0.01)
+        wait_until(lambda: len(latencies) >= seen + 20)
         for stream in streams:
             stream.cancel()
 
@@ -150,8 +148,12 @@ def test_a_thousand_connections_opened_and_dropped_and_a_thousand_callers_cost_n
     with grpc.insecure_channel(server.target, NO_RETRIES) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         calls = [stub.Generate.future(pb.GenerateRequest(count=4, model="dcgan", seed=n), timeout=60) for n in range(1000)]
-        while server.metric("grpc_server_started_total", grpc_method="Generate") < 1000:
+
+        def started() -> bool:
             assert process.num_threads() - threads_before < 20
+            return server.metric("grpc_server_started_total", grpc_method="Generate") >= 1000
+
+        wait_until(started)
         for number, call in enumerate(calls):
             answer = call.result(timeout=60)
             assert (answer.seed, answer.count) == (number, 4)
@@ -218,8 +220,7 @@ def test_one_digit_behind_a_thousand_waits_for_a_batch_and_not_for_a_thousand(
     with grpc.insecure_channel(server.target, NO_RETRIES) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         long = stub.Generate.future(pb.GenerateRequest(count=4096, model="dcgan"), timeout=60)
-        while server.metric("digits_batch_images_count", model="dcgan") < 1:
-            pass
+        wait_until(lambda: server.metric("digits_batch_images_count", model="dcgan") >= 1)
         started = time.perf_counter()
         stub.Generate(pb.GenerateRequest(count=1, model="dcgan"), timeout=60)
         short_s = time.perf_counter() - started

@@ -24,6 +24,7 @@ from PIL import Image
 from serve.access.tokens import main as tokens_main
 from serve.client import DigitClient
 from serve.pictures import to_grid
+from tests.comparing import apart
 from tests.server_process import ServerProcess
 
 
@@ -41,11 +42,6 @@ def get(server: ServerProcess, path: str, **headers: str) -> tuple[int, Any, byt
 def picture(content: bytes) -> np.ndarray[Any, Any]:
     with Image.open(io.BytesIO(content)) as opened:
         return np.asarray(opened)
-
-
-def apart(some: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> int:
-    assert some.shape == others.shape
-    return int(np.abs(some.astype(int) - others.astype(int)).max())
 
 
 def test_json_has_the_digits_of_the_address_one_by_one(shared_server: ServerProcess) -> None:

@@ -15,9 +15,9 @@ from serve.client.command import main
 from serve.latents import Span, draw_span, slerp
 from serve.manifest import BUNDLED_DIR, QUALITY_FILE
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from serve.pb.inference import open_inference_pb2 as oip
 from serve.pb.inference import open_inference_pb2_grpc as oip_grpc
+from tests.comparing import apart
 from tests.server_process import ServerProcess
 
 pytestmark = pytest.mark.both_fronts
@@ -27,27 +27,9 @@ Z = 100
 
 
 @pytest.fixture(scope="module")
-def client(shared_server: ServerProcess) -> Iterator[DigitClient]:
-    with DigitClient(shared_server.target) as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def stub(shared_server: ServerProcess) -> Iterator[Any]:
-    with grpc.insecure_channel(shared_server.target) as channel:
-        yield pb_grpc.DigitGeneratorStub(channel)
-
-
-@pytest.fixture(scope="module")
 def inference(shared_server: ServerProcess) -> Iterator[Any]:
     with grpc.insecure_channel(shared_server.target) as channel:
         yield oip_grpc.GRPCInferenceServiceStub(channel)
-
-
-def apart(some: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> int:
-    """The largest difference in grey levels."""
-    assert some.shape == others.shape
-    return int(np.abs(some.astype(int) - others.astype(int)).max())
 
 
 def test_a_label_for_all_a_label_for_each_and_the_tapes_own(client: DigitClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -30,8 +30,6 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.both_fronts
 
 SWAPS = 50
-TRITON_CALLER = Path(__file__).parent / "triton_administrator.py"
-TRITON_PYTHON = Path("build/triton-client/bin/python")
 
 
 @pytest.fixture
@@ -265,15 +263,12 @@ def test_a_server_that_serves_nothing_can_be_administered_and_its_health_listed(
         wait_until(lambda: {"digits.v1.DigitGenerator", "liveness"} <= serving())
 
 
-def test_tritons_client_lists_loads_and_unloads(models: Path, start_server: Callable[..., ServerProcess]) -> None:
-    assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
+def test_tritons_client_lists_loads_and_unloads(
+    models: Path, start_server: Callable[..., ServerProcess], by_triton: Callable[[str, str], dict[str, Any]]
+) -> None:
     add_version(models, "mlp", 2)
     server = start_server(f"--models-dir={models}", "--default-model=mlp", "--versions=1")
-    done = subprocess.run(
-        [str(TRITON_PYTHON), str(TRITON_CALLER), server.target], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = by_triton("triton_administrator.py", server.target)
     served = {"name": "mlp", "version": "1", "state": "READY"}
     unloaded = {"name": "mlp", "version": "2", "state": "UNAVAILABLE", "reason": "unloaded"}
     assert seen["index"] == [served, unloaded]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -18,20 +16,11 @@ from tests.server_process import ServerProcess
 
 pytestmark = pytest.mark.both_fronts
 
-CALLER = Path(__file__).parent / "triton_caller.py"
-TRITON_PYTHON = Path("build/triton-client/bin/python")
-
 
 @pytest.fixture(scope="module")
-def seen(shared_server: ServerProcess) -> dict[str, Any]:
+def seen(shared_server: ServerProcess, by_triton: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
     """What tritonclient saw."""
-    assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
-    done = subprocess.run(
-        [str(TRITON_PYTHON), str(CALLER), shared_server.target], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    answers: dict[str, Any] = json.loads(done.stdout)
-    return answers
+    return by_triton("triton_caller.py", shared_server.target)
 
 
 def test_live_ready_and_metadata(seen: dict[str, Any]) -> None:

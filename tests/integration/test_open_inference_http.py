@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import urllib.error
 import urllib.request
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -17,21 +16,11 @@ from serve.api.http import DIGITS, INTERPOLATION
 from serve.client import DigitClient
 from tests.server_process import ServerProcess
 
-CALLER = Path(__file__).parent / "triton_http_caller.py"
-TRITON_PYTHON = Path("build/triton-client/bin/python")
-BIGGEST_SEED = 2**64 - 1
-
 
 @pytest.fixture(scope="module")
-def seen(shared_server: ServerProcess) -> dict[str, Any]:
+def seen(shared_server: ServerProcess, by_triton: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
     """What tritonclient saw."""
-    assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
-    done = subprocess.run(
-        [str(TRITON_PYTHON), str(CALLER), shared_server.http], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    answers: dict[str, Any] = json.loads(done.stdout)
-    return answers
+    return by_triton("triton_http_caller.py", shared_server.http)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +47,7 @@ def infer(*inputs: dict[str, Any], **more: Any) -> bytes:
     return json.dumps({"inputs": inputs, **more}).encode()
 
 
+BIGGEST_SEED = 2**64 - 1
 COUNT = {"name": "count", "datatype": "INT32", "shape": [1], "data": [2]}
 SEED = {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [BIGGEST_SEED]}
 

@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -19,7 +18,6 @@ from grpc_reflection.v1alpha import reflection_pb2
 from PIL import Image
 
 from serve.client import DigitClient
-from serve.client.channel import CHANNEL_OPTIONS
 from serve.client.command import as_text
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
@@ -29,22 +27,11 @@ from serve.models.repository import read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.both_fronts
 
 MODELS = ("mlp", "dcgan", "cdcgan")
-
-
-@pytest.fixture(scope="module")
-def client(shared_server: ServerProcess) -> Iterator[DigitClient]:
-    with DigitClient(shared_server.target) as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def stub(shared_server: ServerProcess) -> Iterator[Any]:
-    with grpc.insecure_channel(shared_server.target, options=CHANNEL_OPTIONS[1:]) as channel:
-        yield pb_grpc.DigitGeneratorStub(channel)
 
 
 def refused(stub: Any, code: grpc.StatusCode, **fields: Any) -> str:
@@ -319,8 +306,7 @@ def test_metrics_count_what_was_done(start_server: Any) -> None:
 def test_the_golden_check_runs_again_through_the_live_batcher(start_server: Any) -> None:
     server = start_server("--self-check-interval-s=0.2")
     with DigitClient(server.target) as client:
-        while server.metric("digits_self_checks_total", result="passed") < 4:
-            client.generate(1)
+        wait_until(lambda: client.generate(1) and server.metric("digits_self_checks_total", result="passed") >= 4)
     assert server.metric("digits_self_checks_total", result="breach") == 0
 
 

@@ -20,6 +20,7 @@ from serve.latents import Span, draw, draw_span
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.host_device import HostDevice
+from tests.waiting import wait_until
 
 POWERS = EngineOptions(pad_to_powers=True)
 
@@ -291,8 +292,7 @@ def test_nothing_runs_while_a_graph_is_captured() -> None:
         order.append("side by side")
     capturing = threading.Thread(target=capture)
     capturing.start()
-    while not gate._capturing:
-        pass
+    wait_until(lambda: gate._capturing)
     late = threading.Thread(target=late_run)
     late.start()
     leave.set()
