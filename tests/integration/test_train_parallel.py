@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.command_lines import in_process
+from train.cli import main
+
 SMALL = {
     "mlp": ["--generator-widths=32,64", "--discriminator-widths=32,16", "--learning-rate=1e-3"],
     "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--norm-init-std=none", "--weight-init-std=none"],
@@ -76,6 +79,8 @@ def test_a_run_of_two_is_resumed_by_two_and_by_no_other_number(subset: Path, tmp
 
 
 def test_capture_with_several_processes_or_without_cuda_is_refused(subset: Path, tmp_path: Path) -> None:
-    done = train(1, "mlp", subset, tmp_path, "--capture=on")
+    done = in_process(
+        main, "mlp", *SMALL["mlp"], f"--data-dir={subset}", f"--runs-dir={tmp_path}", "--device=cpu", "--capture=on"
+    )
     assert done.returncode == 2
     assert "--capture on takes one process and CUDA; leave it at auto" in done.stderr

@@ -126,7 +126,7 @@ FAULTS = [
     Fault("the generator wants to be found out", "train/losses.py", "torch.ones_like(fake_logits))", "torch.zeros_like(fake_logits))", REFERENCE),
     Fault("the mean of the losses is their sum", "train/losses.py", "return total / 2 if joined_by == \"mean\" else total", "return total", REFERENCE),
     Fault("the learning rate does not decay", LOOP, "                self._set_learning_rate()\n", "", f"{TRAIN} -k decays"),
-    Fault("a resumed run draws the first noise again", LOOP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k killed"),
+    Fault("a resumed run draws the first noise again", LOOP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k signal"),
     Fault("a signal saves nothing", LOOP, "if due or last or self.stop_wanted:", "if due or last:", f"{TRAIN} -k signal"),
     Fault("the last step is not saved", LOOP, "if due or last or self.stop_wanted:", "if due or self.stop_wanted:", f"{TRAIN} -k last_step"),
     # export
