@@ -40,6 +40,10 @@ class RequestError(ServeError):
     """A request field with an unusable value: the text names field, value and limit."""
 
 
+class UnsupportedError(ServeError):
+    """A call of a protocol that this server does not answer."""
+
+
 class UnknownModelError(ServeError):
     """No such model or version: the text lists what there is."""
 

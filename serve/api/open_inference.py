@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
+from google.protobuf import empty_pb2
 from numpy.typing import NDArray
 
 from serve.api.admission import Admission, Call
 from serve.api.encoding import Piece, as_bytes, field_key, pack_field, packed_varints
-from serve.api.rpc import RpcTable
+from serve.api.rpc import RpcTable, parse
+from serve.api.status import refusal
 from serve.api.tensors import (
     INPUTS,
     OUTPUTS,
@@ -33,8 +35,9 @@ from serve.api.tensors import (
 from serve.config.release import release
 from serve.core.generate import Core
 from serve.core.request import Digits
-from serve.errors import RequestError
+from serve.errors import RequestError, ServeError, UnsupportedError
 from serve.models.model import Model
+from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
@@ -44,11 +47,33 @@ CONTENTS_KEY = field_key(pb.ModelInferResponse.InferOutputTensor, "contents")
 MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread, not on the event loop
 
 
+STREAM_RESPONSE_KEY = field_key(pb.ModelStreamInferResponse, "infer_response")
+STREAM_AHEAD = 64  # requests of one stream that are under way at once
+
+# Statistics → the histogram that has them.
+STATISTICS = {
+    "queue": "digits_queue_wait_seconds",
+    "compute_input": "digits_assembly_seconds",
+    "compute_infer": "digits_compute_seconds",
+    "compute_output": "digits_encode_seconds",
+}
+# What else Triton's client can call, and why not, or what to do instead.
+_SHARED_MEMORY = "there is no shared memory with callers; send the tensors in the message"
+_SETTINGS = "logs and traces are set when the server starts (--log-level, OTEL_EXPORTER_OTLP_ENDPOINT)"
+_ABOUT_MEMORY = [f"{kind}SharedMemory{what}" for kind in ("System", "Cuda") for what in ("Status", "Register", "Unregister")]
+UNSUPPORTED = {
+    **dict.fromkeys(_ABOUT_MEMORY, _SHARED_MEMORY),
+    "TraceSetting": _SETTINGS,
+    "LogSettings": _SETTINGS,
+}
+
+
 class OpenInferenceService:
     """The handlers: a message and its call in, the response's bytes out. They raise ServeError."""
 
-    def __init__(self, core: Core, ready: Callable[[], bool]) -> None:
+    def __init__(self, core: Core, ready: Callable[[], bool], metrics: Metrics) -> None:
         self._core = core
+        self._metrics = metrics
         self._ready = ready
 
     def table(self, admission: Admission) -> RpcTable:
@@ -60,6 +85,11 @@ class OpenInferenceService:
         table.unary("ServerMetadata", pb.ServerMetadataRequest, self.server_metadata)
         table.unary("ModelMetadata", pb.ModelMetadataRequest, self.model_metadata)
         table.unary("ModelInfer", pb.ModelInferRequest, self.model_infer)
+        table.bidirectional("ModelStreamInfer", self.model_stream_infer)
+        table.unary("ModelConfig", pb.ModelConfigRequest, self.model_config)
+        table.unary("ModelStatistics", pb.ModelStatisticsRequest, self.model_statistics)
+        for method, instead in UNSUPPORTED.items():
+            table.unary(method, empty_pb2.Empty, _refusal(method, instead))
         return table
 
     async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> bytes:
@@ -87,6 +117,45 @@ class OpenInferenceService:
             outputs=[tensor(name=name, datatype=OUTPUTS[name].datatype, shape=shape) for name, shape in given.items()],
         ).SerializeToString()
 
+    async def model_config(self, request: pb.ModelConfigRequest, call: Call) -> bytes:
+        model = self._find(request.name, request.version)
+        taken, given = shapes_of(model.manifest)
+        config = pb.ModelConfig(
+            name=model.manifest.name,
+            platform=PLATFORM,
+            backend="onnxruntime",
+            max_batch_size=model.batcher.limits.max_batch_size,
+            input=[
+                pb.ModelInput(name=name, data_type=f"TYPE_{INPUTS[name].datatype}", dims=shape, optional=True)
+                for name, shape in taken.items()
+            ],
+            output=[
+                pb.ModelOutput(name=name, data_type=f"TYPE_{OUTPUTS[name].datatype}", dims=dims) for name, dims in given.items()
+            ],
+        )
+        return pb.ModelConfigResponse(config=config).SerializeToString()
+
+    async def model_statistics(self, request: pb.ModelStatisticsRequest, call: Call) -> bytes:
+        if request.name:
+            self._find(request.name, request.version)  # or it is not found
+        response = pb.ModelStatisticsResponse()
+        for model in self._core.catalog.models():
+            name, version = model.manifest.name, model.manifest.version
+            if request.name in ("", name) and request.version in ("", str(version)):
+                sums = self._metrics.of_model(name, version)
+                stats = response.model_stats.add(name=name, version=str(version))
+                stats.inference_count = int(sums.get("digits_images_total", 0))
+                stats.execution_count = int(sums.get("digits_batch_images_count", 0))
+                stats.inference_stats.fail.count = int(sums.get("digits_run_failures_total", 0))
+                for field, metric in STATISTICS.items():
+                    duration = getattr(stats.inference_stats, field)
+                    duration.count = int(sums.get(f"{metric}_count", 0))
+                    duration.ns = int(sums.get(f"{metric}_sum", 0.0) * 1e9)
+                success = stats.inference_stats.success
+                success.count = stats.inference_stats.compute_output.count
+                success.ns = sum(getattr(stats.inference_stats, field).ns for field in STATISTICS)
+        return response.SerializeToString()
+
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
         names = output_names([output.name for output in request.outputs])
         holders: list[Any] = [request, *request.inputs, *request.outputs]
@@ -97,8 +166,47 @@ class OpenInferenceService:
             return _encode(request, digits, names, call)
         return await asyncio.to_thread(_encode, request, digits, names, call)
 
+    async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        """Each request as ``ModelInfer`` answers it, some side by side, so that they share batches; answers in order."""
+        under_way: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_AHEAD)
+
+        async def begin() -> None:
+            async for raw in requests:
+                await under_way.put(asyncio.create_task(self._answer_one(raw, call)))
+            await under_way.put(None)
+
+        reading = asyncio.create_task(begin())
+        try:
+            while (answer := await under_way.get()) is not None:
+                yield await answer
+        finally:
+            reading.cancel()
+            while not under_way.empty():
+                if (left := under_way.get_nowait()) is not None:
+                    left.cancel()
+
+    async def _answer_one(self, raw: bytes, call: Call) -> bytes:
+        """One response of a stream; what a caller did wrong with one request is no end of the others."""
+        request = pb.ModelInferRequest()
+        try:
+            request = parse(pb.ModelInferRequest, raw)
+            call.account.count_request()
+            response = await self.model_infer(request, call)
+        except ServeError as error:
+            failed = pb.ModelStreamInferResponse(error_message=refusal(error).text)
+            failed.infer_response.id = request.id
+            return failed.SerializeToString()
+        return pack_field(b"", STREAM_RESPONSE_KEY, [[response]])
+
     def _find(self, name: str, number: str) -> Model:
         return self._core.catalog.find(*named(name, number))
+
+
+def _refusal(method: str, instead: str) -> Callable[[empty_pb2.Empty, Call], Awaitable[bytes]]:
+    async def refuse(request: empty_pb2.Empty, call: Call) -> bytes:
+        raise UnsupportedError(f"{method} is not supported: {instead}")
+
+    return refuse
 
 
 def read_inputs(request: pb.ModelInferRequest) -> Tensors:

@@ -47,7 +47,7 @@ class RpcTable:
             call = self._begin(observed, context)
             try:
                 call.admit(caller_of(context), scope)
-                response = await answer(_parse(request_type, raw), call)
+                response = await answer(parse(request_type, raw), call)
                 call.answered()
                 return response
             except Exception as error:
@@ -73,7 +73,7 @@ class RpcTable:
             call = self._begin(observed, context)
             try:
                 call.admit(caller_of(context), scope)
-                async for response in answers(_parse(request_type, raw), call):
+                async for response in answers(parse(request_type, raw), call):
                     call.check_again()  # a token may have been revoked since
                     yield response
                 call.answered()
@@ -84,6 +84,31 @@ class RpcTable:
                 call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
         self.methods[method] = grpc.unary_stream_rpc_method_handler(handle)
+
+    def bidirectional(
+        self,
+        method: str,
+        answers: Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]],
+        scope: Scope = "generate",
+    ) -> None:
+        """Add a method with a stream of requests, given as they lie on the wire, and one of answers."""
+        observed = RpcMetrics(self._admission.metrics, "bidi_stream", self.service, method)
+
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+            call = self._begin(observed, context)
+            try:
+                call.admit(caller_of(context), scope)
+                async for response in answers(requests, call):
+                    call.check_again()  # a token may have been revoked since
+                    yield response
+                call.answered()
+            except Exception as error:
+                await self._abort(context, call, error)
+            finally:
+                call.ended()
+                call.sent()  # handed to grpcio, whose own stopping waits until it is written
+
+        self.methods[method] = grpc.stream_stream_rpc_method_handler(handle)
 
     async def _abort(self, context: Context, call: Call, error: Exception) -> None:
         """End a call with the status of an error. Always raises."""
@@ -110,7 +135,8 @@ def caller_of(context: Context) -> Caller:
     return Caller(context.peer(), authorization, request_id)
 
 
-def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
+def parse(request_type: type[RequestT], raw: bytes) -> RequestT:
+    """A message. Raises RequestError when the bytes are none."""
     try:
         return request_type.FromString(raw)
     except DecodeError:

@@ -20,6 +20,7 @@ from serve.errors import (
     UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
+    UnsupportedError,
 )
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, int]] = {
     UnauthenticatedError: (Code.UNAUTHENTICATED, 401),
     ForbiddenError: (Code.PERMISSION_DENIED, 403),
     UnknownModelError: (Code.NOT_FOUND, 404),
+    UnsupportedError: (Code.UNIMPLEMENTED, 501),
     LifecycleError: (Code.FAILED_PRECONDITION, 409),
     QueueFullError: (Code.RESOURCE_EXHAUSTED, 429),
     CallerLimitError: (Code.RESOURCE_EXHAUSTED, 429),

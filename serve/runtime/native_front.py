@@ -94,11 +94,19 @@ class NativeFront:
         self._loop = asyncio.get_running_loop()
         self._beside = grpc.aio.server()
         self._services.add_health_and_reflection(self._beside)
+        for table in self._services.tables:  # what pygrpc-native's lower layer has no way for
+            streams = {name: handler for name, handler in table.methods.items() if handler.request_streaming}
+            self._beside.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(table.service, streams),))
         socket = f"{self._folder.name}/grpc"
         self._beside.add_insecure_port(f"unix:{socket}")
         await self._beside.start()
         self._front.set_fallback(socket)
-        methods = [(table.service, name, handler) for table in self._services.tables for name, handler in table.methods.items()]
+        methods = [
+            (table.service, name, handler)
+            for table in self._services.tables
+            for name, handler in table.methods.items()
+            if not handler.request_streaming
+        ]
         self._handlers = [handler for _, _, handler in methods]
         self._front.add_methods([(f"/{service}/{name}", handler.response_streaming) for service, name, handler in methods])
         self._front.start()

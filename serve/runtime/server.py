@@ -119,7 +119,7 @@ class Server:
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
         tables = [
             DigitService(core).table(admission),
-            OpenInferenceService(core, lambda: self._health.not_ready() is None).table(admission),
+            OpenInferenceService(core, lambda: self._health.not_ready() is None, self._metrics).table(admission),
             *ModelControlService(Administration(self._reconciler)).tables(admission),
         ]
         services = Services(tables, self._health.servicer, settings.reflection, self._tracing)

@@ -125,7 +125,7 @@ class Server:
         serving_file = ServingFile(BUNDLED_DIR / "serving.json")  # which is not written: the bundled models are not changed
         reconciler = Reconciler(Repository(BUNDLED_DIR), serving_file, catalog, settings, metrics)
         self.digits = DigitService(core).table(admission).methods
-        self.inference = OpenInferenceService(core, lambda: True).table(admission).methods
+        self.inference = OpenInferenceService(core, lambda: True, metrics).table(admission).methods
         own, extension = ModelControlService(Administration(reconciler)).tables(admission)
         self.control = {**own.methods, **extension.methods}
         self._loop.run_until_complete(self._open(catalog, metrics))

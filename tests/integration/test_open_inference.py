@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from serve.api.open_inference import UNSUPPORTED
 from serve.client import DigitClient
 from serve.pb.inference import open_inference_pb2 as pb
 from serve.pb.inference import open_inference_pb2_grpc as pb_grpc
@@ -148,3 +151,46 @@ def test_an_impossible_shape_allocates_nothing_and_is_refused(shape: list[int], 
     with pytest.raises(grpc.RpcError) as caught:
         infer(shared_server.target, pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[raw]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stream_is_answered_in_order_and_one_wrong_request_ends_it_not(
+    seen: dict[str, Any], shared_server: ServerProcess
+) -> None:
+    with DigitClient(shared_server.target) as client:
+        for number, (request_id, pixels) in enumerate(seen["stream"]):
+            if number == 1:
+                assert (request_id, "count must be from 1 to" in pixels) == ("failed", True)
+                continue
+            own = client.generate(1 + number, model="mlp", seed=7, start=number).pixels.astype(int)
+            assert request_id == str(number)
+            assert int(np.abs(np.array(pixels) - own).max()) <= 1
+
+
+def test_configuration_and_statistics(seen: dict[str, Any]) -> None:
+    config = seen["config"]
+    assert (config["name"], config["platform"], config["max_batch_size"]) == ("cdcgan", "onnxruntime_onnx", 8)
+    assert {"name": "latents", "data_type": "TYPE_FP32", "dims": ["-1", "100"], "optional": True} in config["input"]
+    assert {"name": "labels", "data_type": "TYPE_INT64", "dims": ["-1"]} in config["output"]
+    [mlp] = seen["statistics"]
+    stats = {name: int(each["count"]) for name, each in mlp["inference_stats"].items() if each.get("count")}
+    assert int(mlp["inference_count"]) >= 5 + 1 + 3 + 4 + 5
+    assert 0 < int(mlp["execution_count"]) == stats["compute_infer"] == stats["compute_input"]
+    assert stats["success"] == stats["queue"] == stats["compute_output"] > 4
+    assert int(mlp["inference_stats"]["success"]["ns"]) > int(mlp["inference_stats"]["compute_infer"]["ns"]) > 0
+    assert seen["all_statistics"] == ["cdcgan", "dcgan", "mlp"]
+    assert seen["unknown_config"][0] == "StatusCode.NOT_FOUND"
+
+
+@pytest.mark.parametrize("method", UNSUPPORTED)
+def test_what_is_not_supported_says_so_in_a_line(seen: dict[str, Any], method: str) -> None:
+    code, text = seen[method]
+    assert code == "StatusCode.UNIMPLEMENTED"
+    assert text == f"{method} is not supported: {UNSUPPORTED[method]}"
+
+
+def test_every_rpc_of_the_protocol_is_answered_or_refused_and_in_the_docs() -> None:
+    own = {method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
+    guide = (Path(__file__).parents[2] / "docs" / "open-inference.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (yes|no)\b", guide, re.MULTILINE))
+    assert rows == dict.fromkeys(own, "yes") | dict.fromkeys(UNSUPPORTED, "no")
+    assert f"{len(own)} of {len(own) + len(UNSUPPORTED)}" in guide

@@ -44,6 +44,24 @@ def refusal(client: Any, values: Inputs, outputs: list[str] | None = None, model
     return ["OK", ""]
 
 
+def streamed(client: Any, count: int) -> list[Any]:
+    """What a stream of ``count`` requests, the second of them wrong, is answered with, in order."""
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for number in range(count):
+        digits = 0 if number == 1 else 1 + number
+        client.async_stream_infer("mlp", tensors(address(7, digits, number)), request_id=str(number))
+    seen = []
+    for _ in range(count):
+        result, error = answers.get(timeout=20)
+        if error is None:
+            seen.append([result.get_response().id, result.as_numpy("pixels").tolist()])
+        else:
+            seen.append(["failed", str(error.message())])
+    client.stop_stream()
+    return seen
+
+
 def main(target: str) -> dict[str, Any]:
     client = triton.InferenceServerClient(target)
     seen: dict[str, Any] = {
@@ -54,6 +72,18 @@ def main(target: str) -> dict[str, Any]:
         "server": client.get_server_metadata(as_json=True),
         "model": client.get_model_metadata("mlp", as_json=True),
     }
+    seen["unknown_config"] = refusal_of(lambda: client.get_model_config("vae"))
+    for what, ask in {
+        "SystemSharedMemoryStatus": client.get_system_shared_memory_status,
+        "SystemSharedMemoryRegister": lambda: client.register_system_shared_memory("x", "/x", 8),
+        "SystemSharedMemoryUnregister": lambda: client.unregister_system_shared_memory("x"),
+        "CudaSharedMemoryStatus": client.get_cuda_shared_memory_status,
+        "CudaSharedMemoryRegister": lambda: client.register_cuda_shared_memory("x", b"", 0, 8),
+        "CudaSharedMemoryUnregister": lambda: client.unregister_cuda_shared_memory("x"),
+        "TraceSetting": client.get_trace_settings,
+        "LogSettings": client.get_log_settings,
+    }.items():
+        seen[what] = refusal_of(ask)
     answer = client.infer("mlp", tensors(address(7, 5, 1000)), request_id="abc", parameters={"trace": "x"})
     seen["pixels"] = answer.as_numpy("pixels").tolist()
     seen["answer"] = {"id": answer.get_response().id, "version": answer.get_response().model_version}
@@ -88,6 +118,10 @@ def main(target: str) -> dict[str, Any]:
         "version": refusal(client, address(1, 1), version="9"),
         "odd_version": refusal(client, address(1, 1), version="../1"),
     }
+    seen["stream"] = streamed(client, 5)
+    seen["config"] = client.get_model_config("cdcgan", as_json=True)["config"]
+    seen["statistics"] = client.get_inference_statistics("mlp", as_json=True)["model_stats"]
+    seen["all_statistics"] = [each["name"] for each in client.get_inference_statistics(as_json=True)["model_stats"]]
     return seen
 
 

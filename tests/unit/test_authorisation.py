@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
 from serve.api.model_control import ModelControlService
-from serve.api.open_inference import OpenInferenceService
+from serve.api.open_inference import UNSUPPORTED, OpenInferenceService
 from serve.api.rpc import RpcTable
 from serve.observability.metrics import Metrics
 
@@ -35,6 +36,10 @@ NEEDS = {
     (INFERENCE, "ServerMetadata"): "generate",
     (INFERENCE, "ModelMetadata"): "generate",
     (INFERENCE, "ModelInfer"): "generate",
+    (INFERENCE, "ModelStreamInfer"): "generate",
+    (INFERENCE, "ModelConfig"): "generate",
+    (INFERENCE, "ModelStatistics"): "generate",
+    **{(INFERENCE, method): "generate" for method in UNSUPPORTED},
     (CONTROL, "Load"): "admin",
     (CONTROL, "Unload"): "admin",
     (CONTROL, "SetDefault"): "admin",
@@ -46,7 +51,7 @@ NEEDS = {
 }
 OTHER = {"generate": "admin", "admin": "generate"}
 # What a caller who was let in meets here, where there is nothing behind the services.
-LET_IN = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT}
+LET_IN = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}
 NOT_KNOWN, NOT_ALLOWED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -81,9 +86,13 @@ def tables(accounts: Accounts) -> list[RpcTable]:
     nothing: Any = SimpleNamespace()
     return [
         DigitService(nothing).table(admission),
-        OpenInferenceService(nothing, lambda: True).table(admission),
+        OpenInferenceService(nothing, lambda: True, Metrics(CollectorRegistry())).table(admission),
         *ModelControlService(nothing).tables(admission),
     ]
+
+
+async def one_empty_message() -> AsyncIterator[bytes]:
+    yield b""
 
 
 def call(accounts: Accounts, service: str, method: str, token: str) -> grpc.StatusCode:
@@ -95,6 +104,9 @@ def call(accounts: Accounts, service: str, method: str, token: str) -> grpc.Stat
         try:
             if handler.unary_unary is not None:
                 await handler.unary_unary(b"", context)
+            elif handler.stream_stream is not None:
+                async for _ in handler.stream_stream(one_empty_message(), context):
+                    pass
             else:
                 async for _ in handler.unary_stream(b"", context):
                     pass
