@@ -28,6 +28,7 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 DEFAULT_TIMEOUT_S = 30.0
 STREAM_ATTEMPTS = 5
 STREAM_BACKOFF_S = 0.2
+DROPPED_BACKOFF_S = 0.5
 Labels = int | Sequence[int]  # one digit for all, or one for each; empty: the addresses' own
 STREAM_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
@@ -63,7 +64,8 @@ class DigitClient:
         """
         self._channel = access.open_channel(target)
         self._stub = pb_grpc.DigitGeneratorStub(self._channel)
-        self._options: dict[str, Any] = {"timeout": timeout_s, "metadata": access.metadata, "wait_for_ready": wait_for_server}
+        self._timeout_s = timeout_s
+        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
 
     def generate(
         self,
@@ -95,7 +97,7 @@ class DigitClient:
             format=pb.IMAGE_FORMAT_FLOAT32 if as_float else pb.IMAGE_FORMAT_UINT8,
             priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
         )
-        return _digits(self._stub.Generate(request, **self._options))
+        return _digits(self._ask(self._stub.Generate, request))
 
     def interpolate(
         self,
@@ -118,7 +120,7 @@ class DigitClient:
             labels=_as_list(labels),
             truncation=truncation,
         )
-        return _digits(self._stub.Interpolate(request, **self._options))
+        return _digits(self._ask(self._stub.Interpolate, request))
 
     def latents(
         self, seed: int, start: int = 0, count: int = 1, *, truncation: float = 0.0, model: str = "", version: int = 0
@@ -170,13 +172,27 @@ class DigitClient:
                 time.sleep(STREAM_BACKOFF_S * failures)
 
     def list_models(self) -> pb.ListModelsResponse:
-        response: pb.ListModelsResponse = self._stub.ListModels(pb.ListModelsRequest(), **self._options)
+        response: pb.ListModelsResponse = self._ask(self._stub.ListModels, pb.ListModelsRequest())
         return response
 
     def get_model(self, model: str = "", version: int = 0) -> pb.GetModelResponse:
         request = pb.GetModelRequest(model=model, version=version)
-        response: pb.GetModelResponse = self._stub.GetModel(request, **self._options)
+        response: pb.GetModelResponse = self._ask(self._stub.GetModel, request)
         return response
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        """One call, tried again within its deadline when the server has dropped it unseen.
+
+        gRPC's own retries end after five attempts; a server that is flooded with calls by others drops some at random for longer.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return method(request, timeout=deadline - time.monotonic(), **self._options)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.CANCELLED or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                    raise
+                time.sleep(DROPPED_BACKOFF_S)
 
     def close(self) -> None:
         self._channel.close()

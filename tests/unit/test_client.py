@@ -1,0 +1,68 @@
+"""What the client does when a call fails, without a server."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+import pytest
+
+from serve.client import DigitClient
+from serve.client import client as client_module
+
+StatusCode = grpc.StatusCode
+
+
+class FailedError(grpc.RpcError):
+    """A call that ended with a status."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+
+def answering(*codes: grpc.StatusCode) -> tuple[Any, list[float]]:
+    """A method that ends with these statuses in turn, and then answers; and the timeouts that it was given."""
+    left, timeouts = list(codes), []
+
+    def method(request: object, timeout: float, **options: object) -> str:
+        timeouts.append(timeout)
+        if left:
+            raise FailedError(left.pop(0))
+        return "answered"
+
+    return method, timeouts
+
+
+def test_a_call_that_the_server_dropped_unseen_is_made_again_within_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "DROPPED_BACKOFF_S", 0.05)
+    with DigitClient("localhost:1", timeout_s=20) as client:
+        method, timeouts = answering(StatusCode.CANCELLED, StatusCode.CANCELLED)
+        assert client._ask(method, None) == "answered"
+        assert 20 >= timeouts[0] > timeouts[1] > timeouts[2] > 0
+        assert timeouts[0] - timeouts[2] >= 0.1, "it waits in between, and the deadline stays"
+
+
+@pytest.mark.parametrize("code", [StatusCode.UNAVAILABLE, StatusCode.INVALID_ARGUMENT, StatusCode.DEADLINE_EXCEEDED])
+def test_what_grpc_has_given_up_or_cannot_help_is_raised(code: grpc.StatusCode) -> None:
+    with DigitClient("localhost:1") as client:
+        method, timeouts = answering(code)
+        with pytest.raises(grpc.RpcError) as caught:
+            client._ask(method, None)
+    assert caught.value.code() is code
+    assert len(timeouts) == 1
+
+
+def test_it_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "DROPPED_BACKOFF_S", 0.02)
+    with DigitClient("localhost:1", timeout_s=0.2) as client:
+        method, timeouts = answering(*[StatusCode.CANCELLED] * 1000)
+        began = time.monotonic()
+        with pytest.raises(grpc.RpcError):
+            client._ask(method, None)
+    assert time.monotonic() - began < 10
+    assert 1 < len(timeouts) <= 11
+    assert all(timeout > 0 for timeout in timeouts)
