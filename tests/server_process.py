@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from serve.bench.process import sample_sum
 SERVE = ("-m", "serve")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
+GENTLE_S = 5
 
 
 class ServerProcess:
@@ -69,9 +71,14 @@ class ServerProcess:
         return self.process.returncode, self._log + log
 
     def kill(self) -> None:
+        """End it at once; where coverage is measured gently first, or what it ran would not be counted."""
+        if self.process.poll() is None and "COVERAGE_PROCESS_CONFIG" in os.environ:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=GENTLE_S)
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+            self.process.communicate()
 
     def wait(self, **options: Any) -> int:
         return self.process.wait(**options)

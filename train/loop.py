@@ -112,7 +112,7 @@ class Trainer:
             logging_redirect_tqdm(),  # or lines of the log would tear the bar
         ):
             for batch in self._batches():
-                self._announce_epoch(bar)
+                self._announce_epoch(bar, self.step == first_step)
                 self._set_learning_rate()
                 latest = self.ranks.mean(self.take_step(batch))
                 self._average()
@@ -133,10 +133,10 @@ class Trainer:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
         self._finish(time.monotonic() - started, self.step - first_step)
 
-    def _announce_epoch(self, bar: Any) -> None:
+    def _announce_epoch(self, bar: Any, first: bool) -> None:
         """Say at its first step which epoch begins."""
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        if step == 0 or self.step == bar.initial:
+        if step == 0 or first:
             bar.set_description(f"{self.config.preset}, epoch {epoch + 1} of {self.config.epochs}", refresh=False)
         if step == 0 and self.ranks.first:
             log.info("epoch %d of %d", epoch + 1, self.config.epochs)

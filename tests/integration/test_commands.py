@@ -16,12 +16,13 @@ import onnx
 import onnxruntime
 import pytest
 
+from export import batch_size
 from export.cli import main as export_main
 from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.command_lines import in_process
-from train.checkpoint import LOSSES_FILE, create_run
+from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
 from train.config import preset
 from train.reference import NOTEBOOK_MLP_LOSSES
@@ -130,3 +131,29 @@ def test_the_lock_files_name_no_host() -> None:
         text = path.read_text()
         assert "://" not in text
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", text)
+
+
+def test_batch_size_times_a_bundle_and_writes_what_it_finds_where_asked(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "ROUNDS", 1)
+    bundle = bundles / "mlp" / "1"
+    before = (bundle / "manifest.json").read_text()
+    told = in_process(export_main, "batch-size", str(bundle))
+    assert told.returncode == 0, told.stderr
+    [size] = re.findall(r"^(\d+): the largest within 5 ms$", told.stdout, re.MULTILINE)
+    assert int(size) in {1 << power for power in range(7)}
+    assert (bundle / "manifest.json").read_text() == before
+    written = in_process(export_main, "batch-size", str(bundle), "--write")
+    assert written.returncode == 0, written.stderr
+    [size] = re.findall(r"^(\d+): the largest within 5 ms$", written.stdout, re.MULTILINE)
+    assert read_bundle(bundle).manifest.batch_sizes["cpu"] == int(size)
+
+
+def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_path: Path) -> None:
+    done = in_process(export_main, "--name=best", f"--runs-dir={tmp_path}")
+    assert (done.returncode, "--name needs --run" in done.stderr) == (2, True)
+    run = create_run(tmp_path, preset("mlp"), {"data": {}})
+    save_checkpoint(run, 0, {"step": 0})
+    (run.folder / "result.json").write_text('{"step": 0}')
+    done = in_process(export_main, f"--runs-dir={tmp_path}", "--min-quality=label_accuracy=0.99")
+    assert done.returncode == 2
+    assert f"no run in {tmp_path} is left; name one with --run to see why" in done.stderr
