@@ -302,7 +302,7 @@ def test_one_callers_limits_are_its_own(
     tmp_path: Path, add_token: Callable[..., str], start_server: Callable[..., ServerProcess], front: str
 ) -> None:
     small, slow, free = add_token("small", "--images=500"), add_token("slow", "--requests-per-s=2"), add_token("free")
-    server = start_server(f"--tokens-file={tmp_path / 'tokens.json'}", "--instances=1", "--max-batch-size=1")
+    server = start_server(f"--tokens-file={tmp_path / 'tokens.json'}", "--instances=1")
     with grpc.insecure_channel(server.target) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
 
@@ -310,13 +310,17 @@ def test_one_callers_limits_are_its_own(
             request = pb.GenerateRequest(model="dcgan", count=count)
             return stub.Generate.future(request, timeout=60, metadata=Access(token=token).metadata)
 
-        first, second = begin(small, 400), begin(small, 200)  # one behind the other on one connection
-        over = second.exception(timeout=20)
+        # A stream holds two chunks' images for as long as it lasts.
+        request = pb.GenerateStreamRequest(model="dcgan", count=10_000_000, chunk=200)
+        stream = stub.GenerateStream(request, timeout=60, metadata=Access(token=small).metadata)
+        assert next(stream).count == 200
+        over = begin(small, 200).exception(timeout=20)
         assert over.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[union-attr]
         assert "small has 400 images in flight and asks for 200; its limit is 500" in over.details()  # type: ignore[union-attr]
         assert ("grpc-retry-pushback-ms" in dict(over.trailing_metadata())) == (front == "grpcio")  # type: ignore[union-attr]
         assert begin(free, 200).result(timeout=60).count == 200
-        assert first.result(timeout=60).count == 400
+        stream.cancel()
+        wait_until(lambda: server.metric("digits_queue_images") + server.metric("digits_running_images") == 0)
         with DigitClient(server.target, access=Access(token=small)) as client:
             assert sum(len(part.pixels) for part in client.stream(1200, chunk=200, model="mlp")) == 1200, "it adapts"
         ends = [generate(channel, slow) for _ in range(10)]
