@@ -7,6 +7,7 @@ hashes, and mounted: the build asks no package index.
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
@@ -113,14 +114,15 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
     ]
     process = image.start("--rm", "--name=digits", *restricted, *settings, IMAGE)
     try:
-        said = ""
-        assert process.stdout is not None
-        for line in process.stdout:
-            said += line
-            if line.startswith("next"):
+        said = logged = ""
+        assert process.stderr is not None
+        for line in process.stderr:
+            logged += line
+            said += json.loads(line)["message"] + "\n"
+            if said.splitlines()[-1].startswith("next"):
                 break
         address = re.search(r"^gRPC +(\S+)", said, re.MULTILINE)
-        assert address, process.communicate(timeout=60)[1]
+        assert address, logged
         with DigitClient(address[1], timeout_s=30) as client:
             assert {model.name for model in client.list_models().models} == {"mlp", "dcgan", "cdcgan"}
             assert client.generate(25, labels=7, seed=7).pixels.any()
