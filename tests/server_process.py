@@ -31,7 +31,8 @@ class ServerProcess:
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )
-        in_log = "--log-format=json" in flags  # there the announcement is a part of the log
+        # There the announcement is a part of the log.
+        in_log = "--log-format=json" in flags or (environment or {}).get("DIGITS_LOG_FORMAT") == "json"
         stream = self.process.stderr if in_log else self.process.stdout
         assert stream is not None
         self.announced = self._log = ""
