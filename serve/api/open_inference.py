@@ -45,8 +45,6 @@ RAW_KEY = field_key(pb.ModelInferResponse, "raw_output_contents")
 OUTPUTS_KEY = field_key(pb.ModelInferResponse, "outputs")
 CONTENTS_KEY = field_key(pb.ModelInferResponse.InferOutputTensor, "contents")
 MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread, not on the event loop
-
-
 STREAM_RESPONSE_KEY = field_key(pb.ModelStreamInferResponse, "infer_response")
 STREAM_AHEAD = 64  # requests of one stream that are under way at once
 
@@ -138,11 +136,11 @@ class OpenInferenceService:
     async def model_statistics(self, request: pb.ModelStatisticsRequest, call: Call) -> bytes:
         if request.name:
             self._find(request.name, request.version)  # or it is not found
-        response = pb.ModelStatisticsResponse()
+        response, by_model = pb.ModelStatisticsResponse(), self._metrics.by_model()
         for model in self._core.catalog.models():
             name, version = model.manifest.name, model.manifest.version
             if request.name in ("", name) and request.version in ("", str(version)):
-                sums = self._metrics.of_model(name, version)
+                sums = by_model.get((name, str(version)), {})
                 stats = response.model_stats.add(name=name, version=str(version))
                 stats.inference_count = int(sums.get("digits_images_total", 0))
                 stats.execution_count = int(sums.get("digits_batch_images_count", 0))

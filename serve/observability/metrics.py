@@ -128,16 +128,15 @@ class Metrics:
                     seconds += sample.value if sample.name.endswith("_sum") else 0
         return {"images_total": images, "calls_total": calls, "seconds_total": seconds}
 
-    def of_model(self, model: str, version: int) -> dict[str, float]:
-        """A model version's samples without further labels, and summed over those: sample → value, histograms' too."""
-        sums: dict[str, float] = {}
+    def by_model(self) -> dict[tuple[str, str], dict[str, float]]:
+        """(model, version) → its samples, summed over their further labels, histograms' buckets left out."""
+        sums: dict[tuple[str, str], dict[str, float]] = {}
         for family in self.registry.collect():
             for sample in family.samples:
-                if (sample.labels.get("model"), sample.labels.get("version")) == (
-                    model,
-                    str(version),
-                ) and "le" not in sample.labels:
-                    sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+                labels = sample.labels
+                if "model" in labels and "version" in labels and "le" not in labels:
+                    own = sums.setdefault((labels["model"], labels["version"]), {})
+                    own[sample.name] = own.get(sample.name, 0.0) + sample.value
         return sums
 
     def bind_gauges(
