@@ -35,11 +35,13 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.$(if $(CUDA),[$(CUDA)])'
+	@echo "installing what serving needs into .venv: $(if $(CUDA),3 GB,0.4 GB), and that once"
+	$(BIN)/python -m pip install --editable '.$(if $(CUDA),[$(CUDA)])'
 	@touch $@
 
 .venv/.all: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[train,dev$(if $(CUDA),$(comma)$(CUDA))]'
+	@echo "installing everything into .venv: 6 GB, mostly PyTorch; some minutes, and that once"
+	$(BIN)/python -m pip install --editable '.[train,dev$(if $(CUDA),$(comma)$(CUDA))]'
 	@touch .venv/.serve $@
 
 serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (ARGS="--models-dir models")
@@ -51,7 +53,7 @@ generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the
 train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
-activations: .venv/.all ## draw what happens inside the newest dcgan (ARGS="--sample 3")
+activations: .venv/.all ## draw what happens inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
 	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
 
 compare: .venv/.all ## the newest mlp run's losses beside the notebook's

@@ -27,7 +27,7 @@ from serve.config.command_line import OneLineParser
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import Run, newest_finished, newest_run, open_run
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, how_to_train, newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import DEFAULT_DATA_DIR, load_mnist
 from train.errors import TrainError
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="publish the newest finished run of each preset, or one run")
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
-    run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    run.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
     run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
     pictures = commands.add_parser("gallery", help="draw what a run's generator can do")
     pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished cdcgan run)")
-    pictures.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    pictures.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     pictures.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     pictures.add_argument("--out", type=Path, default=Path("build/gallery"), help="where to write (default: build/gallery)")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
@@ -93,7 +93,8 @@ def _run(flags: argparse.Namespace) -> int:
     else:
         runs = newest_finished(flags.runs_dir)
         if not runs:
-            raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=dcgan")
+            hint = how_to_train("cdcgan", flags.runs_dir)
+            raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: {hint}")
         runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")

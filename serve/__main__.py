@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-# gRPC's C core writes its own lines beside ours, a port in use among them; it reads this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# gRPC's C core writes its own lines beside ours, a port in use among them; it reads this when it is imported. Only there
+# is a failed TLS handshake told of.
+os.environ.setdefault(
+    "GRPC_VERBOSITY", "INFO" if "DIGITS_TLS_CERT" in os.environ or "--tls-cert" in " ".join(sys.argv) else "NONE"
+)
 
 from serve.cli import main  # see above
 

@@ -33,7 +33,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from serve.config.atomic_file import replace_file
-from serve.config.command_line import OneLineParser
+from serve.config.command_line import OneLineParser, end_on_sigterm
 from serve.config.cores import usable_cores
 from serve.config.settings import DEFAULT_MODEL
 from serve.engine.factory import make_engine
@@ -51,6 +51,7 @@ LABELS_AT_ONCE = 1 << 16
 COPY_BYTES = 1 << 20
 TEST_SHARE = 7  # one digit in so many goes to the test files, as in MNIST
 HEADER_FILE = "dataset.json"
+PROGRESS_EVERY_S = 5.0
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
 
@@ -150,7 +151,7 @@ def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
-            for digits in generator.digits(dataset, first, count):
+            for digits in _with_progress(generator.digits(dataset, first, count), count):
                 file.write(digits.data)
             file.flush()
             os.fsync(file.fileno())
@@ -158,6 +159,20 @@ def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _with_progress(digits: Iterator[NDArray[np.uint8]], count: int) -> Iterator[NDArray[np.uint8]]:
+    """The same arrays, ``count`` rows in all; a line on stderr says every few seconds how far they have come."""
+    begun = said = time.monotonic()
+    done = 0
+    for some in digits:
+        yield some
+        done += len(some)
+        now = time.monotonic()
+        if now - said >= PROGRESS_EVERY_S and done < count:
+            left_s = (now - begun) / done * (count - done)
+            print(f"{done:,} of {count:,} digits, about {left_s:,.0f} s left", file=sys.stderr, flush=True)
+            said = now
 
 
 def join(folder: Path, file_format: str) -> list[Path]:
@@ -337,4 +352,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

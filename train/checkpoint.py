@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 LOSSES_FILE = "losses.npy"
+DEFAULT_RUNS_DIR = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,25 @@ def newest_run(runs_dir: Path, preset: str, *, finished: bool) -> Run:
         if (folder / RESULT_FILE).exists() == finished and any((folder / "checkpoints").glob("step-*.pt")):
             return open_run(folder)
     state = "finished" if finished else "unfinished"
-    raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: make train PRESET={preset}")
+    raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: {how_to_train(preset, runs_dir)}")
+
+
+def how_to_train(preset: str, runs_dir: Path) -> str:
+    """What to type for a run of a preset in ``runs_dir``."""
+    return f"make train PRESET={preset}" + f' ARGS="--runs-dir {runs_dir}"' * (runs_dir != DEFAULT_RUNS_DIR)
 
 
 def newest_finished(runs_dir: Path) -> list[Run]:
-    """The newest finished run of each preset; one that has none is named on the log and left out."""
-    runs = []
+    """The newest finished run of each preset; where there is any, those that have none are named on the log."""
+    runs, missing = [], []
     for preset in PRESETS:
         try:
             runs.append(newest_run(runs_dir, preset, finished=True))
         except CheckpointError as error:
-            log.warning("skipped: %s", error)
+            missing.append(error)
+    if runs:
+        for reason in missing:
+            log.warning("skipped: %s", reason)
     return runs
 
 

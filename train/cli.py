@@ -16,7 +16,16 @@ import torch
 
 from train import activations, bench, evaluate, reference
 from train.capture import CudaRecording
-from train.checkpoint import Run, create_run, latest_checkpoint, newest_finished, newest_run, open_run
+from train.checkpoint import (
+    DEFAULT_RUNS_DIR,
+    Run,
+    create_run,
+    how_to_train,
+    latest_checkpoint,
+    newest_finished,
+    newest_run,
+    open_run,
+)
 from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
 from train.device import choose_device, describe, set_precision
@@ -43,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, defaults in PRESETS.items():
         _add_preset(commands, name, defaults)
-    view = commands.add_parser("activations", help="draw what happens inside a dcgan generator")
-    view.add_argument("--run", type=Path, help="run folder (default: the newest finished dcgan run)")
+    view = commands.add_parser("activations", help="draw what happens inside a generator")
+    view.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
     table = commands.add_parser("compare", help="an mlp run's losses beside the notebook's")
     table.add_argument("--run", type=Path, help="run folder (default: the newest mlp run)")
@@ -54,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
     for command in (view, table, judged):
-        command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+        command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     for command in (speed, judged):
         _add_machine_flags(command)
     _add_data_flag(judged)
@@ -102,7 +111,7 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
         "--capture", choices=("auto", "on", "off"), default="auto", help="the step as a CUDA graph; auto: with one GPU"
     )
     _add_data_flag(command)
-    command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept")
     command.add_argument(
         "--resume",
         nargs="?",
@@ -160,9 +169,9 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         trainer.fit()
     if not ranks.first:
         return 0
-    if run.config.architecture != "mlp":
-        activations.draw(run, 0)
-    print(f"finished: {run.folder}\nnext: make export RUN={run.folder}")
+    activations.draw(run, 0)
+    judged_first = f'make evaluate RUN={run.folder} ARGS="--data-dir {flags.data_dir}" && ' * (flags.data_dir != DEFAULT_DATA_DIR)
+    print(f"finished: {run.folder}\nnext: {judged_first}make export RUN={run.folder}")
     return 0
 
 
@@ -215,9 +224,18 @@ def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run | 
 
 
 def _activations(flags: argparse.Namespace) -> int:
-    run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "dcgan", finished=True)
-    print(activations.draw(run, flags.sample))
+    for run in _chosen_runs(flags):
+        print(activations.draw(run, flags.sample))
     return 0
+
+
+def _chosen_runs(flags: argparse.Namespace) -> list[Run]:
+    """The run that was named, or the newest finished one of each preset. Raises CheckpointError when there is none."""
+    runs = [open_run(flags.run)] if flags.run else newest_finished(flags.runs_dir)
+    if not runs:
+        hint = how_to_train("cdcgan", flags.runs_dir)
+        raise CheckpointError(f"there is no finished run in {flags.runs_dir}; start one with: {hint}")
+    return runs
 
 
 def _compare(flags: argparse.Namespace) -> int:
@@ -235,15 +253,15 @@ def _compare(flags: argparse.Namespace) -> int:
 
 def _evaluate(flags: argparse.Namespace) -> int:
     device = _prepare_machine(flags)
-    runs = [open_run(flags.run)] if flags.run else newest_finished(flags.runs_dir)
-    if not runs:
-        raise CheckpointError(f"there is no finished run in {flags.runs_dir}; start one with: make train PRESET=cdcgan")
+    runs = _chosen_runs(flags)
     if flags.missing:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
         if not runs:
             return 0
     data = load_mnist(flags.data_dir)
-    evaluator = evaluate.Evaluator(data, kept_judge(data, flags.runs_dir / "judge", device), device)
+    folder = flags.runs_dir / "judge"
+    print(evaluate.foretold(data, runs, folder, device), file=sys.stderr)
+    evaluator = evaluate.Evaluator(data, kept_judge(data, folder, device), device)
     print(evaluate.table([(run.config.preset, evaluator.evaluate(run)) for run in runs]))
     return 0
 

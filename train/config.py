@@ -59,7 +59,14 @@ class TrainConfig:
         metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
     )
     seed: int = field(default=0, metadata={"help": "seed of the initial weights, the shuffling and the noise"})
-    report_every: int = field(metadata={"help": "steps between two log points (losses recorded, grids saved)"})
+    report_every: int = field(metadata={"help": "batches from one log point to the next (losses recorded, grids saved)"})
+    report_per: str = field(
+        default="run",
+        metadata={
+            "help": "what --report-every counts through: the run, its first batch left out, or each epoch, from its first batch",
+            "choices": ("run", "epoch"),
+        },
+    )
     reported_loss: str = field(
         metadata={"help": "the loss at a log point: mean since the last one, or that step's own", "choices": ("mean", "last")}
     )
@@ -148,6 +155,7 @@ _DCGAN = TrainConfig(
     batch_size=64,
     epochs=10,
     report_every=25,
+    report_per="epoch",
     reported_loss="last",
     grid_images=64,  # the whole batch, as in the notebook
     grid_columns=8,
@@ -190,6 +198,7 @@ PRESETS: Mapping[str, TrainConfig] = {
         epochs=40,
         precision="bf16",
         report_every=250,
+        report_per="run",
         reported_loss="mean",
         grid_images=100,
         grid_columns=10,

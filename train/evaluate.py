@@ -5,9 +5,9 @@ What comes of it is written as ``quality.json`` into the run's folder; export ca
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from train import quality
 from train.checkpoint import Run, latest_checkpoint, write_json
 from train.data import Mnist
 from train.errors import QualityError
-from train.judge import Judge, train_judge
+from train.judge import LABELS, Judge, judge_file, train_judge, training_seconds
 from train.models import trained_generator
-
-log = logging.getLogger(__name__)
 
 QUALITY_FILE = "quality.json"
 SAMPLES = 10_000
@@ -86,8 +84,7 @@ class Evaluator:
         samples, labels = digits(self._samples, SEED)
         report = self._compared(samples, labels)
         report["nearest_training_image"] = self._nearest(samples)
-        if classes == len(self._test_probabilities[0]):
-            log.info("training a judge on %d of %s's digits alone: as long again", self._scored, run.config.preset)
+        if scored_by_training(run):
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
             scorer = train_judge(scored, scored_labels, self._device, what=f"judge of {run.config.preset}'s digits")
@@ -126,6 +123,21 @@ class Evaluator:
     def _nearest(self, pixels: Tensor) -> float:  # mean Euclidean distance of images in [0, 1]
         rows = pixels.flatten(1).float().to(self._device) / 255
         return float(quality.nearest(rows, self._training_rows)[0].double().mean())
+
+
+def scored_by_training(run: Run) -> bool:
+    """Whether a run's digits can be asked for by label, so that a classifier is trained on them for their score."""
+    return run.config.labels == LABELS
+
+
+def foretold(data: Mnist, runs: Sequence[Run], judge_folder: Path, device: torch.device) -> str:
+    """What judging the runs trains on this machine, and about how long that takes."""
+    judges = [] if judge_file(data, judge_folder).exists() else ["the judge"]
+    trained = judges + [f"a classifier on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
+    if not trained:
+        return "judging takes less than a minute: the judge is there, and no classifier is to be trained"
+    minutes = training_seconds(len(data.train_images), device) * len(trained) / 60
+    return f"judging takes about {max(1, round(minutes))} min here: it trains {' and '.join(trained)}"
 
 
 # Figures with a better end: which way it lies. A distance to the training images is good in the middle.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
-from tqdm import trange
+from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint, write_atomically
 from train.data import Mnist
@@ -30,6 +31,7 @@ BATCH = 128
 PEAK_RATE = 4e-3
 ACCURACY_NEEDED = 0.993  # of the MNIST test set; a worse judge says little of digits that are better than it
 READ_BATCH = 500
+TIMED_STEPS = 8
 
 # How far a training image is moved before it is shown, either way: what leaves a digit the digit that it is.
 TURN = 0.17  # radians
@@ -75,9 +77,12 @@ class Judge(nn.Module):
 
 
 def train_judge(
-    pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0, *, what: str = "judge"
+    pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0, *, what: str | None = "judge"
 ) -> Judge:
-    """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little."""
+    """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little.
+
+    ``what`` names it beside its progress bar; None: without one.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         judge = Judge().to(device).to(memory_format=torch.channels_last)
@@ -86,17 +91,29 @@ def train_judge(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
         pixels, labels = pixels.to(device), labels.to(device)
         judge.train()
-        for _ in trange(epochs, desc=what, unit="epoch"):
-            for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
-                images = moved(pixels[chosen].unsqueeze(1).float() / 255)
-                with torch.autocast(device.type, torch.bfloat16):
-                    logits = judge(images)
-                loss = cross_entropy(logits.float(), labels[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        with tqdm(total=epochs * batches, desc=what, unit="step", mininterval=1, disable=what is None) as bar:
+            for _ in range(epochs):
+                for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
+                    images = moved(pixels[chosen].unsqueeze(1).float() / 255)
+                    with torch.autocast(device.type, torch.bfloat16):
+                        logits = judge(images)
+                    loss = cross_entropy(logits.float(), labels[chosen])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
     return judge.eval()
+
+
+def training_seconds(images: int, device: torch.device) -> float:
+    """About how long ``train_judge`` takes on so many images on this machine: some of its steps are timed, on noise."""
+    pixels = torch.randint(256, (TIMED_STEPS * BATCH, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(len(pixels)) % LABELS
+    train_judge(pixels[:BATCH], labels[:BATCH], device, 1, what=None)  # the first step sets up what the others find there
+    begun = time.perf_counter()
+    train_judge(pixels, labels, device, 1, what=None)
+    return (time.perf_counter() - begun) / TIMED_STEPS * EPOCHS * (images // BATCH)
 
 
 def moved(images: Tensor) -> Tensor:
@@ -113,11 +130,16 @@ def moved(images: Tensor) -> Tensor:
     return grid_sample(images, affine_grid(rows, list(images.shape), align_corners=False), align_corners=False)
 
 
-def kept_judge(data: Mnist, folder: Path, device: torch.device, train: Callable[..., Judge] = train_judge) -> Judge:
-    """The judge of this data from ``folder``, trained and written there first if need be. Raises QualityError if it is bad."""
+def judge_file(data: Mnist, folder: Path) -> Path:
+    """Where the judge of this data is kept, if it has been trained."""
     recipe = {"data": data.digests, "epochs": EPOCHS, "rate": PEAK_RATE, "moved": [TURN, STRETCH, SHEAR, SHIFT], "batch": BATCH}
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"judge-{name}.pt"
+    return folder / f"judge-{name}.pt"
+
+
+def kept_judge(data: Mnist, folder: Path, device: torch.device, train: Callable[..., Judge] = train_judge) -> Judge:
+    """The judge of this data from ``folder``, trained and written there first if need be. Raises QualityError if it is bad."""
+    path = judge_file(data, folder)
     if path.exists():
         judge = Judge().to(device)
         judge.load_state_dict(load_checkpoint(path))

@@ -113,17 +113,20 @@ class Trainer:
         ):
             for batch in self._batches():
                 self._announce_epoch(bar, self.step == first_step)
+                log_point = self._is_log_point()
+                if log_point and board is not None:
+                    self._draw(batch[0], board)
                 self._set_learning_rate()
                 latest = self.ranks.mean(self.take_step(batch))
                 self._average()
                 self.sums += latest
+                if log_point:
+                    self._log(latest, board)
                 self.step += 1
                 bar.update()
                 if self.step % PROGRESS_EVERY == 0:
                     generator, discriminator = latest.tolist()
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
-                if self.step % self.config.report_every == 0:
-                    self._log(latest, board)
                 last, due = self.step == self.total_steps, self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0
                 if due or last or self.stop_wanted:
                     self._save()
@@ -243,27 +246,36 @@ class Trainer:
             inputs.append(torch.arange(count) % self.config.labels)
         return tuple(part.to(self.device) for part in inputs)
 
+    def _is_log_point(self) -> bool:
+        """Whether the batch that comes next, number ``step`` counted from 0, is one of those that are reported."""
+        if self.config.report_per == "epoch":
+            return self.step % self.steps_per_epoch % self.config.report_every == 0
+        return self.step > 0 and self.step % self.config.report_every == 0
+
     def _log(self, latest: Tensor, board: SummaryWriter | None) -> None:
-        since = self.step - (self.log_points[-1][0] if self.log_points else 0)
-        generator, discriminator = (self.sums / since if self.config.reported_loss == "mean" else latest).tolist()
+        """Record the losses of batch number ``step``, or their mean over the batches after the last log point's."""
+        batches = self.step - (self.log_points[-1][0] if self.log_points else -1)
+        generator, discriminator = (self.sums / max(1, batches) if self.config.reported_loss == "mean" else latest).tolist()
         self._check_finite()
         self.sums.zero_()
         self.log_points.append((self.step, generator, discriminator))
         if board is None:
             return
         log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
+        self._write_losses()
+        board.add_scalar("loss/generator", generator, self.step)
+        board.add_scalar("loss/discriminator", discriminator, self.step)
+
+    def _draw(self, real: Tensor, board: SummaryWriter) -> None:
+        """Save grids of fakes, as the generator is after ``step`` steps, and of the ``real`` images of the next one."""
         shown = self.average or self.generator
         shown.eval()  # as exported: running statistics, and the picture leaves no trace in them
         with torch.no_grad():
             fakes = self._to_unit(shown(*self.grid_inputs))
         shown.train()
-        window = torch.arange(self.config.grid_images, device=self.device) + self.step * self.config.grid_images
-        reals = self._to_unit(self.images[window % len(self.images)])
+        reals = self._to_unit(real[: self.config.grid_images])
         report.save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
         report.save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
-        self._write_losses()
-        board.add_scalar("loss/generator", generator, self.step)
-        board.add_scalar("loss/discriminator", discriminator, self.step)
         board.add_image("fakes", report.grid_array(fakes, self.config.grid_columns), self.step, dataformats="HW")
 
     def _save(self) -> None:

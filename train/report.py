@@ -22,7 +22,7 @@ LAPSE_FRAME_MS = 40
 LAPSE_LEAST_MS = 5000  # of a short lapse, its last frame not counted: its frames are slowed down
 LAPSE_SLOWEST_FRAME_MS = 500
 LAPSE_LAST_FRAME_MS = 3000
-LAPSE_MAX_FRAMES = 250
+LAPSE_MAX_FRAMES = 1000  # more than any preset has log points
 
 
 Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -61,7 +61,7 @@ def plot_losses(losses: Losses, folder: Path) -> None:
 
 
 def save_time_lapse(pictures: list[Path], path: Path) -> None:
-    """Join PNG grids, oldest first, into an endless GIF: at most 250 frames, slower if they are few; the last stays for 3 s."""
+    """Join PNG grids, oldest first, into an endless GIF: at most 1,000 frames, slower if they are few; the last stays for 3 s."""
     stride = max(1, -(-len(pictures) // LAPSE_MAX_FRAMES))
     chosen = [*pictures[:-1:stride], *pictures[-1:]]
     pictures_of = (Image.open(picture) for picture in chosen)

@@ -84,6 +84,7 @@ class OpenInferenceHttp:
         """What to add to the application. Health is open to all, as over gRPC."""
         routes = [
             self._route("GET", "/v2", self._server),
+            self._route("GET", "/v2/", self._server),  # as the protocol's published description has it
             self._route("GET", "/v2/health/live", self._live, "open"),
             self._route("GET", "/v2/health/ready", self._ready, "open"),
         ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from serve.client.channel import PLAIN, Access
+from serve.client.channel import DEFAULT_TARGET, PLAIN, Access
 
 TIMEOUT_S = 2.0
 HTTP2 = ["h2"]
@@ -29,12 +29,17 @@ def why_unreachable(target: str, access: Access) -> str | None:
             connection = socket.create_connection((host, port), TIMEOUT_S)
         except OSError as error:
             found = (
-                f"nobody answers at {host}:{port} ({error.strerror or error}); is a server running there? make serve starts one"
+                f"nobody answers at {host}:{port} ({error.strerror or error}); is a server running there? "
+                f"make serve{_port_flag(port)} starts one"
             )
             continue
         with connection:
             return _why_refused(connection, host, access)
     return found
+
+
+def _port_flag(port: int) -> str:
+    return "" if DEFAULT_TARGET.endswith(f":{port}") else f' ARGS="--grpc-port {port}"'
 
 
 def _why_refused(connection: socket.socket, host: str, access: Access) -> str | None:

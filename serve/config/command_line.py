@@ -1,9 +1,13 @@
-"""An argument parser whose complaints are one line: what is wrong and where to read on. No abbreviated flags."""
+"""What every command line has: complaints of one line, no abbreviated flags, and an end by SIGTERM that cleans up."""
 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from typing import Any
+
+ENDED_BY_SIGTERM = 128 + signal.SIGTERM  # the exit status, as a shell gives it
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -14,3 +18,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process by an exception, so that what is half-written is taken away.
+
+    Without a handler the kernel drops the signal for process 1, as which a command runs in a container.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_BY_SIGTERM))

@@ -128,7 +128,6 @@ class Server:
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:
             app.add_routes(OpenInferenceHttp(core, admission, self._health.not_ready).routes())
-            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_ready).routes())
             app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port)).routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)

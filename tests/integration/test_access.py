@@ -91,8 +91,9 @@ def generate(channel: grpc.Channel, token: str = "") -> grpc.StatusCode:
 
 
 def test_tls_serves_who_trusts_it_and_nobody_in_plaintext(
-    certificates: Certificates, start_server: Callable[..., ServerProcess]
+    certificates: Certificates, start_server: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)  # the client in this process has set it
     server = start_server(*certificates.flags)
     assert f"gRPC  {server.target} with TLS" in server.announced
     with DigitClient(server.target, access=Access(ca=certificates.ca)) as client:
@@ -103,6 +104,7 @@ def test_tls_serves_who_trusts_it_and_nobody_in_plaintext(
     stranger = Certificates(certificates.ca.parent / "..")
     with secure(server.target, stranger) as channel:
         assert generate(channel) is grpc.StatusCode.UNAVAILABLE
+    assert "Handshake failed" in server.terminate()[1]
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import MNIST
 
+from serve import dataset
 from serve.client import DigitClient
 from serve.dataset import Dataset, main, read_header
 from serve.engine.cuda_engine import CudaEngine
@@ -68,6 +69,26 @@ def test_a_shard_that_is_killed_is_not_there_and_repeats_its_bytes(tmp_path: Pat
     again = tmp_path / "again"
     assert main([*flags[:-1], f"--out={again}"]) == 0
     assert part.read_bytes() == (again / part.name).read_bytes()
+
+
+def test_a_shard_that_sigterm_ends_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """As process 1 of a container too, where a signal without a handler is dropped."""
+    flags = ["write", "--model=dcgan", "--provider=cpu", "--count=80000", f"--out={tmp_path}"]
+    with subprocess.Popen([sys.executable, "-m", "serve.dataset", *flags], stdout=subprocess.PIPE) as process:
+        wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".part-*")))
+        process.terminate()
+    assert process.returncode == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_writing_says_how_far_it_has_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "PROGRESS_EVERY_S", 0.0)
+    assert main(["write", "--provider=cpu", "--count=3000", f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(", about")[0] for line in said] == ["1,024 of 3,000 digits", "2,048 of 3,000 digits"]
+    assert all(line.endswith(" s left") for line in said)
 
 
 def test_torchvision_reads_the_idx_files_and_numpy_the_npz(uninterrupted: Path) -> None:

@@ -174,3 +174,60 @@ def test_answers_are_as_the_description_says(
     text = shared_server.get(path)[1] if body is None else post(shared_server, body, path)[2]
     wanted = {"$ref": f"#/components/schemas/{schema}", "components": openapi["components"]}
     jsonschema.Draft202012Validator(wanted).validate(json.loads(text))
+
+
+STRING, STRINGS = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+
+
+def an_object(optional: dict[str, Any], **required: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": {**optional, **required}}
+
+
+TENSOR = {"name": STRING, "datatype": STRING, "shape": {"type": "array", "items": {"type": "integer"}}}
+DATA = {"type": "array", "items": {"type": ["array", "number", "string", "boolean"]}}
+AN_ERROR = an_object({}, error=STRING)
+# What the protocol's published description requires: kserve/open-inference-protocol, open_inference_rest.yaml (2.0).
+REQUIRED: dict[tuple[str, str], tuple[bytes | None, int, Any]] = {
+    ("GET", "/v2/health/live"): (None, 200, None),
+    ("GET", "/v2/health/ready"): (None, 200, None),
+    ("GET", "/v2/models/mlp/versions/1/ready"): (None, 200, None),
+    ("GET", "/v2/"): (None, 200, an_object({}, name=STRING, version=STRING, extensions=STRINGS)),
+    ("GET", "/v2/models/mlp/versions/1"): (
+        None,
+        200,
+        an_object(
+            {
+                "versions": STRINGS,
+                "inputs": {"type": "array", "items": an_object({}, **TENSOR)},
+                "outputs": {"type": "array", "items": an_object({}, **TENSOR)},
+            },
+            name=STRING,
+            platform=STRING,
+        ),
+    ),
+    ("POST", "/v2/models/mlp/versions/1/infer"): (
+        infer(COUNT, id="42", outputs=[{"name": "pixels"}]),
+        200,
+        an_object(
+            {"model_version": STRING, "id": {"const": "42"}, "parameters": {"type": "object"}},
+            model_name=STRING,
+            outputs={"type": "array", "minItems": 1, "items": an_object({"parameters": {"type": "object"}}, **TENSOR, data=DATA)},
+        ),
+    ),
+    ("POST", "/v2/models/mlp/infer"): (infer({**COUNT, "data": [0]}), 400, AN_ERROR),
+}
+
+
+@pytest.mark.parametrize(("method", "path"), REQUIRED)
+def test_answers_are_as_the_protocols_published_description_requires(
+    method: str, path: str, shared_server: ServerProcess
+) -> None:
+    body, wanted, schema = REQUIRED[method, path]
+    if method == "GET":
+        status, text = shared_server.get(path)
+    else:
+        status, _, answer = post(shared_server, body or b"", path)
+        text = answer.decode()
+    assert status == wanted, text
+    if schema is not None:
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import random
@@ -22,6 +23,7 @@ from PIL import Image
 
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
+from train import report
 from train.checkpoint import create_run, save_checkpoint
 from train.cli import main
 from train.config import preset
@@ -47,7 +49,7 @@ def train(name: str, runs: Path, *flags: str) -> subprocess.CompletedProcess[str
 
 
 def train_here(name: str, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """As ``train``, in this process: for what is refused."""
+    """As ``train``, in this process, which has loaded torch."""
     return in_process(main, *command(name, runs, *flags)[3:])
 
 
@@ -58,7 +60,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def trained(name: str) -> Path:
         runs = tmp_path_factory.mktemp("whole")
-        done = train(name, runs, *SMALL[name])
+        done = train_here(name, runs, *SMALL[name])
         assert done.returncode == 0, done.stderr
         return only_run(runs, name)
 
@@ -97,14 +99,17 @@ def test_a_run_leaves_all_that_it_promises(whole_run: Callable[[str], Path]) -> 
     }  # fmt: skip
     assert len(list((folder / "checkpoints").iterdir())) == 7  # one at the start and one per epoch
     losses = np.load(folder / "losses.npy")
-    assert losses[:, 0].tolist() == list(range(4, 37, 4))
+    in_each_epoch = [6 * epoch + batch for epoch in range(6) for batch in (0, 4)]
+    assert losses[:, 0].tolist() == in_each_epoch, "the first batch of each epoch and every fourth after it"
     assert np.isfinite(losses).all()
-    for picture in ("fake-00000036.png", "real-00000036.png"):
+    assert sorted(int(path.stem[5:]) for path in (folder / "pictures").glob("fake-*")) == in_each_epoch
+    for picture in ("fake-00000034.png", "real-00000034.png"):
         with Image.open(folder / "pictures" / picture) as grid:
-            assert grid.size == (4 * (8 * 30 + 2), 4 * (8 * 30 + 2)), "64 digits, each pixel 4 × 4"
+            rows = 8 if picture.startswith("fake") else 6  # the real ones are the batch's own 48
+            assert grid.size == (4 * (8 * 30 + 2), 4 * (rows * 30 + 2)), "eight digits a row, each pixel 4 × 4"
     with Image.open(folder / "fakes.gif") as lapse:
-        assert lapse.n_frames == 9
-        assert lapse.info["duration"] == 500, "nine frames go slowly"
+        assert lapse.n_frames == len(in_each_epoch), "a frame a log point"
+        assert lapse.info["duration"] == 450, "few frames go slowly, 5 s in all"
     with Image.open(folder / "losses.png") as plot:
         assert plot.size[0] > 500
     activations = np.load(folder / "activations" / "activations.npz")
@@ -117,7 +122,7 @@ def test_a_run_leaves_all_that_it_promises(whole_run: Callable[[str], Path]) -> 
 
 
 def test_the_average_follows_the_generator_and_the_learning_rate_decays(tmp_path: Path) -> None:
-    done = train("cdcgan", tmp_path, *SMALL["cdcgan"], "--average-decay=0.9", "--learning-rate-end=0.25")
+    done = train_here("cdcgan", tmp_path, *SMALL["cdcgan"], "--average-decay=0.9", "--learning-rate-end=0.25")
     assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path, "cdcgan")
     state = final_state(folder)
@@ -165,7 +170,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(
 
 def test_a_run_saves_its_last_step_whatever_the_interval(tmp_path: Path) -> None:
     """Issue: with --epochs 1 --checkpoint-every 2 the untrained generator was all that was kept, and exported."""
-    done = train("mlp", tmp_path, *SMALL["mlp"], "--epochs=3", "--checkpoint-every=2")
+    done = train_here("mlp", tmp_path, *SMALL["mlp"], "--epochs=3", "--checkpoint-every=2")
     assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path, "mlp")
     assert final_state(folder)["step"] == json.loads((folder / "result.json").read_text())["step"] == 18
@@ -185,9 +190,9 @@ def test_a_signal_saves_and_the_same_command_with_resume_goes_on(number: signal.
     stopped = final_state(only_run(broken, "mlp"))["step"]
     assert 0 < stopped < 540
     assert f"stopped at step {stopped} of 540 and saved; add --resume to the same command" in said
-    done = train("mlp", broken, *flags, "--resume")
+    done = train_here("mlp", broken, *flags, "--resume")
     assert done.returncode == 0, done.stderr
-    assert train("mlp", whole, *flags).returncode == 0
+    assert train_here("mlp", whole, *flags).returncode == 0
     assert_same(final_state(only_run(broken, "mlp")), final_state(only_run(whole, "mlp")))
 
 
@@ -267,7 +272,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         (["activations", "--run=nowhere"], "nowhere is not a run folder"),
         (["bench", "--seconds=-1"], "--seconds must be over 0 and at most 3600, got -1"),
         (["mlp", "--data-dir=nowhere/mnist"], "--data-dir nowhere/mnist: there is no nowhere; make it"),
-        (["activations", "--sample=36", "--runs-dir=nowhere"], "no finished run of dcgan"),
+        (["activations", "--sample=36", "--runs-dir=nowhere"], "there is no finished run in nowhere; start one with: make train"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing_behind(
@@ -306,11 +311,14 @@ def evaluate(runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
     done = evaluate(tmp_path)
     assert done.returncode == 2
-    assert done.stderr.count("skipped: no finished run of") == 3
-    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
+    assert done.stderr == (
+        f'error: there is no finished run in {tmp_path}; start one with: make train PRESET=cdcgan ARGS="--runs-dir {tmp_path}"\n'
+    )
     shutil.copytree(whole_run("dcgan"), tmp_path / "dcgan" / "one")
     done = evaluate(tmp_path)
     assert done.returncode == 2
+    assert done.stderr.count("skipped: no finished run of") == 2
+    assert "judging takes about 1 min here: it trains the judge\n" in done.stderr
     assert "and 99.3% are needed; evaluate on all of MNIST" in done.stderr.strip().splitlines()[-1]
     folder = only_run(tmp_path, "dcgan")
     assert not (folder / "quality.json").exists()
@@ -329,6 +337,32 @@ def test_a_run_may_end_within_an_epoch_and_says_which_epoch_it_is_in(tmp_path: P
     assert "epoch 3 of 6" not in done.stderr
 
 
+def test_the_first_picture_is_of_the_untrained_generator(tmp_path: Path) -> None:
+    small = {"generator_widths": (4, 4, 4), "discriminator_widths": (4, 4, 4), "batch_size": 4, "epochs": 1, "grid_images": 8}
+    config = preset("dcgan").replace(small)
+    trainer = Trainer(create_run(tmp_path, config, {}), (torch.rand(12, 1, 28, 28) * 2 - 1,), torch.device("cpu"))
+    untrained = copy.deepcopy(trainer.generator).eval()
+    trainer.fit()
+    with torch.no_grad():
+        report.save_grid((untrained(*trainer.grid_inputs) + 1) / 2, 8, tmp_path / "expected.png")
+    assert (trainer.run.pictures / "fake-00000000.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert trainer.log_points[0][0] == 0
+
+
+def test_activations_are_drawn_of_every_preset(tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
+    for name in ("mlp", "dcgan"):
+        shutil.copytree(whole_run(name), tmp_path / name / "one", ignore=shutil.ignore_patterns("activations"))
+    done = in_process(main, "activations", "--sample=3", f"--runs-dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "mlp" / "one" / "activations" / "activations.npz") as activations:
+        assert [activations[f"layer{number}"].shape for number in (1, 2, 3)] == [(36, 16), (36, 32), (36, 784)]
+        strongest = int(activations["layer2"][3].argmax())
+    with Image.open(tmp_path / "mlp" / "one" / "activations" / "sample-03-layer2.png") as units:
+        assert units.size == (8 * 10 + 2, 4 * 10 + 2), "32 units, eight in a row"
+        assert units.getpixel((2 + strongest % 8 * 10, 2 + strongest // 8 * 10)) == 255
+    assert (tmp_path / "dcgan" / "one" / "activations" / "sample-03-image.png").exists()
+
+
 def test_the_losses_are_on_disk_between_two_checkpoints(tmp_path: Path) -> None:
     small = {"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 9}
     config = preset("mlp").replace({**small, "report_every": 2, "checkpoint_every": 9})
@@ -343,7 +377,7 @@ def test_the_losses_are_on_disk_between_two_checkpoints(tmp_path: Path) -> None:
 
     trainer.take_step = step
     trainer.fit()
-    assert [seen[number] for number in (1, 2, 3, 4, 9)] == [0, 1, 1, 2, 4]
+    assert [seen[number] for number in (2, 3, 4, 5, 9)] == [0, 1, 1, 2, 4]
     assert (trainer.run.folder / "losses.png").exists()
 
 

@@ -21,6 +21,7 @@ def test_mlp_preset_carries_the_notebooks_numbers() -> None:
     )
     assert (config.learning_rate, config.batch_size, config.epochs, config.seed, config.leaky_slope) == (1e-5, 128, 200, 0, 0.2)
     assert (config.discriminator_loss, config.report_every, config.reported_loss) == ("mean", 500, "mean")
+    assert config.report_per == "run"
     assert (config.grid_images, config.grid_columns, config.pixel_range) == (25, 5, (0.0, 1.0))
 
 
@@ -30,6 +31,8 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
     assert (config.learning_rate, config.beta1, config.beta2, config.batch_size, config.epochs) == (2e-4, 0.5, 0.999, 64, 10)
     assert (config.weight_init_std, config.norm_init_std, config.leaky_slope) == (0.02, 0.01, 0.2)
     assert (config.discriminator_loss, config.report_every, config.pixel_range) == ("sum", 25, (-1.0, 1.0))
+    assert config.report_per == "epoch"
+    assert 10 * len(range(0, 938, 25)) == 380, "log points of a whole run"
 
 
 @pytest.mark.parametrize(
