@@ -56,6 +56,7 @@ def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> No
     assert f"has no log point at step {int(marks[-1, 0])} yet" in said
 
 
+@pytest.mark.long
 def test_bench_train_times_every_preset() -> None:
     done = in_process(train_main, "bench", "--seconds=0.1", "--device=cpu", "--threads=1")
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,7 @@ def test_the_drain_deadline_cancels_and_counts_what_is_left(start_server: Callab
     assert "3 requests were cancelled by the drain deadline" in log
 
 
+@pytest.mark.long
 def test_a_clients_stream_goes_on_at_another_replica(start_server: Callable[..., ServerProcess]) -> None:
     flags = ("--instances=1", "--max-batch-size=16", "--drain-deadline-s=0.2")
     replicas = [start_server(*flags), start_server(*flags)]

@@ -16,10 +16,8 @@ from tests.fuzz.targets import NAMES, DefectError, make_target, seeds
 RUNS = 1500
 
 
-SHORTEST = ("query",)  # of the default run: a target takes seconds to instrument
-
-
-@pytest.mark.parametrize("name", [name if name in SHORTEST else pytest.param(name, marks=pytest.mark.long) for name in NAMES])
+@pytest.mark.long  # a target takes seconds to instrument
+@pytest.mark.parametrize("name", NAMES)
 def test_no_input_of_a_short_run_finds_a_defect(name: str) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--runs", str(RUNS), "--seed", "1", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)

@@ -155,7 +155,7 @@ def test_without_a_server_the_client_says_so_at_once(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert said.startswith(f"error: 127.0.0.1:{port}: UNAVAILABLE: ")
     assert "Connection refused" in said
-    assert said.endswith("is a server running there? make serve starts one\n")
+    assert said.endswith(f'is a server running there? make serve ARGS="--grpc-port {port}" starts one\n')
     assert said.count("\n") == 1
 
 

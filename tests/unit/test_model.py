@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from serve.batching.queue import Priority
+from serve.batching.slots import SlotPool
 from serve.config.settings import Settings
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS, Engine
@@ -127,7 +128,7 @@ def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyP
 def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading  # noqa: PLC0415  # needed by this test alone
 
-    honest = Engine.run
+    honest, replace = Engine.run, SlotPool.replace
     gate, hang = threading.Event(), [False]
 
     def run(self: Engine, feeds: Any, outputs: Any) -> Any:
@@ -139,19 +140,24 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
     monkeypatch.setattr(Engine, "run", run)
 
     async def test(model: Model, registry: CollectorRegistry) -> None:
+        ready_before_replacement = []
+
+        def look_and_replace(pool: SlotPool) -> None:
+            ready_before_replacement.append(model.ready)
+            replace(pool)
+
+        monkeypatch.setattr(SlotPool, "replace", look_and_replace)
         hang[0] = True
         stuck = asyncio.ensure_future(digits(model, 2))
-        seen_unready = False
         while not stuck.done():
             model.batcher.check_stalled()
-            seen_unready = seen_unready or not model.ready
             await asyncio.sleep(0.01)
+        gate.set()
         assert isinstance(stuck.exception(), EngineError)
-        assert seen_unready
+        assert ready_before_replacement == [False]
         while not model.ready:  # noqa: ASYNC110  # readiness is polled, as a prober does
             await asyncio.sleep(0.01)
         assert len(await digits(model, 2)) == 2
-        gate.set()
 
     with_model(test, watchdog_s=0.05)
 
