@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.bench.process import sample_sum
@@ -25,9 +25,9 @@ GENTLE_S = 5
 class ServerProcess:
     """``python -m serve`` on free ports unless the flags say otherwise. The constructor returns once it serves."""
 
-    def __init__(self, *flags: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, environment: Mapping[str, str] | None = None, module: Sequence[str] = SERVE) -> None:
         ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
-        command = [sys.executable, *SERVE, *ports, "--http-port=0", *flags]
+        command = [sys.executable, *module, *ports, "--http-port=0", *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )

@@ -12,6 +12,7 @@ from serve.access.callers import Account, Accounts, Caller, Scope, peer_address
 from serve.api.status import Refusal, refusal
 from serve.core.request import Digits
 from serve.errors import ServeError, UnavailableError
+from serve.observability.load_report import LoadReports
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.observability.tracing import Tracing
@@ -76,8 +77,16 @@ class DenialLog:
 class Admission:
     """What the calls of a server share."""
 
-    def __init__(self, metrics: Metrics, in_flight: InFlight, accounts: Accounts, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        in_flight: InFlight,
+        accounts: Accounts,
+        tracing: Tracing | None = None,
+        load_reports: LoadReports | None = None,
+    ) -> None:
         self.metrics = metrics
+        self.load_reports = load_reports
         self.in_flight = in_flight
         self.accounts = accounts
         self.tracing = tracing

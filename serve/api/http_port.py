@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import resource
-from collections.abc import Awaitable, Callable, Collection
+import socket
+from collections.abc import Callable, Collection
 from typing import Any
 
 from aiohttp import web
@@ -22,10 +24,12 @@ from serve.errors import StartError
 log = logging.getLogger(__name__)
 
 Reason = Callable[[], str | None]
+ReasonOf = Callable[[str | None], str | None]
 
 HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, from the connection's start or the answer before
 MOST_CONNECTIONS = 512
-OPEN_TO_EVERY_NAME = ("/metrics", "/healthz", "/readyz")  # asked by address, by those who watch
+OPEN_TO_EVERY_NAME = re.compile(r"/metrics|/healthz|/readyz(/[^/]+)?")  # asked by address, by those who watch
+ANY_ADDRESS = "::"  # of either family
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -132,9 +136,17 @@ class Site(web.BaseSite):
         await super().start()
         make_inner = self._runner.server
         assert make_inner is not None
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(make_inner(), self._connections), self._host, self._port, reuse_port=False
-        )
+        where: dict[str, Any] = {"host": self._host, "port": self._port, "reuse_port": False}
+        if self._host == ANY_ADDRESS:  # asyncio would listen on IPv6 alone; gRPC's port takes both
+            where = {"sock": socket.create_server((self._host, self._port), family=socket.AF_INET6, dualstack_ipv6=True)}
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(make_inner(), self._connections), **where)
+
+
+def usable_host(host: str) -> str:
+    """``::`` is every address of either family, and where this kernel has no IPv6, of IPv4, as gRPC has it."""
+    bare = host.strip("[]")
+    return "0.0.0.0" if bare == ANY_ADDRESS and not socket.has_dualstack_ipv6() else bare
 
 
 async def start_http(
@@ -152,7 +164,7 @@ async def start_http(
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=cleanup_s)
     await runner.setup()
     try:
-        await Site(runner, host.strip("[]"), port, connections).start()
+        await Site(runner, usable_host(host), port, connections).start()
     except OSError as error:
         await runner.cleanup()
         raise http_port_taken(host, port, error) from None
@@ -181,7 +193,7 @@ def _named(names: Collection[str] | None) -> Any:
 
     @web.middleware
     async def check(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-        if names is not None and request.path not in OPEN_TO_EVERY_NAME:
+        if names is not None and not OPEN_TO_EVERY_NAME.fullmatch(request.path):
             host = request.headers.get("Host", "").lower()
             name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
             if name not in names:
@@ -207,9 +219,12 @@ def _is_our_fault(record: logging.LogRecord) -> bool:
 
 
 def make_app(
-    registry: CollectorRegistry | None, not_alive: Reason, not_ready: Reason, max_body_bytes: int = 1 << 20
+    registry: CollectorRegistry | None, not_alive: Reason, not_ready: ReasonOf, max_body_bytes: int = 1 << 20
 ) -> web.Application:
-    """The application. The two say why the server is not alive, or not ready; None when it is. No ``registry``, no /metrics."""
+    """The application. The two say why the server is not alive, or a model (None: any) not ready; None when it is.
+
+    No ``registry``, no /metrics.
+    """
 
     async def metrics(request: web.Request) -> web.Response:
         if registry is None:
@@ -219,14 +234,16 @@ def make_app(
         answer.enable_compression()  # where the reader takes it
         return answer
 
-    def probe(reason_of: Reason, good: str) -> Callable[[web.Request], Awaitable[web.Response]]:
-        async def answer(request: web.Request) -> web.Response:
-            reason = reason_of()
-            return web.Response(text=good + "\n") if reason is None else web.Response(status=503, text=reason + "\n")
+    def probe(reason: str | None, good: str) -> web.Response:
+        return web.Response(text=good + "\n") if reason is None else web.Response(status=503, text=reason + "\n")
 
-        return answer
+    async def alive(request: web.Request) -> web.Response:
+        return probe(not_alive(), "alive")
+
+    async def ready(request: web.Request) -> web.Response:
+        return probe(not_ready(request.match_info.get("model")), "ready")
 
     app = web.Application(client_max_size=max_body_bytes)
     app.add_routes([web.get("/metrics", metrics)])
-    app.add_routes([web.get("/healthz", probe(not_alive, "alive")), web.get("/readyz", probe(not_ready, "ready"))])
+    app.add_routes([web.get("/healthz", alive), web.get("/readyz", ready), web.get("/readyz/{model}", ready)])
     return app

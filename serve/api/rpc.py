@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from serve.access.callers import Caller, Scope
 from serve.api.admission import Admission, Call
 from serve.errors import RequestError
+from serve.observability.load_report import METADATA_KEY
 from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
 
@@ -49,6 +50,7 @@ class RpcTable:
                 call.admit(caller_of(context), scope)
                 response = await answer(parse(request_type, raw), call)
                 call.answered()
+                self._report_load(context)
                 return response
             except Exception as error:
                 await self._abort(context, call, error)
@@ -77,6 +79,7 @@ class RpcTable:
                     call.check_again()  # a token may have been revoked since
                     yield response
                 call.answered()
+                self._report_load(context)
             except Exception as error:
                 await self._abort(context, call, error)
             finally:
@@ -102,6 +105,7 @@ class RpcTable:
                     call.check_again()  # a token may have been revoked since
                     yield response
                 call.answered()
+                self._report_load(context)
             except Exception as error:
                 await self._abort(context, call, error)
             finally:
@@ -117,6 +121,10 @@ class RpcTable:
         if answer.retry_after_s is not None:
             trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
         await context.abort(answer.code, answer.text, trailing)
+
+    def _report_load(self, context: Context) -> None:
+        if self._admission.load_reports is not None:
+            context.set_trailing_metadata(((METADATA_KEY, self._admission.load_reports.answered()),))
 
     def _begin(self, observed: RpcMetrics, context: Context) -> Call:
         remaining = context.time_remaining()

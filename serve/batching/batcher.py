@@ -68,6 +68,7 @@ class Batcher:
         self._lingering: Slot | None = None  # the one idle slot that waits for a batch to fill
         self._working = 0
         self._running_images = 0
+        self._busy_s = 0.0
         self._linger = Linger(limits.linger_s, limits.max_batch_size)
         self._seconds_per_image = 0.0
         self._closed = False
@@ -157,6 +158,11 @@ class Batcher:
         return self._working
 
     @property
+    def busy_s(self) -> float:
+        """What ended runs have taken since the start, assembly included, in seconds."""
+        return self._busy_s
+
+    @property
     def without_slots_s(self) -> float:
         """How long no slot has been able to run a batch, in seconds; 0 while one is."""
         return self._slots.empty_s
@@ -210,9 +216,11 @@ class Batcher:
         with self._lock:
             if slot.evicted:  # evicted meanwhile: its tickets have been answered
                 return
-            chunks = slot.batch
+            chunks, now = slot.batch, time.monotonic()
+            if slot.busy_since is not None:
+                self._busy_s += now - slot.busy_since
             self._release(slot)
-            self._linger.note_batch(len(chunks), time.monotonic())
+            self._linger.note_batch(len(chunks), now)
             if rows is None:
                 tickets = [chunk.ticket for chunk in chunks]
                 finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")

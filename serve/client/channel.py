@@ -20,7 +20,7 @@ MAX_RESPONSE_BYTES = 64 << 20
 # calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
 # Health checking takes a replica out of the rotation as soon as it begins to drain.
 SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
+    "loadBalancingConfig": [{"weighted_round_robin": {}}, {"round_robin": {}}],
     "healthCheckConfig": {"serviceName": "digits.v1.DigitGenerator"},
     "methodConfig": [
         {

@@ -101,6 +101,9 @@ class Settings:
     max_connection_age_s: float = _setting(
         300.0, "a client reconnects after this long, so that load spreads; 0: never", low=0, high=86400
     )
+    load_reports: bool = _setting(
+        False, "end each gRPC answer with a load report (ORCA), by which clients send a slow replica less"
+    )
     reflection: bool = _setting(True, "answer gRPC server reflection")
     metrics: bool = _setting(True, "answer /metrics")
     log_format: str = _setting("text", "lines for people, or JSON objects for machines", choices=("text", "json"))
@@ -154,6 +157,8 @@ class Settings:
                 f"--front native reads requests of any size and cannot serve --host {self.host}: put a proxy on this machine"
                 " before it, or use --front grpcio"
             )
+        if self.load_reports:
+            raise SettingsError("--front native ends answers without --load-reports: leave it out, or use --front grpcio")
         if self.max_connection_age_s:
             raise SettingsError(
                 f"--front native cannot serve --max-connection-age-s {self.max_connection_age_s:g}: give 0, or use --front grpcio"

@@ -1,7 +1,9 @@
 """What the server says of itself: alive, ready, and serving which models. gRPC's health protocol and the HTTP probes share it.
 
-``""`` is SERVING when the process is ready with all its models, the service's name when any of them can be used,
-``<service>/<model>`` for each, and ``liveness`` as long as the process need not be restarted, draining or not.
+Ready means that a request can be answered: some model is, and the process does not drain. So says the service's name over
+gRPC and ``/readyz`` over HTTP. ``""`` is SERVING when all models are ready and the default is among them,
+``<service>/<model>`` and ``/readyz/<model>`` when that one is, and ``liveness`` and ``/healthz`` as long as the process need
+not be restarted, draining or not.
 """
 
 from __future__ import annotations
@@ -63,8 +65,17 @@ class Health:
                 return f"{model.manifest.name}/{model.manifest.version} has had no working slot for {WITHOUT_SLOTS_S:g} s"
         return None
 
-    def not_ready(self) -> str | None:
-        """Why the process is not ready with all its models; None when it is."""
+    def not_ready(self, model: str | None = None) -> str | None:
+        """Why no request can be answered, or none for ``model``; None when one can."""
+        if self.draining:
+            return "draining"
+        names = self._catalog.names() if model is None else [model]
+        if any(self._catalog.ready(name) for name in names):
+            return None
+        return f"not ready: {', '.join(names)}" if names else "no model is served yet"
+
+    def not_complete(self) -> str | None:
+        """Why not all models are ready, the default among them; None when they are."""
         if self.draining:
             return "draining"
         names = self._catalog.names()
@@ -78,8 +89,8 @@ class Health:
         async with self._turn:
             names = self._catalog.names()
             states = {f"{SERVICE}/{name}": self._catalog.ready(name) and not self.draining for name in names}
-            states[""] = self.not_ready() is None
-            states[SERVICE] = not self.draining and any(self._catalog.ready(name) for name in names)
+            states[""] = self.not_complete() is None
+            states[SERVICE] = self.not_ready() is None
             states[LIVENESS] = self.not_alive() is None
             for service, good in states.items():
                 await self.servicer.set(service, Status.SERVING if good else Status.NOT_SERVING)

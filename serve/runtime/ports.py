@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from serve.api.http_port import http_port_taken
+from serve.api.http_port import http_port_taken, usable_host
 from serve.config.settings import UNIX, Settings
 from serve.runtime.front import port_taken
 
@@ -28,7 +28,7 @@ def check_ports(settings: Settings) -> None:
 
 def _try(host: str, port: int) -> None:
     """Raises OSError when the port is taken, or there is no such address."""
-    for family, kind, protocol, _, where in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+    for family, kind, protocol, _, where in socket.getaddrinfo(usable_host(host), port, type=socket.SOCK_STREAM):
         with socket.socket(family, kind, protocol) as probe:
             # Ports of connections that have just ended are free; without SO_REUSEPORT a listener is a conflict.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

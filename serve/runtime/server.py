@@ -37,6 +37,7 @@ from serve.models.desired_state import FILE_NAME, ServingFile
 from serve.models.model import JOIN_S, Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
+from serve.observability.load_report import Load, LoadReports
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
 from serve.runtime.background import for_each, repeat
@@ -115,11 +116,12 @@ class Server:
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
         limits = (settings.caller_images, settings.caller_requests_per_s)
         accounts = Accounts(tokens, *limits, is_loopback(settings.host))
-        admission = Admission(self._metrics, self._in_flight, accounts, self._tracing)
+        reports = LoadReports(self._load) if settings.load_reports else None
+        admission = Admission(self._metrics, self._in_flight, accounts, self._tracing, reports)
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
         tables = [
             DigitService(core).table(admission),
-            OpenInferenceService(core, lambda: self._health.not_ready() is None, self._metrics).table(admission),
+            OpenInferenceService(core, lambda: self._health.not_complete() is None, self._metrics).table(admission),
             *ModelControlService(Administration(self._reconciler)).tables(admission),
         ]
         services = Services(tables, self._health.servicer, settings.reflection, self._tracing)
@@ -127,7 +129,7 @@ class Server:
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:
-            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_ready).routes())
+            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
             app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port)).routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
@@ -136,6 +138,14 @@ class Server:
         await self._health.publish()
         self._start_background()
         return Ports(self._grpc.port, http_port)
+
+    def _load(self) -> Load:
+        batchers = [model.batcher for model in self.catalog.models()]
+        return Load(
+            sum(batcher.busy_s for batcher in batchers),
+            max((batcher.limits.slots for batcher in batchers), default=1),
+            max((batcher.queued_images / batcher.limits.max_queue_images for batcher in batchers), default=0.0),
+        )
 
     def _start_background(self) -> None:
         settings = self._settings

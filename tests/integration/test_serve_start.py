@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from serve.api.http_port import usable_host
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
@@ -144,6 +146,22 @@ def test_a_port_in_use_is_said_before_models_are_loaded(bundles: Path) -> None:
 
 def test_an_unknown_model_among_the_versions() -> None:
     assert "--versions: there is no model 'mpl'; there are cdcgan, dcgan, mlp" in start_and_fail("--versions=mpl=latest:2")
+
+
+def test_one_address_for_both_families(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--host=::", "--http-host=::", "--insecure", "--max-connection-age-s=0")
+    grpc_port, http_port = (where.rpartition(":")[2] for where in (server.target, server.http))
+    for host in ("127.0.0.1", "[::1]"):
+        with DigitClient(f"{host}:{grpc_port}") as client:
+            assert len(client.generate(2, model="mlp").pixels) == 2
+        with urllib.request.urlopen(f"http://{host}:{http_port}/readyz", timeout=10) as answer:
+            assert answer.read() == b"ready\n"
+
+
+def test_a_kernel_without_ipv6_is_listened_to_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [usable_host(host) for host in ("::", "[::]", "::1", "0.0.0.0")] == ["::", "::", "::1", "0.0.0.0"]
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    assert [usable_host(host) for host in ("::", "[::]", "::1")] == ["0.0.0.0", "0.0.0.0", "::1"]
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]"])

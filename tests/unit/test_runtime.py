@@ -120,10 +120,30 @@ def test_liveness_fails_when_a_model_has_been_without_slots_for_long() -> None:
     assert asyncio.run(published())[LIVENESS] == Status.NOT_SERVING
 
 
+def test_ready_means_that_a_request_can_be_answered_whichever_port_is_asked() -> None:
+    """Issue: «any model» over gRPC, «all and the default» over /readyz: with TLS one model's breach took every pod down."""
+
+    def said(*models: FakeModel, draining: bool = False) -> tuple[str | None, dict[str, bool]]:
+        health = health_of(*models)
+        health.draining = draining
+        asyncio.run(health.publish())
+        published = health.servicer._server_status
+        return health.not_ready(), {name: published.get(name) == Status.SERVING for name in (SERVICE, "", f"{SERVICE}/mlp")}
+
+    lame = FakeModel("mlp", ready=False)
+    assert said(FakeModel("dcgan"), FakeModel("mlp")) == (None, {SERVICE: True, "": True, f"{SERVICE}/mlp": True})
+    assert said(FakeModel("dcgan"), lame) == (None, {SERVICE: True, "": False, f"{SERVICE}/mlp": False})
+    assert said(lame) == ("not ready: mlp", dict.fromkeys((SERVICE, "", f"{SERVICE}/mlp"), False))
+    assert said()[0] == "no model is served yet"
+    assert said(FakeModel("mlp"), draining=True) == ("draining", dict.fromkeys((SERVICE, "", f"{SERVICE}/mlp"), False))
+    both = health_of(FakeModel("dcgan"), lame)
+    assert (both.not_ready("dcgan"), both.not_ready("mlp"), both.not_ready("vae")) == (None, "not ready: mlp", "not ready: vae")
+
+
 @pytest.mark.parametrize(("reason", "status"), [(None, 200), ("mlp/1 has had no working slot", 503)])
 def test_the_http_probe_of_liveness_says_the_same(reason: str | None, status: int) -> None:
-    app = make_app(None, lambda: reason, lambda: None)
-    [route] = [each for each in app.router.routes() if each.method == "GET" and str(each.url_for()) == "/healthz"]
+    app = make_app(None, lambda: reason, lambda model: None)
+    [route] = [each for each in app.router.routes() if each.method == "GET" and each.resource.canonical == "/healthz"]
     answer = asyncio.run(route.handler(cast(Any, None)))
     assert (answer.status, answer.text) == (status, f"{reason or 'alive'}\n")
 

@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {
     "drain_grace_s": 2.5,
     "drain_deadline_s": 3.5,
     "max_connection_age_s": 0.0,
+    "load_reports": True,
     "reflection": False,
     "metrics": False,
     "page": False,
@@ -122,6 +123,11 @@ def test_the_native_front_refuses_tls() -> None:
     flags = ["--front=native", "--max-connection-age-s=0", "--tls-cert=a.pem", "--tls-key=a.key"]
     with pytest.raises(SettingsError, match="--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it"):
         from_arguments(flags, {})
+
+
+def test_the_native_front_reports_no_load() -> None:
+    with pytest.raises(SettingsError, match="--front native ends answers without --load-reports"):
+        from_arguments(["--front=native", "--max-connection-age-s=0", "--load-reports"], {})
 
 
 def test_the_native_front_takes_tcp_alone() -> None:

@@ -1,0 +1,160 @@
+"""Answers that end with a load report, and gRPC's own client that sends a slow replica less by it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from prometheus_client import CollectorRegistry
+
+from serve.access.callers import Accounts
+from serve.api.admission import Admission, Call, InFlight
+from serve.api.rpc import RpcTable
+from serve.client.channel import SERVICE_CONFIG
+from serve.observability.load_report import METADATA_KEY, REFRESH_S, Load, LoadReports, encoded
+from serve.observability.metrics import Metrics
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from tests.server_process import ServerProcess
+
+RUN_S, SLOWER = 0.006, 4
+CALLS_PER_S, SECONDS, SETTLE_S = 200, 6, 3  # an even share is more than the slow one can answer
+WEIGHTED = {"blackoutPeriod": "0.5s", "weightUpdatePeriod": "0.2s"}
+
+
+def test_a_report_is_an_orca_load_report() -> None:
+    """By a message with the published names and numbers (xds/data/orca/v3/orca_load_report.proto)."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="orca.proto", package="xds.data.orca.v3", syntax="proto3")
+    message = file.message_type.add(name="OrcaLoadReport")
+    for name, number in (("rps_fractional", 6), ("application_utilization", 9)):
+        message.field.add(name=name, number=number, type=field.TYPE_DOUBLE, label=field.LABEL_OPTIONAL)
+    entry = message.nested_type.add(name="UtilizationEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    entry.field.add(name="value", number=2, type=field.TYPE_DOUBLE, label=field.LABEL_OPTIONAL)
+    message.field.add(
+        name="utilization", number=5, type=field.TYPE_MESSAGE, label=field.LABEL_REPEATED,
+        type_name=".xds.data.orca.v3.OrcaLoadReport.UtilizationEntry",
+    )  # fmt: skip
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    report_type = message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.data.orca.v3.OrcaLoadReport"))
+    report = report_type.FromString(encoded(120.5, 0.75, 0.25))
+    assert (report.rps_fractional, report.application_utilization, dict(report.utilization)) == (120.5, 0.75, {"queue": 0.25})
+    assert report.SerializeToString() == encoded(120.5, 0.75, 0.25), "nothing in it is unknown"
+
+
+def test_figures_follow_what_is_done_and_are_made_anew_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, load, reads = [100.0], [Load(0.0, 2, 0.0)], [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def read() -> Load:
+        reads[0] += 1
+        return load[0]
+
+    reports = LoadReports(read)
+    for turn in range(1, 401):  # 100 calls a second; both slots busy for three quarters of the time
+        now[0] += 0.01
+        load[0] = Load(turn * 0.01 * 2 * 0.75, 2, 0.5)
+        latest = reports.answered()
+    assert reads[0] == pytest.approx(400 * 0.01 / REFRESH_S, rel=0.15)
+    np.testing.assert_allclose(np.frombuffer(latest[-17:-9], "<f8"), 100, rtol=0.02)
+    np.testing.assert_allclose(np.frombuffer(latest[-8:], "<f8"), 0.75 + 0.5, rtol=0.02)
+
+
+@contextmanager
+def replicas() -> Iterator[list[ServerProcess]]:
+    """Three, of which the last is slowed four times."""
+    running: list[ServerProcess] = []
+    try:
+        for slower in (1, 1, SLOWER):
+            module = ("-m", "tests.paced_server", str(RUN_S * slower))
+            flags = ("--load-reports", "--instances=1", "--max-batch-size=1", "--provider=cpu")
+            running.append(ServerProcess(*flags, module=module))
+        yield running
+    finally:
+        for server in running:
+            server.kill()
+
+
+async def latencies(target: str, policy: dict[str, object]) -> list[float]:
+    """Seconds of each call, once weights have settled; calls begin at a steady rate, whatever becomes of those before."""
+    config = {**SERVICE_CONFIG, "loadBalancingConfig": [policy]}
+    options = [("grpc.service_config", json.dumps(config)), ("grpc.use_local_subchannel_pool", 1)]
+    taken: list[float] = []
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        stub = pb_grpc.DigitGeneratorStub(channel)
+
+        async def call(due: float) -> None:
+            await stub.Generate(pb.GenerateRequest(model="mlp", count=1, seed=1), timeout=30)
+            taken.append(time.monotonic() - due)
+
+        await call(time.monotonic())
+        taken.clear()
+        begun, calls = time.monotonic(), []
+        for number in range(CALLS_PER_S * SECONDS):
+            due = begun + number / CALLS_PER_S
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            calls.append(asyncio.ensure_future(call(due)))
+            if number == CALLS_PER_S * SETTLE_S:
+                settled = len(taken)
+        await asyncio.gather(*calls)
+    return taken[settled:]
+
+
+@pytest.mark.long
+def test_a_slow_replica_gets_less_and_the_slowest_calls_are_sooner() -> None:
+    """The 99th percentile beside round robin's, with three replicas of which one is four times as slow."""
+    with replicas() as servers:
+        target = "ipv4:" + ",".join(server.target for server in servers)
+        ratios = []
+        for _ in range(3):
+            even = asyncio.run(latencies(target, {"round_robin": {}}))
+            before = [answered(server) for server in servers]
+            weighted = asyncio.run(latencies(target, {"weighted_round_robin": WEIGHTED}))
+            shares = [answered(server) - count for server, count in zip(servers, before, strict=True)]
+            ratios.append(float(np.percentile(weighted, 99) / np.percentile(even, 99)))
+            print(f"calls by replica {shares}, p99 {np.percentile(weighted, 99):.4f} s against {np.percentile(even, 99):.4f} s")
+            assert shares[2] < 0.6 * min(shares[:2])
+        assert sorted(ratios)[1] <= 0.6, ratios
+
+
+def answered(server: ServerProcess) -> float:
+    return server.metric("grpc_server_handled_total", grpc_method="Generate", grpc_code="OK")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_answers_end_with_a_report_only_where_it_is_asked_for(wanted: bool) -> None:
+    """At the handler's own context: gRPC's client keeps the report to itself."""
+    sent: list[tuple[str, bytes]] = []
+
+    class Context:
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        def peer(self) -> str:
+            return "ipv4:127.0.0.1:1"
+
+        def time_remaining(self) -> None:
+            return None
+
+        def set_trailing_metadata(self, pairs: tuple[tuple[str, bytes], ...]) -> None:
+            sent.extend(pairs)
+
+    async def answer(request: pb.GenerateRequest, call: Call) -> bytes:
+        return b"answer"
+
+    reports = LoadReports(lambda: Load(1.0, 1, 0.0)) if wanted else None
+    accounts = Accounts(None, 0, 0.0, open_admin=True)
+    table = RpcTable("a.B", Admission(Metrics(CollectorRegistry()), InFlight(), accounts, None, reports))
+    table.unary("C", pb.GenerateRequest, answer)
+    assert asyncio.run(table.methods["C"].unary_unary(b"", Context())) == b"answer"
+    assert [key for key, _ in sent] == [METADATA_KEY] * wanted
