@@ -94,5 +94,9 @@ class UnavailableError(ServeError):
     """The server is draining, or the model is not ready."""
 
 
+class DrainingError(UnavailableError):
+    """The process is stopping; another replica answers."""
+
+
 class EngineError(ServeError):
     """A model run failed, hung or lost its thread. The text stays in the log; callers get a fixed one."""

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         trainer.load_state(latest_checkpoint(run))
     if ranks.first:
         print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
-    with _stopped_by_signals(trainer) if ranks.world == 1 else nullcontext():
+    with _stopped_by_signals(trainer):
         trainer.fit()
     if not ranks.first:
         return 0
@@ -177,10 +177,13 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
 
 @contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step end, save and stop; a second one stops at once. As process 1 too, in a container."""
+    """SIGINT and SIGTERM let the step end, save and stop; a second one stops at once. As process 1 too, in a container.
+
+    Of several processes each has more than one signal, from the terminal and from torchrun: there a second one says nothing new.
+    """
 
     def stop(number: int, frame: object) -> None:
-        if trainer.stop_wanted:
+        if trainer.stop_wanted and trainer.ranks.world == 1:
             raise KeyboardInterrupt
         trainer.stop_wanted = True
 

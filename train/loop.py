@@ -128,13 +128,20 @@ class Trainer:
                     generator, discriminator = latest.tolist()
                     bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
                 last, due = self.step == self.total_steps, self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0
-                if due or last or self.stop_wanted:
+                stopping = self._stop_agreed()
+                if due or last or stopping:
                     self._save()
                 if last:
                     break  # with --steps, within an epoch
-                if self.stop_wanted:
+                if stopping:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
         self._finish(time.monotonic() - started, self.step - first_step)
+
+    def _stop_agreed(self) -> bool:
+        """Whether to stop after this step; several processes look every few steps whether any of them is to."""
+        if self.ranks.world == 1:
+            return self.stop_wanted
+        return self.step % PROGRESS_EVERY == 0 and self.ranks.any(self.stop_wanted, self.device)
 
     def _announce_epoch(self, bar: Any, first: bool) -> None:
         """Say at its first step which epoch begins."""

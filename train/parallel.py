@@ -50,6 +50,12 @@ class Ranks:
             values /= self.world
         return values
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether any process has it."""
+        flags = torch.tensor(float(flag), device=device)
+        distributed.all_reduce(flags)
+        return bool(flags > 0)
+
     def agree(self, value: Any) -> Any:
         """What the first process has."""
         if self.world == 1:

@@ -11,7 +11,7 @@ import grpc
 from serve.access.callers import Account, Accounts, Caller, Scope, peer_address
 from serve.api.status import Refusal, refusal
 from serve.core.request import Digits
-from serve.errors import ServeError, UnavailableError
+from serve.errors import DrainingError, ServeError
 from serve.observability.load_report import LoadReports
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
@@ -35,9 +35,9 @@ class InFlight:
         self._closed = True
 
     def enter(self) -> None:
-        """Count a call. Raises UnavailableError when it is closed."""
+        """Count a call. Raises DrainingError when it is closed."""
         if self._closed:
-            raise UnavailableError("the server is stopping; ask another replica")
+            raise DrainingError("the server is stopping; ask another replica")
         self._calls += 1
         self._idle.clear()
 
@@ -115,7 +115,7 @@ class Call:
         observed.started()
 
     def admit(self, caller: Caller, scope: Scope) -> None:
-        """Count the call. Raises UnavailableError while draining, or as ``Accounts.admit`` does."""
+        """Count the call. Raises DrainingError while draining, or as ``Accounts.admit`` does."""
         current_request_id.set(caller.request_id)
         self._caller, self._scope = caller, scope
         self._admission.in_flight.enter()
@@ -145,6 +145,8 @@ class Call:
         if isinstance(error, ServeError) and error.denial:
             self._admission.metrics.access_denied.labels(error.denial).inc()
             self._admission.denials.note(self._caller, error)
+        if isinstance(error, DrainingError):
+            self._admission.metrics.drain_refusals.inc()
         answer = refusal(error)
         self._code = answer.code
         return answer

@@ -11,6 +11,7 @@ import grpc
 from serve.errors import (
     BusyError,
     CallerLimitError,
+    DrainingError,
     EngineError,
     ExpiredError,
     ForbiddenError,
@@ -37,6 +38,7 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, int]] = {
     QueueFullError: (Code.RESOURCE_EXHAUSTED, 429),
     CallerLimitError: (Code.RESOURCE_EXHAUSTED, 429),
     UnavailableError: (Code.UNAVAILABLE, 503),
+    DrainingError: (Code.UNAVAILABLE, 503),
     ExpiredError: (Code.DEADLINE_EXCEEDED, 504),
 }
 

@@ -54,6 +54,7 @@ class Settings:
     serving_file: Path | None = _setting(
         None, "which versions are served, beyond --versions; followed as it changes (default: serving.json in the models folder)"
     )
+    single_model: bool = _setting(False, "the models folder holds the versions of one model, as KServe lays it out")
     wait_for_models: bool = _setting(False, "start without a usable model too, and serve what the folder will hold")
     poll_interval_s: float = _setting(5.0, "time between two looks at the models folder and that file", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")

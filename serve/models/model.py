@@ -92,6 +92,7 @@ class Model:
             "running_images": lambda: batcher.running_images,
             "instances_busy": lambda: batcher.busy_slots,
             "instances_live": lambda: batcher.live_slots,
+            "instances_wanted": lambda: batcher.limits.slots,
             "model_ready": lambda: self.ready,
         }
 

@@ -41,10 +41,14 @@ class Bundle:
 
 
 class Repository:
-    """The folder ``<name>/<version>/``. Raises BundleError for whatever in it cannot be used, naming the file."""
+    """The folder ``<name>/<version>/``. Raises BundleError for whatever in it cannot be used, naming the file.
 
-    def __init__(self, models_dir: Path) -> None:
+    ``single``: ``<version>/`` of one model, called as its manifests say: what KServe puts before a server.
+    """
+
+    def __init__(self, models_dir: Path, *, single: bool = False) -> None:
         self.models_dir = models_dir
+        self._single = single
 
     def scan(self) -> Scan:
         """The complete versions of every model, each with a fingerprint. Raises BundleError when there is no such folder.
@@ -53,9 +57,17 @@ class Repository:
         """
         if not self.models_dir.is_dir():
             raise BundleError(f"--models-dir {self.models_dir} is not a folder; make export writes one, or leave the flag out")
+        if self._single:
+            versions = self._versions(self.models_dir)
+            return {self._name(versions): versions} if versions else {}
         names = sorted(entry.name for entry in self.models_dir.iterdir() if NAME_PATTERN.fullmatch(entry.name) and entry.is_dir())
         found = {name: self._versions(self.models_dir / name) for name in names}
         return {name: versions for name, versions in found.items() if versions}
+
+    def _name(self, versions: Mapping[int, Fingerprint]) -> str:
+        """What the newest version's manifest calls the model."""
+        path = self.models_dir / str(max(versions)) / MANIFEST_FILE
+        return parse_manifest(_read(path, self.models_dir.resolve()), str(path)).name
 
     def _versions(self, folder: Path) -> dict[int, Fingerprint]:
         versions = {}
@@ -69,27 +81,30 @@ class Repository:
         """Read and check one version. Raises BundleError, or DigestError when a file is not what was exported."""
         if not NAME_PATTERN.fullmatch(name):
             raise BundleError(f"{name[:64]!r} is no model name: lower-case letters, digits, - and _, at most 63")
-        return read_bundle(self.models_dir / name / str(version), self.models_dir)
+        folder = self.models_dir if self._single else self.models_dir / name
+        return read_bundle(folder / str(version), self.models_dir, name)
 
 
-def read_bundle(path: Path, root: Path | None = None) -> Bundle:
+def read_bundle(path: Path, root: Path | None = None, name: str | None = None) -> Bundle:
     """Read and check one ``<name>/<version>`` folder, whose files must lie below ``root`` (default: the folder itself).
+
+    ``name`` is the model's where the folder above is not called after it.
 
     Raises BundleError naming the file and the way out; DigestError when a file is not the one that was exported.
     """
     root = (root or path).resolve()
     manifest = parse_manifest(_read(path / MANIFEST_FILE, root), str(path / MANIFEST_FILE))
-    if (manifest.name, str(manifest.version)) != (path.parent.name, path.name):
+    if (manifest.name, str(manifest.version)) != (name or path.parent.name, path.name):
         raise BundleError(
             f"{path} holds model {manifest.name}/{manifest.version}; the folders must be called as the manifest says"
         )
     contents = {}
-    for name, digest in manifest.files.items():
-        if "/" in name or "\0" in name or name.startswith("."):
-            raise BundleError(f"{path / MANIFEST_FILE} lists {name[:40]!r}, which is no plain file name; export again")
-        contents[name] = _read(path / name, root)
-        if sha256(contents[name]) != digest:
-            raise DigestError(f"{path / name} is not the file that was exported (SHA-256 differs); export the model again")
+    for file, digest in manifest.files.items():
+        if "/" in file or "\0" in file or file.startswith("."):
+            raise BundleError(f"{path / MANIFEST_FILE} lists {file[:40]!r}, which is no plain file name; export again")
+        contents[file] = _read(path / file, root)
+        if sha256(contents[file]) != digest:
+            raise DigestError(f"{path / file} is not the file that was exported (SHA-256 differs); export the model again")
     parity, quality = (contents.get(name, b"").decode("utf-8", "replace") for name in (PARITY_FILE, QUALITY_FILE))
     return Bundle(path, manifest, contents[ONNX_FILE], parity, quality)
 

@@ -22,6 +22,9 @@ BUCKET = (*MODEL, "bucket")
 MEASURED_METHODS = {"Generate", "Interpolate", "ModelInfer", "/v1/digits", "/v1/interpolation"}
 RPC = ("grpc_type", "grpc_service", "grpc_method")
 MOST_LATER = 256
+RUN_FAILURES = ("raised", "hung", "died")
+SELF_CHECKS = ("passed", "breach", "failed", "skipped")
+BACKGROUND_TASKS = ("watchdog", "health", "reconcile", "self-check")
 
 RecordT = TypeVar("RecordT")
 
@@ -76,6 +79,9 @@ class Metrics:
         self.self_checks = Counter(
             "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry
         )
+        self.drain_refusals = Counter(
+            "digits_drain_refusals", "Calls refused because the process is stopping: no fault, another replica takes them", registry=registry
+        )
         self.drained = Counter(
             "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
         )
@@ -85,6 +91,7 @@ class Metrics:
             "running_images": self._gauge("digits_running_images", "Images in running batches"),
             "instances_busy": self._gauge("digits_instances_busy", "Instances running a batch"),
             "instances_live": self._gauge("digits_instances_live", "Instances that can run a batch"),
+            "instances_wanted": self._gauge("digits_instances_wanted", "Instances that there should be"),
             "model_ready": self._gauge("digits_model_ready", "1 when the model answers requests"),
             "traffic_share": self._gauge("digits_model_traffic_share", "Share of requests naming no version it answers"),
         }
@@ -107,6 +114,12 @@ class Metrics:
             "digits_provider", "1 for the execution provider in use", (*MODEL, "provider", "digest"), registry=registry
         )
         self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
+        # Born at 0: what Prometheus first sees at 1 has not increased.
+        for what in ("certificate", "tokens"):
+            self.access_reloads.labels(what, "failed")
+        self.serving_file_reads.labels("failed")
+        for task in BACKGROUND_TASKS:
+            self.background_failures.labels(task)
 
     def collect(self) -> Iterable[Metric]:
         """For the registry: whoever reads the metrics is about to."""
@@ -236,6 +249,10 @@ class ModelMetrics:
         self._splits = metrics.splits.labels(*labels).inc
         self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
         self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
+        for reason in RUN_FAILURES:
+            self._run_failures(reason)  # born at 0
+        for result in SELF_CHECKS:
+            self.self_checks(result)
 
     def answer(self, encoding: str, images: int, queue_s: float, encode_s: float) -> None:
         """Rows of a request are encoded."""

@@ -82,7 +82,7 @@ class Server:
         self.catalog = Catalog(settings.default_model)
         self._health = Health(self.catalog)
         self._reconciler = Reconciler(
-            Repository(settings.models_dir),
+            Repository(settings.models_dir, single=settings.single_model),
             ServingFile(settings.serving_file or settings.models_dir / FILE_NAME),
             self.catalog,
             settings,

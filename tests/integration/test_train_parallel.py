@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.command_lines import in_process
+from tests.waiting import wait_until
 from train.cli import main
 
 SMALL = {
@@ -39,19 +41,43 @@ def outcome(runs: Path, preset: str) -> tuple[np.ndarray, dict[str, torch.Tensor
 @pytest.mark.long
 @pytest.mark.parametrize("preset", SMALL)
 def test_two_processes_train_as_one_with_twice_the_batch(preset: str, subset: Path, tmp_path: Path) -> None:
-    common = ("--epochs=4", "--report-every=4", "--reported-loss=mean", "--checkpoint-every=4")
+    common = ("--epochs=4", "--report-every=4", "--report-per=run", "--reported-loss=mean", "--checkpoint-every=4")
     two = train(2, preset, subset, tmp_path / "two", "--batch-size=16", *common)
     assert two.returncode == 0, two.stderr
     one = train(1, preset, subset, tmp_path / "one", "--batch-size=32", *common)
     assert one.returncode == 0, one.stderr
     (losses, weights), (expected, expected_weights) = outcome(tmp_path / "two", preset), outcome(tmp_path / "one", preset)
-    assert losses.shape == expected.shape == (8, 3)
+    assert losses.shape == expected.shape == (7, 3)
     assert np.array_equal(losses[:, 0], expected[:, 0])
     assert np.abs(losses[:, 1:] - expected[:, 1:]).max() < 2e-3
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
         assert torch.allclose(tensor.float(), expected_weights[name].float(), atol=5e-3), name
     assert two.stdout.count("finished: ") == 1, "one of them writes"
+
+
+@pytest.mark.long
+def test_sigterm_saves_a_run_of_two_and_the_next_two_resume_it(subset: Path, tmp_path: Path) -> None:
+    """As an evicted pod gets it: torchrun passes it on to both, which must stop at the same step."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "train", "mlp"]
+    machine = [f"--data-dir={subset}", f"--runs-dir={tmp_path}", "--device=cpu", "--threads=1", *SMALL["mlp"]]
+    long = [*torchrun, *machine, "--batch-size=16", "--epochs=4000", "--checkpoint-every=4000", "--report-every=5"]
+    with subprocess.Popen(long, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        wait_until(lambda: list(tmp_path.glob("mlp/*/pictures/fake-*.png")))
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    [run] = (tmp_path / "mlp").iterdir()
+    stopped = int(max((run / "checkpoints").glob("step-*.pt")).stem.removeprefix("step-"))
+    assert stopped > 0, said
+    assert stopped % 25 == 0, "a step that both have looked at"
+    assert f"stopped at step {stopped} of" in said
+    again = [*torchrun, *machine, f"--resume={run}"]
+    with subprocess.Popen(again, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        started = next(line for line in process.stderr if "from step" in line)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert f"from step {stopped}" in started
 
 
 @pytest.mark.long

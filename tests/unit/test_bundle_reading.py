@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, choose_provider
 from serve.engine.session import Engine
 from serve.errors import BundleError, ProviderError, SettingsError
-from serve.manifest import MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
+from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
 from serve.models.model import DEFAULT_BATCH_SIZES, batch_size
 from serve.models.repository import Repository, read_bundle
 
@@ -304,3 +305,15 @@ def test_cuda_asked_for_and_missing_is_refused() -> None:
         assert choose_provider("auto") == "cpu"
     else:
         assert provider == "cuda"
+
+
+def test_a_folder_of_one_models_versions_is_read_as_kserve_lays_it_out(tmp_path: Path) -> None:
+    """KServe mounts what lies below ``<name>/`` as ``/mnt/models``."""
+    shutil.copytree(BUNDLED_DIR / "mlp", tmp_path / "mnt")
+    single = Repository(tmp_path / "mnt", single=True)
+    assert {name: list(versions) for name, versions in single.scan().items()} == {"mlp": [1]}
+    assert single.read("mlp", 1).manifest.name == "mlp"
+    with pytest.raises(BundleError, match="holds model mlp/1; the folders must be called as the manifest says"):
+        single.read("dcgan", 1)
+    shutil.rmtree(tmp_path / "mnt" / "1")
+    assert single.scan() == {}

@@ -18,6 +18,7 @@ OTHER: dict[str, Any] = {
     "default_model": "mlp",
     "versions": "latest:2,mlp=1+4",
     "serving_file": Path("serving.json"),
+    "single_model": True,
     "wait_for_models": True,
     "poll_interval_s": 1.0,
     "host": "127.0.0.2",
