@@ -21,7 +21,7 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all mutate page-test fuzz gpu-check image deploy-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -103,20 +103,35 @@ build/deploy-tools/.ready: | $(BIN)/python
 
 build/crd-schemas/.ready:
 	@command -v npm >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -y -qq --no-install-recommends npm >/dev/null; }
-	npm install --silent --no-save --prefix build/crd-schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@0.4
+	npm install --silent --no-save --prefix build/crd-schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@0.4 @kubernetes-models/gateway-api@2
 	@touch $@
 
-image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman)
+build/integrations/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/integrations
+	build/integrations/bin/python -m pip install --quiet kserve kubeflow-trainer-api cyclonedx-bom
+	@touch $@
+
+image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman, BASE=...)
 	@engine=$$(command -v $(or $(ENGINE),docker) || command -v $(or $(ENGINE),podman)) || \
 	{ echo "error: $(or $(ENGINE),docker or podman) is needed and not installed" >&2; exit 2; }; \
 	name=digits-serve$(if $(filter serve,$(IMAGE_TARGET)),:0.1.0-$(RUNTIME),-$(IMAGE_TARGET):0.1.0); \
-	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) -t $$name $(ARGS) . && \
+	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) \
+	--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(if $(BASE),--build-arg BASE=$(BASE)) -t $$name $(ARGS) . && \
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
-deploy-test: .venv/.all build/deploy-tools/.ready build/crd-schemas/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
+deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
 	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
+
+sbom: build/integrations/.ready ## write what the images install as CycloneDX: build/sbom-serve-cpu.json, -gpu, -train
+	@for each in serve-cpu:serve:cpu serve-gpu:serve:gpu:cuda train:train; do \
+	name=$${each%%:*}; cat $$(echo $${each#*:} | tr : '\n' | sed 's|.*|deploy/requirements/&.txt|') > build/sbom-$$name.txt; \
+	build/integrations/bin/cyclonedx-py requirements build/sbom-$$name.txt --pyproject pyproject.toml -o build/sbom-$$name.json || exit 1; \
+	rm build/sbom-$$name.txt; echo build/sbom-$$name.json; done
+
+cluster-test: .venv/.all build/deploy-tools/.ready ## apply the cpu overlay to the cluster that KUBECONFIG names, and call it (NAMESPACE, OVERLAY)
+	@$(BIN)/python -m tests.deploy.cluster $(ARGS)
 
 lock: .venv/.all ## lock what the images install: versions and hashes
 	@$(BIN)/python deploy/lock.py

@@ -7,7 +7,7 @@ import sys
 from serve.bench.load import Load, closed
 from serve.bench.process import started
 
-INSTANCES = (2, 8, 32)
+INSTANCES = (1, 2, 4, 8, 16, 32, 64)
 MODELS = ("mlp", "dcgan", "cdcgan")
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu", "--max-batch-size=16", "--max-queue-images=100000")
 

@@ -80,7 +80,9 @@ class Metrics:
             "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry
         )
         self.drain_refusals = Counter(
-            "digits_drain_refusals", "Calls refused because the process is stopping: no fault, another replica takes them", registry=registry
+            "digits_drain_refusals",
+            "Calls refused because the process is stopping: no fault, another replica takes them",
+            registry=registry,
         )
         self.drained = Counter(
             "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry

@@ -14,16 +14,22 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client import DigitClient
+from tests.deploy.manifests import containers, of_kind, rendered
+from tests.deploy.server_rules import quantity
 from tests.deploy.tools import tool
 
 REQUIREMENTS = Path("deploy/requirements")
 BASE, IMAGE = "localhost/digits-base:test", "localhost/digits-serve:test"
+REVISION = "0123456789abcdef"
 CONFIGURATION = """
 [engine]
 runtime = "runc"
@@ -89,13 +95,36 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     locks = [f"--requirement={REQUIREMENTS / name}" for name in ("serve.txt", "cpu.txt")]
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps", f"--dest={wheels}", *locks]
     subprocess.run(fetch, check=True, timeout=300)
-    arguments = {"BASE": BASE, "RUNTIME": "cpu", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
+    arguments = {"BASE": BASE, "RUNTIME": "cpu", "REVISION": REVISION, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
     engine.run(
-        "buildah", "bud", "--isolation=chroot", "--network=host", f"--volume={wheels}:/wheels:ro", "--target=serve",
+        "buildah", "bud", "--layers", "--isolation=chroot", "--network=host", f"--volume={wheels}:/wheels:ro", "--target=serve",
         *(f"--build-arg={name}={value}" for name, value in arguments.items()), "--file=deploy/Dockerfile", f"--tag={IMAGE}", ".",
     )  # fmt: skip
     yield engine
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_deployed() -> list[str]:
+    """The environment of the cpu overlay's own pods, on ports that are free here."""
+    [settings] = [item["data"] for item in rendered("overlays/cpu") if item["kind"] == "ConfigMap"]
+    [container] = containers(of_kind("overlays/cpu", "Deployment"))
+    instances = str(int(quantity(container["resources"]["requests"]["cpu"])))
+    changed = settings | {"DIGITS_GRPC_PORT": "0", "DIGITS_HTTP_PORT": "0", "DIGITS_INSTANCES": instances}
+    return [f"--env={name}={value}" for name, value in changed.items()]
+
+
+def probed(address: str, http: str) -> dict[str, bool]:
+    """What the kubelet's probes of the cpu overlay find."""
+    [container] = containers(of_kind("overlays/cpu", "Deployment"))
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        found = {
+            probe: health.Check(health_pb2.HealthCheckRequest(service=container[probe]["grpc"]["service"]), timeout=10).status
+            == health_pb2.HealthCheckResponse.SERVING
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+        }
+    with urllib.request.urlopen(f"http://{http}/readyz", timeout=10) as answer:
+        return found | {"/readyz": answer.status == 200}
 
 
 def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigterm(image: Engine) -> None:
@@ -106,13 +135,7 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         "--security-opt=no-new-privileges",
         "--network=host",
     ]
-    settings = [
-        "--env=DIGITS_GRPC_PORT=0",
-        "--env=DIGITS_HTTP_PORT=0",
-        "--env=DIGITS_DRAIN_GRACE_S=1",
-        "--env=DIGITS_LOG_FORMAT=json",
-    ]
-    process = image.start("--rm", "--name=digits", *restricted, *settings, IMAGE)
+    process = image.start("--rm", "--name=digits", *restricted, *as_deployed(), IMAGE)
     try:
         said = logged = ""
         assert process.stderr is not None
@@ -123,11 +146,18 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
                 break
         address = re.search(r"^gRPC +(\S+)", said, re.MULTILINE)
         assert address, logged
-        with DigitClient(address[1], timeout_s=30) as client:
+        here = address[1].replace("[::]", "127.0.0.1")
+        http = re.search(r"^HTTP +http://(\S+)/metrics", said, re.MULTILINE)
+        assert http
+        assert all(probed(here, http[1].replace("[::]", "127.0.0.1")).values())
+        with DigitClient(here, timeout_s=30) as client:
             assert {model.name for model in client.list_models().models} == {"mlp", "dcgan", "cdcgan"}
             assert client.generate(25, labels=7, seed=7).pixels.any()
         inside = image.run("podman", "exec", "digits", "python3", "-c", "import os; print(os.getuid(), os.getpid())")
         assert inside.split()[0] == "65532"
+        memory = image.run("podman", "exec", "digits", "grep", "VmRSS", "/proc/1/status")
+        [container] = containers(of_kind("overlays/cpu", "Deployment"))
+        assert int(memory.split()[1]) << 10 < quantity(container["resources"]["limits"]["memory"]) / 2, "what was measured"
         first = image.run("podman", "exec", "digits", "cat", "/proc/1/cmdline")
         assert first.split("\0")[:3] == ["python", "-m", "serve"], "signals go to Python"
         begun = time.monotonic()
@@ -140,6 +170,18 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         if process.poll() is None:
             image.run("podman", "kill", "digits")
             process.communicate(timeout=60)
+
+
+def test_a_change_of_our_code_ships_no_dependency(image: Engine) -> None:
+    """Issue: code and dependencies were one layer of 255 MB."""
+    layers = json.loads(image.run("podman", "image", "inspect", IMAGE))[0]
+    history = json.loads(image.run("podman", "history", "--format=json", "--no-trunc", IMAGE))
+    copied = {line["CreatedBy"]: line["size"] for line in history if "COPY" in line.get("CreatedBy", "")}
+    print("\nlayers:", ", ".join(f"{size / 1e6:.1f} MB by {by[-60:]}" for by, size in copied.items()))
+    code = [size for by, size in copied.items() if "/opt/code" in by]
+    assert len(code) == 1
+    assert code[0] < 40e6, "the bundled models, and our code"
+    assert layers["Config"]["Labels"]["org.opencontainers.image.revision"] == REVISION
 
 
 def test_it_holds_no_torch_and_no_installer(image: Engine) -> None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,32 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.cli import build_parser as export_parser
 from export.watch import WatchMetrics
-from serve.api.digits_v1 import SERVICE
-from serve.config.settings import Settings, env_name, from_arguments
 from serve.dataset import main as dataset_main
 from serve.observability.metrics import Metrics
-from serve.runtime.health import LIVENESS
-from serve.runtime.server import DRAIN_OVERHEAD_S
+from tests.deploy.manifests import (
+    DEPLOY,
+    FOLDERS,
+    JOBS,
+    TOGETHER,
+    WITH_COMPONENTS,
+    containers,
+    everything,
+    of_kind,
+    rendered,
+    settings_of,
+)
 from tests.deploy.tools import run
 from tests.server_process import ServerProcess
 from train.cli import build_parser as train_parser
 
-DEPLOY = Path("deploy")
-OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
-JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
-FOLDERS = (*OVERLAYS, *JOBS, "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring")
+# From the least that is stated in deploy/README.md on.
 KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
-LOOSE = ("jobs/train-pytorchjob.yaml", "monitoring/keda-scaledobject.yaml")  # alternatives, in no kustomization
+LEAST = {"overlays/cpu + components/models-image": "1.33"}
 
-# What a custom resource must have, by its own published schema: group and version, and the fields it requires.
-CUSTOM = {
-    "PodMonitor": ("monitoring.coreos.com/v1", {"selector", "podMetricsEndpoints"}),
-    "PrometheusRule": ("monitoring.coreos.com/v1", {"groups"}),
-    "ScaledObject": ("keda.sh/v1alpha1", {"scaleTargetRef", "triggers"}),
-    "PyTorchJob": ("kubeflow.org/v1", {"pytorchReplicaSpecs"}),
-}
+# Custom resources, and who has their published schemas: npm's @kubernetes-models, or the makers' own Python packages.
+BY_NODE = {"PodMonitor", "PrometheusRule", "ScaledObject", "GRPCRoute", "BackendTLSPolicy"}
+BY_PYTHON = {"ServingRuntime", "InferenceService", "TrainingRuntime", "TrainJob"}
+CUSTOM = BY_NODE | BY_PYTHON
 # Checks that are left out, and why.
 SKIPPED_CHECKS = {
     "CKV_K8S_43": "images are named by tag here; a digest is the registry's, and kustomize edit set image puts it in",
@@ -56,97 +57,85 @@ SKIPPED_CHECKS = {
 }
 
 
-@cache
-def rendered(folder: str) -> list[dict[str, Any]]:
-    """A kustomization's objects."""
-    done = run("kubectl", "kustomize", str(DEPLOY / folder))
-    assert done.returncode == 0, done.stderr
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
-
-
-def everything() -> Iterator[tuple[str, dict[str, Any]]]:
-    for folder in FOLDERS:
-        for item in rendered(folder):
-            yield folder, item
-    for name in LOOSE:
-        yield name, yaml.safe_load((DEPLOY / name).read_text())
-
-
-def of_kind(folder: str, kind: str) -> dict[str, Any]:
-    [item] = [item for item in rendered(folder) if item["kind"] == kind]
-    return item
-
-
-def containers(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The containers of a workload, whatever its kind."""
-    return [container for pod in pod_specs(item) for container in pod["containers"]]
-
-
-def pod_specs(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pods of a workload, whatever its kind."""
-    spec = item.get("spec", {})
-    templates = [spec.get("template")] + [each["template"] for each in spec.get("pytorchReplicaSpecs", {}).values()]
-    return [template["spec"] for template in templates if template]
-
-
-def settings_of(folder: str) -> Settings:
-    """The settings a server in that overlay starts with."""
-    data = {}
-    for item in rendered(folder):
-        if item["kind"] == "ConfigMap":
-            data |= item["data"]
-    return from_arguments([], data)
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_object_is_valid(folder: str, version: str, tmp_path: Path) -> None:
     known = [item for item in rendered(folder) if item["kind"] not in CUSTOM]
+    if not known or version_of(version) < version_of(LEAST.get(folder, version)):
+        assert folder in LEAST or folder in ("jobs/trainjob", "kserve", "monitoring")
+        return
     path = tmp_path / "objects.yaml"
     path.write_text(yaml.safe_dump_all(known))
     done = run("kubernetes-validate", "--strict", "--quiet", "-k", version, str(path))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu", "dev"])
-def test_the_page_is_off_unless_it_is_enabled(overlay: str) -> None:
-    assert not settings_of(f"overlays/{overlay}").page
+def test_the_readme_states_the_least_version_that_is_tried() -> None:
+    assert f"Kubernetes {KUBERNETES[0]} or newer" in (DEPLOY / "README.md").read_text()
+
+
+def test_every_component_is_tried_in_an_overlay() -> None:
+    used = {component for _, component in WITH_COMPONENTS.values()} | {
+        "components/tls",
+        "components/tokens",
+        "components/models-volume",
+    }
+    assert {f"components/{path.name}" for path in (DEPLOY / "components").iterdir()} == used
+    tried = {folder for folders in TOGETHER.values() for folder in folders}
+    assert set(FOLDERS) - tried == {"kserve"}, "KServe's objects stand by themselves"
 
 
 def complaints(items: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
-    """What the published schemas of the Prometheus operator and KEDA say against them."""
-    script = folder / "validate.mjs"
-    shutil.copyfile("tests/deploy/validate_custom.mjs", script)
-    (folder / "node_modules").symlink_to(Path("build/crd-schemas/node_modules").resolve())
-    lines = "\n".join(json.dumps(item) for item in items)
-    done = subprocess.run(["node", str(script)], input=lines, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    """What the custom resources' published schemas say against them."""
+    by_kind = [(item, item["kind"] in BY_NODE) for item in items]
+    found = []
+    for by_node in (True, False):
+        lines = "\n".join(json.dumps(item) for item, asked in by_kind if asked is by_node)
+        if not lines:
+            continue
+        if by_node:
+            script = folder / "validate.mjs"
+            shutil.copyfile("tests/deploy/validate_custom.mjs", script)
+            if not (folder / "node_modules").exists():
+                (folder / "node_modules").symlink_to(Path("build/crd-schemas/node_modules").resolve())
+            command = ["node", str(script)]
+        else:
+            command = ["build/integrations/bin/python", "tests/deploy/validate_custom.py"]
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        found += done.stdout.splitlines()
+    return found
 
 
 def test_custom_resources_hold_to_their_published_schemas(tmp_path: Path) -> None:
-    items = [item for _, item in everything() if item["kind"] in CUSTOM and item["kind"] != "PyTorchJob"]
-    assert {item["kind"] for item in items} == {"PodMonitor", "PrometheusRule", "ScaledObject"}
+    items = [item for _, item in everything() if item["kind"] in CUSTOM]
+    assert {item["kind"] for item in items} == CUSTOM
     assert complaints(items, tmp_path) == []
 
 
-def test_the_schemas_find_what_is_wrong(tmp_path: Path) -> None:
-    [rule] = [item for _, item in everything() if item["kind"] == "PrometheusRule"]
-    spoiled = json.loads(json.dumps(rule))
-    spoiled["spec"]["groups"][0]["rules"][0]["expr"] = None
-    [complaint] = complaints([spoiled], tmp_path)
-    assert "/expr must be" in complaint
+SPOILED: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "PrometheusRule": (("spec", "groups", 0, "rules", 0, "expr"), None),
+    "GRPCRoute": (("spec", "rules", 0, "backendRefs", 0, "port"), 0),
+    "ScaledObject": (("spec", "triggers"), None),
+    "TrainingRuntime": (("spec", "mlPolicy", "numberOfNodes"), 2),
+    "ServingRuntime": (("spec", "containers", 0, "images"), "x"),
+    "InferenceService": (("spec", "predictor", "model", "modelFormats"), {}),
+}
 
 
-def test_custom_resources_have_what_their_schemas_require() -> None:
-    seen = set()
-    for where, item in everything():
-        if item["kind"] in CUSTOM:
-            version, required = CUSTOM[item["kind"]]
-            assert item["apiVersion"] == version, where
-            assert required <= item["spec"].keys(), where
-            seen.add(item["kind"])
-    assert seen == set(CUSTOM)
+@pytest.mark.parametrize("kind", SPOILED)
+def test_the_schemas_find_what_is_wrong(kind: str, tmp_path: Path) -> None:
+    spoiled = next(item for _, item in everything() if item["kind"] == kind)
+    path, value = SPOILED[kind]
+    place: Any = spoiled
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    assert any(str(path[-1]) in complaint for complaint in complaints([spoiled], tmp_path))
 
 
 def test_checkov_finds_nothing_beyond_what_is_left_out_for_a_reason(tmp_path: Path) -> None:
@@ -169,105 +158,18 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_the_environment_is_the_programs_own_and_ports_and_probes_are_there(folder: str) -> None:
-    known = {env_name(name) for name in Settings.__dataclass_fields__}
-    for item in rendered(folder):
-        if item["kind"] == "ConfigMap":
-            assert item["data"].keys() <= known
-    settings = settings_of(folder)
-    [container] = containers(of_kind(folder, "Deployment"))
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"grpc": settings.grpc_port, "http": settings.http_port}
-    health = {"", SERVICE, LIVENESS}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        if settings.tls_cert is None:
-            assert container[probe]["grpc"]["port"] == settings.grpc_port
-            assert container[probe]["grpc"]["service"] in health
-        else:  # the kubelet's gRPC probes speak plaintext
-            assert "grpc" not in container[probe]
-            assert container[probe]["httpGet"]["path"] in ("/readyz", "/healthz")
-    mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
-    for path in (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.tokens_file):
-        assert path is None or str(path.parent) in mounts
-    assert settings.insecure == (settings.tls_cert is None)
-
-
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_draining_fits_into_the_grace_period(folder: str) -> None:
-    settings = settings_of(folder)
-    pod = of_kind(folder, "Deployment")["spec"]["template"]["spec"]
-    asleep = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    longest = asleep + settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
-    assert longest <= pod["terminationGracePeriodSeconds"]
-
-
-def test_pods_are_restricted_and_memory_and_gpus_are_guaranteed() -> None:
-    for where, item in everything():
-        for container in containers(item):
-            security = container["securityContext"]
-            assert security["readOnlyRootFilesystem"] is True, where
-            assert security["allowPrivilegeEscalation"] is False, where
-            assert security["capabilities"]["drop"] == ["ALL"], where
-            resources = container["resources"]
-            for name in resources["limits"]:
-                assert resources["requests"][name] == resources["limits"][name], (where, name)
-            assert "memory" in resources["limits"], where
-
-
 def test_every_command_line_is_one_that_the_program_takes() -> None:
     parsers = {"train": train_parser(), "export": export_parser()}
     checked = 0
     for where, item in everything():
         for container in containers(item):
-            if "command" not in container:
-                continue
-            module = container["command"][-1]
-            if module == "serve.dataset":
-                continue  # below
-            parsers[module].parse_args(container["args"])
+            module = container.get("command", ["serve"])[-1]
+            if module == "serve":
+                settings_of(rendered(where), container)
+            elif module != "serve.dataset":  # below
+                parsers[module].parse_args(container["args"])
             checked += 1
-            assert where
-    assert checked == 6
-
-
-def test_every_image_is_one_that_make_image_builds() -> None:
-    """Issue: it built digits-train, and every manifest asked for digits-serve-train."""
-    built = set()
-    for arguments in ("RUNTIME=cpu", "RUNTIME=gpu", "IMAGE_TARGET=train"):
-        lines = subprocess.run(["make", "-n", "image", arguments], capture_output=True, text=True, check=True).stdout
-        built |= set(re.findall(r"name=(\S+);", lines))
-    assert len(built) == 3
-    wanted = {container["image"] for _, item in everything() for container in containers(item)}
-    assert wanted <= built, f"nobody builds {sorted(wanted - built)}"
-    assert built <= wanted
-
-
-def test_pods_with_gpus_are_let_onto_the_nodes_that_keep_others_out() -> None:
-    seen = 0
-    for where, item in everything():
-        for pod in pod_specs(item):
-            wants = any("nvidia.com/gpu" in container["resources"]["limits"] for container in pod["containers"])
-            tolerates = any(each["key"] == "nvidia.com/gpu" for each in pod.get("tolerations", ()))
-            assert wants == tolerates, (where, item["metadata"]["name"])
-            seen += wants
-    assert seen == 4, "the server, the training job, and the training operator's two"
-
-
-def test_a_roll_needs_no_gpu_more_than_there_are() -> None:
-    rolling = of_kind("overlays/gpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]
-    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (0, 1)
-    rolling = of_kind("overlays/cpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]
-    assert (rolling["maxSurge"], rolling["maxUnavailable"]) == (1, 0)
-
-
-@pytest.mark.parametrize("folder", JOBS)
-def test_an_eviction_is_no_failure_of_a_job(folder: str) -> None:
-    spec = of_kind(folder, "Job")["spec"]
-    [rule] = spec["podFailurePolicy"]["rules"]
-    assert rule["action"] == "Ignore"
-    assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert spec["template"]["spec"]["restartPolicy"] == "Never", "the API server wants it beside a failure policy"
+    assert checked == 13
 
 
 def test_the_readmes_kubectl_commands_name_what_is_there() -> None:
@@ -300,7 +202,7 @@ def queries() -> Iterator[tuple[str, str]]:
     for panel in json.loads((DEPLOY / "monitoring" / "dashboard.json").read_text())["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
-    keda = yaml.safe_load((DEPLOY / "monitoring" / "keda-scaledobject.yaml").read_text())
+    keda = yaml.safe_load((DEPLOY / "components" / "keda" / "scaledobject.yaml").read_text())
     yield "keda", keda["spec"]["triggers"][0]["metadata"]["query"]
     autoscaler = of_kind("overlays/cpu", "HorizontalPodAutoscaler")
     yield "autoscaler", autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
@@ -312,7 +214,7 @@ def test_every_metric_that_is_asked_for_is_exported_or_recorded(shared_server: S
     registry = CollectorRegistry()
     Metrics(registry)
     WatchMetrics(registry)
-    exported = {"up"}
+    exported = {"up", "kube_horizontalpodautoscaler_status_current_replicas", "kube_horizontalpodautoscaler_spec_max_replicas"}
     for family in (*registry.collect(), *text_string_to_metric_families(shared_server.get("/metrics")[1])):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "info": ["_info"]}.get(family.type, [""])
         exported |= {family.name.removesuffix("_total") + suffix for suffix in suffixes}
@@ -321,7 +223,7 @@ def test_every_metric_that_is_asked_for_is_exported_or_recorded(shared_server: S
     for where, expression in queries():
         bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)|on \([^)]*\)', "", expression)
         for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare):
-            if re.fullmatch(r"(digits|grpc_server|process)_\w+|digits:[\w:]+|up", name):
+            if re.fullmatch(r"(digits|grpc_server|process|kube)_\w+|digits:[\w:]+|up", name):
                 asked += 1
                 assert name in exported | recorded, f"{where} asks for {name}"
     assert asked > 50

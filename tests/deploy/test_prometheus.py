@@ -32,7 +32,10 @@ from tests.deploy.tools import run, tool
 from tests.server_process import ServerProcess
 
 RULES = Path("deploy/monitoring/prometheusrule.yaml")
-SHORTER = {"15s": "1s", "1m": "6s", "2m": "2s", "5m": "10s", "10m": "15s", "1h": "20s"}
+SHORTER = {
+    "15s": "1s", "1m": "6s", "2m": "2s", "5m": "10s", "10m": "15s", "15m": "15s", "30m": "20s", "1h": "20s",
+    "6h": "60s", "3d": "60s",
+}  # fmt: skip
 WAIT_S = 90
 
 
@@ -44,7 +47,9 @@ def groups() -> list[dict[str, Any]]:
 def shortened() -> str:
     """The rules with every duration shortened."""
     text = yaml.safe_dump({"groups": groups()})
-    text = re.sub(r"\[(\w+)\]", lambda match: f"[{SHORTER[match[1]]}]", text)
+    text = re.sub(
+        r"\[(\w+)\]|offset (\w+)", lambda match: match[0].replace(match[1] or match[2], SHORTER[match[1] or match[2]]), text
+    )
     text = re.sub(r"for: (\w+)", lambda match: f"for: {'1s' if match[1] == '1m' else '2s'}", text)
     return re.sub(r"interval: (\w+)", lambda match: f"interval: {SHORTER[match[1]]}", text)
 
@@ -57,7 +62,9 @@ class Prometheus:
         config = {
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(folder / "rules.yml")],
-            "scrape_configs": [{"job_name": "digits-serve", "static_configs": [{"targets": [target]}]}],
+            "scrape_configs": [
+                {"job_name": "digits-serve", "static_configs": [{"targets": [target], "labels": {"namespace": "digits"}}]}
+            ],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -200,68 +207,208 @@ def test_the_rules_are_valid(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-LABELS = {"instance": "pod", "model": "dcgan", "version": "1"}
+OURS = {"namespace": "digits", "instance": "pod", "model": "dcgan", "version": "1", "job": "digits/digits-serve"}
+WATCH = 'job="digits/digits-parity-watch"'
+HPA = 'horizontalpodautoscaler="digits-serve"'
+OK, BAD = 'grpc_server_handled_total{grpc_code="OK"}', 'grpc_server_handled_total{grpc_code="INTERNAL"}'
+REFUSED = "digits_drain_refusals_total"
+GONE = 'grpc_server_handled_total{grpc_code="UNAVAILABLE"}'
 
-# Alert → series that bring it about, with the minute by which it fires; and the same when all is well.
-CAUSES: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
-    "DigitsModelNotReady": ({"digits_model_ready": "0x20"}, {"digits_model_ready": "1x20"}, "5m"),
-    "DigitsErrorBudgetBurn": (
-        {'grpc_server_handled_total{grpc_code="INTERNAL"}': "0+5x120", 'grpc_server_handled_total{grpc_code="OK"}': "0+100x120"},
+Series = dict[str, str]
+
+# Alert, whether it fires, why → the series that bring it about or not, and the time by which. Written apart from the rules.
+CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
+    ("DigitsDown", True, "every pod is gone"): (
+        {"digits_build_info": "1x10 _x60", "up": "1x10 _x60", f"up{{{WATCH}}}": "1x70"},
+        "20m",
+    ),
+    ("DigitsDown", True, "every pod answers no scrape"): ({"digits_build_info": "1x10 _x60", "up": "1x10 0x60"}, "20m"),
+    ("DigitsDown", True, "there never was one"): ({f"up{{{WATCH}}}": "1x20"}, "10m"),
+    ("DigitsDown", False, "one of two is gone"): (
         {
-            'grpc_server_handled_total{grpc_code="INVALID_ARGUMENT"}': "0+90x120",
-            'grpc_server_handled_total{grpc_code="OK"}': "0+100x120",
+            'digits_build_info{instance="a"}': "1x60",
+            'up{instance="a"}': "1x60",
+            'digits_build_info{instance="b"}': "1x10 _x50",
+            'up{instance="b"}': "1x10 0x50",
         },
+        "30m",
+    ),
+    ("DigitsDown", True, "of two namespaces one is gone"): (
+        {
+            'digits_build_info{namespace="a"}': "1x60",
+            'up{namespace="a"}': "1x60",
+            'digits_build_info{namespace="b"}': "1x10 _x50",
+            'up{namespace="b"}': "1x10 _x50",
+        },
+        "30m",
+    ),
+    ("DigitsPodDown", True, "a pod answers no scrape"): ({"up": "1x5 0x20"}, "15m"),
+    ("DigitsPodDown", False, "a pod is restarted"): ({"up": "1x5 0x3 1x20"}, "15m"),
+    ("DigitsPodDown", False, "another's pod"): ({'up{job="else/where"}': "0x30"}, "15m"),
+    ("DigitsModelNotReady", True, "a model answers nothing"): ({"digits_model_ready": "0x20"}, "5m"),
+    ("DigitsModelNotReady", False, "for a moment"): ({"digits_model_ready": "1x3 0 1x20"}, "5m"),
+    ("DigitsModelFailed", True, "a version cannot be loaded"): ({"digits_model_failed": "1x20"}, "5m"),
+    ("DigitsModelFailed", False, "it has been taken away"): ({"digits_model_failed": "1 _x20"}, "8m"),
+    ("DigitsErrorBudgetBurn", True, "a twentieth fails"): ({BAD: "0+5x120", OK: "0+100x120", REFUSED: "0x120"}, "70m"),
+    ("DigitsErrorBudgetBurn", False, "callers' own mistakes"): (
+        {'grpc_server_handled_total{grpc_code="INVALID_ARGUMENT"}': "0+90x120", OK: "0+100x120", BAD: "0x120", REFUSED: "0x120"},
         "70m",
     ),
-    "DigitsSelfCheckBreach": (
-        {'digits_self_checks_total{result="breach"}': "0 0 0 1 1 1"},
-        {'digits_self_checks_total{result="passed"}': "0+1x20"},
+    ("DigitsErrorBudgetBurn", False, "a roll: refusals while draining"): (
+        {GONE: "0x60 0+20x10 200x50", OK: "0+100x120", REFUSED: "0x60 0+20x10 200x50"},
+        "70m",
+    ),
+    ("DigitsErrorBudgetBurn", False, "a single error at night"): ({BAD: "0x60 1x60", OK: "0+0.2x120", REFUSED: "0x120"}, "62m"),
+    ("DigitsErrorBudgetBurn", False, "it is over"): ({BAD: "0+5x60 300x60", OK: "0+100x120", REFUSED: "0x120"}, "75m"),
+    ("DigitsErrorBudgetBurnSlow", True, "a hundredth fails, for hours"): (
+        {BAD: "0+1x500", OK: "0+100x500", REFUSED: "0x500"},
+        "7h",
+    ),
+    ("DigitsErrorBudgetBurnSlow", False, "a single error a night"): (
+        {BAD: "0x300 1x200", OK: "0+0.2x500", REFUSED: "0x500"},
+        "5h10m",
+    ),
+    ("DigitsErrorBudgetBurnSlow", False, "a thousandth fails"): ({BAD: "0+1x500", OK: "0+1000x500", REFUSED: "0x500"}, "7h"),
+    ("DigitsErrorBudgetBurnSteady", True, "two thousandths, for days"): (
+        {BAD: "0+2x600", OK: "0+1000x600", REFUSED: "0x600"},
+        "9h",
+    ),
+    ("DigitsErrorBudgetBurnSteady", False, "half of what is allowed"): (
+        {BAD: "0+1x600", OK: "0+2000x600", REFUSED: "0x600"},
+        "9h",
+    ),
+    ("DigitsShedding", True, "a tenth is refused"): (
+        {'grpc_server_handled_total{grpc_code="RESOURCE_EXHAUSTED"}': "0+10x30", OK: "0+90x30"},
+        "20m",
+    ),
+    ("DigitsShedding", False, "a hundredth is refused"): (
+        {'grpc_server_handled_total{grpc_code="RESOURCE_EXHAUSTED"}': "0+1x30", OK: "0+99x30"},
+        "20m",
+    ),
+    ("DigitsDeadlinesMissed", True, "a twentieth is too late"): (
+        {'grpc_server_handled_total{grpc_code="DEADLINE_EXCEEDED"}': "0+5x40", OK: "0+95x40"},
+        "30m",
+    ),
+    ("DigitsDeadlinesMissed", False, "one in a thousand"): (
+        {'grpc_server_handled_total{grpc_code="DEADLINE_EXCEEDED"}': "0+1x40", OK: "0+999x40"},
+        "30m",
+    ),
+    ("DigitsSlow", True, "a hundredth takes over a second"): (
+        {
+            'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="1.0"}': "0+90x30",
+            'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="2.5"}': "0+100x30",
+            'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="+Inf"}': "0+100x30",
+        },
+        "15m",
+    ),
+    ("DigitsSlow", False, "a stream takes long"): (
+        {
+            'grpc_server_handling_seconds_bucket{grpc_method="GenerateStream",le="1.0"}': "0x30",
+            'grpc_server_handling_seconds_bucket{grpc_method="GenerateStream",le="+Inf"}': "0+100x30",
+        },
+        "15m",
+    ),
+    ("DigitsQueueNearItsBound", True, "nine tenths"): ({"digits_queue_images": "9x9", "digits_queue_limit_images": "10x9"}, "5m"),
+    ("DigitsQueueNearItsBound", False, "half"): ({"digits_queue_images": "5x9", "digits_queue_limit_images": "10x9"}, "5m"),
+    ("DigitsAutoscalerAtItsMaximum", True, "eight of eight"): (
+        {
+            f"kube_horizontalpodautoscaler_status_current_replicas{{{HPA}}}": "8x30",
+            f"kube_horizontalpodautoscaler_spec_max_replicas{{{HPA}}}": "8x30",
+        },
+        "25m",
+    ),
+    ("DigitsAutoscalerAtItsMaximum", False, "seven of eight"): (
+        {
+            f"kube_horizontalpodautoscaler_status_current_replicas{{{HPA}}}": "7x30",
+            f"kube_horizontalpodautoscaler_spec_max_replicas{{{HPA}}}": "8x30",
+        },
+        "25m",
+    ),
+    ("DigitsInstancesMissing", True, "one of two"): ({"digits_instances_live": "1x20", "digits_instances_wanted": "2x20"}, "10m"),
+    ("DigitsInstancesMissing", False, "one is being replaced"): (
+        {"digits_instances_live": "2 1 2x20", "digits_instances_wanted": "2x20"},
+        "10m",
+    ),
+    ("DigitsRunsHang", True, "one hung"): ({'digits_run_failures_total{reason="hung"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsHang", False, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
+    ("DigitsSelfCheckBreach", True, "the first check"): ({'digits_self_checks_total{result="breach"}': "0 0 0 1 1 1"}, "5m"),
+    ("DigitsSelfCheckBreach", False, "all pass"): ({'digits_self_checks_total{result="passed"}': "0+1x20"}, "5m"),
+    ("DigitsParityBreach", True, "a later comparison"): ({"digits_watch_breaches_total": "0 0 0 1 1 1"}, "5m"),
+    ("DigitsParityBreach", True, "the very first comparison"): ({"digits_watch_breaches_total": "_ _ _ 1 1 1"}, "5m"),
+    ("DigitsParityBreach", False, "one of yesterday"): ({"digits_watch_breaches_total": "1x60"}, "50m"),
+    ("DigitsParityWatchBlind", True, "it compares nothing"): ({"digits_watch_last_check_timestamp_seconds": "0x40"}, "35m"),
+    ("DigitsParityWatchBlind", True, "it is down"): ({f"up{{{WATCH}}}": "0x40"}, "35m"),
+    ("DigitsParityWatchBlind", False, "it compares"): (
+        {"digits_watch_last_check_timestamp_seconds": "0+60x40", f"up{{{WATCH}}}": "1x40"},
+        "35m",
+    ),
+    ("DigitsReloadFailed", True, "a certificate"): (
+        {'digits_access_reloads_total{what="certificate",result="failed"}': "0x3 1x9"},
+        "8m",
+    ),
+    ("DigitsReloadFailed", True, "the desired state"): ({'digits_serving_file_reads_total{result="failed"}': "0x3 1x9"}, "8m"),
+    ("DigitsReloadFailed", False, "taken up"): ({'digits_access_reloads_total{what="tokens",result="ok"}': "0x3 1x9"}, "8m"),
+    ("DigitsBackgroundTaskFails", True, "every round"): ({'digits_background_failures_total{task="watchdog"}': "0+1x20"}, "15m"),
+    ("DigitsBackgroundTaskFails", False, "once"): ({'digits_background_failures_total{task="watchdog"}': "0x5 1x20"}, "15m"),
+    ("DigitsOnTheWrongProvider", True, "asked for CUDA"): (
+        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cuda"}': "1x20"},
         "5m",
     ),
-    "DigitsParityBreach": ({"digits_watch_breaches_total": "0 0 0 1 1 1"}, {"digits_watch_breaches_total": "0x20"}, "5m"),
-    "DigitsOnTheWrongProvider": (
-        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cuda"}': "1x20"},
+    ("DigitsOnTheWrongProvider", False, "asked for the CPU"): (
         {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cpu"}': "1x20"},
         "5m",
     ),
-    "DigitsGpuMemoryHigh": (
+    ("DigitsGpuMemoryHigh", True, "97 of 100"): (
         {"digits_gpu_memory_used_bytes": "97x20", "digits_gpu_memory_total_bytes": "100x20"},
+        "10m",
+    ),
+    ("DigitsGpuMemoryHigh", False, "half"): (
         {"digits_gpu_memory_used_bytes": "50x20", "digits_gpu_memory_total_bytes": "100x20"},
         "10m",
     ),
 }
 
 
-@pytest.mark.parametrize("alert", CAUSES)
-@pytest.mark.parametrize("well", [False, True])
-def test_an_alert_fires_by_its_cause_and_not_when_all_is_well(alert: str, well: bool, tmp_path: Path) -> None:
-    bad, good, at = CAUSES[alert]
+def series(name: str) -> str:
+    """A series with our labels, but for those that it names."""
+    bare, _, given = name.rstrip("}").partition("{")
+    labels = OURS | dict(re.findall(r'(\w+)="([^"]*)"', given))
+    inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return f"{bare}{{{inside}}}"
+
+
+def test_an_alert_fires_by_its_causes_and_not_when_all_is_well(tmp_path: Path) -> None:
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups()}))
-
-    def series(name: str) -> str:
-        own = ",".join(f'{key}="{value}"' for key, value in LABELS.items())
-        bare, _, labels = name.rstrip("}").partition("{")
-        return f"{bare}{{{own}{',' + labels if labels else ''}}}"
-
-    inputs = [{"series": series(name), "values": values} for name, values in (good if well else bad).items()]
-    query = f'ALERTS{{alertname="{alert}",alertstate="firing"}} > 0'
-    test = {
-        "rule_files": ["rules.yml"],
-        "evaluation_interval": "1m",
-        "tests": [
+    tests = []
+    for (alert, fires, why), (causes, at) in CASES.items():
+        query = f'ALERTS{{alertname="{alert}",alertstate="firing"}}'
+        tests.append(
             {
+                "name": f"{alert}: {why}",
                 "interval": "1m",
-                "input_series": inputs,
-                "promql_expr_test": [{"expr": f"count({query}) > 0 or vector(0)", "eval_time": at,
-                                      "exp_samples": [{"labels": "{}", "value": 0 if well else 1}]}],
+                "input_series": [{"series": series(name), "values": values} for name, values in causes.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": f"count({query}) or vector(0)",
+                        "eval_time": at,
+                        "exp_samples": [{"labels": "{}", "value": int(fires)}],
+                    }
+                ],
             }
-        ],
-    }  # fmt: skip
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+        )
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests}))
     done = run("promtool", "test", "rules", str(tmp_path / "test.yml"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_brought_about_here() -> None:
-    real = {"DigitsDown", "DigitsModelFailed", "DigitsSlow", "DigitsQueueNearItsBound"}
-    assert {rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule} == real | CAUSES.keys()
+def test_every_alert_has_cases_of_both_kinds() -> None:
+    alerts = {rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule}
+    for fires in (True, False):
+        assert {alert for alert, wanted, _ in CASES if wanted is fires} == alerts
+
+
+def test_alerts_keep_the_namespace() -> None:
+    for group in groups():
+        for rule in group["rules"]:
+            for labels in re.findall(r"\bby \(([^)]*)\)|\bon \(([^)]*)\)", rule["expr"]):
+                assert "namespace" in "".join(labels), rule["expr"]
