@@ -113,6 +113,12 @@ def as_deployed() -> list[str]:
     return [f"--env={name}={value}" for name, value in changed.items()]
 
 
+def memory_limit() -> int:
+    """Of the cpu overlay's container, in bytes."""
+    [container] = containers(of_kind("overlays/cpu", "Deployment"))
+    return int(quantity(container["resources"]["limits"]["memory"]))
+
+
 def probed(address: str, http: str) -> dict[str, bool]:
     """What the kubelet's probes of the cpu overlay find."""
     [container] = containers(of_kind("overlays/cpu", "Deployment"))
@@ -135,7 +141,7 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         "--security-opt=no-new-privileges",
         "--network=host",
     ]
-    process = image.start("--rm", "--name=digits", *restricted, *as_deployed(), IMAGE)
+    process = image.start("--rm", "--name=digits", *restricted, *as_deployed(), f"--memory={memory_limit()}", IMAGE)
     try:
         said = logged = ""
         assert process.stderr is not None
@@ -156,8 +162,7 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         inside = image.run("podman", "exec", "digits", "python3", "-c", "import os; print(os.getuid(), os.getpid())")
         assert inside.split()[0] == "65532"
         memory = image.run("podman", "exec", "digits", "grep", "VmRSS", "/proc/1/status")
-        [container] = containers(of_kind("overlays/cpu", "Deployment"))
-        assert int(memory.split()[1]) << 10 < quantity(container["resources"]["limits"]["memory"]) / 2, "what was measured"
+        assert int(memory.split()[1]) << 10 < memory_limit() / 2, "as it was measured"
         first = image.run("podman", "exec", "digits", "cat", "/proc/1/cmdline")
         assert first.split("\0")[:3] == ["python", "-m", "serve"], "signals go to Python"
         begun = time.monotonic()

@@ -1,21 +1,29 @@
-"""A rolling update rehearsed on one machine: two replicas behind HAProxy, callers at a steady load, one replica at a time."""
+"""A rolling update rehearsed on one machine: two replicas behind HAProxy, callers at a steady load, one replica at a time.
+
+And as Kubernetes does it: the kubelet's probes decide who is an endpoint, endpoints learn of a pod's end later than the pod.
+"""
 
 from __future__ import annotations
 
+import random
+import select
 import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from tests.bundle_copies import add_version
+from tests.deploy.manifests import containers, of_kind, rendered, settings_of
 from tests.deploy.tools import tool
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
@@ -167,3 +175,134 @@ def test_a_replica_killed_outright_costs_a_second_try_of_what_it_was_at_and_no_m
     assert rehearsal.failures == []
     # Each caller has one call in flight; until the proxy has noticed, a tenth of a second, more may be sent there.
     assert rehearsal.proxy.retries - before <= 10 * CALLERS
+
+
+FASTER = 5  # than the manifests' own times
+COPY_BYTES = 1 << 16
+
+
+class Node:
+    """As much of kubelet and kube-proxy as a roll meets, with the cpu overlay's times shortened.
+
+    A new connection goes to any endpoint; one that stands stays. A pod is an endpoint from its first good readiness probe until
+    so many bad ones, or until the news of its end has arrived, ``lag_s`` after the pod itself has it.
+    """
+
+    def __init__(self, lag_s: float) -> None:
+        [container] = containers(of_kind("overlays/cpu", "Deployment"))
+        probe = container["readinessProbe"]
+        self.service, self.period_s = probe["grpc"]["service"], probe["periodSeconds"] / FASTER
+        self.failures_allowed = probe["failureThreshold"]
+        self.sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"] / FASTER
+        self.settings = settings_of(rendered("overlays/cpu"), container)
+        self.lag_s = lag_s
+        self.endpoints: set[str] = set()
+        self.ending: set[str] = set()
+        self._stop = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def start_pod(self) -> ServerProcess:
+        """A pod, and its probing; returns once it is an endpoint."""
+        grace = self.settings.drain_grace_s / FASTER
+        pod = ServerProcess("--instances=1", f"--drain-grace-s={grace}", f"--drain-deadline-s={self.settings.drain_deadline_s}")
+        threading.Thread(target=self._probe, args=(pod.target,), daemon=True).start()
+        wait_until(lambda: pod.target in self.endpoints)
+        return pod
+
+    def end_pod(self, pod: ServerProcess) -> tuple[int, str]:
+        """As at a roll: preStop, SIGTERM, and meanwhile the news on its way."""
+        self.ending.add(pod.target)
+        threading.Timer(self.lag_s, self.endpoints.discard, [pod.target]).start()
+        time.sleep(self.sleep_s)
+        return pod.terminate()
+
+    def _probe(self, target: str) -> None:
+        bad = 0
+        with grpc.insecure_channel(target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while not self._stop.is_set() and target not in self.ending:  # what is ending leaves by the news of it
+                try:
+                    asked = health_pb2.HealthCheckRequest(service=self.service)
+                    good = health.Check(asked, timeout=1).status == health_pb2.HealthCheckResponse.SERVING
+                except grpc.RpcError:
+                    good = False
+                bad = 0 if good else bad + 1
+                if good:
+                    self.endpoints.add(target)
+                elif bad >= self.failures_allowed:
+                    self.endpoints.discard(target)
+                self._stop.wait(self.period_s)
+
+    def _accept(self) -> None:
+        while not self._stop.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            host, _, port = random.choice(sorted(self.endpoints)).rpartition(":")
+            try:
+                pod = socket.create_connection((host, int(port)), 1)
+            except OSError:
+                connection.close()
+                continue
+            threading.Thread(target=forward, args=(connection, pod), daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._listener.close()
+
+
+def forward(one: socket.socket, other: socket.socket) -> None:
+    """Until either side ends."""
+    with one, other:
+        while True:
+            for ready in select.select([one, other], [], [])[0]:
+                try:
+                    content = ready.recv(COPY_BYTES)
+                    (other if ready is one else one).sendall(content)
+                except OSError:
+                    return
+                if not content:
+                    return
+
+
+@pytest.mark.parametrize("late", [0.5, 1.5])
+def test_a_roll_by_the_kubelets_probes_fails_no_call_though_endpoints_lag(late: float) -> None:
+    """By clients that connect anew every few calls; the news of a pod's end late by so much of the preStop's sleep."""
+    node = Node(0.0)
+    node.lag_s = late * node.sleep_s
+    pods = [node.start_pod() for _ in range(2)]
+    failures, done, stop = [], [0], threading.Event()
+
+    def call() -> None:
+        while not stop.is_set():
+            with DigitClient(f"127.0.0.1:{node.port}", timeout_s=20) as client:
+                for _ in range(5):
+                    try:
+                        client.generate(1, model="mlp", seed=1)
+                        done[0] += 1
+                    except grpc.RpcError as error:
+                        failures.append(f"{error.code().name}: {error.details()}")
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    try:
+        for number in range(2):
+            successor = node.start_pod()  # maxSurge 1, maxUnavailable 0
+            status, _ = node.end_pod(pods[number])
+            assert status == 0
+            pods[number] = successor
+        wanted = done[0] + 100
+        wait_until(lambda: done[0] >= wanted)
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join(30)
+        node.stop()
+        for pod in pods:
+            pod.kill()
+    assert done[0] > 200
+    assert failures == []
