@@ -230,6 +230,8 @@ def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(served: Ser
             error = await failure_of(call(server, None))
             assert error.code() is StatusCode.UNAVAILABLE, method
             assert "the server is stopping" in str(error.details())
+        refused = (await server.get("/metrics"))[1].split("digits_drain_refusals_total ")[-1].split()[0]
+        assert float(refused) >= len(CALLS), "counted apart: no fault of the server's"
         server.orders.release()
         assert (await first).count == 1
 

@@ -22,6 +22,7 @@ RUNTIME = "tests/unit/test_runtime.py"
 REFERENCE = "tests/unit/test_train_reference.py"
 TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
+LOADS = "tests/integration/test_load_reports.py"
 
 
 class Fault(NamedTuple):
@@ -139,4 +140,14 @@ FAULTS = [
     Fault("a checkpoint older than its run is exported", "train/checkpoint.py", "if state[\"step\"] != last:", "if False:", EXPORT),
     Fault("a quality of another step is published", BUNDLE, "if step != checkpoint[\"step\"]:", "if False:", EXPORT),
     Fault("a floor is a ceiling", BUNDLE, "(value >= floor if", "(value <= floor if", EXPORT),
+    # readiness, load reports, log points
+    Fault("ready only with every model", "serve/runtime/health.py", "if any(self._catalog.ready(name) for name in names):", "if all(self._catalog.ready(name) for name in names):", RUNTIME),
+    Fault("one model's readiness is any's", "serve/runtime/health.py", "self._catalog.names() if model is None else [model]", "self._catalog.names()", RUNTIME),
+    Fault("a refusal while draining counts as a fault", ADMISSION, "if isinstance(error, DrainingError):", "if False:", WIRING),
+    Fault("load reports are sent to everybody", RPC, "if self._admission.load_reports is not None:", "if True:", LOADS),
+    Fault("a load report has its fields swapped", "serve/observability/load_report.py", "bytes([6 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
+    Fault("a busy process reports that it is idle", "serve/observability/load_report.py", "max(0.0, load.busy_s - self._busy_s)", "max(0.0, self._busy_s - load.busy_s)", LOADS),
+    Fault("a kernel without IPv6 is asked for it", "serve/api/http_port.py", "and not socket.has_dualstack_ipv6()", "and False", "tests/integration/test_serve_start.py -k ipv6"),
+    Fault("log points are counted through the run alone", LOOP, "return self.step % self.steps_per_epoch % self.config.report_every == 0", "return self.step % self.config.report_every == 0", REFERENCE),
+    Fault("a mean's window is one batch too long", LOOP, "self.log_points[-1][0] if self.log_points else -1", "self.log_points[-1][0] if self.log_points else 0", REFERENCE),
 ]  # fmt: skip
