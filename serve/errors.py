@@ -100,3 +100,7 @@ class DrainingError(UnavailableError):
 
 class EngineError(ServeError):
     """A model run failed, hung or lost its thread. The text stays in the log; callers get a fixed one."""
+
+
+class DeviceLostError(EngineError):
+    """The device has failed. CUDA's errors stay with the process: every later run of it fails too."""

@@ -37,6 +37,9 @@ class FakeRunner:
     def bucket(self, count: int) -> int:
         return count
 
+    def close(self) -> None:
+        pass
+
 
 class RecordingObserver:
     """Counts what the batcher reports."""

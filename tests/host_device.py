@@ -23,6 +23,9 @@ class HostDevice(Device):
     def allocate(self, like: NDArray[Any]) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(like)
 
+    def mind_own_captures(self) -> None:
+        pass
+
     def lock_pages(self, array: NDArray[Any]) -> None:
         self.locked.append(array.ctypes.data)
 

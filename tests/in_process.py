@@ -34,7 +34,7 @@ class Orders:
         self.reached = threading.Event()  # set when a run waits
         self.slow_s = 0.0
         self.breached: set[int] = set()  # versions that give wrong pixels
-        self.fails = False
+        self.fails: Exception | None = None
         self.rows = 0
         self._open = threading.Event()
         self._open.set()
@@ -66,8 +66,8 @@ class Orders:
             self.reached.set()
             assert open_.wait(TIMEOUT_S)
         time.sleep(self.slow_s)
-        if self.fails:
-            raise RuntimeError("planted")
+        if self.fails is not None:
+            raise self.fails
         self.rows += count
 
 

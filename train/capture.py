@@ -32,7 +32,8 @@ class CudaRecording:
 
     def __init__(self, noise: torch.Generator) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(noise)
+        if hasattr(self._graph, "register_generator_state"):  # elsewhere the default generator alone can be captured
+            self._graph.register_generator_state(noise)
         self._side = torch.cuda.Stream()
 
     def warm_up(self, step: Step, real: Batch) -> Tensor:

@@ -70,10 +70,17 @@ class Trainer:
         self.trained_generator = ranks.wrap(self.generator)
         self.trained_discriminator = ranks.wrap(self.discriminator)
         self.generator_parameters = list(self.generator.parameters())
-        capturable = recording is not None and device.type == "cuda"
+        self.capturable = recording is not None and device.type == "cuda"
+        if self.capturable:  # every step has the same shapes: the fastest convolutions are worth looking for
+            torch.backends.cudnn.benchmark = True
         # A graph reads the rate from where it was when the step was recorded: there it has to stay.
-        self.rate = torch.tensor(config.learning_rate, device=device) if capturable else config.learning_rate
-        adam: dict[str, Any] = {"lr": self.rate, "betas": (config.beta1, config.beta2), "fused": True, "capturable": capturable}
+        self.rate = torch.tensor(config.learning_rate, device=device) if self.capturable else config.learning_rate
+        adam: dict[str, Any] = {
+            "lr": self.rate,
+            "betas": (config.beta1, config.beta2),
+            "fused": True,
+            "capturable": self.capturable,
+        }
         self.generator_optimizer = torch.optim.Adam(self.generator_parameters, **adam)
         self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
         self.noise = torch.Generator(device).manual_seed(config.seed)
@@ -196,8 +203,11 @@ class Trainer:
         self.discriminator.load_state_dict(state["discriminator"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        for name in ("generator_optimizer", "discriminator_optimizer"):
+            optimizer: torch.optim.Adam = getattr(self, name)
+            optimizer.load_state_dict(state[name])
+            # Also loaded is how the run was taken up before: it may have been without capture, or with.
+            optimizer.param_groups[0].update(capturable=self.capturable, lr=self.rate)
         self.noise.set_state(state["noise"])
         self.sums = state["sums"].to(self.device)
         self.log_points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]

@@ -93,7 +93,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        distributed.init_process_group("nccl", device_id=device)  # or NCCL guesses the device at its first call
+    else:
+        distributed.init_process_group("gloo")
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

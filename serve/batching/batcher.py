@@ -20,7 +20,7 @@ from serve.batching.linger import Linger
 from serve.batching.queue import Chunk, FairQueue, Part, Ticket
 from serve.batching.slot import Arrays, Observer, Runner, Slot
 from serve.batching.slots import SlotPool
-from serve.errors import EngineError, ExpiredError, UnavailableError
+from serve.errors import DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class Batcher:
         self._linger = Linger(limits.linger_s, limits.max_batch_size)
         self._seconds_per_image = 0.0
         self._closed = False
+        self.device_lost: str | None = None  # why nothing can be run in this process any more
 
     def start(self) -> None:
         """Start every slot and wait until each has its engine. Raises what making an engine raised."""
@@ -87,7 +88,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the model is being released")
-            if not self._slots.live:
+            if not self._slots.live or self.device_lost:
                 raise UnavailableError("the model has no working slot")
             if not self._queue.fits(ticket) or (ticket.waits_for_room and self._no_room):
                 if not ticket.waits_for_room:
@@ -244,6 +245,12 @@ class Batcher:
         self._observer.failed(reason)
         self._deliver(failed)
         self._slots.replace()
+
+    def lose_device(self, error: DeviceLostError) -> None:
+        """The device has failed, and with it every run to come: callers that wait are told so now."""
+        with self._lock:
+            self.device_lost = str(error)
+        self._fail_waiting()
 
     # What the pool calls.
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from serve.batching.queue import Chunk
-from serve.errors import EngineError
+from serve.errors import DeviceLostError, EngineError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class Runner(Protocol):
     def allocate(self, count: int) -> dict[str, NDArray[Any]]: ...
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays: ...
     def bucket(self, count: int) -> int: ...
+    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -51,6 +52,7 @@ class Dispatcher(Protocol):
     def end_batch(self, slot: Slot, rows: Arrays | None, compute_s: float) -> None: ...
     def add(self, slot: Slot) -> None: ...
     def evict(self, slot: Slot, error: EngineError, reason: str) -> None: ...
+    def lose_device(self, error: DeviceLostError) -> None: ...
 
 
 class Slot:
@@ -97,6 +99,7 @@ class Slot:
         try:
             while (chunks := dispatcher.next_batch(self)) is not None:
                 self._run(dispatcher, runner, chunks)
+            runner.close()
         except BaseException:  # a thread must not die in silence with its callers waiting
             log.exception("slot %d died", self.number)
             dispatcher.evict(self, EngineError("a slot died"), "died")
@@ -116,6 +119,12 @@ class Slot:
         assembled = time.perf_counter()
         try:
             rows = dict(runner.run(feeds, outputs))
+        except DeviceLostError as error:
+            log.critical("%s; the process ends, for another to begin anew", error)
+            self._observer.failed("raised")
+            dispatcher.lose_device(error)
+            dispatcher.end_batch(self, None, 0.0)
+            return
         except Exception:
             log.exception("a run of %d images failed", images)
             self._observer.failed("raised")

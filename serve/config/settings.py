@@ -77,12 +77,14 @@ class Settings:
     page: bool = _setting(True, "answer with a page to look at, and digits at /v1/digits, on the HTTP port")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
-        "auto", "what batches are padded to; auto: powers of two on CUDA, nothing on the CPU", choices=("auto", "powers")
+        "auto",
+        "what batches are padded to; auto: nothing on the CPU; powers: of two, and on CUDA of eight",
+        choices=("auto", "powers"),
     )
     cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
     cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, as prefer_nhwc=1,use_tf32=0")
     gpu_mem_limit_mib: int = _setting(0, "bound of each instance's memory arena on the GPU; 0: none", low=0, high=1 << 20)
-    instances: int = _setting(0, "concurrent runs of a model; 0: one per usable core on the CPU, one on CUDA", low=0, high=256)
+    instances: int = _setting(0, "concurrent runs of a model; 0: one per usable core on the CPU, two on CUDA", low=0, high=256)
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
     max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
     linger_us: int = _setting(

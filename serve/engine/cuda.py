@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from serve.engine.onnx_runtime import ort
 from serve.errors import EngineError, ProviderError
 
+CAPTURE_WAIT_S = 10.0  # for the runs under way, before a capture; one of them may hang
+
 
 class Device:
     """CUDA device 0, as far as the engine needs it. Every method raises EngineError with the runtime's own code."""
@@ -25,6 +27,14 @@ class Device:
     def allocate(self, like: NDArray[Any]) -> Any:
         """Memory on the device for as much as an array holds, as an OrtValue."""
         return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), like.dtype.type, self.name, 0)
+
+    def mind_own_captures(self) -> None:
+        """Let this thread do what a capture in another one would forbid (stream capture modes, CUDA runtime API).
+
+        ONNX Runtime captures in the global mode, in which an allocation on any thread breaks the capture. Whether this makes
+        the gate below needless, a run on a GPU has to show (``make gpu-check``, captures).
+        """
+        _call("cudaThreadExchangeStreamCaptureMode", _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
 
     def lock_pages(self, array: NDArray[Any]) -> None:
         """Page-lock an array's memory, so that the GPU copies it at the bus's own speed."""
@@ -43,14 +53,17 @@ class Device:
         _call("cudaMemcpy", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
 
-def memory_in_use_bytes() -> int:
-    """Of the current device, by all processes. Raises EngineError."""
-    free, total = _call("cudaMemGetInfo")
-    return int(total - free)
+def memory_in_use_bytes() -> float:
+    """Of the current device, by all processes. NaN when the device does not say: it is asked when metrics are read."""
+    try:
+        free, total = _call("cudaMemGetInfo")
+    except EngineError:
+        return float("nan")
+    return float(total - free)
 
 
 def memory_total_bytes() -> int:
-    """Of the current device. Raises EngineError."""
+    """Of the current device. Raises EngineError, or ProviderError without NVIDIA's bindings."""
     return int(_call("cudaMemGetInfo")[1])
 
 
@@ -71,7 +84,7 @@ def _runtime() -> Any:
 
 
 class CaptureGate:
-    """Runs go through together; a capture goes through alone.
+    """Runs go through together; a capture goes through alone, or not at all if one of them hangs.
 
     While a graph is captured, an allocation or a synchronous copy on any other thread breaks the capture or itself fails
     (CUDA programming guide, stream capture in the global mode, which ONNX Runtime uses).
@@ -96,12 +109,15 @@ class CaptureGate:
                 self._changed.notify_all()
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
-        """For a capture: keeps new runs out, and waits for those under way."""
+    def capture(self, wait_s: float = CAPTURE_WAIT_S) -> Iterator[None]:
+        """For a capture: keeps new runs out, and waits for those under way. Raises EngineError when they do not end in time."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
             self._capturing = True
-            self._changed.wait_for(lambda: not self._running)
+            if not self._changed.wait_for(lambda: not self._running, wait_s):
+                self._capturing = False
+                self._changed.notify_all()
+                raise EngineError(f"a run elsewhere has not ended within {wait_s:g} s: nothing can be captured")
         try:
             yield
         finally:

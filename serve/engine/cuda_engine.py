@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from serve.engine.cuda import CAPTURE_GATE, Device
 from serve.engine.device_buffers import NO_GRAPH, Binding, DeviceBuffers
 from serve.engine.golden import golden_difference
-from serve.engine.provider import EngineOptions
+from serve.engine.provider import CUDA_FAILURE, EngineOptions, described
 from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Arrays, Engine
-from serve.errors import ProviderError
+from serve.errors import DeviceLostError, EngineError, ProviderError
 from serve.latents import Span, draw_span
 from serve.manifest import Manifest
 
@@ -33,10 +33,13 @@ class CudaEngine(Engine):
     def __init__(
         self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int, device: Device | None = None
     ) -> None:
+        place = device or Device()
         with CAPTURE_GATE.run():
             super().__init__(model, manifest, options, largest)
-            self._buffers = _buffers(manifest, largest, device or Device())
-        self.captures: dict[int, bool] = {}  # bucket → whether its graph was captured and replays rightly
+            self._buffers = _buffers(manifest, largest, place)
+        place.mind_own_captures()
+        # Bucket → whether its graphs, with and without the float32 images, were captured and replay rightly.
+        self.captures: dict[int, bool] = {}
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
     def allocate(self, count: int) -> dict[str, NDArray[Any]]:
@@ -52,11 +55,26 @@ class CudaEngine(Engine):
             if feeds[name].ctypes.data != host.ctypes.data:
                 host[:count] = feeds[name]
             host[count:bucket] = 0
-        replay = self.captures.get(bucket, False) and "images" not in outputs
-        with CAPTURE_GATE.run():  # the copies as well: a synchronous one elsewhere breaks a capture
-            self._buffers.upload(bucket)
-            self._binding(bucket, PIXELS_AND_IMAGES if "images" in outputs else PIXELS).run(bucket if replay else NO_GRAPH)
-            return {name: self._buffers.download(name, count) for name in outputs}
+        wanted = PIXELS_AND_IMAGES if "images" in outputs else PIXELS
+        graph = _graph_id(bucket, wanted) if self.captures.get(bucket) else NO_GRAPH
+        try:
+            with CAPTURE_GATE.run():  # the copies as well: a synchronous one elsewhere breaks a capture
+                self._buffers.upload(bucket)
+                self._binding(bucket, wanted).run(graph)
+                return {name: self._buffers.download(name, count) for name in outputs}
+        except EngineError as error:  # a copy
+            raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version} on CUDA: {error}") from None
+        except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
+            if CUDA_FAILURE.search(str(error)):
+                raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version}: {described(error)}") from None
+            raise
+
+    def close(self) -> None:
+        """As ``Engine.close``; not while a graph is captured, which a release would break (onnxruntime PR 32081)."""
+        with CAPTURE_GATE.run():
+            self._bindings.clear()
+            self._buffers.release()
+            del self._session
 
     def warm(self) -> dict[int, bool]:
         """Run every bucket, the largest first, so that the device's memory is taken once; capture graphs if asked for."""
@@ -69,11 +87,10 @@ class CudaEngine(Engine):
         return self.captures
 
     def _capture(self, bucket: int) -> None:
-        """Capture a bucket's graph and use it only if it answers two different inputs as a plain run does.
+        """Capture a bucket's graphs and use them only if they answer two different inputs as plain runs do.
 
         A replay once returned the first result for ever (onnxruntime #20050).
         """
-        binding = self._binding(bucket, PIXELS)
         shape = (self.manifest.latent_size, self.manifest.labels)
         inputs = [draw_span(Span(seed, 0, bucket), *shape) for seed in (1, 2)]
         expected = [self.compute(*rows)["pixels"] for rows in inputs]
@@ -81,12 +98,14 @@ class CudaEngine(Engine):
         problem = None
         try:
             with CAPTURE_GATE.capture():
-                binding.run(graph_id=bucket)
+                for wanted in (PIXELS_AND_IMAGES, PIXELS):
+                    self._binding(bucket, wanted).run(_graph_id(bucket, wanted))
             self.captures[bucket] = True
             for rows, pixels in zip(inputs, expected, strict=True):
-                problem = problem or golden_difference(self.manifest, pixels, self.compute(*rows)["pixels"])
+                for wanted in (PIXELS_AND_IMAGES, PIXELS):
+                    problem = problem or golden_difference(self.manifest, pixels, self.compute(*rows, wanted)["pixels"])
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
-            problem = str(error).partition("\n")[0][:300] or type(error).__name__
+            problem = described(error)
         if problem is not None:
             log.warning("%s: runs without a CUDA graph (%s)", where, problem)
         self.captures[bucket] = problem is None
@@ -98,12 +117,16 @@ class CudaEngine(Engine):
         return binding
 
 
+def _graph_id(bucket: int, outputs: tuple[str, ...]) -> int:
+    """A number of its own for each graph of a session: two for each bucket."""
+    return 2 * bucket + ("images" in outputs)
+
+
 def _buffers(manifest: Manifest, largest: int, device: Device) -> DeviceBuffers:
     try:
         return DeviceBuffers(manifest, largest, device)
     except Exception as error:  # ONNX Runtime and the driver raise a dozen kinds with no common base
-        first_line = str(error).partition("\n")[0][:300] or type(error).__name__
         raise ProviderError(
-            f"model {manifest.name}/{manifest.version}: no memory on {device.name} for batches of {largest} ({first_line}); "
-            "name a smaller --max-batch-size"
+            f"model {manifest.name}/{manifest.version}: no memory on {device.name} for batches of {largest} "
+            f"({described(error)}); name a smaller --max-batch-size"
         ) from None

@@ -31,9 +31,14 @@ class DeviceBuffers:
             self._locked.append(array)
             self.host[spec.name] = array
 
+    def release(self) -> None:
+        """Give the memory back. Once it is done, nothing is left to do."""
+        while self._locked:
+            self.device.unlock_pages(self._locked.pop())
+        self._on_device.clear()
+
     def __del__(self) -> None:
-        for array in self._locked:
-            self.device.unlock_pages(array)
+        self.release()
 
     def address(self, name: str) -> int:
         """Where on the device the rows of an input or output are."""

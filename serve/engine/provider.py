@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from serve.engine import driver
+from serve.engine.cuda import memory_total_bytes
 from serve.engine.onnx_runtime import ort
-from serve.errors import ProviderError
+from serve.errors import EngineError, ProviderError
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,8 @@ Provider = Literal["cpu", "cuda"]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
+# As ONNX Runtime's CUDA provider writes it: "CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=...".
+CUDA_FAILURE = re.compile(r"CUDA failure (\d+): ([^;\n]+)")
 PROVIDER_NAMES = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER}
 
 
@@ -33,6 +37,17 @@ class EngineOptions:
     @property
     def padded(self) -> bool:
         return self.pad_to_powers or self.provider == "cuda"
+
+    def bucket(self, count: int, largest: int) -> int:
+        """The rows that are computed for a batch of ``count``, at most ``largest``: on CUDA 1, 8, 64, 512, 4096.
+
+        There a bucket costs memory, time to capture and a convolution plan of its own, which is made anew whenever the size
+        changes outside a graph (onnxruntime #23006), and a few hundred rows more cost a GPU next to nothing.
+        """
+        if not self.padded:
+            return count
+        bits = 3 if self.provider == "cuda" else 1
+        return min(largest, 1 << -(-(count - 1).bit_length() // bits) * bits)
 
 
 def choose_provider(wanted: str) -> Provider:
@@ -52,9 +67,18 @@ def _cuda_missing() -> str | None:
     """Why CUDA cannot be used here, as far as that shows before a session is made; None when nothing speaks against it."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         return "this ONNX Runtime is built without CUDA"
+    if reason := driver.why_unusable():
+        return reason
     try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver is installed here (libcuda.so.1 is missing)"
+        memory_total_bytes()
+    except (EngineError, ProviderError) as error:
+        return f"its device cannot be used: {error}"
     ort.preload_dlls()  # finds CUDA and cuDNN in the pip packages
     return None
+
+
+def described(error: Exception) -> str:
+    """What ONNX Runtime raised, in one line: CUDA's own failure where its text holds one."""
+    if found := CUDA_FAILURE.search(str(error)):
+        return f"CUDA failure {found[1]}: {found[2].strip()}"
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve.engine.golden import check_golden, golden_samples
 from serve.engine.onnx_runtime import ort
-from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider
+from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider, described
 from serve.errors import BundleError, ProviderError
 from serve.manifest import Manifest, TensorSpec
 
@@ -80,11 +80,15 @@ class Engine:
 
     def bucket(self, count: int) -> int:
         """The rows that are computed for a batch of ``count``."""
-        return min(self.largest, 1 << (count - 1).bit_length()) if self.options.padded else count
+        return self.options.bucket(count, self.largest)
 
     def buckets(self) -> list[int]:
-        """The buckets that ``warm`` runs: powers of two and the largest, the largest first."""
-        return sorted({min(1 << power, self.largest) for power in range(self.largest.bit_length() + 1)}, reverse=True)
+        """The buckets that ``warm`` runs: those of powers of two and the largest, the largest first."""
+        counts = [1 << power for power in range(self.largest.bit_length())] + [self.largest]
+        return sorted({self.options.bucket(count, self.largest) for count in counts}, reverse=True)
+
+    def close(self) -> None:
+        """Release what the engine holds, in the thread that made it. It is not used after that."""
 
     def check_golden(self) -> None:
         """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
@@ -120,16 +124,18 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
     if provider == "cuda":
         # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        own = {**DEFAULT_CUDA_OPTIONS, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
+        # Half precision is inexact already, and without it would run beside the matrix units.
+        tf32 = {"use_tf32": "1"} if manifest.precision == "fp16" else {}
+        own = {**DEFAULT_CUDA_OPTIONS, **tf32, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
         providers = [(CUDA_PROVIDER, own)]
     name = f"model {manifest.name}/{manifest.version}"
     try:
-        session = ort.InferenceSession(model, options, providers=providers)
+        # Without its fallback: it would try the CPU by itself, and complain of that instead of what went wrong.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
-        first_line = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         if provider == "cuda":
-            raise ProviderError(f"{name} cannot run whole on CUDA: {first_line}") from None
-        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line}); export the model again") from None
+            raise ProviderError(f"{name} cannot run whole on CUDA: {described(error)}") from None
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({described(error)}); export the model again") from None
     taken = session.get_providers()[0]
     if taken != PROVIDER_NAMES[provider]:
         raise ProviderError(f"{name}: asked for {provider}, but ONNX Runtime took {taken}; use --provider cpu or mend CUDA")

@@ -61,6 +61,8 @@ class Health:
     def not_alive(self) -> str | None:
         """Why the process is to be restarted; None when it is not."""
         for model in self._catalog.models():
+            if model.batcher.device_lost:
+                return model.batcher.device_lost
             if model.batcher.without_slots_s > WITHOUT_SLOTS_S:
                 return f"{model.manifest.name}/{model.manifest.version} has had no working slot for {WITHOUT_SLOTS_S:g} s"
         return None

@@ -31,6 +31,7 @@ from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.config.release import release
 from serve.config.settings import Settings, is_loopback
 from serve.core.generate import Core
+from serve.errors import StartError
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
 from serve.models.desired_state import FILE_NAME, ServingFile
@@ -74,6 +75,7 @@ class Server:
         self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
         self._metrics.expected_provider.labels(settings.provider).set(1)
         self._stopping = asyncio.Event()
+        self.device_lost: str | None = None  # why the process ends by itself
         self._in_flight = InFlight()
         self._tracing: Tracing | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -90,10 +92,15 @@ class Server:
         )
 
     async def run(self, announce: Callable[[Server, Ports], None]) -> None:
-        """Serve until ``stop`` is called or SIGTERM or SIGINT arrives. Raises StartError before any port is bound."""
+        """Serve until ``stop`` is called or SIGTERM or SIGINT arrives.
+
+        Raises StartError before any port is bound, and when the device has failed and a new process is needed.
+        """
         announce(self, await self._start())
         await self._stopping.wait()
         await self._stop()
+        if self.device_lost:
+            raise StartError(f"{self.device_lost}; start the server again")
 
     def stop(self) -> None:
         """Begin to drain."""
@@ -186,6 +193,9 @@ class Server:
     async def _check_stalled(self) -> None:
         for model in self.catalog.models():
             model.batcher.check_stalled()
+            if model.batcher.device_lost and not self.device_lost:
+                self.device_lost = model.batcher.device_lost
+                self.stop()
 
     async def _self_check(self) -> None:
         await for_each(self.catalog.models(), Model.self_check)

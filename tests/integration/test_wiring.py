@@ -16,6 +16,7 @@ import pytest
 
 from serve.api import http_call
 from serve.batching.queue import Priority
+from serve.errors import DeviceLostError, StartError
 from serve.models.desired_state import Route
 from serve.pb.digits.v1 import control_pb2
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -174,17 +175,35 @@ def test_a_hung_run_fails_its_caller_and_the_slot_is_replaced(served: Served) ->
 
 def test_a_run_that_raises_fails_its_caller_alone_and_tells_nothing_of_the_inside(served: Served) -> None:
     async def test(server: Running) -> None:
-        server.orders.fails = True
+        server.orders.fails = RuntimeError("planted")
         error = await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))
         assert error.code() is StatusCode.INTERNAL
         assert "planted" not in str(error.details())
         status, body, _ = await server.get("/v1/digits")
         assert status == 500
         assert "planted" not in body
-        server.orders.fails = False
+        server.orders.fails = None
         assert (await server.digits.Generate(pb.GenerateRequest(count=2))).count == 2
 
     served(test)
+
+
+def test_a_device_that_is_lost_ends_the_process_and_no_call_waits_for_it(served: Served) -> None:
+    """Issue: CUDA's errors stay with the process, every run failed, and the model stayed ready."""
+
+    async def test(server: Running) -> None:
+        server.orders.fails = DeviceLostError("mlp/1: CUDA failure 700: an illegal memory access was encountered")
+        error = await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))
+        assert error.code() is StatusCode.INTERNAL
+        assert "CUDA" not in str(error.details())
+        [model] = server.server.catalog.models()
+        assert not model.ready
+        assert (await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))).code() is StatusCode.UNAVAILABLE
+        assert (await server.get("/healthz"))[0] == 503
+        await asyncio.wait_for(server.server._stopping.wait(), 30)  # the watchdog sees it
+
+    with pytest.raises(StartError, match="CUDA failure 700: an illegal memory access was encountered; start the server again"):
+        served(test)
 
 
 def test_the_hint_when_to_return_grows_with_the_queue(served: Served) -> None:

@@ -29,7 +29,7 @@ class FakeModel:
     def __init__(self, name: str, ready: bool = True, without_slots_s: float = 0.0) -> None:
         self.manifest = SimpleNamespace(name=name, version=1)
         self.ready = ready
-        self.batcher = SimpleNamespace(without_slots_s=without_slots_s)
+        self.batcher = SimpleNamespace(without_slots_s=without_slots_s, device_lost=None)
 
 
 def health_of(*models: FakeModel) -> Health:

@@ -62,6 +62,19 @@ def test_a_captured_run_is_the_plain_run_to_the_bit(trainer_for: Callable[..., T
     assert made[0].noise is captured.noise
 
 
+def test_a_run_is_taken_up_as_this_start_has_it_and_not_as_it_was_begun(trainer_for: Callable[..., Trainer]) -> None:
+    """Issue: resuming with capture what was begun without crashed at the fourth step: the optimizers had gone back."""
+    begun, resumed = trainer_for(), trainer_for()
+    train(begun)
+    resumed.capturable, resumed.rate = True, torch.tensor(resumed.config.learning_rate)  # as with capture on a GPU
+    resumed.load_state(begun.state())
+    for optimizer in (resumed.generator_optimizer, resumed.discriminator_optimizer):
+        assert optimizer.param_groups[0]["capturable"] is True
+        assert optimizer.param_groups[0]["lr"] is resumed.rate, "the tensor that a graph reads"
+    begun.load_state(resumed.state())
+    assert begun.generator_optimizer.param_groups[0]["capturable"] is False
+
+
 def test_the_graph_reads_its_own_copy_of_the_batch() -> None:
     seen: list[Tensor] = []
 

@@ -1,0 +1,38 @@
+"""Whether NVIDIA's driver has a device that CUDA 13 can use, asked of the driver itself. Needs no package of CUDA's.
+
+``cuDriverGetVersion``, ``cuInit`` and ``cuDeviceGetCount`` of the CUDA driver API answer without a context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+LIBRARY = "libcuda.so.1"
+LEAST_VERSION = 13_000  # 1000 × major + 10 × minor: what the wheels of onnxruntime-gpu and CUDA here are built for
+LEAST_DRIVER = "580"  # https://docs.nvidia.com/cuda/cuda-toolkit-release-notes: CUDA 13.0 and its driver
+
+
+def why_unusable() -> str | None:
+    """Why there is no device to use, in words; None when there is one."""
+    try:
+        driver = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return f"no NVIDIA driver is installed here ({LIBRARY} is missing)"
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value < LEAST_VERSION:
+        has = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return f"the NVIDIA driver is for CUDA {has}, and CUDA 13.0 needs driver {LEAST_DRIVER} or newer"
+    if code := driver.cuInit(0):
+        return f"the NVIDIA driver has no usable device ({_name(driver, code)})"
+    if code := driver.cuDeviceGetCount(ctypes.byref(count)):
+        return f"the NVIDIA driver cannot count its devices ({_name(driver, code)})"
+    return None if count.value else "the NVIDIA driver shows no device (is CUDA_VISIBLE_DEVICES set?)"
+
+
+def _name(driver: ctypes.CDLL, code: int) -> str:
+    """A result's own name, CUDA_ERROR_NO_DEVICE say, or its number where the driver has none for it."""
+    name = ctypes.c_char_p()
+    with contextlib.suppress(AttributeError):
+        driver.cuGetErrorName(code, ctypes.byref(name))
+    return f"{name.value.decode()}, {code}" if name.value else f"error {code}"
