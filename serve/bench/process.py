@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,9 @@ from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+START_LIMIT_S = 300.0
+TAIL = 2000  # characters of a log
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,17 @@ def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:
 
 @contextmanager
 def started(module: str, *arguments: str, checkout: Path | None = None) -> Iterator[Started]:
-    """Run ``python -m module`` until the block is left, of another ``checkout`` if one is named. Raises RuntimeError."""
+    """Run ``python -m module`` until the block is left, of another ``checkout`` if one is named.
+
+    Raises RuntimeError with the last of what it said when it does not start in time.
+    """
     command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=checkout) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=checkout) as process,
+    ):
+        too_late = threading.Timer(START_LIMIT_S, process.kill)
+        too_late.start()
         try:
             assert process.stdout is not None
             said = ""
@@ -60,8 +73,12 @@ def started(module: str, *arguments: str, checkout: Path | None = None) -> Itera
                     break
             address = re.search(r"^gRPC +(\S+)$", said, re.MULTILINE)
             http = re.search(r"^HTTP +http://(\S+)/metrics", said, re.MULTILINE)
+            too_late.cancel()
             if address is None:
-                raise RuntimeError(f"{' '.join(command)} did not start")
+                process.wait()
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(command)} did not start: {errors.read()[-TAIL:].strip()}")
             yield Started(address[1], http[1] if http else "", psutil.Process(process.pid))
         finally:
+            too_late.cancel()
             process.terminate()

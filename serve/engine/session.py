@@ -6,6 +6,7 @@ the arrays are those of ``Manifest.inputs`` and ``Manifest.outputs``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,12 @@ class Engine:
         counts = [1 << power for power in range(self.largest.bit_length())] + [self.largest]
         return sorted({self.options.bucket(count, self.largest) for count in counts}, reverse=True)
 
+    def nodes_by_provider(self) -> dict[str, int]:
+        """How many of the graph's nodes each execution provider has; of an engine that was made with ``record_assignment``."""
+        return dict(
+            Counter(part.ep_name for part in self._session.get_provider_graph_assignment_info() for _ in part.get_nodes())
+        )
+
     def close(self) -> None:
         """Release what the engine holds, in the thread that made it. It is not used after that."""
 
@@ -120,6 +127,8 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
     options.log_severity_level = 3
     # Spinning workers fight the event loop for the cores, and cost a whole one at no traffic.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if chosen.record_assignment:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers: list[Any] = [CPU_PROVIDER]
     if provider == "cuda":
         # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).

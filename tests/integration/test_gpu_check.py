@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve.bench.report import Target
-from tests.gpu import checks
+from tests.gpu import bundle, checks
 from tests.gpu.__main__ import no_gpu, run
 from tests.gpu.checks import CHECKS, Outcome, Plan
 from tests.host_device import HostDevice, ReplayedByHand
@@ -69,3 +70,41 @@ def test_the_report_names_what_is_missed_and_what_raised(
     assert written["figures"]["wire"] == {"raised": "RuntimeError: CUDA failure 700"}
     assert [target["met"] for target in written["targets"]] == [False]
     assert "MISSED" in capsys.readouterr().out
+
+
+def test_the_bundle_for_a_machine_without_a_network_is_whole(tmp_path: Path) -> None:
+    """A dry run: wheels of our own making, a Python that says it has CUDA."""
+
+    def fetch(folder: Path, python: str) -> None:
+        assert python == "3.12"
+        for name in (
+            "onnxruntime_gpu-1.31.1-cp312-cp312-x.whl",
+            "numpy-2.0-cp312.whl",
+            "nvidia_cudnn_cu13-9.whl",
+            "grpcio-1.85.whl",
+        ):
+            (folder / name).write_bytes(os.urandom(150_000))
+
+    parts = bundle.write(tmp_path / "bundle", 100_000, "3.12", fetch)
+    assert len(parts) > 2
+    assert max(part.stat().st_size for part in parts) <= 100_000
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/asked"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python)}
+    command = ["sh", str(tmp_path / "bundle" / "install.sh"), str(tmp_path / "there")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"next: PYTHONPATH={tmp_path}/there/packages make gpu-check PYTHON={python}" in done.stdout
+    assert {path.name.partition("-")[0] for path in (tmp_path / "there" / "wheels").iterdir()} == {"onnxruntime_gpu", "grpcio"}
+    assert "--no-index --no-deps --target" in (tmp_path / "asked").read_text()
+    parts[0].write_bytes(b"cut short")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0, "a part that was cut on its way is found"
+
+
+def test_the_bundle_asks_for_what_the_project_needs_and_nothing_that_is_there() -> None:
+    asked = bundle.wanted()
+    assert any(each.startswith("onnxruntime-gpu") for each in asked)
+    assert any(each.startswith("cuda-bindings") for each in asked)
+    assert not any(each.startswith(("torch", "numpy")) for each in asked)
