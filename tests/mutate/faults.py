@@ -22,6 +22,7 @@ RUNTIME = "tests/unit/test_runtime.py"
 REFERENCE = "tests/unit/test_train_reference.py"
 TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
+ENGINE = "tests/unit/test_engine.py"
 LOADS = "tests/integration/test_load_reports.py"
 
 
@@ -150,4 +151,11 @@ FAULTS = [
     Fault("a kernel without IPv6 is asked for it", "serve/api/http_port.py", "and not socket.has_dualstack_ipv6()", "and False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", LOOP, "return self.step % self.steps_per_epoch % self.config.report_every == 0", "return self.step % self.config.report_every == 0", REFERENCE),
     Fault("a mean's window is one batch too long", LOOP, "self.log_points[-1][0] if self.log_points else -1", "self.log_points[-1][0] if self.log_points else 0", REFERENCE),
+    # CUDA, by its stand-ins
+    Fault("a lost device leaves its model ready", "serve/models/model.py", " and self.batcher.device_lost is None", "", WIRING),
+    Fault("a lost device's process goes on", SERVER, "if model.batcher.device_lost and not self.device_lost:", "if False:", WIRING),
+    Fault("a CUDA failure is one run's affair", "serve/engine/cuda_engine.py", "if CUDA_FAILURE.search(str(error)):", "if False:", ENGINE),
+    Fault("a capture waits for ever", "serve/engine/cuda.py", "if not self._changed.wait_for(lambda: not self._running, wait_s):", "if not self._changed.wait_for(lambda: not self._running):", ENGINE),
+    Fault("an old driver is taken", "serve/engine/driver.py", "version.value < LEAST_VERSION", "version.value < 0", "tests/integration/test_cuda_start.py"),
+    Fault("a resumed run captures as it was begun", LOOP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
 ]  # fmt: skip
