@@ -62,12 +62,14 @@ def test_auto_serves_on_the_cpu_and_says_why(found: str, driver: Callable[[str],
     assert "Traceback" not in log
 
 
+@pytest.mark.long
 def test_a_data_set_is_written_on_the_cpu(driver: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     done = run(driver("none"), "serve.dataset", "write", "--count=10", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "10 digits by cdcgan/1" in done.stdout
 
 
+@pytest.mark.long
 def test_export_proves_what_it_can(driver: Callable[[str], dict[str, str]]) -> None:
     done = run(driver("one"), "export", "verify", "serve/bundled/mlp/1")
     assert done.returncode == 0, done.stderr
@@ -75,6 +77,7 @@ def test_export_proves_what_it_can(driver: Callable[[str], dict[str, str]]) -> N
     assert "onnxruntime-cuda" not in done.stdout
 
 
+@pytest.mark.long
 def test_training_asked_for_cuda_is_refused_in_one_line(driver: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     done = run(driver("none"), "train", "mlp", "--device=cuda", f"--data-dir={SUBSET}", f"--runs-dir={tmp_path}")
     assert done.returncode == 2
