@@ -112,7 +112,7 @@ class Trainer:
         first_step = self.step
         quiet = not self.ranks.first
         with (
-            nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step + 1) as board,
+            nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step) as board,
             tqdm(
                 total=self.total_steps, initial=self.step, unit="step", desc=self.config.preset, mininterval=1, disable=quiet
             ) as bar,

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
@@ -347,6 +348,24 @@ def test_the_first_picture_is_of_the_untrained_generator(tmp_path: Path) -> None
         report.save_grid((untrained(*trainer.grid_inputs) + 1) / 2, 8, tmp_path / "expected.png")
     assert (trainer.run.pictures / "fake-00000000.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert trainer.log_points[0][0] == 0
+
+
+def test_what_a_resumed_run_reports_again_is_purged_from_the_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch number ``step`` is reported before the step is counted: a run that was killed after that reports it again."""
+    purged: list[int] = []
+    honest = SummaryWriter.__init__
+
+    def noted(self: SummaryWriter, folder: str, purge_step: int) -> None:
+        purged.append(purge_step)
+        honest(self, folder, purge_step=purge_step)
+
+    monkeypatch.setattr(SummaryWriter, "__init__", noted)
+    small = {"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 2}
+    config = preset("mlp").replace(small)
+    trainer = Trainer(create_run(tmp_path, config, {}), (torch.rand(12, 1, 28, 28),), torch.device("cpu"))
+    trainer.step = 3
+    trainer.fit()
+    assert purged == [3]
 
 
 def test_activations_are_drawn_of_every_preset(tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
