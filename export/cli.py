@@ -27,7 +27,7 @@ from serve.config.command_line import OneLineParser
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import DEFAULT_RUNS_DIR, Run, how_to_train, newest_finished, newest_run, open_run
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import PRESETS
 from train.data import DEFAULT_DATA_DIR, load_mnist
 from train.errors import TrainError
@@ -92,9 +92,6 @@ def _run(flags: argparse.Namespace) -> int:
         raise ExportError("--name needs --run: without it, each preset's newest run is exported under its own name")
     else:
         runs = newest_finished(flags.runs_dir)
-        if not runs:
-            hint = how_to_train("cdcgan", flags.runs_dir)
-            raise ExportError(f"there is no finished run in {flags.runs_dir}; start one with: {hint}")
         runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")

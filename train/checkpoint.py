@@ -104,16 +104,17 @@ def how_to_train(preset: str, runs_dir: Path) -> str:
 
 
 def newest_finished(runs_dir: Path) -> list[Run]:
-    """The newest finished run of each preset; where there is any, those that have none are named on the log."""
+    """The newest finished run of each preset; those that have none are named on the log. Raises CheckpointError without any."""
     runs, missing = [], []
     for preset in PRESETS:
         try:
             runs.append(newest_run(runs_dir, preset, finished=True))
         except CheckpointError as error:
             missing.append(error)
-    if runs:
-        for reason in missing:
-            log.warning("skipped: %s", reason)
+    if not runs:
+        raise CheckpointError(f"there is no finished run in {runs_dir}; start one with: {how_to_train('cdcgan', runs_dir)}")
+    for reason in missing:
+        log.warning("skipped: %s", reason)
     return runs
 
 
