@@ -24,7 +24,6 @@ RPC = ("grpc_type", "grpc_service", "grpc_method")
 MOST_LATER = 256
 RUN_FAILURES = ("raised", "hung", "died")
 SELF_CHECKS = ("passed", "breach", "failed", "skipped")
-BACKGROUND_TASKS = ("watchdog", "health", "reconcile", "self-check")
 
 RecordT = TypeVar("RecordT")
 
@@ -116,12 +115,7 @@ class Metrics:
             "digits_provider", "1 for the execution provider in use", (*MODEL, "provider", "digest"), registry=registry
         )
         self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
-        # Born at 0: what Prometheus first sees at 1 has not increased.
-        for what in ("certificate", "tokens"):
-            self.access_reloads.labels(what, "failed")
-        self.serving_file_reads.labels("failed")
-        for task in BACKGROUND_TASKS:
-            self.background_failures.labels(task)
+        self.serving_file_reads.labels("failed")  # born at 0: what Prometheus first sees at 1 has not increased
 
     def collect(self) -> Iterable[Metric]:
         """For the registry: whoever reads the metrics is about to."""

@@ -16,6 +16,7 @@ ItemT = TypeVar("ItemT")
 
 async def repeat(name: str, interval_s: float, action: Callable[[], Awaitable[None]], failures: Counter) -> None:
     """Run an action every so often, until cancelled. ``failures`` has the label ``task``."""
+    failures.labels(name)  # born at 0: what Prometheus first sees at 1 has not increased
     while True:
         await asyncio.sleep(interval_s)
         try:

@@ -212,6 +212,7 @@ class Server:
         return None if path is None else TokenFile(path, self._note_reload("tokens"))
 
     def _note_reload(self, what: str) -> Callable[[str], None]:
+        self._metrics.access_reloads.labels(what, "failed")  # born at 0, as above all a first failure is to be seen
         return lambda result: self._metrics.access_reloads.labels(what, result).inc()
 
 
