@@ -130,7 +130,7 @@ sbom: build/integrations/.ready ## write what the images install as CycloneDX: b
 	build/integrations/bin/cyclonedx-py requirements build/sbom-$$name.txt --pyproject pyproject.toml -o build/sbom-$$name.json || exit 1; \
 	rm build/sbom-$$name.txt; echo build/sbom-$$name.json; done
 
-cluster-test: .venv/.all build/deploy-tools/.ready ## apply the cpu overlay to the cluster that KUBECONFIG names, and call it (NAMESPACE, OVERLAY)
+cluster-test: .venv/.all build/deploy-tools/.ready ## apply the cpu overlay to the cluster that KUBECONFIG names, and call it (ARGS="--overlay dev --namespace mine")
 	@$(BIN)/python -m tests.deploy.cluster $(ARGS)
 
 lock: .venv/.all ## lock what the images install: versions and hashes

@@ -26,8 +26,8 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 INSTALL = """#!/bin/sh
 # Join the parts, check them, install them into a folder of their own, and see that CUDA is there.
 set -eu
-folder=${{1:?usage: sh install.sh FOLDER}}
-python=${{PYTHON:-python3}}
+folder=${1:?usage: sh install.sh FOLDER}
+python=${PYTHON:-python3}
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 sha256sum --check --quiet SHA256SUMS
@@ -87,7 +87,7 @@ def write(out: Path, part_bytes: int, python: str, fetch: Callable[[Path, str], 
                 parts[-1].write_bytes(content)
     sums = "".join(f"{hashlib.sha256(part.read_bytes()).hexdigest()}  {part.name}\n" for part in parts)
     (out / "SHA256SUMS").write_text(sums)
-    (out / "install.sh").write_text(INSTALL.replace("{{", "{").replace("}}", "}"))
+    (out / "install.sh").write_text(INSTALL)
     return parts
 
 
