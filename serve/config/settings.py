@@ -78,7 +78,7 @@ class Settings:
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
         "auto",
-        "what batches are padded to; auto: nothing on the CPU; powers: of two, and on CUDA of eight",
+        "what batches are padded to; auto: powers of 8 on CUDA, nothing on the CPU; powers: on the CPU too, of 2",
         choices=("auto", "powers"),
     )
     cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
