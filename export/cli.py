@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
+import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
-from export import batch_size
+from export import batch_size, speedrun
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
+from export.judge import export_judge
 from export.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
@@ -28,10 +30,12 @@ from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
-from train.config import PRESETS
+from train.config import DEFAULT_PRESET, PRESETS
 from train.data import DEFAULT_DATA_DIR, load_mnist
 from train.errors import TrainError
-from train.evaluate import OF_LABELS, parse_floors
+from train.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
+from train.judge import BATCH as JUDGE_BATCH
+from train.judge import JUDGE_FOLDER, kept_judge
 from train.models import build_generator
 
 
@@ -56,10 +60,20 @@ def build_parser() -> argparse.ArgumentParser:
     plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
     pictures = commands.add_parser("gallery", help="draw what a run's generator can do")
-    pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished cdcgan run)")
+    pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished one of the default preset)")
     pictures.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     pictures.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     pictures.add_argument("--out", type=Path, default=Path("build/gallery"), help="where to write (default: build/gallery)")
+    judge = commands.add_parser("judge", help="write the judge of `train evaluate` for serve.dataset's --filter")
+    judge.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where its weights are kept (default: runs)")
+    judge.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that it knows")
+    judge.add_argument("--out", type=Path, default=Path("models/judge.onnx"), help="the file (default: models/judge.onnx)")
+    whole = commands.add_parser("speedrun", help="train shortly, score, export, serve, ask for digits: all in one")
+    whole.add_argument("--epochs", type=int, default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})")
+    whole.add_argument("--scored", type=int, default=SCORED_SAMPLES, help="digits that the score's classifier is trained on")
+    whole.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
+    whole.add_argument("--out", type=Path, default=Path("build/speedrun"), help="where to write (default: build/speedrun)")
+    whole.add_argument("train_flags", nargs="*", metavar="FLAG", help="behind --: more flags for python -m train")
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
     add_flags(live)
     live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
@@ -111,9 +125,26 @@ def _left_out(run: Run, floors: Mapping[str, float]) -> bool:
 
 
 def _gallery(flags: argparse.Namespace) -> int:
-    run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, "cdcgan", finished=True)
+    run = open_run(flags.run) if flags.run else newest_run(flags.runs_dir, DEFAULT_PRESET, finished=True)
     for path in Gallery(run, flags.out).draw(load_mnist(flags.data_dir)):
         print(path)
+    return 0
+
+
+def _judge(flags: argparse.Namespace) -> int:
+    data = load_mnist(flags.data_dir)
+    judge = kept_judge(data, flags.runs_dir / JUDGE_FOLDER, torch.device("cpu"))
+    difference = export_judge(judge, data, flags.out)
+    known = judge.accuracy(data.test_images, data.test_labels)
+    print(f"{flags.out}: {known:.2%} of the test images known, worst difference {difference:.2g} of a probability")
+    return 0
+
+
+def _speedrun(flags: argparse.Namespace) -> int:
+    if flags.epochs < 1 or flags.scored < JUDGE_BATCH:
+        raise ExportError(f"--epochs must be at least 1 and --scored at least {JUDGE_BATCH}")
+    options = speedrun.Options(flags.out, flags.data_dir, epochs=flags.epochs, scored=flags.scored, train_flags=flags.train_flags)
+    print(speedrun.speedrun(options))
     return 0
 
 
@@ -181,5 +212,6 @@ def _batch_size(flags: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery, "batch-size": _batch_size,
+    "run": _run, "verify": _verify, "watch": _watch, "plain": _plain, "gallery": _gallery, "judge": _judge, "speedrun": _speedrun,
+    "batch-size": _batch_size,
 }  # fmt: skip

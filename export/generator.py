@@ -2,7 +2,8 @@
 whatever range it was trained in.
 
 ``fold`` rewrites it for speed without changing the function: BatchNorm goes into the layer before it, and a transposed
-convolution over a single position is the matrix product that it is. A label's part of that product is looked up.
+convolution over a single position is the matrix product that it is. A label's part of that product is looked up, and so are
+its gains and biases.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from export.errors import ExportError
 from train.config import TrainConfig
-from train.models import CdcganGenerator
+from train.models import CdcganGenerator, LabelledNorm, RpganGenerator
 
 Arrays = Mapping[str, NDArray[Any]]
 # Of latents float32 (batch, z), and for a conditional model labels int64 (batch,), else None.
@@ -63,8 +64,9 @@ def served_generator(config: TrainConfig, generator: nn.Module) -> ServedGenerat
 class FirstLayer(nn.Module):
     """A transposed convolution whose input is one position: a matrix product and a reshape. (batch, z) → NCHW."""
 
-    def __init__(self, convolution: nn.ConvTranspose2d) -> None:
+    def __init__(self, convolution: nn.Module) -> None:
         super().__init__()
+        assert isinstance(convolution, nn.ConvTranspose2d)
         inputs, outputs, height, width = convolution.weight.shape
         self.shape = (outputs, height, width)
         self.linear = nn.Linear(inputs, outputs * height * width)
@@ -78,24 +80,68 @@ class FirstLayer(nn.Module):
         return maps
 
 
-class LabelledLayers(nn.Module):
-    """A folded conditional generator: what the first layer makes of a label, its bias included, is a row of a table."""
+class LabelledFirstLayer(nn.Module):
+    """The same of latents with a label's embedding behind them: what the layer makes of a label is a row of a table."""
 
-    def __init__(self, first: FirstLayer, rest: nn.Sequential, embedding: nn.Embedding) -> None:
+    def __init__(self, first: FirstLayer, embedding: nn.Embedding) -> None:
         super().__init__()
         self.shape = first.shape
         latent_size = first.linear.in_features - embedding.embedding_dim
         weight = first.linear.weight
         self.linear = nn.Linear(latent_size, first.linear.out_features, bias=False)
         self.table = nn.Embedding(embedding.num_embeddings, first.linear.out_features)
-        self.rest = rest
         with torch.no_grad():
             self.linear.weight.copy_(weight[:, :latent_size])
             self.table.weight.copy_(embedding.weight @ weight[:, latent_size:].t() + first.linear.bias)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        maps = (self.linear(latents) + self.table(labels)).unflatten(1, self.shape)
-        images: Tensor = self.rest(maps)
+        maps: Tensor = (self.linear(latents) + self.table(labels)).unflatten(1, self.shape)
+        return maps
+
+
+class FoldedCdcgan(nn.Module):
+    """A folded conditional generator whose labels go into its first layer alone."""
+
+    def __init__(self, first: LabelledFirstLayer, rest: nn.Sequential) -> None:
+        super().__init__()
+        self.first = first
+        self.rest = rest
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        images: Tensor = self.rest(self.first(latents, labels))
+        return images
+
+
+class LabelledBlock(nn.Module):
+    """A convolution with the BatchNorm of its LabelledNorm inside it, then the label's gain and bias. NCHW, (batch,) → NCHW."""
+
+    def __init__(self, convolution: nn.Module, norm: LabelledNorm) -> None:
+        super().__init__()
+        self.convolution = _with_norm(convolution, norm.norm)
+        # Each label's row has the shape that it is multiplied in: it is looked up, and nothing else is done to it.
+        self.gain, self.bias = (nn.Parameter(table.weight.detach()[:, :, None, None]) for table in (norm.gain, norm.bias))
+
+    def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
+        gain, bias = (table.index_select(0, labels) for table in (self.gain, self.bias))
+        changed: Tensor = self.convolution(maps) * gain + bias
+        return changed
+
+
+class FoldedRpgan(nn.Module):
+    """An RpganGenerator without BatchNorm."""
+
+    def __init__(self, trained: RpganGenerator) -> None:
+        super().__init__()
+        convolution, norm, _ = trained.first
+        self.first = LabelledFirstLayer(FirstLayer(_with_norm(convolution, norm)), trained.embedding)
+        self.second = LabelledBlock(trained.second, trained.second_norm)
+        self.third = LabelledBlock(trained.third, trained.third_norm)
+        self.last = trained.last
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        maps = self.first(latents, labels).relu()
+        maps = self.second(maps, labels).relu()
+        images: Tensor = self.last(self.third(maps, labels).relu())
         return images
 
 
@@ -114,29 +160,37 @@ class _Reshaped(nn.Module):
 def fold(served: ServedGenerator) -> ServedGenerator:
     """A copy, in evaluation mode, with every BatchNorm folded. Raises ExportError when one cannot be."""
     served = copy.deepcopy(served).eval()
+    if isinstance(served.generator, RpganGenerator):
+        served.generator = FoldedRpgan(served.generator)
+        return served.eval()
     layers = served.generator.layers
     if not isinstance(layers, nn.Sequential):
         raise ExportError("the generator has no plain sequence of layers to fold")
     folded: list[nn.Module] = []
     for layer in layers:
-        before = folded[-1] if folded else None
-        if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
-            folded[-1] = fuse_linear_bn_eval(before, layer)
-        elif isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.ConvTranspose2d):
-            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            raise ExportError(f"BatchNorm after {type(before).__name__} cannot be folded")
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            folded[-1:] = [_with_norm(folded[-1] if folded else None, layer)]
         else:
             folded.append(layer)
     if isinstance(folded[0], nn.ConvTranspose2d):
         first = FirstLayer(folded[0])
         if isinstance(served.generator, CdcganGenerator):
-            served.generator = LabelledLayers(first, nn.Sequential(*folded[1:]), served.generator.embedding)
+            labelled = LabelledFirstLayer(first, served.generator.embedding)
+            served.generator = FoldedCdcgan(labelled, nn.Sequential(*folded[1:]))
         else:
             served.generator = nn.Sequential(first, *folded[1:])
     else:
         served.generator = _Reshaped(nn.Sequential(*folded))
     return served.eval()
+
+
+def _with_norm(layer: nn.Module | None, norm: nn.Module) -> nn.Module:
+    """The layer with the BatchNorm after it inside. Raises ExportError when that cannot be."""
+    if isinstance(norm, nn.BatchNorm1d) and isinstance(layer, nn.Linear):
+        return fuse_linear_bn_eval(layer, norm)
+    if isinstance(norm, nn.BatchNorm2d) and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        return fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
+    raise ExportError(f"BatchNorm after {type(layer).__name__} cannot be folded")
 
 
 def torch_form(module: nn.Module | torch.jit.ScriptModule) -> Form:

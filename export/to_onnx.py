@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from export.errors import GraphError
 from train.config import TrainConfig
@@ -22,13 +23,21 @@ def to_onnx(served: nn.Module, config: TrainConfig, outputs: tuple[str, ...] = O
     example = {"latents": torch.zeros(3, config.latent_size)}
     if config.conditional:
         example["labels"] = torch.zeros(3, dtype=torch.int64)
+    model = exported(served, example, outputs)
+    if outputs == OUTPUTS:
+        check_graph(model)
+    return model.SerializeToString()
+
+
+def exported(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str]) -> onnx.ModelProto:
+    """A module's graph by PyTorch's dynamo exporter, its batch axis symbolic. Raises GraphError."""
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecations inside the exporter
         program = torch.onnx.export(
-            served,
+            module,
             tuple(example.values()),
             dynamo=True,
             verbose=False,
@@ -39,12 +48,10 @@ def to_onnx(served: nn.Module, config: TrainConfig, outputs: tuple[str, ...] = O
         )
     if program is None:
         raise GraphError("the exporter returned nothing")
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     for node in model.graph.node:  # the exporter's notes on which line of which file of this machine a node comes from
         node.ClearField("metadata_props")
-    if outputs == OUTPUTS:
-        check_graph(model)
-    return model.SerializeToString()
+    return model
 
 
 def check_graph(model: onnx.ModelProto) -> None:

@@ -18,7 +18,7 @@ UNIT_SIDE = 8  # pixels of the picture of one unit of an MLP
 
 
 def record(generator: nn.Module, latents: Tensor, *labels: Tensor) -> list[Tensor]:
-    """The outputs after each ReLU and the last layer, shallow to deep, for ``latents`` (n, z), and ``labels`` (n,) of a cdcgan.
+    """The outputs after each ReLU and the last layer, shallow to deep, for ``latents`` (n, z) and ``labels`` (n,) or none.
 
     For the presets' widths and 36 latents: (36,256,4,4), (36,128,8,8), (36,64,16,16), (36,1,28,28) of a DCGAN, and
     (36,128), (36,256), (36,512), (36,1024), (36,784) of the MLP.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from train import activations, bench, evaluate, reference
+from train import activations, bench, evaluate, overview, reference
 from train.capture import CudaRecording
 from train.checkpoint import (
     DEFAULT_RUNS_DIR,
@@ -29,9 +29,10 @@ from train.config import PRESETS, TrainConfig, parse_field, preset
 from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
 from train.device import choose_device, describe, set_precision
 from train.errors import CheckpointError, ConfigError, StoppedError, TrainError
-from train.judge import kept_judge
+from train.judge import JUDGE_FOLDER
 from train.loop import Trainer
 from train.parallel import Ranks, joined, own_device
+from train.run_page import write_page
 
 NEWEST = "newest"
 AUTO = "auto"
@@ -54,14 +55,21 @@ def build_parser() -> argparse.ArgumentParser:
     view = commands.add_parser("activations", help="draw what happens inside a generator")
     view.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
-    table = commands.add_parser("compare", help="an mlp run's losses beside the notebook's")
-    table.add_argument("--run", type=Path, help="run folder (default: the newest mlp run)")
+    listed = commands.add_parser("list", help="every run: how far it has come, how long it took, how good it is")
+    table = commands.add_parser("compare", help="runs side by side; without any, an mlp run's losses beside the notebook's")
+    table.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="two run folders, or more")
+    table.add_argument("--run", type=Path, help="whose losses stand beside the notebook's (default: the newest mlp run's)")
+    page = commands.add_parser("report", help="write a run's one-page report anew: report.html in its folder")
+    page.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     judged = commands.add_parser("evaluate", help="judge 10,000 digits of a run, or of the newest finished run of each preset")
     judged.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     judged.add_argument("--missing", action="store_true", help="leave out runs that have been judged")
+    judged.add_argument(
+        "--scores", type=int, default=1, help="classifiers trained for the accuracy score, their mean (default: 1)"
+    )
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
-    for command in (view, table, judged):
+    for command in (view, listed, table, page, judged):
         command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     for command in (speed, judged):
         _add_machine_flags(command)
@@ -73,7 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors of the user's making are one line on stderr."""
     flags = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands = {"activations": _activations, "compare": _compare, "evaluate": _evaluate, "bench": _bench}
+    commands = {
+        "activations": _activations,
+        "list": _list,
+        "compare": _compare,
+        "report": _report,
+        "evaluate": _evaluate,
+        "bench": _bench,
+    }
     try:
         return commands.get(flags.command, _train)(flags)
     except TrainError as error:
@@ -164,8 +179,12 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         trainer.load_state(latest_checkpoint(run))
     if ranks.first:
         print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
-    with _stopped_by_signals(trainer):
-        trainer.fit()
+    try:
+        with _stopped_by_signals(trainer):
+            trainer.fit()
+    finally:
+        if ranks.first:
+            write_page(run)
     if not ranks.first:
         return 0
     activations.draw(run, 0)
@@ -236,7 +255,23 @@ def _chosen_runs(flags: argparse.Namespace) -> list[Run]:
     return [open_run(flags.run)] if flags.run else newest_finished(flags.runs_dir)
 
 
+def _list(flags: argparse.Namespace) -> int:
+    print(overview.list_runs(flags.runs_dir))
+    return 0
+
+
+def _report(flags: argparse.Namespace) -> int:
+    for run in _chosen_runs(flags):
+        print(write_page(run))
+    return 0
+
+
 def _compare(flags: argparse.Namespace) -> int:
+    if flags.runs:
+        if len(flags.runs) < 2 or flags.run:
+            raise ConfigError("compare takes two run folders or more; or --run, for the notebook's table")
+        print(overview.compare_runs([open_run(folder) for folder in flags.runs]))
+        return 0
     if flags.run:
         run = open_run(flags.run)
     else:
@@ -250,6 +285,8 @@ def _compare(flags: argparse.Namespace) -> int:
 
 
 def _evaluate(flags: argparse.Namespace) -> int:
+    if not 1 <= flags.scores <= 100:
+        raise ConfigError(f"--scores must be from 1 to 100, got {flags.scores}")
     device = _prepare_machine(flags)
     runs = _chosen_runs(flags)
     if flags.missing:
@@ -257,10 +294,14 @@ def _evaluate(flags: argparse.Namespace) -> int:
         if not runs:
             return 0
     data = load_mnist(flags.data_dir)
-    folder = flags.runs_dir / "judge"
-    print(evaluate.foretold(data, runs, folder, device), file=sys.stderr)
-    evaluator = evaluate.Evaluator(data, kept_judge(data, folder, device), device)
-    print(evaluate.table([(run.config.preset, evaluator.evaluate(run)) for run in runs]))
+    folder = flags.runs_dir / JUDGE_FOLDER
+    print(evaluate.foretold(data, runs, folder, device, flags.scores), file=sys.stderr)
+    evaluator = evaluate.kept_evaluator(data, folder, device, flags.scores)
+    reports = []
+    for run in runs:
+        reports.append((run.config.preset, evaluator.evaluate(run)))
+        write_page(run)
+    print(evaluate.table(reports))
     return 0
 
 

@@ -17,17 +17,19 @@ import msgspec
 
 from train.errors import ConfigError
 
+RELATIVISTIC = "relativistic"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every number of one run. Raises ConfigError, naming the field, when made with an unusable value."""
 
     preset: str = field(metadata={"help": "which of the presets this config started from"})
-    architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan", "cdcgan")})
+    architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan", "cdcgan", "rpgan")})
     latent_size: int = field(metadata={"help": "z: length of the generator's input vector"})
-    labels: int = field(default=0, metadata={"help": "classes that can be asked for (cdcgan); 0: an unconditional generator"})
-    label_size: int = field(default=0, metadata={"help": "values that stand for a label beside the latents (cdcgan)"})
-    projection_size: int = field(default=0, metadata={"help": "features that the discriminator holds against a label (cdcgan)"})
+    labels: int = field(default=0, metadata={"help": "classes that can be asked for (cdcgan, rpgan); 0: none"})
+    label_size: int = field(default=0, metadata={"help": "values that stand for a label beside the latents"})
+    projection_size: int = field(default=0, metadata={"help": "features that the discriminator holds against a label"})
     generator_widths: tuple[int, ...] = field(
         metadata={"help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
     )
@@ -41,7 +43,16 @@ class TrainConfig:
     norm_init_std: float | None = field(
         metadata={"help": "std around 1 of the initial BatchNorm weights; none = PyTorch's own initialisation"}
     )
-    discriminator_loss: str = field(metadata={"help": "how the real and the fake half are joined", "choices": ("mean", "sum")})
+    discriminator_loss: str = field(
+        metadata={
+            "help": "mean or sum of the real and the fake half's cross-entropy; or of pairs of a real image and a fake",
+            "choices": ("mean", "sum", RELATIVISTIC),
+        }
+    )
+    gradient_penalty: float = field(
+        default=0.0, metadata={"help": "weight of the squared slope of the discriminator's logits at images and fakes; 0: none"}
+    )
+    penalty_every: int = field(default=1, metadata={"help": "steps from one gradient penalty to the next, so much heavier"})
     learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
     learning_rate_end: float = field(
         default=1.0, metadata={"help": "share of the learning rate that a linear decay leaves at the last step; 1: no decay"}
@@ -101,7 +112,14 @@ class TrainConfig:
             # Three doublings lead from 4x4 to 28x28 and back; another number of layers gives another picture size.
             for name in ("generator_widths", "discriminator_widths"):
                 _require(self, name, len(getattr(self, name)) == 3, "three channel counts for a dcgan")
-        wanted = "at least 1 for a cdcgan" if self.conditional else "0: only a cdcgan takes labels"
+        _require(self, "gradient_penalty", self.gradient_penalty >= 0, "0 or more")
+        _require(self, "penalty_every", self.penalty_every >= 1, "at least 1")
+        if (self.architecture == "rpgan") != (self.discriminator_loss == RELATIVISTIC):
+            # Pairs go through the discriminator together: the other ones have BatchNorm, which must see each half alone.
+            raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
+        if self.gradient_penalty and self.architecture != "rpgan":
+            raise ConfigError("gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm")
+        wanted = "at least 1 for a cdcgan or rpgan" if self.conditional else "0: only a cdcgan or rpgan takes labels"
         for name in ("labels", "label_size", "projection_size"):
             value = getattr(self, name)
             _require(self, name, value >= 1 if self.conditional else value == 0, wanted)
@@ -109,7 +127,7 @@ class TrainConfig:
     @property
     def conditional(self) -> bool:
         """Whether the networks take a label beside their input."""
-        return self.architecture == "cdcgan"
+        return self.architecture in ("cdcgan", "rpgan")
 
     @property
     def pixel_range(self) -> tuple[float, float]:
@@ -162,6 +180,26 @@ _DCGAN = TrainConfig(
     keep_checkpoints=0,
 )
 
+# The dcgan's numbers with these changes.
+_CDCGAN = dataclasses.replace(
+    _DCGAN,
+    preset="cdcgan",
+    architecture="cdcgan",
+    labels=10,
+    label_size=32,
+    projection_size=64,
+    learning_rate_end=0.05,
+    average_decay=0.999,
+    epochs=40,
+    precision="bf16",
+    report_every=250,
+    report_per="run",
+    reported_loss="mean",
+    grid_images=100,
+    grid_columns=10,
+    keep_checkpoints=2,
+)
+
 PRESETS: Mapping[str, TrainConfig] = {
     "mlp": TrainConfig(
         preset="mlp",
@@ -185,26 +223,22 @@ PRESETS: Mapping[str, TrainConfig] = {
         keep_checkpoints=2,
     ),
     "dcgan": _DCGAN,
-    # The dcgan's numbers with these changes.
-    "cdcgan": dataclasses.replace(
-        _DCGAN,
-        preset="cdcgan",
-        architecture="cdcgan",
-        labels=10,
-        label_size=32,
-        projection_size=64,
-        learning_rate_end=0.05,
-        average_decay=0.999,
-        epochs=40,
-        precision="bf16",
-        report_every=250,
-        report_per="run",
-        reported_loss="mean",
-        grid_images=100,
-        grid_columns=10,
-        keep_checkpoints=2,
+    "cdcgan": _CDCGAN,
+    # The cdcgan's with these: docs/decisions/0011-rpgan.md tells what each is good for.
+    "rpgan": dataclasses.replace(
+        _CDCGAN,
+        preset="rpgan",
+        architecture="rpgan",
+        generator_widths=(128, 64, 64),
+        norm_init_std=None,
+        discriminator_loss=RELATIVISTIC,
+        gradient_penalty=0.1,
+        penalty_every=8,
+        beta2=0.99,
     ),
 }
+
+DEFAULT_PRESET = "rpgan"  # what is trained and shown where nothing else is named
 
 
 def preset(name: str) -> TrainConfig:

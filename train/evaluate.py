@@ -1,11 +1,13 @@
 """A run's quality: 10,000 of its digits judged beside the MNIST test set, and real digits judged in the same way.
 
-What comes of it is written as ``quality.json`` into the run's folder; export carries it into the bundle.
+What comes of it is written into the run's folder: ``quality.json``, which export carries into the bundle, and the digits whose
+labels the judge is least and most sure of, ``worst.png`` and ``best.png``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,20 @@ from torch import Tensor
 
 from train import quality
 from train.checkpoint import Run, latest_checkpoint, write_json
+from train.config import TrainConfig
 from train.data import Mnist
 from train.errors import QualityError
-from train.judge import LABELS, Judge, judge_file, train_judge, training_seconds
+from train.judge import EPOCHS, LABELS, Judge, SecondJudge, judge_file, kept_judge, train_judge, training_seconds
 from train.models import trained_generator
+from train.report import save_grid
 
 QUALITY_FILE = "quality.json"
 SAMPLES = 10_000
 SCORED_SAMPLES = 60_000  # as many as MNIST has for training
 SEED = 20_260_102
 BATCH = 500
+SHOWN = 64  # digits of worst.png and best.png
+SHOWN_COLUMNS = 8
 
 # What is written of a set of digits, and how a table shows it.
 COLUMNS = {
@@ -40,80 +46,99 @@ COLUMNS = {
 
 
 class Evaluator:
-    """Judges sets of digits by one judge against one test set. ``samples`` are at most as many as the test set has."""
+    """Judges sets of digits by two judges against one test set. ``samples`` are at most as many as the test set has.
+
+    ``scores`` classifiers, each from a seed of its own, are trained for the classification accuracy score, which is their mean.
+    """
 
     def __init__(
-        self, data: Mnist, judge: Judge, device: torch.device, samples: int = SAMPLES, scored: int = SCORED_SAMPLES
+        self,
+        data: Mnist,
+        judge: Judge,
+        second: Judge,
+        device: torch.device,
+        *,
+        samples: int = SAMPLES,
+        scored: int = SCORED_SAMPLES,
+        scores: int = 1,
     ) -> None:
         self._data = data
         self._judge = judge
+        self._second = second
         self._device = device
         self._samples = samples
         self._scored = scored
-        self._test_features, self._test_probabilities = judge.read(data.test_images)
+        self._scores = scores
+        self._test_features = {each: each.read(data.test_images)[0] for each in (judge, second)}
         self._training_rows = data.train_images.flatten(1).float().to(device) / 255
 
     @cached_property
     def real(self) -> dict[str, Any]:
         """What real digits reach: as many training images in the samples' place, and test images' own neighbours."""
-        chosen = torch.randperm(len(self._data.train_images), generator=torch.Generator().manual_seed(SEED))[: self._samples]
-        report = self._compared(self._data.train_images[chosen], self._data.train_labels[chosen])
+        report = self._compared(self._judge, *self._real_samples())
         # A training image's nearest training image is itself; the test images' distance is what a new digit should have.
         report["nearest_training_image"] = self._nearest(self._data.test_images)
         judged = self._judge.accuracy(self._data.test_images, self._data.test_labels)
         return report | {"label_accuracy": judged, "classification_accuracy_score": judged}
 
-    def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """What the digits of a run's generator reach, as the checkpoint has it."""
-        generator = trained_generator(run.config, checkpoint).to(self._device).eval()
-        classes = run.config.labels
-        low, high = run.config.pixel_range
+    @cached_property
+    def real_by_second(self) -> dict[str, Any]:
+        """What the second judge says of real digits."""
+        report = self._compared(self._second, *self._real_samples())
+        return report | {"label_accuracy": self._second.accuracy(self._data.test_images, self._data.test_labels)}
 
-        @torch.no_grad()
-        def digits(count: int, seed: int) -> tuple[Tensor, Tensor | None]:
-            noise = torch.Generator().manual_seed(seed)
-            labels = torch.arange(count) % classes if classes else None
-            made = []
-            for first in range(0, count, BATCH):
-                rows = torch.randn(min(BATCH, count - first), run.config.latent_size, generator=noise)
-                inputs = [rows] if labels is None else [rows, labels[first : first + len(rows)]]
-                images = generator(*(part.to(self._device) for part in inputs))
-                made.append(((images - low) / (high - low) * 255).round().to(torch.uint8).squeeze(1).cpu())
-            return torch.cat(made), labels
+    def _real_samples(self) -> tuple[Tensor, Tensor]:
+        chosen = torch.randperm(len(self._data.train_images), generator=torch.Generator().manual_seed(SEED))[: self._samples]
+        return self._data.train_images[chosen], self._data.train_labels[chosen]
 
+    def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What the digits of a run's generator reach, as the checkpoint has it, by the first and by the second judge."""
+        digits = sampler(run.config, checkpoint, self._device)
         samples, labels = digits(self._samples, SEED)
-        report = self._compared(samples, labels)
+        report = self._compared(self._judge, samples, labels)
         report["nearest_training_image"] = self._nearest(samples)
+        self._draw_extremes(run, samples, labels)
         if scored_by_training(run):
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
-            scorer = train_judge(scored, scored_labels, self._device, what=f"judge of {run.config.preset}'s digits")
-            report["classification_accuracy_score"] = scorer.accuracy(self._data.test_images, self._data.test_labels)
-        return report
+            whose = f"{run.config.preset}'s digits"
+            report |= accuracy_score(scored, scored_labels, self._data, self._device, whose=whose, scores=self._scores)
+        return {"first": report, "second": self._compared(self._second, samples, labels)}
+
+    def _draw_extremes(self, run: Run, pixels: Tensor, labels: Tensor | None) -> None:
+        probabilities = self._judge.read(pixels)[1]
+        sure = probabilities.max(dim=1).values if labels is None else probabilities.gather(1, labels[:, None]).squeeze(1)
+        order = sure.argsort(stable=True)
+        for name, chosen in (("worst.png", order[:SHOWN]), ("best.png", order.flip(0)[:SHOWN])):
+            save_grid(pixels[chosen].unsqueeze(1).float() / 255, SHOWN_COLUMNS, run.folder / name, separator=0.35)
 
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Judge a run and write ``quality.json`` into its folder; returns what was written. Raises CheckpointError."""
+        begun = time.monotonic()
         checkpoint = latest_checkpoint(run)
+        judged = self.fake(run, checkpoint)
         report = {
             "step": checkpoint["step"],
             "data": self._data.digests,
             "samples": self._samples,
             "scored_samples": self._scored,
-            "model": self.fake(run, checkpoint),
+            "model": judged["first"],
             "real": self.real,
+            "second_judge": {"model": judged["second"], "real": self.real_by_second},
+            "seconds": round(time.monotonic() - begun, 1),
         }
         write_json(run.folder / QUALITY_FILE, report)
         return report
 
-    def _compared(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Any]:
-        features, probabilities = self._judge.read(pixels)
-        precision, recall = quality.precision_and_recall(features, self._test_features)
+    def _compared(self, judge: Judge, pixels: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        features, probabilities = judge.read(pixels)
+        precision, recall = quality.precision_and_recall(features, self._test_features[judge])
         accuracy = None if labels is None else float((probabilities.argmax(1) == labels).double().mean())
         return {
             "label_accuracy": accuracy,
             "confident_share": quality.confident_share(probabilities),
             "class_imbalance": quality.class_imbalance(probabilities),
-            "frechet_distance": quality.frechet_distance(features, self._test_features),
+            "frechet_distance": quality.frechet_distance(features, self._test_features[judge]),
             "precision": precision,
             "recall": recall,
             "nearest_training_image": None,
@@ -125,18 +150,68 @@ class Evaluator:
         return float(quality.nearest(rows, self._training_rows)[0].double().mean())
 
 
+Sampler = Callable[[int, int], tuple[Tensor, Tensor | None]]
+
+
+def sampler(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.device) -> Sampler:
+    """A function of count and seed: the generator's digits, uint8 (n, 28, 28), and their labels in turn, (n,) or None."""
+    generator = trained_generator(config, checkpoint).to(device).eval()
+    low, high = config.pixel_range
+
+    @torch.no_grad()
+    def digits(count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        noise = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % config.labels if config.labels else None
+        made = []
+        for first in range(0, count, BATCH):
+            rows = torch.randn(min(BATCH, count - first), config.latent_size, generator=noise)
+            inputs = [rows] if labels is None else [rows, labels[first : first + len(rows)]]
+            images = generator(*(part.to(device) for part in inputs))
+            made.append(((images - low) / (high - low) * 255).round().to(torch.uint8).squeeze(1).cpu())
+        return torch.cat(made), labels
+
+    return digits
+
+
+def accuracy_score(
+    pixels: Tensor, labels: Tensor, data: Mnist, device: torch.device, *, whose: str, scores: int = 1, epochs: int = EPOCHS
+) -> dict[str, Any]:
+    """The classification accuracy score of a set of digits, the single ones of which it is the mean, and its standard error."""
+    single = []
+    for seed in range(scores):
+        which = f" {seed + 1} of {scores}" if scores > 1 else ""
+        scorer = train_judge(pixels, labels, device, epochs, seed, what=f"judge of {whose}{which}")
+        single.append(scorer.accuracy(data.test_images, data.test_labels))
+    mean = sum(single) / len(single)
+    # Of the test images that were drawn: the classifiers are all asked the same ones, so more of them do not lessen it.
+    error = (mean * (1 - mean) / len(data.test_images)) ** 0.5
+    return {
+        "classification_accuracy_score": mean,
+        "classification_accuracy_scores": single,
+        "classification_accuracy_score_error": error,
+    }
+
+
 def scored_by_training(run: Run) -> bool:
     """Whether a run's digits can be asked for by label, so that a classifier is trained on them for their score."""
     return run.config.labels == LABELS
 
 
-def foretold(data: Mnist, runs: Sequence[Run], judge_folder: Path, device: torch.device) -> str:
+def kept_evaluator(data: Mnist, judge_folder: Path, device: torch.device, scores: int = 1) -> Evaluator:
+    """An evaluator with both judges from ``judge_folder``, trained there first if need be. Raises QualityError."""
+    first, second = (kept_judge(data, judge_folder, device, network) for network in (Judge, SecondJudge))
+    return Evaluator(data, first, second, device, scores=scores)
+
+
+def foretold(data: Mnist, runs: Sequence[Run], judge_folder: Path, device: torch.device, scores: int = 1) -> str:
     """What judging the runs trains on this machine, and about how long that takes."""
-    judges = [] if judge_file(data, judge_folder).exists() else ["the judge"]
-    trained = judges + [f"a classifier on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
+    trained = [f"the {each.name}" for each in (Judge, SecondJudge) if not judge_file(data, judge_folder, each).exists()]
+    number = "a classifier" if scores == 1 else f"{scores} classifiers"
+    trained += [f"{number} on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
     if not trained:
-        return "judging takes less than a minute: the judge is there, and no classifier is to be trained"
-    minutes = training_seconds(len(data.train_images), device) * len(trained) / 60
+        return "judging takes less than a minute: the judges are there, and no classifier is to be trained"
+    counted = sum(scores if "classifier" in each else 1 for each in trained)
+    minutes = training_seconds(len(data.train_images), device) * counted / 60
     return f"judging takes about {max(1, round(minutes))} min here: it trains {' and '.join(trained)}"
 
 
@@ -168,11 +243,20 @@ def parse_floors(text: str) -> dict[str, float]:
     return floors
 
 
+def shown(values: Mapping[str, Any], figure: str) -> str:
+    """A figure of COLUMNS as a table has it, a score with its standard error."""
+    if values.get(figure) is None:
+        return "–"
+    text = COLUMNS[figure][1].format(values[figure])
+    error = values.get(f"{figure}_error")
+    return text if error is None else f"{text} ± {error * 100:.2f}"
+
+
 def table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Reports by name, side by side, with what the last one's real digits reach below them. Markdown."""
+    """Reports by name, side by side, with what the last one's real digits reach below them, by both judges. Markdown."""
     rows = [(name, report["model"]) for name, report in reports] + [("real digits", reports[-1][1]["real"])]
+    rows += [(f"{name}, second judge", report["second_judge"]["model"]) for name, report in reports]
+    rows.append(("real digits, second judge", reports[-1][1]["second_judge"]["real"]))
     lines = [["model", *(title for title, _ in COLUMNS.values())], ["---"] + ["--:"] * len(COLUMNS)]
-    for name, values in rows:
-        shown = ["–" if values[key] is None else form.format(values[key]) for key, (_, form) in COLUMNS.items()]
-        lines.append([name, *shown])
+    lines += [[name, *(shown(values, figure) for figure in COLUMNS)] for name, values in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,7 +1,8 @@
-"""The classifier that judges generated digits: a small convolutional network, trained on real ones and kept.
+"""The classifiers that judge generated digits: small convolutional networks, trained on real ones and kept.
 
-Its last hidden layer is the feature space in which sets of digits are compared. The same network and the same training on
-a generator's digits give the classification accuracy score.
+A judge's last hidden layer is the feature space in which sets of digits are compared. The first judge's network and training,
+on a generator's digits, give the classification accuracy score. The second judge is of another architecture and drawn from
+another seed: it says whether what the first one likes is liked by it alone, and nothing is chosen or filtered by it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 FEATURES = 128
 LABELS = 10
 EPOCHS = 8
-BATCH = 128
+BATCH = 128  # and the least that a judge can be trained on
 PEAK_RATE = 4e-3
+JUDGE_FOLDER = "judge"  # below the runs' own
 ACCURACY_NEEDED = 0.993  # of the MNIST test set; a worse judge says little of digits that are better than it
 READ_BATCH = 500
 TIMED_STEPS = 8
@@ -41,7 +43,13 @@ SHIFT = 2 / 14  # of half the width: two pixels
 
 
 class Judge(nn.Module):
-    """Two blocks of two 3×3 convolutions with BatchNorm, a hidden layer of 128, and a logit per digit."""
+    """Something with ``features`` and ``logits`` of them; the first judge is this class.
+
+    Two blocks of two 3×3 convolutions with BatchNorm and pooling, a hidden layer of 128, and a logit per digit.
+    """
+
+    name = "judge"
+    seed = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +58,7 @@ class Judge(nn.Module):
             for channels in (inputs, outputs):
                 layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
             layers += [nn.MaxPool2d(2)]
-        self.features = nn.Sequential(
+        self.features: nn.Module = nn.Sequential(
             *layers, nn.Dropout(0.25), nn.Flatten(), nn.Linear(64 * 7 * 7, FEATURES), nn.ReLU(), nn.Dropout(0.5)
         )
         self.logits = nn.Linear(FEATURES, LABELS)
@@ -61,7 +69,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features float32 (n, 128) and probabilities float32 (n, 10) of ``pixels`` uint8 (n, 28, 28), on the CPU."""
+        """Features float32 (n, features) and probabilities float32 (n, 10) of ``pixels`` uint8 (n, 28, 28), on the CPU."""
         self.eval()
         device = self.logits.weight.device
         features, probabilities = [], []
@@ -76,22 +84,65 @@ class Judge(nn.Module):
         return float((self.read(pixels)[1].argmax(1) == labels).double().mean())
 
 
+class _Residual(nn.Module):
+    """x + two 3×3 convolutions of it, each after GroupNorm and GELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.GroupNorm(8, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        changed: Tensor = images + self.layers(images)
+        return changed
+
+
+class SecondJudge(Judge):
+    """A residual network with GroupNorm, strided convolutions in place of pooling, and the mean over positions at its end."""
+
+    name = "second judge"
+    seed = 1
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 5, stride=2, padding=2),
+            _Residual(32),
+            nn.Conv2d(32, 96, 3, stride=2, padding=1),
+            _Residual(96),
+            nn.GroupNorm(8, 96),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.logits = nn.Linear(96, LABELS)
+
+
 def train_judge(
-    pixels: Tensor, labels: Tensor, device: torch.device, epochs: int = EPOCHS, seed: int = 0, *, what: str | None = "judge"
+    pixels: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    epochs: int = EPOCHS,
+    seed: int | None = None,
+    *,
+    network: type[Judge] = Judge,
+    what: str | None = "",
 ) -> Judge:
     """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little.
 
-    ``what`` names it beside its progress bar; None: without one.
+    ``what`` is said beside its progress bar, the network's name unless given; None: without one.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        judge = Judge().to(device).to(memory_format=torch.channels_last)
+        torch.manual_seed(network.seed if seed is None else seed)
+        judge = network().to(device).to(memory_format=torch.channels_last)
         batches = max(1, len(pixels) // BATCH)
         optimizer = torch.optim.AdamW(judge.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
         pixels, labels = pixels.to(device), labels.to(device)
         judge.train()
-        with tqdm(total=epochs * batches, desc=what, unit="step", mininterval=1, disable=what is None) as bar:
+        with tqdm(total=epochs * batches, desc=what or network.name, unit="step", mininterval=1, disable=what is None) as bar:
             for _ in range(epochs):
                 for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                     images = moved(pixels[chosen].unsqueeze(1).float() / 255)
@@ -106,14 +157,14 @@ def train_judge(
     return judge.eval()
 
 
-def training_seconds(images: int, device: torch.device) -> float:
+def training_seconds(images: int, device: torch.device, epochs: int = EPOCHS) -> float:
     """About how long ``train_judge`` takes on so many images on this machine: some of its steps are timed, on noise."""
     pixels = torch.randint(256, (TIMED_STEPS * BATCH, 28, 28), dtype=torch.uint8)
     labels = torch.arange(len(pixels)) % LABELS
     train_judge(pixels[:BATCH], labels[:BATCH], device, 1, what=None)  # the first step sets up what the others find there
     begun = time.perf_counter()
     train_judge(pixels, labels, device, 1, what=None)
-    return (time.perf_counter() - begun) / TIMED_STEPS * EPOCHS * (images // BATCH)
+    return (time.perf_counter() - begun) / TIMED_STEPS * epochs * (images // BATCH)
 
 
 def moved(images: Tensor) -> Tensor:
@@ -130,26 +181,33 @@ def moved(images: Tensor) -> Tensor:
     return grid_sample(images, affine_grid(rows, list(images.shape), align_corners=False), align_corners=False)
 
 
-def judge_file(data: Mnist, folder: Path) -> Path:
+def judge_file(data: Mnist, folder: Path, network: type[Judge] = Judge) -> Path:
     """Where the judge of this data is kept, if it has been trained."""
     recipe = {"data": data.digests, "epochs": EPOCHS, "rate": PEAK_RATE, "moved": [TURN, STRETCH, SHEAR, SHIFT], "batch": BATCH}
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"judge-{name}.pt"
+    return folder / f"{network.name.replace(' ', '-')}-{name}.pt"
 
 
-def kept_judge(data: Mnist, folder: Path, device: torch.device, train: Callable[..., Judge] = train_judge) -> Judge:
+def kept_judge(
+    data: Mnist,
+    folder: Path,
+    device: torch.device,
+    network: type[Judge] = Judge,
+    train: Callable[..., Judge] = train_judge,
+) -> Judge:
     """The judge of this data from ``folder``, trained and written there first if need be. Raises QualityError if it is bad."""
-    path = judge_file(data, folder)
+    path = judge_file(data, folder, network)
     if path.exists():
-        judge = Judge().to(device)
+        judge = network().to(device)
         judge.load_state_dict(load_checkpoint(path))
         return judge.eval()
-    log.info("training the judge; it is kept as %s", path)
-    judge = train(data.train_images, data.train_labels, device)
+    log.info("training the %s; it is kept as %s", network.name, path)
+    judge = train(data.train_images, data.train_labels, device, network=network)
     accuracy = judge.accuracy(data.test_images, data.test_labels)
     if accuracy < ACCURACY_NEEDED:
         raise QualityError(
-            f"the judge knows {accuracy:.2%} of the test images, and {ACCURACY_NEEDED:.1%} are needed; evaluate on all of MNIST"
+            f"the {network.name} knows {accuracy:.2%} of the test images,"
+            f" and {ACCURACY_NEEDED:.1%} are needed; evaluate on all of MNIST"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

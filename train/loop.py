@@ -1,4 +1,4 @@
-"""The training loop: steps, log points, checkpoints, resuming. Knows no command line; what it saves, others write.
+"""The training loop: batches, log points, checkpoints, resuming. Knows no command line; what it saves, others write.
 
 What makes a resumed run end with the same bits: the order of the images is a pure function of (seed, epoch), every
 other random draw comes from one generator whose state is in the checkpoint, and sums since the last log point are too.
@@ -21,13 +21,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from train import losses, report
-from train.capture import Batch, CapturedStep, Recording
+from train import report
+from train.capture import Batch, Recording
 from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
 from train.device import set_precision
 from train.errors import DivergedError, StoppedError
 from train.models import build_discriminator, build_generator
 from train.parallel import Ranks
+from train.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ PROGRESS_EVERY = 25  # steps between two looks at the losses: each look waits fo
 
 
 class Trainer:
-    """Both networks, both optimizers and the position in the run.
+    """Both networks, the average and the position in the run.
 
     ``examples`` are all images float32 (n, 1, 28, 28), and for a conditional preset their labels int64 (n,), on ``device``.
     ``ranks`` is this process among those that train together; ``recording`` captures the step as a CUDA graph.
@@ -67,31 +68,16 @@ class Trainer:
             self.average.load_state_dict(self.generator.state_dict())
             # Looked up once: loading a state copies into these same tensors.
             self.averages, self.followed = _floats(self.average), _floats(self.generator)
-        self.trained_generator = ranks.wrap(self.generator)
-        self.trained_discriminator = ranks.wrap(self.discriminator)
-        self.generator_parameters = list(self.generator.parameters())
-        self.capturable = recording is not None and device.type == "cuda"
-        if self.capturable:  # every step has the same shapes: the fastest convolutions are worth looking for
-            torch.backends.cudnn.benchmark = True
-        # A graph reads the rate from where it was when the step was recorded: there it has to stay.
-        self.rate = torch.tensor(config.learning_rate, device=device) if self.capturable else config.learning_rate
-        adam: dict[str, Any] = {
-            "lr": self.rate,
-            "betas": (config.beta1, config.beta2),
-            "fused": True,
-            "capturable": self.capturable,
-        }
-        self.generator_optimizer = torch.optim.Adam(self.generator_parameters, **adam)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
-        self.noise = torch.Generator(device).manual_seed(config.seed)
+        example = tuple(part[: config.batch_size] for part in examples)
+        self.update = Step(config, self.generator, self.discriminator, example, ranks=ranks, recording=recording)
         self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
+        self.seconds = 0.0  # of training, up to the last save, all starts together
+        self._timed_at = time.monotonic()
         self._plotted_at = 0.0  # time.monotonic()
         self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last log point
         self.log_points: list[tuple[int, float, float]] = []
-        example = tuple(part[: config.batch_size] for part in examples)
-        self.take_step = CapturedStep(self.train_step, example, recording(self.noise)) if recording else self.train_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,7 +94,7 @@ class Trainer:
         """Train to the last epoch. Raises DivergedError, and the last good checkpoint stands untouched; or StoppedError."""
         if self.step == 0:
             self._save()
-        started = time.monotonic()
+        self._timed_at = started = time.monotonic()
         first_step = self.step
         quiet = not self.ranks.first
         with (
@@ -158,40 +144,19 @@ class Trainer:
         if step == 0 and self.ranks.first:
             log.info("epoch %d of %d", epoch + 1, self.config.epochs)
 
-    def train_step(self, real: Batch) -> Tensor:
+    def take_step(self, real: Batch) -> Tensor:
         """One step of both networks on ``real``. Returns float64 (2,): generator, discriminator loss."""
-        count = len(real[0])
-        noise, *labels = self._fake_inputs(count)
-        with self._autocast():
-            with torch.no_grad():
-                fake = self.generator(noise, *labels)
-            # Real and fake go through in passes of their own: BatchNorm must see each alone.
-            real_logits, fake_logits = self.trained_discriminator(*real), self.trained_discriminator(fake, *labels)
-        discriminator_loss = losses.discriminator_loss(real_logits.float(), fake_logits.float(), self.config.discriminator_loss)
-        self.discriminator_optimizer.zero_grad()
-        discriminator_loss.backward()
-        self.discriminator_optimizer.step()
-
-        noise, *labels = self._fake_inputs(count)
-        with self._autocast():
-            logits = self.discriminator(self.trained_generator(noise, *labels), *labels)
-        generator_loss = losses.generator_loss(logits.float())
-        self.generator_optimizer.zero_grad()
-        # Only the generator's gradients are wanted: the discriminator's weights are left out of this backward pass.
-        generator_loss.backward(inputs=self.generator_parameters)
-        self.generator_optimizer.step()
-        return torch.stack((generator_loss.detach(), discriminator_loss.detach())).double()
+        return self.update(real, self.step)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain numbers."""
         return {
             "step": self.step,
+            "seconds": self.seconds,
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             **({"average": self.average.state_dict()} if self.average is not None else {}),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
-            "noise": self.noise.get_state(),
+            **self.update.state(),
             "sums": self.sums,
             "marks": torch.tensor(self.log_points, dtype=torch.float64).reshape(-1, 3),
         }
@@ -199,25 +164,19 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state``, as read from a checkpoint of the same config."""
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)  # checkpoints of before 2026-11 do not have it
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        for name in ("generator_optimizer", "discriminator_optimizer"):
-            optimizer: torch.optim.Adam = getattr(self, name)
-            optimizer.load_state_dict(state[name])
-            # Also loaded is how the run was taken up before: it may have been without capture, or with.
-            optimizer.param_groups[0].update(capturable=self.capturable, lr=self.rate)
-        self.noise.set_state(state["noise"])
+        self.update.load_state(state)
         self.sums = state["sums"].to(self.device)
         self.log_points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
 
     def _set_learning_rate(self) -> None:
         """The linear decay, as a function of the step alone."""
-        rate = self.config.learning_rate * (1 - (1 - self.config.learning_rate_end) * self.step / self.total_steps)
-        self.rate = self.rate.fill_(rate) if isinstance(self.rate, Tensor) else rate
-        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
-            optimizer.param_groups[0]["lr"] = self.rate
+        decayed = 1 - (1 - self.config.learning_rate_end) * self.step / self.total_steps
+        self.update.set_learning_rate(self.config.learning_rate * decayed)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -239,22 +198,10 @@ class Trainer:
                 yield tuple(part[mine] for part in self.examples)
             skip = 0
 
-    def _fake_inputs(self, count: int) -> Batch:  # (count, z) and labels: this process's rows of all drawn for this step
-        total = count * self.ranks.world
-        drawn = [torch.randn(total, self.config.latent_size, generator=self.noise, device=self.device)]
-        if self.config.labels:
-            drawn.append(torch.randint(self.config.labels, (total,), generator=self.noise, device=self.device))
-        return tuple(self.ranks.mine(part) for part in drawn)
-
     def _prepared(self, network: nn.Module) -> nn.Module:
         # channels_last suits the convolutions (a sixth faster on the CPU) and leaves matrices as they are.
         network = network.to(self.device).to(memory_format=torch.channels_last)
         return self.ranks.sync_batch_norm(network, self.device)
-
-    def _autocast(self) -> torch.autocast:
-        # Without the cache of cast weights: a captured step would go on with the weights of its first run.
-        mixed = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
     def _fixed_inputs(self, count: int) -> Batch:  # (count, z) and labels in turn, the same in every picture of the run
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -299,6 +246,8 @@ class Trainer:
         self._check_finite()
         if not self.ranks.first:
             return
+        now = time.monotonic()
+        self.seconds, self._timed_at = self.seconds + now - self._timed_at, now
         save_checkpoint(self.run, self.step, self.state())
         self._write_losses(plot=True)
 
@@ -337,6 +286,7 @@ class Trainer:
             "step": self.step,
             "generator_loss": self.log_points[-1][1] if self.log_points else None,
             "discriminator_loss": self.log_points[-1][2] if self.log_points else None,
+            "seconds": round(self.seconds, 1),
             "seconds_since_last_start": round(seconds, 1),
             "steps_since_last_start": steps,
         }

@@ -1,4 +1,5 @@
-"""The adversarial losses on logits, apart from any loop. Goodfellow et al. 2014, section 3, in the non-saturating form.
+"""The adversarial losses on logits, apart from any loop: Goodfellow et al. 2014, section 3, in the non-saturating form, and the
+relativistic pairing loss (Jolicoeur-Martineau 2018, arXiv:1807.00734; with R1 and R2, Huang et al. 2025, arXiv:2501.05441).
 
 Sigmoid and binary cross-entropy are joined in one numerically stable function of the logit.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, joined_by: str) -> Tensor:
@@ -21,3 +22,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, joined_by: str)
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Cross-entropy of fake → 1: the generator wants its fakes taken for real. ``fake_logits`` is (batch,)."""
     return binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def relativistic_loss(difference: Tensor) -> Tensor:
+    """Mean softplus of (batch,) differences of pairs' logits: fake - real for the discriminator, turned for the generator."""
+    return softplus(difference).mean()

@@ -1,10 +1,12 @@
 """The networks of both systems: generators and discriminators, built from a TrainConfig. Nothing about training.
 
 Every generator maps ``latents`` (batch, z) to images (batch, 1, 28, 28) in its own range: [0, 1] after a sigmoid
-(mlp), [-1, 1] after a tanh (dcgan, cdcgan). Every discriminator maps such images to logits (batch,). Those of the cdcgan
-take ``labels`` int64 (batch,) as their second argument.
+(mlp), [-1, 1] after a tanh (the others). Every discriminator maps such images to logits (batch,). Those of the cdcgan and
+the rpgan take ``labels`` int64 (batch,) as their second argument.
 The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3; the cdcgan adds an embedding of the label
-beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637).
+beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637). The rpgan's generator has
+that embedding and BatchNorm with a gain and a bias for each label (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et al. 2017,
+arXiv:1707.00683); its discriminator has the projection and no normalisation.
 """
 
 from __future__ import annotations
@@ -134,8 +136,86 @@ class CdcganDiscriminator(nn.Module):
         return logits
 
 
-GENERATORS = {"mlp": MlpGenerator, "dcgan": DcganGenerator, "cdcgan": CdcganGenerator}
-DISCRIMINATORS = {"mlp": MlpDiscriminator, "dcgan": DcganDiscriminator, "cdcgan": CdcganDiscriminator}
+class LabelledNorm(nn.Module):
+    """BatchNorm without weights of its own, then a gain and a bias for each label: (batch, channels, h, w), (batch,)."""
+
+    def __init__(self, labels: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain = nn.Embedding(labels, channels)
+        self.bias = nn.Embedding(labels, channels)
+        nn.init.ones_(self.gain.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
+        gain, bias = (table(labels)[:, :, None, None] for table in (self.gain, self.bias))
+        changed: Tensor = self.norm(maps) * gain + bias
+        return changed
+
+
+class RpganGenerator(nn.Module):
+    """z and an embedding of the label → 7×7 → 14×14 → a 3×3 convolution there → 28×28; ReLU between, tanh.
+
+    What the label makes of the first maps is in the embedding; the norms after it are ``LabelledNorm``.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        first, second, third = config.generator_widths
+        self.embedding = nn.Embedding(config.labels, config.label_size)
+        self.first = nn.Sequential(
+            nn.ConvTranspose2d(config.latent_size + config.label_size, first, 7, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(inplace=True),
+        )
+        self.second = nn.ConvTranspose2d(first, second, 4, stride=2, padding=1, bias=False)
+        self.second_norm = LabelledNorm(config.labels, second)
+        self.third = nn.Conv2d(second, third, 3, padding=1, bias=False)
+        self.third_norm = LabelledNorm(config.labels, third)
+        self.second_activation, self.third_activation = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.last = nn.Sequential(nn.ConvTranspose2d(third, 1, 4, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (batch, z), (batch,) → (batch, 1, 28, 28) in [-1, 1]
+        maps = self.first(torch.cat((latents, self.embedding(labels)), dim=1)[:, :, None, None])
+        maps = self.second_activation(self.second_norm(self.second(maps), labels))
+        images: Tensor = self.last(self.third_activation(self.third_norm(self.third(maps), labels)))
+        return images
+
+
+class RpganDiscriminator(nn.Module):
+    """28×28 → 14×14 → 7×7 → 4×4 by strided convolutions with biases; the logit and the projection are the cdcgan's."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        first, second, third = config.discriminator_widths
+        slope = config.leaky_slope
+        self.features = nn.Sequential(
+            nn.Conv2d(1, first, 4, stride=2, padding=1),
+            nn.LeakyReLU(slope),
+            nn.Conv2d(first, second, 4, stride=2, padding=1),
+            nn.LeakyReLU(slope),
+            nn.Conv2d(second, third, 3, stride=2, padding=1),
+            nn.LeakyReLU(slope),
+            nn.Flatten(),
+        )
+        self.logit = nn.Linear(third * 4 * 4, 1)
+        self.projection = nn.Linear(third * 4 * 4, config.projection_size)
+        self.embedding = nn.Embedding(config.labels, config.projection_size)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:  # (batch, 1, 28, 28), (batch,) → (batch,)
+        features = self.features(images)
+        agreement = (self.projection(features) * self.embedding(labels)).sum(1)
+        logits: Tensor = self.logit(features).squeeze(1) + agreement
+        return logits
+
+
+GENERATORS = {"mlp": MlpGenerator, "dcgan": DcganGenerator, "cdcgan": CdcganGenerator, "rpgan": RpganGenerator}
+DISCRIMINATORS = {
+    "mlp": MlpDiscriminator,
+    "dcgan": DcganDiscriminator,
+    "cdcgan": CdcganDiscriminator,
+    "rpgan": RpganDiscriminator,
+}
 
 
 def trained_generator(config: TrainConfig, checkpoint: Mapping[str, Any]) -> nn.Module:
@@ -162,9 +242,12 @@ def build_discriminator(config: TrainConfig) -> nn.Module:
 @torch.no_grad()
 def _initialise(network: nn.Module, config: TrainConfig) -> None:
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and config.weight_init_std is not None:
+        if isinstance(network, RpganDiscriminator) and isinstance(module, nn.Conv2d):
+            # Without normalisation the initial weights alone keep what comes out of a layer as large as what goes in.
+            nn.init.kaiming_normal_(module.weight, config.leaky_slope)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and config.weight_init_std is not None:
             module.weight.normal_(0.0, config.weight_init_std)
-        if isinstance(module, CdcganDiscriminator):
+        if isinstance(module, CdcganDiscriminator | RpganDiscriminator):
             # As large as the projection it is multiplied with: a unit normal would drown the features' own logit.
             module.embedding.weight.normal_(0.0, config.projection_size**-0.5)
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and config.norm_init_std is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from serve.dataset import main
+from serve.dataset.command import main
 
 JOB = yaml.safe_load(Path("deploy/jobs/dataset/job.yaml").read_text())
 CONTAINER = JOB["spec"]["template"]["spec"]["containers"][0]

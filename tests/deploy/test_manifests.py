@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.cli import build_parser as export_parser
 from export.watch import WatchMetrics
-from serve.dataset import main as dataset_main
+from serve.dataset.command import main as dataset_main
 from serve.observability.metrics import Metrics
 from tests.deploy.manifests import (
     DEPLOY,

@@ -37,7 +37,7 @@ from serve.api.open_inference import OpenInferenceService
 from serve.batching.batcher import Batcher, Limits
 from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
-from serve.dataset import parse_header
+from serve.dataset.header import parse_header
 from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
 from serve.latents import SEED_LIMIT
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest

@@ -460,4 +460,8 @@ def _losses(config: TrainConfig, device: torch.device, recording: Any, steps: in
     with tempfile.TemporaryDirectory() as scratch:
         shorter = replace(config, epochs=steps // 8)
         trainer = Trainer(create_run(Path(scratch), shorter, {}), examples, device, recording=recording)
-        return torch.stack([trainer.take_step(batch).clone() for batch in trainer._batches()]).cpu()
+        taken = []
+        for batch in trainer._batches():
+            taken.append(trainer.take_step(batch).clone())
+            trainer.step += 1  # penalties come every few steps
+        return torch.stack(taken).cpu()

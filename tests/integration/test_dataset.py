@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from torchvision.datasets import MNIST
 
-from serve import dataset
 from serve.client import DigitClient
-from serve.dataset import Dataset, main, read_header
+from serve.dataset import shards as shard_writing
+from serve.dataset.command import main
+from serve.dataset.filter import Judge
+from serve.dataset.header import Dataset, read_header
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.provider import EngineOptions
 from serve.errors import GoldenError
-from serve.manifest import Manifest
+from serve.manifest import BUNDLED_DIR, Manifest
 from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
@@ -84,7 +86,7 @@ def test_a_shard_that_sigterm_ends_leaves_nothing_half_written(tmp_path: Path) -
 def test_writing_says_how_far_it_has_come(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(shard_writing, "PROGRESS_EVERY_S", 0.0)
     assert main(["write", "--provider=cpu", "--count=3000", f"--out={tmp_path}"]) == 0
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(", about")[0] for line in said] == ["1,024 of 3,000 digits", "2,048 of 3,000 digits"]
@@ -205,8 +207,8 @@ def test_the_golden_check_is_made_where_the_digits_will_be(
             checked.append(self.asked)
             raise GoldenError("planted")
 
-    monkeypatch.setattr("serve.dataset.make_engine", make_engine)
-    monkeypatch.setattr("serve.dataset.choose_provider", lambda wanted: "cuda")
+    monkeypatch.setattr("serve.dataset.shards.make_engine", make_engine)
+    monkeypatch.setattr("serve.dataset.command.choose_provider", lambda wanted: "cuda")
     assert main(["write", "--out", str(tmp_path / "digits"), "--count=10"]) == 2
     assert capsys.readouterr().err == "error: planted\n"
     assert checked == ["cuda"]
@@ -225,3 +227,92 @@ def test_a_header_of_numbers_that_are_no_data_set_is_one_line(
     capsys.readouterr()
     assert main(["join", f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == f"error: {header} is no data set's header; write a shard into an empty folder\n"
+
+
+FILTERED = ["write", "--model=cdcgan", "--provider=cpu", "--seed=7", "--start=100", "--count=1500", "--filter=0.99"]
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filtered")
+    assert main([*FILTERED, f"--out={folder}"]) == 0
+    return folder
+
+
+def indices_of(folder: Path) -> np.ndarray:
+    return np.concatenate([np.fromfile(part, "<i8") for part in sorted(folder.glob("part-*.indices"))])
+
+
+def test_a_filter_keeps_what_the_judge_reads_as_its_label(filtered: Path, shared_server: ServerProcess) -> None:
+    """Each digit is the server's at the index that stands beside it, and those that gave way were not read so surely."""
+    assert main(["join", "--format=npz", f"--out={filtered}"]) == 0
+    with np.load(filtered / "digits.npz") as archive:
+        pixels, labels, indices = archive["images"], archive["labels"].astype(np.int64), archive["indices"]
+    assert (len(pixels), len(labels)) == (1500, 1500)
+    judge = Judge()
+    assert judge.confidence(pixels, labels).min() >= 0.99
+    moved = np.flatnonzero(indices != 100 + np.arange(1500))
+    assert 0 < len(moved) < 150
+    assert set((indices - 100 - np.arange(1500)) % 1500) == {0}, "one data set further in the stream, or several"
+    with DigitClient(shared_server.target) as client:
+        parts = list(client.stream(1500, seed=7, start=100, model="cdcgan"))
+        own, own_labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))
+        others = [client.generate(1, seed=7, start=int(indices[place]), model="cdcgan") for place in moved]
+    unmoved = np.setdiff1d(np.arange(1500), moved)
+    assert np.abs(own[unmoved].astype(int) - pixels[unmoved]).max() <= 1
+    assert np.array_equal(own_labels[unmoved], labels[unmoved])
+    assert judge.confidence(own[moved], own_labels[moved]).max() < 0.991, "within a grey level of what was refused"
+    assert np.abs(np.concatenate([each.pixels for each in others]).astype(int) - pixels[moved]).max() <= 1
+    assert np.concatenate([each.labels for each in others]).tolist() == labels[moved].tolist()
+
+
+@pytest.mark.parametrize("shards", [3, 64])
+def test_shards_of_a_filtered_data_set_are_its_bytes(shards: int, filtered: Path, tmp_path: Path) -> None:
+    for shard in reversed(range(shards)):
+        assert main([*FILTERED, f"--out={tmp_path}", f"--shards={shards}", f"--shard={shard}"]) == 0
+    assert (
+        b"".join(part.read_bytes() for part in sorted(tmp_path.glob("*.pixels")))
+        == (filtered / "part-00000-of-00001.pixels").read_bytes()
+    )
+    assert np.array_equal(indices_of(tmp_path), indices_of(filtered))
+    assert main(["join", f"--out={tmp_path}"]) == 0
+    shown = ((indices_of(tmp_path) - 100 - np.arange(1500)) // 1500 + 1).sum()
+    assert read_header(tmp_path).refused_share == pytest.approx(1 - 1500 / shown)
+    assert main([*FILTERED, f"--out={tmp_path}", f"--shards={shards}", "--shard=0"]) == 0, "the header has grown, and fits"
+
+
+def test_labels_in_turn_stay_in_turn_behind_a_filter(tmp_path: Path) -> None:
+    assert main([*FILTERED, f"--out={tmp_path}", "--labels", "5", "8", "2"]) == 0
+    assert main(["join", f"--out={tmp_path}", "--format=npz"]) == 0
+    with np.load(tmp_path / "digits.npz") as archive:
+        assert archive["labels"].tolist() == [(5, 8, 2)[index % 3] for index in range(100, 1600)]
+        assert (archive["indices"] != 100 + np.arange(1500)).any()
+        assert Judge().confidence(archive["images"], archive["labels"].astype(np.int64)).min() >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--filter=1"], "--filter must be from 0 to below 1, got 1"),
+        (["--filter=-0.5"], "--filter must be from 0 to below 1, got -0.5"),
+        (["--filter=0.5", "--model=mlp"], "--filter needs a model with labels: mlp/1 is unconditional"),
+        (["--filter=0.5", f"--start={(1 << 63) - 1000}"], "--filter chooses from 100 × --count indices after --start"),
+        (["--filter=0.5", "--judge=nowhere.onnx"], "--judge nowhere.onnx: No such file or directory"),
+        (["--filter=0.5", f"--judge={__file__}"], "is no judge; write one with: python -m export judge --out"),
+        (["--filter=0.5", f"--judge={BUNDLED_DIR / 'mlp' / '1' / 'model.onnx'}"], "is no judge"),
+        (["--filter=0.9999999999"], "is read so surely; lower it"),
+    ],
+)
+def test_a_filter_that_cannot_be_had_is_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", "--model=cdcgan", "--provider=cpu", "--count=20", f"--out={tmp_path / 'set'}", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("set/*.pixels"))
+
+
+def test_a_filtered_set_takes_no_shard_of_another_filter(filtered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FILTERED, "--filter=0.5", f"--out={filtered}"]) == 2
+    assert "holds a data set with filter 0.99, not 0.5; name another --out" in capsys.readouterr().err

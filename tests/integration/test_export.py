@@ -43,13 +43,15 @@ from tests.waiting import wait_until
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.config import TrainConfig, preset
 from train.errors import TrainError
-from train.models import build_generator
+from train.models import LabelledNorm, build_generator
 
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
     "cdcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
+    "rpgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
 }
+CONDITIONAL = ("cdcgan", "rpgan")
 
 
 def inputs(config: TrainConfig, count: int) -> tuple[torch.Tensor, ...]:
@@ -78,7 +80,11 @@ def make_run(tmp_path: Path) -> Callable[[str], Run]:
                 latents, *labels = inputs(config, 32)
                 generator(latents * 2, *labels)
             if config.architecture != "mlp":  # untrained it paints one grey, and hides what rounding does
-                generator.layers[-2].weight.mul_(300)
+                last = generator.last if config.architecture == "rpgan" else generator.layers
+                last[-2].weight.mul_(300)
+                for norm in (module for module in generator.modules() if isinstance(module, LabelledNorm)):
+                    norm.gain.weight.normal_(1.0, 0.3)  # or all labels would be one
+                    norm.bias.weight.normal_(0.0, 0.3)
         run = create_run(tmp_path / "runs", config, {"data": {}})
         state = {"step": 7, "generator": generator.state_dict()}
         if config.average_decay:  # the average is what is served; the generator itself would not do
@@ -104,7 +110,7 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
     graph = onnx.load_from_string(bundles[half.path].model).graph
     assert {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
         "latents": onnx.TensorProto.FLOAT, "images": onnx.TensorProto.FLOAT, "pixels": onnx.TensorProto.UINT8,
-        **({"labels": onnx.TensorProto.INT64} if name == "cdcgan" else {}),
+        **({"labels": onnx.TensorProto.INT64} if name in CONDITIONAL else {}),
     }  # fmt: skip
     weights = {weight.data_type for weight in graph.initializer if len(weight.dims) > 1}
     assert weights == {onnx.TensorProto.FLOAT16}
@@ -165,7 +171,7 @@ def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
     assert len(report["rows"]) == 6 * (len(report["forms"]) - 1)
     assert report["worst_images"] <= 1e-5
     with Image.open(first.path / "preview.png") as preview:
-        assert preview.size == (224, 280 if name == "cdcgan" else 224), "a row for each label"
+        assert preview.size == (224, 280 if name in CONDITIONAL else 224), "a row for each label"
     assert verify(first.path)["reference"] == "torchscript"
     assert sorted(entry.name for entry in (tmp_path / "models" / name).iterdir()) == ["1", "2"]
 
@@ -403,7 +409,7 @@ def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_ru
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.parametrize("name", ["cdcgan", "mlp"])
+@pytest.mark.parametrize("name", ["cdcgan", "mlp", "rpgan"])
 def test_the_gallery_draws_a_run(name: str, make_run: Callable[[str], Run], tmp_path: Path, subset: Path) -> None:
     run = make_run(name)
     done = cli("gallery", f"--run={run.folder}", f"--data-dir={subset}", f"--out={tmp_path / 'gallery'}")
@@ -419,7 +425,7 @@ def test_the_gallery_draws_a_run(name: str, make_run: Callable[[str], Run], tmp_
         "neighbours.png": (12 * cell + rim, 4 * cell + rim),
         "truncation.png": (12 * cell + rim, 5 * cell + rim),
     }
-    if name == "cdcgan":
+    if name in CONDITIONAL:
         expected["styles.png"] = (10 * cell + rim, 10 * cell + rim)
         assert {f"layer{number}.png" for number in (1, 2, 3)} <= set(sizes)
     assert {key: sizes[key] for key in expected} == expected

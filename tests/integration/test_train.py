@@ -37,6 +37,7 @@ SMALL = {
     "mlp": ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=48", "--epochs=6", "--report-every=4"],
     "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
     "cdcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
+    "rpgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--batch-size=48", "--epochs=6", "--report-every=4"],
 }
 
 
@@ -244,7 +245,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
     config = preset("mlp").replace({"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 3})
     images = torch.rand(12, 1, 28, 28)
     trainer = Trainer(create_run(tmp_path, config, {}), (images,), torch.device("cpu"))
-    honest_step = trainer.train_step
+    honest_step = trainer.take_step
 
     def poisoned_step(real: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return honest_step(real if trainer.step < 4 else (real[0] * float("nan"),))
@@ -386,7 +387,7 @@ def test_the_losses_are_on_disk_between_two_checkpoints(tmp_path: Path) -> None:
     small = {"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 9}
     config = preset("mlp").replace({**small, "report_every": 2, "checkpoint_every": 9})
     trainer = Trainer(create_run(tmp_path, config, {}), (torch.rand(12, 1, 28, 28),), torch.device("cpu"))
-    honest = trainer.train_step
+    honest = trainer.take_step
     seen: dict[int, int] = {}
 
     def step(real: tuple[torch.Tensor, ...]) -> torch.Tensor:

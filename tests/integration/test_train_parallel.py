@@ -21,6 +21,7 @@ SMALL = {
     "dcgan": ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--norm-init-std=none", "--weight-init-std=none"],
 }
 SMALL["cdcgan"] = [*SMALL["dcgan"], "--precision=fp32"]
+SMALL["rpgan"] = [*SMALL["dcgan"], "--precision=fp32", "--penalty-every=3"]
 
 
 def train(processes: int, preset: str, data: Path, runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:

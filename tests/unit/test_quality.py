@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tests.conftest import SUBSET
@@ -119,15 +121,15 @@ def test_the_judge_learns_and_training_it_leaves_the_callers_chance_alone(subset
 def test_a_judge_that_is_not_good_enough_is_refused_and_not_kept(subset: Path, tmp_path: Path) -> None:
     data = load_mnist(subset)
     with pytest.raises(QualityError, match=r"the judge knows .*% of the test images, and 99.3% are needed"):
-        judge.kept_judge(data, tmp_path / "judge", CPU, lambda *_: judge.Judge().eval())
+        judge.kept_judge(data, tmp_path / "judge", CPU, train=lambda *_, **__: judge.Judge().eval())
     assert not list(tmp_path.glob("judge/*"))
 
 
 def test_a_good_judge_is_kept_and_not_trained_again(subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_mnist(subset)
     monkeypatch.setattr(judge, "ACCURACY_NEEDED", 0.0)
-    first = judge.kept_judge(data, tmp_path, CPU, lambda *_: judge.Judge().eval())
-    second = judge.kept_judge(data, tmp_path, CPU, lambda *_: pytest.fail("trained again"))
+    first = judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: judge.Judge().eval())
+    second = judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("trained again"))
     assert torch.equal(first.read(data.test_images)[0], second.read(data.test_images)[0])
 
 
@@ -150,8 +152,11 @@ class Copying(nn.Module):
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
     data = load_mnist(SUBSET)
-    trained = judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30)
-    return Evaluator(data, trained, CPU, samples=64, scored=256)
+    first, second = (
+        judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30, network=network, what=None)
+        for network in (judge.Judge, judge.SecondJudge)
+    )
+    return Evaluator(data, first, second, CPU, samples=64, scored=256, scores=2)
 
 
 def small_run(tmp_path: Path, name: str) -> Any:
@@ -178,6 +183,40 @@ def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
     shown = table([("copy", report)])
     assert shown.splitlines()[2].startswith("| copy | ")
     assert shown.splitlines()[3].startswith("| real digits | ")
+    assert re.search(r"% ± \d", shown.splitlines()[2]), "the score has its standard error"
+    assert [line.split(" | ")[0] for line in shown.splitlines()[4:]] == ["| copy, second judge", "| real digits, second judge"]
+    single = model["classification_accuracy_scores"]
+    assert len(set(single)) == 2, "each classifier has a seed of its own"
+    assert model["classification_accuracy_score"] == pytest.approx(sum(single) / 2)
+    mean = model["classification_accuracy_score"]
+    assert model["classification_accuracy_score_error"] == pytest.approx(math.sqrt(mean * (1 - mean) / 64))
+    second = report["second_judge"]
+    assert second["model"]["label_accuracy"] > 0.5
+    assert second["real"]["frechet_distance"] != real["frechet_distance"], "judged by another"
+
+
+def test_the_worst_and_the_best_digits_are_drawn(
+    evaluator: Evaluator, subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the digits are copies of what was asked for; half are blank, and nobody reads them as that."""
+    data = load_mnist(subset)
+    copying = Copying(data.train_images, data.train_labels)
+
+    class HalfBlank(nn.Module):
+        def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            blank = (torch.arange(len(labels)) // 10 % 2 == 0)[:, None, None, None]
+            return torch.where(blank, -1.0, copying(latents, labels))
+
+    monkeypatch.setattr(evaluate, "trained_generator", lambda *_: HalfBlank())
+    monkeypatch.setattr(evaluate, "SHOWN", 16)
+    run = small_run(tmp_path, "cdcgan")
+    evaluator.evaluate(run)
+    levels = {}
+    for name in ("worst.png", "best.png"):
+        with Image.open(run.folder / name) as picture:
+            assert picture.size == (4 * (8 * 30 + 2), 4 * (2 * 30 + 2))
+            levels[name] = np.asarray(picture).astype(int)
+    assert (levels["worst.png"] > 200).mean() < 0.5 * (levels["best.png"] > 200).mean()
 
 
 def test_an_untrained_unconditional_generator_is_judged_bad(evaluator: Evaluator, tmp_path: Path) -> None:

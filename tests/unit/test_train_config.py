@@ -38,12 +38,21 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("dcgan", {"labels": 10}, "labels must be 0: only a cdcgan takes labels, got 10"),
-        ("cdcgan", {"labels": 0}, "labels must be at least 1 for a cdcgan, got 0"),
-        ("cdcgan", {"projection_size": 0}, "projection_size must be at least 1 for a cdcgan"),
+        ("dcgan", {"labels": 10}, "labels must be 0: only a cdcgan or rpgan takes labels, got 10"),
+        ("cdcgan", {"labels": 0}, "labels must be at least 1 for a cdcgan or rpgan, got 0"),
+        ("cdcgan", {"projection_size": 0}, "projection_size must be at least 1 for a cdcgan or rpgan"),
         ("cdcgan", {"generator_widths": (8,)}, "three channel counts"),
         ("cdcgan", {"learning_rate_end": 1.5}, "learning_rate_end must be in"),
         ("cdcgan", {"average_decay": 1.0}, "average_decay must be in"),
+        (
+            "dcgan",
+            {"discriminator_loss": "relativistic"},
+            "discriminator_loss must be relativistic for an rpgan, and for no other",
+        ),
+        ("rpgan", {"discriminator_loss": "sum"}, "discriminator_loss must be relativistic for an rpgan, and for no other"),
+        ("cdcgan", {"gradient_penalty": 1.0}, "gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm"),
+        ("rpgan", {"gradient_penalty": -1.0}, "gradient_penalty must be 0 or more"),
+        ("rpgan", {"penalty_every": 0}, "penalty_every must be at least 1"),
     ],
 )
 def test_what_makes_a_preset_conditional_goes_together(name: str, change: dict[str, Any], message: str) -> None:
@@ -61,7 +70,7 @@ def test_what_makes_a_preset_conditional_goes_together(name: str, change: dict[s
         ({"beta1": 1.0}, "beta1 must be in"),
         ({"generator_widths": ()}, "generator_widths must be a list of positive widths"),
         ({"generator_widths": (256, 128)}, "three channel counts"),
-        ({"discriminator_loss": "max"}, "discriminator_loss must be one of mean, sum, got 'max'"),
+        ({"discriminator_loss": "max"}, "discriminator_loss must be one of mean, sum, relativistic, got 'max'"),
     ],
 )
 def test_an_unusable_number_is_refused_by_name(change: dict[str, Any], message: str) -> None:

@@ -32,6 +32,10 @@ SIZES = {
         10 * 32 + 16 * (132 * 256 + 256 * 128 + 128 * 64 + 64) + 2 * (256 + 128 + 64),
         10 * 64 + 16 * (64 + 64 * 128 + 128 * 256 + 256 + 256 * 64) + 2 * (128 + 256),
     ),
+    "rpgan": (
+        10 * 32 + 49 * 132 * 128 + 2 * 128 + 16 * 128 * 64 + 9 * 64 * 64 + 4 * 10 * 64 + 16 * 64 + 1,
+        (16 * 64 + 64) + (16 * 64 * 128 + 128) + (9 * 128 * 256 + 256) + 65 * (16 * 256 + 1) + 10 * 64,
+    ),
 }
 
 
@@ -52,9 +56,10 @@ def test_generator_makes_images_in_its_range_and_discriminator_judges_each(name:
     assert build_discriminator(config)(images, *labels).shape == (5,)
 
 
-def test_the_label_reaches_both_networks_of_the_cdcgan() -> None:
+@pytest.mark.parametrize("name", ["cdcgan", "rpgan"])
+def test_the_label_reaches_both_networks_of_a_conditional_preset(name: str) -> None:
     torch.manual_seed(0)
-    config = preset("cdcgan")
+    config = preset(name)
     latents, ones, twos = torch.randn(4, 100), torch.full((4,), 1), torch.full((4,), 2)
     generator, discriminator = build_generator(config).eval(), build_discriminator(config).eval()
     images = generator(latents, ones)

@@ -24,6 +24,13 @@ SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,), "learning_rate": 1e-3},
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4)},
     "cdcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "precision": "fp32", "learning_rate_end": 0.25},
+    "rpgan": {
+        "generator_widths": (8, 8, 8),
+        "discriminator_widths": (4, 4, 4),
+        "precision": "fp32",
+        "learning_rate_end": 0.25,
+        "penalty_every": 4,
+    },
 }
 LOG_POINTS = {"run": [4, 8, 12, 16], "epoch": [0, 4, 6, 10, 12, 16]}  # of 18 steps in 3 epochs, every 4
 COMMON = {"batch_size": BATCH, "epochs": EPOCHS, "report_every": 4, "grid_images": 4, "grid_columns": 2, "seed": 3}
@@ -64,6 +71,20 @@ class Reference:
         decayed = self.config.learning_rate * (1 - (1 - self.config.learning_rate_end) * number / steps)
         for optimizer in (self.of_generator, self.of_discriminator):
             optimizer.param_groups[0]["lr"] = decayed
+        if self.config.preset == "rpgan":
+            self.relativistic_step(*real)
+            if number % self.config.penalty_every == 0:
+                self.penalty_step(*real)
+        else:
+            self.step_by_cross_entropy(real)
+        # The average of the generator: mostly what it was, and a little of what the generator is now.
+        keep = min(self.config.average_decay, (1 + number) / (10 + number))
+        now = self.generator.state_dict()
+        for name, value in self.average.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(keep * value + (1 - keep) * now[name])
+
+    def step_by_cross_entropy(self, real: tuple[Tensor, ...]) -> None:
         # The discriminator: real images are real, fakes are fake.
         fake, labels = self.fakes(len(real[0]))
         loss = cross_entropy(self.discriminator(*real), 1.0) + cross_entropy(self.discriminator(fake.detach(), *labels), 0.0)
@@ -77,12 +98,39 @@ class Reference:
         self.of_generator.zero_grad()
         cross_entropy(self.discriminator(fake, *labels), 1.0).backward()
         self.of_generator.step()
-        # The average of the generator: mostly what it was, and a little of what the generator is now.
-        keep = min(self.config.average_decay, (1 + number) / (10 + number))
-        now = self.generator.state_dict()
-        for name, value in self.average.state_dict().items():
-            if value.is_floating_point():
-                value.copy_(keep * value + (1 - keep) * now[name])
+
+    def relativistic_step(self, images: Tensor, labels: Tensor) -> None:
+        """Each network's own loss by its own backward pass, both against what the other was before the step."""
+        fake = self.generator(torch.randn(len(images), self.config.latent_size, generator=self.noise), labels)
+
+        def lead(of: Tensor, over: Tensor) -> Tensor:
+            """-log of the probability that a sigmoid gives to one of a pair being the realer, by their logits."""
+            return -torch.sigmoid(self.discriminator(of, labels) - self.discriminator(over, labels)).log().mean()
+
+        loss = lead(images, fake.detach())
+        self.losses.append(loss.item())
+        of_discriminator = torch.autograd.grad(loss, list(self.discriminator.parameters()), allow_unused=True)
+        of_generator = torch.autograd.grad(lead(fake, images), list(self.generator.parameters()))
+        for optimizer, network, gradients in (
+            (self.of_discriminator, self.discriminator, of_discriminator),
+            (self.of_generator, self.generator, of_generator),
+        ):
+            for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+
+    def penalty_step(self, images: Tensor, labels: Tensor) -> None:
+        """γ/2 E‖slope at real images‖² + γ/2 E‖slope at fakes‖², as much heavier as it comes seldom."""
+        with torch.no_grad():
+            fake = self.generator(torch.randn(len(images), self.config.latent_size, generator=self.noise), labels)
+        penalty = torch.zeros(())
+        for points in (images.clone().requires_grad_(), fake.requires_grad_()):
+            for point, label in zip(points, labels, strict=True):  # an image at a time
+                (slope,) = torch.autograd.grad(self.discriminator(point[None], label[None]).sum(), point, create_graph=True)
+                penalty = penalty + self.config.gradient_penalty / 2 * slope.pow(2).sum() / len(images)
+        self.of_discriminator.zero_grad()
+        (penalty * self.config.penalty_every).backward()
+        self.of_discriminator.step()
 
     def fit(self, examples: tuple[Tensor, ...]) -> None:
         per_epoch = -(-IMAGES // BATCH)

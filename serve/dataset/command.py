@@ -1,0 +1,138 @@
+"""The command line: write a shard, or join all of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from serve.config.command_line import OneLineParser
+from serve.config.cores import usable_cores
+from serve.config.settings import DEFAULT_MODEL
+from serve.dataset.filter import BUNDLED_JUDGE, Judge
+from serve.dataset.header import ATTEMPTS, Dataset, read_header
+from serve.dataset.joining import UNKNOWN_LABEL, join
+from serve.dataset.shards import Generator, write_shard
+from serve.engine.provider import EngineOptions, choose_provider
+from serve.errors import ServeError, SettingsError
+from serve.latents import INDEX_LIMIT, SEED_LIMIT
+from serve.manifest import BUNDLED_DIR, Manifest
+from serve.models.repository import Bundle, Repository
+
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a shard or join them. Returns the exit status; an error is one line on stderr."""
+    flags = _parser().parse_args(arguments)
+    try:
+        if flags.action == "join":
+            for path in join(flags.out, flags.format):
+                print(path)
+            _say_unlabelled(read_header(flags.out))
+            return 0
+        _write(flags)
+    except (ServeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(flags: argparse.Namespace) -> None:
+    bounds = {
+        "--count": (flags.count, 1, INDEX_LIMIT),
+        "--seed": (flags.seed, 0, SEED_LIMIT - 1),
+        "--start": (flags.start, 0, INDEX_LIMIT - flags.count),
+        "--shards": (flags.shards, 1, 1 << 20),
+        "--shard": (flags.shard, 0, flags.shards - 1),
+        "--threads": (flags.threads, 1, 256),
+    }
+    for flag, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            raise SettingsError(f"{flag} must be from {low} to {high}, got {value}")
+    bundle = _bundle(flags.models_dir, flags.model, flags.version)
+    manifest = bundle.manifest
+    for label in flags.labels:
+        if not 0 <= label < manifest.labels:
+            known = f"has 0 to {manifest.labels - 1}" if manifest.labels else "is unconditional"
+            raise SettingsError(f"--labels {label}: model {manifest.name}/{manifest.version} {known}")
+    judge = _judge(flags, manifest) if flags.filter != 0 else None
+    dataset = Dataset(
+        model=manifest.name, version=manifest.version, digest=bundle.digest, seed=flags.seed, start=flags.start,
+        count=flags.count, shards=flags.shards, height=manifest.height, width=manifest.width,
+        latent_size=manifest.latent_size, classes=manifest.labels, labels=tuple(flags.labels),
+        filter=flags.filter, judge=judge.digest if judge else "",
+    )  # fmt: skip
+    begun = time.perf_counter()
+    options = EngineOptions(provider=choose_provider(flags.provider))
+    path = write_shard(flags.out, dataset, flags.shard, Generator(bundle, options, flags.threads, judge))
+    _say_unlabelled(dataset)
+    seconds, count = time.perf_counter() - begun, dataset.shard_range(flags.shard)[1]
+    print(f"{path}: {count:,} digits by {dataset.model}/{dataset.version} in {seconds:.1f} s, {count / seconds:,.0f} a second")
+
+
+def _judge(flags: argparse.Namespace, manifest: Manifest) -> Judge:
+    if not 0 < flags.filter < 1:
+        raise SettingsError(f"--filter must be from 0 to below 1, got {flags.filter:g}")
+    if not manifest.labels:
+        raise SettingsError(f"--filter needs a model with labels: {manifest.name}/{manifest.version} is unconditional")
+    if flags.start + flags.count * ATTEMPTS > INDEX_LIMIT:
+        raise SettingsError(
+            f"--filter chooses from {ATTEMPTS} × --count indices after --start, and the last is {INDEX_LIMIT - 1}"
+        )
+    judge = Judge(flags.judge)
+    if judge.classes != manifest.labels:
+        raise SettingsError(f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels")
+    return judge
+
+
+def _say_unlabelled(dataset: Dataset) -> None:
+    if not dataset.classes:
+        print(
+            f"{dataset.model} is unconditional: every label is {UNKNOWN_LABEL}, which stands for none; for training a classifier"
+            " write a data set of a conditional model, as --model cdcgan",
+            file=sys.stderr,
+        )
+
+
+def _bundle(models_dir: Path, model: str, version: int) -> Bundle:
+    repository = Repository(models_dir)
+    there = repository.scan().get(model)
+    if not there:
+        raise SettingsError(f"--models-dir {models_dir} has no model {model[:64]!r}")
+    return repository.read(model, version or max(there))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m serve.dataset", description="Make a data set of any size, shard by shard.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    write = actions.add_parser("write", help="write one shard")
+    write.add_argument("--count", type=int, required=True, help="digits of the whole data set")
+    write.add_argument("--seed", type=int, default=0, help="seed of the stream of digits (default: 0)")
+    write.add_argument("--start", type=int, default=0, help="index of the data set's first digit (default: 0)")
+    write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
+    index = os.environ.get(INDEX_VARIABLE, "0")
+    write.add_argument("--shard", type=int, default=index, help=f"which one this is (default: ${INDEX_VARIABLE}, or 0)")
+    write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
+    write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the stream's own)")
+    write.add_argument(
+        "--filter",
+        type=float,
+        default=0.0,
+        metavar="CONFIDENCE",
+        help="keep what a judge reads as its label at least so surely; later digits take the others' places (default: 0, all)",
+    )
+    write.add_argument("--judge", type=Path, default=BUNDLED_JUDGE, help="the judge's file (default: the bundled one)")
+    write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
+    write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
+    write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
+    cores = usable_cores()
+    write.add_argument("--threads", type=int, default=cores, help=f"runs side by side (default: the cores, {cores})")
+    join_them = actions.add_parser("join", help="join all shards")
+    join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
+    for action in (write, join_them):
+        action.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    return parser

@@ -1,0 +1,132 @@
+"""Shards joined into files that others read: MNIST's idx files, or one for numpy."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.dataset.header import Dataset, read_header, write_header
+from serve.errors import SettingsError
+
+UNKNOWN_LABEL = 255
+LABELS_AT_ONCE = 1 << 16
+COPY_BYTES = 1 << 20
+TEST_SHARE = 7  # one digit in so many goes to the test files, as in MNIST
+IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
+
+
+def join(folder: Path, file_format: str) -> list[Path]:
+    """Join all shards into ``idx`` files or one ``npz``. Raises SettingsError naming the first shard that is missing."""
+    dataset = read_header(folder)
+    parts = [dataset.shard_file(folder, shard) for shard in range(dataset.shards)]
+    for shard, part in enumerate(parts):
+        wanted = dataset.shard_range(shard)[1] * dataset.height * dataset.width
+        if not part.exists() or part.stat().st_size != wanted:
+            raise SettingsError(f"{part} is missing or not whole; write it with --shard {shard}")
+    if dataset.filter:
+        dataset = _with_refused_share(folder, dataset)
+    return _join_idx(folder, dataset, parts) if file_format == "idx" else [_join_npz(folder, dataset, parts)]
+
+
+def label_bytes(folder: Path, dataset: Dataset, first: int, count: int) -> Iterator[bytes]:
+    """One byte a digit, some at a time, from the ``first``-th of the data set on."""
+    for begin in range(first, first + count, LABELS_AT_ONCE):
+        some = min(LABELS_AT_ONCE, first + count - begin)
+        given = dataset.start + begin
+        if not dataset.classes:
+            labels: NDArray[np.int64] | None = np.full(some, UNKNOWN_LABEL)
+        elif dataset.filter:
+            labels = dataset.chosen_rows(_stored_indices(folder, dataset, begin, some), given + np.arange(some))[1]
+        else:
+            labels = dataset.rows(given, some)[1]
+        assert labels is not None
+        yield labels.astype(np.uint8).tobytes()
+
+
+def _stored_indices(folder: Path, dataset: Dataset, first: int, count: int) -> NDArray[np.int64]:
+    """Where in the stream the ``first``-th digit of a filtered data set and those after it are."""
+    found = []
+    for shard in range(dataset.shards):
+        begin, size = dataset.shard_range(shard)
+        skip = max(0, first - (begin - dataset.start))
+        wanted = min(size, first + count - (begin - dataset.start)) - skip
+        if wanted > 0:
+            path = dataset.indices_file(folder, shard)
+            found.append(np.fromfile(path, "<i8", wanted, offset=8 * skip))
+            if len(found[-1]) < wanted:
+                raise SettingsError(f"{path} is not whole; delete {dataset.shard_file(folder, shard)} and write the shard again")
+    return np.concatenate(found).astype(np.int64)
+
+
+def _with_refused_share(folder: Path, dataset: Dataset) -> Dataset:
+    """The header with how many of the digits that the judge was shown it refused, written too."""
+    shown = 0
+    for begin in range(0, dataset.count, LABELS_AT_ONCE):
+        some = min(LABELS_AT_ONCE, dataset.count - begin)
+        further = _stored_indices(folder, dataset, begin, some) - (dataset.start + begin + np.arange(some))
+        shown += int((further // dataset.count + 1).sum())
+    dataset = msgspec.structs.replace(dataset, refused_share=1 - dataset.count / shown)
+    write_header(folder, dataset)
+    return dataset
+
+
+def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
+    """MNIST's four files below ``MNIST/raw``, where torchvision's class of that name looks for them."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    test = dataset.count // TEST_SHARE
+    digit = dataset.height * dataset.width
+    written = []
+    for kind, skip, count in (("train", 0, dataset.count - test), ("t10k", dataset.count - test, test)):
+        images, labels = raw / f"{kind}-images-idx3-ubyte", raw / f"{kind}-labels-idx1-ubyte"
+        with images.open("wb") as file:
+            file.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
+            _copy(parts, skip * digit, count * digit, file)
+        with labels.open("wb") as file:
+            file.write(struct.pack(">2I", LABELS_MAGIC, count))
+            file.writelines(label_bytes(folder, dataset, skip, count))
+        written += [images, labels]
+    return written
+
+
+def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
+    """``images`` uint8 (count, height, width) and ``labels`` uint8 (count,), readable by ``numpy.load``.
+
+    Of a filtered data set also ``indices`` int64 (count,): where in the stream each digit is.
+    """
+    path = folder / "digits.npz"
+    shape = (dataset.count, dataset.height, dataset.width)
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)
+        with archive.open("labels.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape[:1]})
+            for some in label_bytes(folder, dataset, 0, dataset.count):
+                file.write(some)
+        if dataset.filter:
+            with archive.open("indices.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape[:1]})
+                indices = [dataset.indices_file(folder, shard) for shard in range(dataset.shards)]
+                _copy(indices, 0, 8 * dataset.count, file)
+    return path
+
+
+def _copy(parts: list[Path], skip: int, size: int, to: Any) -> None:
+    """Copy ``size`` bytes of the files read as one, after the first ``skip``."""
+    for part in parts:
+        here = part.stat().st_size
+        if skip < here and size:
+            with part.open("rb") as file:
+                file.seek(skip)
+                while size and (chunk := file.read(min(size, COPY_BYTES))):
+                    to.write(chunk)
+                    size -= len(chunk)
+        skip = max(0, skip - here)

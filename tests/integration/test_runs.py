@@ -1,0 +1,125 @@
+"""Runs as their owner looks at them: listed, side by side, each on a page of its own."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.command_lines import in_process
+from tests.conftest import SUBSET
+from train.cli import main
+
+SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
+MACHINE = [f"--data-dir={SUBSET}", "--device=cpu", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs of the mlp that differ in their seed, the second judged, and one that was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    for flags in (["--seed=1"], ["--seed=2", "--latent-size=8"]):
+        done = in_process(main, "mlp", *SMALL, *flags, *MACHINE, f"--runs-dir={folder}")
+        assert done.returncode == 0, done.stderr
+    second = folders(folder)[1]
+    figures = {"label_accuracy": None, "frechet_distance": 12.345, "recall": 0.5, "classification_accuracy_score": 0.9876,
+               "classification_accuracy_score_error": 0.0011, "precision": 0.7, "confident_share": 0.8, "class_imbalance": 0.01,
+               "nearest_training_image": 4.0}  # fmt: skip
+    judged = {"model": figures, "real": figures | {"recall": 0.9}}
+    (second / "quality.json").write_text(json.dumps({"step": 16, "samples": 100, **judged, "second_judge": judged}))
+    return folder
+
+
+def folders(runs: Path) -> list[Path]:
+    return sorted((runs / "mlp").iterdir())
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def test_list_tells_each_runs_state_time_and_quality(runs: Path) -> None:
+    damaged = runs / "dcgan" / "20260101-000000"
+    damaged.mkdir(parents=True)
+    (damaged / "config.json").write_text("{")
+    done = in_process(main, "list", f"--runs-dir={runs}")
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = map(cells, done.stdout.splitlines())
+    assert head[:4] == ["run", "state", "steps", "trained for"]
+    first, second = folders(runs)
+    assert rows[0][:2] == [str(damaged), "damaged"]
+    assert rows[1][:3] == [str(first), "finished", "16"]
+    assert rows[1][3].endswith(" min")
+    assert rows[1][4:] == ["–"] * 4
+    assert rows[2][0] == str(second)
+    assert rows[2][4:] == ["–", "12.35", "0.500", "98.76% ± 0.11"]
+
+
+def test_list_without_runs_says_how_to_start_one(tmp_path: Path) -> None:
+    done = in_process(main, "list", f"--runs-dir={tmp_path}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: there is no run in {tmp_path}; start one with: make train PRESET=")
+
+
+def test_compare_shows_what_differs_and_what_came_of_it(runs: Path) -> None:
+    done = in_process(main, "compare", *map(str, folders(runs)))
+    assert done.returncode == 0, done.stderr
+    rows = {row[0]: row[1:] for row in map(cells, done.stdout.splitlines()[2:])}
+    assert rows["seed"] == ["1", "2"]
+    assert rows["latent_size"] == ["64", "8"]
+    assert "batch_size" not in rows, "what is the same is left out"
+    assert rows["steps"] == ["16", "16"]
+    assert rows["Fréchet"] == ["–", "12.35"]
+    losses = [float(each) for each in rows["last generator loss"]]
+    assert losses[0] != losses[1]
+    one = in_process(main, "compare", str(folders(runs)[0]))
+    assert one.returncode == 2
+    assert one.stderr == "error: compare takes two run folders or more; or --run, for the notebook's table\n"
+
+
+class Page(HTMLParser):
+    """What a page shows: its text, its pictures, and every address that it would load something from."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.sources: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append(data.strip())
+
+
+def test_every_run_has_a_page_that_needs_no_server(runs: Path) -> None:
+    first, second = folders(runs)
+    page = Page((first / "report.html").read_text())
+    assert "finished: 16 steps in" in " ".join(page.text)
+    assert "Not judged yet:" in page.text
+    assert len(page.sources) == 1 + 5, "the losses, and a grid for each of five log points"
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    changed = [line for line in (first / "report.html").read_text().splitlines() if '<tr class="changed">' in line]
+    named = [line.split("<td>")[1].removesuffix("</td>") for line in changed]
+    assert set(named) == {"generator_widths", "discriminator_widths", "batch_size", "epochs", "report_every", "seed"}
+    done = in_process(main, "report", f"--run={second}")
+    assert done.stdout == f"{second / 'report.html'}\n"
+    judged = Page((second / "report.html").read_text()).text
+    assert judged.count("12.35") == 4, "by both judges, of generated and of real digits"
+    assert judged.count("98.76% ± 0.11") == 4
+
+
+def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.loop.Trainer._stop_agreed", lambda trainer: trainer.step == 6)
+    done = in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}")
+    assert done.returncode == 130
+    [run] = folders(tmp_path)
+    assert "unfinished: 6 steps in" in " ".join(Page((run / "report.html").read_text()).text)
+    monkeypatch.undo()
+    assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume").returncode == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
