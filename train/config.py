@@ -235,6 +235,7 @@ PRESETS: Mapping[str, TrainConfig] = {
         gradient_penalty=0.1,
         penalty_every=8,
         beta2=0.99,
+        epochs=45,
     ),
 }
 
