@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PB := serve/pb
 
-PRESET ?= cdcgan
+PRESET ?= rpgan
 RUN ?=
+RUNS ?=
 ARGS ?=
 TARGET ?= localhost:50051
 RUNTIME ?= cpu
@@ -21,7 +22,7 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train evaluate gallery export test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export speedrun runs test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,24 +51,30 @@ serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (AR
 generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the terminal (TARGET, ARGS)
 	@$(BIN)/python -m serve.client --target $(TARGET) $(ARGS)
 
-train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan (ARGS="--epochs 1", ARGS=--resume)
+train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan|rpgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
 activations: .venv/.all ## draw what happens inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
 	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
 
-compare: .venv/.all ## the newest mlp run's losses beside the notebook's
-	@$(BIN)/python -m train compare $(if $(RUN),--run $(RUN))
+runs: .venv/.all ## list all runs: state, steps, time, quality
+	@$(BIN)/python -m train list $(ARGS)
 
-evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one)
+compare: .venv/.all ## the newest mlp run's losses beside the notebook's (RUNS="runs/... runs/..." for two runs side by side)
+	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(RUN))
+
+evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
 	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(RUN)) $(ARGS)
 
-gallery: .venv/.all ## draw the pictures of the newest finished cdcgan (RUN=runs/... for another, ARGS="--out docs")
+gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(RUN)) $(ARGS)
 
 export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
 	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))
 	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+
+speedrun: .venv/.all ## from nothing to a served model: train shortly, score, export, serve, ask; a page in build/speedrun (ARGS="--epochs 4")
+	@$(BIN)/python -m export speedrun $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
 	$(PYTHON) -m venv build/triton-client

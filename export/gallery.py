@@ -5,6 +5,7 @@ styles.png          a row for each latent vector, with every label in turn
 truncation.png      the same addresses from truncation 0.2 to none
 interpolation.png   from one address to the next on the arc between their latent vectors
 neighbours.png      generated digits, and below each the three training images nearest to it
+worst.png best.png  of 10,000 digits, those whose labels the judge is least and most sure of, if the run was judged
 layer1.png …        what each layer makes of one sample
 training.gif        the same latents through the training
 """
@@ -101,8 +102,9 @@ class Gallery:
             activations.draw(self._run, 0)
             for picture in sorted((self._run.folder / "activations").glob("sample-00-layer*.png")):
                 shutil.copyfile(picture, self._folder / picture.name.removeprefix("sample-00-"))
-        if (lapse := self._run.folder / "fakes.gif").exists():
-            shutil.copyfile(lapse, self._folder / "training.gif")
+        for drawn, name in (("fakes.gif", "training.gif"), ("worst.png", "worst.png"), ("best.png", "best.png")):
+            if (picture := self._run.folder / drawn).exists():
+                shutil.copyfile(picture, self._folder / name)
 
     def _save(self, name: str, pixels: Pixels, columns: int) -> None:
         images: Tensor = torch.from_numpy(pixels).unsqueeze(1).float() / 255

@@ -126,7 +126,7 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
     flags = (f"--models-dir={bundle.parents[1]}", f"--default-model={bundle.parent.name}", "--grpc-port=0", "--http-port=0")
     try:
         with started("serve", *flags) as server, DigitClient(server.target) as client:
-            pixels = client.generate(10 * OF_EACH, seed=SEED, labels=list(range(10))).pixels
+            pixels = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)]).pixels
             calls = []
             for index in range(100):
                 begun = time.perf_counter()

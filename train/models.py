@@ -148,8 +148,8 @@ class LabelledNorm(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
-        gain, bias = (table(labels)[:, :, None, None] for table in (self.gain, self.bias))
-        changed: Tensor = self.norm(maps) * gain + bias
+        gain, bias = self.gain(labels), self.bias(labels)  # TorchScript knows no generator expressions
+        changed: Tensor = self.norm(maps) * gain[:, :, None, None] + bias[:, :, None, None]
         return changed
 
 

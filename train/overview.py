@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoint import CONFIG_FILE, LOSSES_FILE, RESULT_FILE, Run, how_to_train, open_run
+from train.config import DEFAULT_PRESET
 from train.errors import CheckpointError
 from train.evaluate import COLUMNS, QUALITY_FILE, shown
 
@@ -21,7 +22,7 @@ def list_runs(runs_dir: Path) -> str:
     """Every run in ``runs_dir``, oldest first within its preset, as a table. Raises CheckpointError when there is none."""
     folders = [path.parent for path in sorted(runs_dir.glob(f"*/*/{CONFIG_FILE}"))]
     if not folders:
-        raise CheckpointError(f"there is no run in {runs_dir}; start one with: {how_to_train('cdcgan', runs_dir)}")
+        raise CheckpointError(f"there is no run in {runs_dir}; start one with: {how_to_train(DEFAULT_PRESET, runs_dir)}")
     head = ["run", "state", "steps", "trained for", *(COLUMNS[figure][0] for figure in LISTED)]
     rows = []
     for folder in folders:

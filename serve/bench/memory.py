@@ -8,7 +8,7 @@ from serve.bench.load import Load, closed
 from serve.bench.process import started
 
 INSTANCES = (1, 2, 4, 8, 16, 32, 64)
-MODELS = ("mlp", "dcgan", "cdcgan")
+MODELS = ("mlp", "dcgan", "cdcgan", "rpgan")
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu", "--max-batch-size=16", "--max-queue-images=100000")
 
 

@@ -39,7 +39,7 @@ def _setting(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
-DEFAULT_MODEL = "cdcgan"
+DEFAULT_MODEL = "rpgan"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ def _say_unlabelled(dataset: Dataset) -> None:
     if not dataset.classes:
         print(
             f"{dataset.model} is unconditional: every label is {UNKNOWN_LABEL}, which stands for none; for training a classifier"
-            " write a data set of a conditional model, as --model cdcgan",
+            " write a data set of a conditional model, as --model rpgan",
             file=sys.stderr,
         )
 

@@ -63,6 +63,7 @@ class Binding:
     def __init__(self, session: ort.InferenceSession, buffers: DeviceBuffers, size: int, outputs: tuple[str, ...]) -> None:
         self._session = session
         self._binding = session.io_binding()
+        self._options: dict[int, ort.RunOptions] = {}  # by graph id
         place = buffers.device.name
         for names, bind in ((buffers.inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
             for name in names:
@@ -71,6 +72,8 @@ class Binding:
 
     def run(self, graph_id: int = NO_GRAPH) -> None:
         """Run the bound rows; returns when the outputs are there. With a ``graph_id`` the first run is captured."""
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        options = self._options.get(graph_id)
+        if options is None:
+            options = self._options[graph_id] = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
         self._session.run_with_iobinding(self._binding, options)

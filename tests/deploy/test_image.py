@@ -157,7 +157,7 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         assert http
         assert all(probed(here, http[1].replace("[::]", "127.0.0.1")).values())
         with DigitClient(here, timeout_s=30) as client:
-            assert {model.name for model in client.list_models().models} == {"mlp", "dcgan", "cdcgan"}
+            assert {model.name for model in client.list_models().models} == {"mlp", "dcgan", "cdcgan", "rpgan"}
             assert client.generate(25, labels=7, seed=7).pixels.any()
         inside = image.run("podman", "exec", "digits", "python3", "-c", "import os; print(os.getuid(), os.getpid())")
         assert inside.split()[0] == "65532"

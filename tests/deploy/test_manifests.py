@@ -190,7 +190,7 @@ def test_the_dataset_jobs_shards_are_its_completions(tmp_path: Path, capsys: pyt
     shown[shown.index("--out") + 1] = str(tmp_path)
     shown[shown.index("--count") + 1] = "80"
     assert dataset_main(shown) == 0
-    assert "10 digits by cdcgan/1" in capsys.readouterr().out
+    assert "10 digits by rpgan/1" in capsys.readouterr().out
 
 
 def queries() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from PIL import Image
 
 from export import batch_size
 from export.cli import main as export_main
@@ -22,6 +24,7 @@ from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.command_lines import in_process
+from tests.conftest import SUBSET
 from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
 from train.config import preset
@@ -60,7 +63,7 @@ def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> No
 def test_bench_train_times_every_preset() -> None:
     done = in_process(train_main, "bench", "--seconds=0.1", "--device=cpu", "--threads=1")
     assert done.returncode == 0, done.stderr
-    for name in ("mlp", "dcgan", "cdcgan"):
+    for name in ("mlp", "dcgan", "cdcgan", "rpgan"):
         [line] = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
         assert float(re.findall(r"[\d.]+", line)[0]) > 0
 
@@ -158,3 +161,28 @@ def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_pat
     done = in_process(export_main, f"--runs-dir={tmp_path}", "--min-quality=label_accuracy=0.99")
     assert done.returncode == 2
     assert f"no run in {tmp_path} is left; name one with --run to see why" in done.stderr
+
+
+def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> None:
+    small = ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--steps=6", "--device=cpu", "--threads=1"]
+    flags = ["--epochs=1", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}"]
+    done = in_process(export_main, "speedrun", *flags, "--", *small)
+    assert done.returncode == 0, done.stderr
+    begun = re.findall(r"^(\d) of 4: (\w+); about .* left$", done.stderr, re.MULTILINE)
+    assert begun == [("1", "training"), ("2", "scoring"), ("3", "exporting"), ("4", "serving")]
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for figure in ("classification accuracy score", "digits read as their labels", "a call for one digit, median", "time in all"):
+        assert figure in page
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.size == (280, 280), "ten of each digit"
+    manifest = read_bundle(tmp_path / "models" / "rpgan" / "1").manifest
+    assert (manifest.name, manifest.training["step"]) == ("rpgan", 6)
+    assert f"data:image/png;base64,{base64.b64encode((tmp_path / 'digits.png').read_bytes()).decode()}" in page
+    assert re.search(r"^for docs/speedrun.md: \| 20\d\d-\d\d-\d\d \| .* \|$", done.stdout, re.MULTILINE)
+
+
+def test_a_speedrun_that_fails_says_which_command_did(tmp_path: Path) -> None:
+    done = in_process(export_main, "speedrun", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}", "--", "--beta1=2")
+    assert done.returncode == 2
+    assert re.search(r"error: python -m train rpgan .* --beta1=2 ended with status 2; its own error is above\n$", done.stderr)

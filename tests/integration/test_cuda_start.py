@@ -66,7 +66,7 @@ def test_auto_serves_on_the_cpu_and_says_why(found: str, driver: Callable[[str],
 def test_a_data_set_is_written_on_the_cpu(driver: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     done = run(driver("none"), "serve.dataset", "write", "--count=10", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "10 digits by cdcgan/1" in done.stdout
+    assert "10 digits by rpgan/1" in done.stdout
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_a_conditional_models_labels_are_the_tapes_or_those_in_turn(
     train, test = MNIST(tmp_path, train=True), MNIST(tmp_path, train=False)
     assert (len(train), len(test)) == (120, 20)
     with DigitClient(shared_server.target) as client:
-        parts = list(client.stream(140, seed=7, start=100, labels=labels))
+        parts = list(client.stream(140, seed=7, start=100, labels=labels, model="cdcgan"))
     pixels, expected = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))
     assert np.array_equal(np.concatenate([train.targets.numpy(), test.targets.numpy()]), expected)
     assert np.abs(np.concatenate([train.data.numpy(), test.data.numpy()]).astype(int) - pixels).max() <= 1
@@ -300,7 +301,6 @@ def test_labels_in_turn_stay_in_turn_behind_a_filter(tmp_path: Path) -> None:
         (["--filter=0.5", "--judge=nowhere.onnx"], "--judge nowhere.onnx: No such file or directory"),
         (["--filter=0.5", f"--judge={__file__}"], "is no judge; write one with: python -m export judge --out"),
         (["--filter=0.5", f"--judge={BUNDLED_DIR / 'mlp' / '1' / 'model.onnx'}"], "is no judge"),
-        (["--filter=0.9999999999"], "is read so surely; lower it"),
     ],
 )
 def test_a_filter_that_cannot_be_had_is_one_line(
@@ -310,6 +310,16 @@ def test_a_filter_that_cannot_be_had_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not list(tmp_path.glob("set/*.pixels"))
+
+
+def test_a_place_that_finds_no_digit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("serve.dataset.filter.ATTEMPTS", 1)
+    assert main([*FILTERED, f"--out={tmp_path / 'set'}"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: --filter 0.99: none of 1 digits, at index \d+ \+ n × 1500, is read so surely; lower it\n", said)
     assert not list(tmp_path.glob("set/*.pixels"))
 
 

@@ -443,7 +443,7 @@ def test_a_damaged_checkpoint_is_named(make_run: Callable[[str], Run], tmp_path:
 def test_watch_finds_a_true_server_true(shared_server: ServerProcess) -> None:
     done = cli("watch", "--once", f"--target={shared_server.target}")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip().splitlines()) == 1 + 6
+    assert len(done.stdout.strip().splitlines()) == 1 + 8
     assert "BREACH" not in done.stdout
 
 
@@ -467,7 +467,7 @@ def test_watch_compares_the_others_when_one_version_is_unknown(shared_server: Se
     shutil.rmtree(bundles / "cdcgan")
     done = cli("watch", "--once", f"--target={shared_server.target}", f"--models-dir={bundles}")
     assert done.returncode == 1
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["dcgan/1"] * 2 + ["mlp/1"] * 2
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["dcgan/1"] * 2 + ["mlp/1"] * 2 + ["rpgan/1"] * 2
     assert re.fullmatch(r"error: .*cdcgan/1/manifest\.json cannot be read .*\n", done.stderr)
 
 

@@ -46,7 +46,7 @@ def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
     assert outcome.figures
     assert all(target.met for target in outcome.fixed), outcome
     if name == "served":
-        assert {target.name.split(":")[0] for target in outcome.aims} == {"mlp", "dcgan", "cdcgan", "one digit unloaded"}
+        assert {target.name.split(":")[0] for target in outcome.aims} == {"mlp", "dcgan", "cdcgan", "rpgan", "one digit unloaded"}
         assert outcome.figures["dcgan"]["digits_per_s"] > 100
     if name == "wire":
         assert outcome.figures["bytes_per_s"] == outcome.figures["digits_per_s"] * 784 > 1e6

@@ -49,7 +49,7 @@ def test_json_has_the_digits_of_the_address_one_by_one(shared_server: ServerProc
     status, headers, body = get(shared_server, f"/v1/digits?seed={seed}&start=3&count=4&labels=7,1,0,9&truncation=1.5")
     answer = json.loads(body)
     assert (status, headers["Content-Type"].split(";")[0], headers["Cache-Control"]) == (200, "application/json", "no-store")
-    assert (answer["model"], answer["version"], answer["seed"]) == ("cdcgan", 1, str(seed)), "64 bits as text"
+    assert (answer["model"], answer["version"], answer["seed"]) == ("rpgan", 1, str(seed)), "64 bits as text"
     assert [(digit["index"], digit["label"]) for digit in answer["digits"]] == [("3", 7), ("4", 1), ("5", 0), ("6", 9)]
     with DigitClient(shared_server.target) as client:
         same = client.generate(4, seed=seed, start=3, labels=[7, 1, 0, 9], truncation=1.5)
@@ -60,7 +60,7 @@ def test_json_has_the_digits_of_the_address_one_by_one(shared_server: ServerProc
 def test_png_is_one_picture_with_the_address_in_its_headers(shared_server: ServerProcess) -> None:
     status, headers, body = get(shared_server, "/v1/digits?seed=5&count=6&labels=2&format=png")
     assert (status, headers["Content-Type"]) == (200, "image/png")
-    assert (headers["Digits-Model"], headers["Digits-Seed"], headers["Digits-Start"]) == ("cdcgan/1", "5", "0")
+    assert (headers["Digits-Model"], headers["Digits-Seed"], headers["Digits-Start"]) == ("rpgan/1", "5", "0")
     assert headers["Digits-Labels"] == "2,2,2,2,2,2"
     with DigitClient(shared_server.target) as client:
         assert apart(picture(body), to_grid(client.generate(6, seed=5, labels=2).pixels)) <= 1
@@ -86,7 +86,7 @@ def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(share
         (400, "seed is out of range: 18446744073709551616", f"/v1/digits?seed={2**64}"),
         (400, "labels must be digits joined by commas, got '7;8'", "/v1/digits?labels=7;8"),
         (400, "labels is out of range", "/v1/digits?labels=-1"),
-        (400, "labels must be from 0 to 9 for model cdcgan/1, got 12", "/v1/digits?labels=12"),
+        (400, "labels must be from 0 to 9 for model rpgan/1, got 12", "/v1/digits?labels=12"),
         (400, "truncation must be a number, got ''", "/v1/digits?truncation="),
         (400, "truncation must be 0.01 or more", "/v1/digits?truncation=-2"),
         (400, "format must be one of json, png, got 'gif'", "/v1/digits?format=gif"),
@@ -102,7 +102,7 @@ def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(share
         (400, "count must be a whole number, got '１２'", "/v1/digits?count=%EF%BC%91%EF%BC%92"),
         (400, "count must be a whole number, got '٣'", "/v1/digits?count=%D9%A3"),
         (400, "labels must be digits joined by commas, got '1,2_0'", "/v1/digits?labels=1,2_0"),
-        (404, "model 'vae' is not served; there are cdcgan, dcgan, mlp", "/v1/digits?model=vae"),
+        (404, "model 'vae' is not served; there are cdcgan, dcgan, mlp, rpgan", "/v1/digits?model=vae"),
     ],
 )
 def test_what_is_refused_is_named_with_its_status(shared_server: ServerProcess, status: int, text: str, path: str) -> None:
@@ -115,9 +115,9 @@ def test_status_counts_what_either_protocol_returned(start_server: Callable[...,
     server = start_server()
     before = json.loads(get(server, "/v1/status")[2])
     assert {model["name"]: (model["labels"], model["provider"]) for model in before["models"]} == {
-        "cdcgan": (10, "cpu"), "dcgan": (0, "cpu"), "mlp": (0, "cpu"),
+        "cdcgan": (10, "cpu"), "dcgan": (0, "cpu"), "mlp": (0, "cpu"), "rpgan": (10, "cpu"),
     }  # fmt: skip
-    assert (before["grpc"], before["default_model"]) == (server.target, "cdcgan")
+    assert (before["grpc"], before["default_model"]) == (server.target, "rpgan")
     get(server, "/v1/digits?count=5")
     with DigitClient(server.target) as client:
         client.generate(7)

@@ -97,8 +97,8 @@ def test_interpolation_without_labels_has_those_of_the_nearer_end(client: DigitC
     ("text", "fields"),
     [
         ("model dcgan/1 is unconditional and takes no labels", {"count": 1, "model": "dcgan", "labels": [1]}),
-        ("labels must be from 0 to 9 for model cdcgan/1, got 10", {"count": 1, "labels": [10]}),
-        ("labels must be from 0 to 9 for model cdcgan/1, got 4294967295", {"count": 1, "labels": [2**32 - 1]}),
+        ("labels must be from 0 to 9 for model rpgan/1, got 10", {"count": 1, "labels": [10]}),
+        ("labels must be from 0 to 9 for model rpgan/1, got 4294967295", {"count": 1, "labels": [2**32 - 1]}),
         ("labels has 2 entries for 3 digits; give one for all, or one for each", {"count": 3, "labels": [1, 2]}),
         ("labels are needed with latents", {"latents": bytes(400)}),
         ("truncation must be 0.01 or more, or 0 for none, got -1", {"count": 1, "truncation": -1}),
@@ -138,11 +138,11 @@ def test_a_stream_with_labels_out_of_range_is_refused(client: DigitClient) -> No
 
 
 def test_a_model_says_what_can_be_asked_for_and_how_good_it_is(client: DigitClient) -> None:
-    about = {name: client.get_model(name) for name in ("cdcgan", "dcgan", "mlp")}
-    assert {name: each.labels for name, each in about.items()} == {"cdcgan": 10, "dcgan": 0, "mlp": 0}
+    about = {name: client.get_model(name) for name in ("rpgan", "cdcgan", "dcgan", "mlp")}
+    assert {name: each.labels for name, each in about.items()} == {"rpgan": 10, "cdcgan": 10, "dcgan": 0, "mlp": 0}
     for name, each in about.items():
         assert each.quality_json == (BUNDLED_DIR / name / "1" / QUALITY_FILE).read_text()
-        assert (json.loads(each.quality_json)["model"]["label_accuracy"] is not None) is (name == "cdcgan")
+        assert (json.loads(each.quality_json)["model"]["label_accuracy"] is not None) is (each.labels > 0)
 
 
 def infer(inference: Any, outputs: tuple[str, ...], model: str = "cdcgan", **tensors: Any) -> Any:
@@ -203,6 +203,6 @@ def test_the_command_line_asks_for_digits(
 ) -> None:
     flags = ["--target", shared_server.target, "--count", "3", "--seed", "4", "--out", str(tmp_path / "digits.png")]
     assert main([*flags, "--digit", "7", "--truncation", "0.8"]) == 0
-    assert "3 digits by cdcgan/1, seed 4" in capsys.readouterr().out
+    assert "3 digits by rpgan/1, seed 4" in capsys.readouterr().out
     assert main([*flags, "--digit", "12"]) == 1
-    assert "labels must be from 0 to 9 for model cdcgan/1, got 12" in capsys.readouterr().err
+    assert "labels must be from 0 to 9 for model rpgan/1, got 12" in capsys.readouterr().err

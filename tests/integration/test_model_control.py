@@ -35,7 +35,7 @@ SWAPS = 50
 @pytest.fixture
 def models(bundles: Path) -> Path:
     """The mlp alone."""
-    for name in ("dcgan", "cdcgan"):
+    for name in ("dcgan", "cdcgan", "rpgan"):
         shutil.rmtree(bundles / name)
     return bundles
 
@@ -204,7 +204,7 @@ def test_health_follows_the_models(models: Path, start_server: Callable[..., Ser
         stub.Unload(pb.UnloadRequest(model="mlp"))
         wait_until(lambda: check("digits.v1.DigitGenerator/mlp") == status.SERVICE_UNKNOWN)
         assert check("digits.v1.DigitGenerator") == check("") == status.NOT_SERVING
-        others = [name for name in ("cdcgan", "dcgan") if (models / name).exists()]
+        others = [name for name in ("cdcgan", "dcgan", "rpgan") if (models / name).exists()]
         assert server.get("/readyz") == ((200, "ready\n") if others else (503, "no model is served yet\n"))
         assert server.get("/readyz/mlp") == (503, "not ready: mlp\n")
         stub.Load(pb.LoadRequest(model="mlp"))

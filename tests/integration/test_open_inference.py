@@ -71,7 +71,7 @@ def test_async_calls_are_all_answered(seen: dict[str, Any]) -> None:
         ("negative", "INVALID_ARGUMENT", "count must be from 1 to 4096 for uint8, got -1"),
         ("over", "INVALID_ARGUMENT", "count must be from 1 to 4096 for uint8, got 100000"),
         ("oversize", "RESOURCE_EXHAUSTED", ""),
-        ("model", "NOT_FOUND", "model 'vae' is not served; there are cdcgan, dcgan, mlp"),
+        ("model", "NOT_FOUND", "model 'vae' is not served; there are cdcgan, dcgan, mlp, rpgan"),
         ("version", "NOT_FOUND", "model 'mlp' has no version 9; there are 1"),
         ("odd_version", "NOT_FOUND", "has no version '../1'"),
     ],
@@ -177,7 +177,7 @@ def test_configuration_and_statistics(seen: dict[str, Any]) -> None:
     assert 0 < int(mlp["execution_count"]) == stats["compute_infer"] == stats["compute_input"]
     assert stats["success"] == stats["queue"] == stats["compute_output"] > 4
     assert int(mlp["inference_stats"]["success"]["ns"]) > int(mlp["inference_stats"]["compute_infer"]["ns"]) > 0
-    assert seen["all_statistics"] == ["cdcgan", "dcgan", "mlp"]
+    assert seen["all_statistics"] == ["cdcgan", "dcgan", "mlp", "rpgan"]
     assert seen["unknown_config"][0] == "StatusCode.NOT_FOUND"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from serve.dataset.command import main as dataset_main
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
 from train.cli import main
@@ -123,3 +125,23 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
+
+
+def test_score_trains_a_classifier_on_a_data_set(tmp_path: Path) -> None:
+    flags = ["write", "--provider=cpu", "--model=cdcgan", "--count=400", f"--out={tmp_path / 'set'}"]
+    assert dataset_main(flags) == 0
+    assert dataset_main(["join", f"--out={tmp_path / 'set'}"]) == 0
+    done = in_process(main, "score", str(tmp_path / "set"), *MACHINE, "--scores=2")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d\d% ± \d+\.\d\d by 343 digits \(\d+\.\d\d%, \d+\.\d\d%\)\n", done.stdout)
+
+
+def test_score_refuses_a_data_set_without_labels(tmp_path: Path) -> None:
+    done = in_process(main, "score", str(tmp_path), *MACHINE)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'MNIST' / 'raw'} lacks train-images-idx3-ubyte\n"
+    assert dataset_main(["write", "--provider=cpu", "--model=mlp", "--count=40", f"--out={tmp_path}"]) == 0
+    assert dataset_main(["join", f"--out={tmp_path}"]) == 0
+    done = in_process(main, "score", str(tmp_path), *MACHINE)
+    assert done.returncode == 2
+    assert "has label 255: a classifier needs digits with labels" in done.stderr

@@ -31,7 +31,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.both_fronts
 
-MODELS = ("mlp", "dcgan", "cdcgan")
+MODELS = ("mlp", "dcgan", "cdcgan", "rpgan")
 
 
 def refused(stub: Any, code: grpc.StatusCode, **fields: Any) -> str:
@@ -87,7 +87,7 @@ def test_seed_zero_is_a_seed(client: DigitClient) -> None:
 
 
 def test_the_default_model_answers_when_none_is_named(client: DigitClient) -> None:
-    assert client.generate(1).model == client.list_models().default_model == "cdcgan"
+    assert client.generate(1).model == client.list_models().default_model == "rpgan"
 
 
 def test_explicit_latents_give_what_their_address_gives(client: DigitClient) -> None:
@@ -165,6 +165,7 @@ def test_models_are_listed_and_described(client: DigitClient) -> None:
         ("cdcgan", 1, True, True),
         ("dcgan", 1, True, True),
         ("mlp", 1, True, True),
+        ("rpgan", 1, True, True),
     ]
     about = client.get_model("mlp")
     assert (about.architecture, about.latent_size, about.height, about.width) == ("mlp", 64, 28, 28)
@@ -194,7 +195,7 @@ NAN_ROW = struct.pack("<100f", *[0.0] * 57, float("nan"), *[0.0] * 42)
         (INVALID, "count is 3, but latents holds 2 rows", {"latents": bytes(800), "count": 3}),
         (INVALID, "latents must be finite, but row 0 value 57 is nan", {"latents": NAN_ROW}),
         (INVALID, "seed, start and truncation cannot go with latents", {"latents": bytes(400), "seed": 1}),
-        (MISSING, "model 'vae' is not served; there are cdcgan, dcgan, mlp", {"count": 1, "model": "vae"}),
+        (MISSING, "model 'vae' is not served; there are cdcgan, dcgan, mlp, rpgan", {"count": 1, "model": "vae"}),
         (MISSING, "model 'mlp' has no version 9; there are 1", {"count": 1, "model": "mlp", "version": 9}),
         (MISSING, "model 'mlp' has no version -1", {"count": 1, "model": "mlp", "version": -1}),
     ],
@@ -319,7 +320,7 @@ def test_the_clients_picture_and_text(shared_server: ServerProcess, tmp_path: An
         assert picture.size == (140, 140)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 * 7 + 1
-    assert "25 digits by cdcgan/1, seed 5, from 0" in lines[-1]
+    assert "25 digits by rpgan/1, seed 5, from 0" in lines[-1]
 
 
 def test_text_shows_the_pixels_where_they_are() -> None:

@@ -57,7 +57,7 @@ def test_without_the_usual_default_model_what_is_there_answers(
 
 
 def test_an_unknown_default_model() -> None:
-    assert "--default-model 'vae' is not served; there are cdcgan, dcgan, mlp" in start_and_fail("--default-model=vae")
+    assert "--default-model 'vae' is not served; there are cdcgan, dcgan, mlp, rpgan" in start_and_fail("--default-model=vae")
 
 
 def test_a_models_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_start_tells_where_it_listens_what_it_serves_and_what_is_next(shared
     said = shared_server.announced
     assert re.search(r"^gRPC +127\.0\.0\.1:\d+$", said, re.MULTILINE)
     assert re.search(r"^HTTP +http://127\.0\.0\.1:\d+/metrics /healthz /readyz$", said, re.MULTILINE)
-    assert re.search(r"^model cdcgan/1 \(default\) on (cpu|cuda): \d+ instances, batches of up to \d+$", said, re.MULTILINE)
+    assert re.search(r"^model rpgan/1 \(default\) on (cpu|cuda): \d+ instances, batches of up to \d+$", said, re.MULTILINE)
     assert re.search(r"^next +make generate", said, re.MULTILINE)
 
 
@@ -145,7 +145,7 @@ def test_a_port_in_use_is_said_before_models_are_loaded(bundles: Path) -> None:
 
 
 def test_an_unknown_model_among_the_versions() -> None:
-    assert "--versions: there is no model 'mpl'; there are cdcgan, dcgan, mlp" in start_and_fail("--versions=mpl=latest:2")
+    assert "--versions: there is no model 'mpl'; there are cdcgan, dcgan, mlp, rpgan" in start_and_fail("--versions=mpl=latest:2")
 
 
 def test_one_address_for_both_families(start_server: Callable[..., ServerProcess]) -> None:
@@ -179,7 +179,7 @@ def test_a_unix_socket_counts_as_loopback(start_server: Callable[..., ServerProc
     server = start_server(f"--host=unix:{tmp_path}/grpc", "--grpc-port=0")
     assert server.target == f"unix:{tmp_path}/grpc"
     with DigitClient(server.target) as client:
-        assert client.generate(1).model == "cdcgan"
+        assert client.generate(1).model == "rpgan"
 
 
 def test_with_json_logs_all_that_is_said_is_json(start_server: Callable[..., ServerProcess]) -> None:

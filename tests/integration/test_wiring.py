@@ -33,7 +33,7 @@ GOAWAY = 7
 @pytest.fixture
 def models_dir(bundles: Path) -> Path:
     """The mlp alone."""
-    for name in ("dcgan", "cdcgan"):
+    for name in ("dcgan", "cdcgan", "rpgan"):
         (bundles / name).rename(bundles.parent / name)
     return bundles
 

@@ -19,6 +19,8 @@ SERVE = "tests/integration/test_serve.py"
 MODEL = "tests/unit/test_model.py"
 RECONCILE = "tests/unit/test_reconcile.py"
 RUNTIME = "tests/unit/test_runtime.py"
+STEP = "train/step.py"
+DATASET = "tests/integration/test_dataset.py"
 REFERENCE = "tests/unit/test_train_reference.py"
 TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
@@ -117,21 +119,36 @@ FAULTS = [
     Fault("digits are counted as requests", METRICS, "images_in(encoding)(images)", "images_in(encoding)(1)", WIRING),
     Fault("a gauge keeps a released model", METRICS, "            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model\n", "", MODEL),
     Fault("what was kept is not observed when metrics are read", METRICS, "            records.flush()\n", "            pass\n", WIRING),
+    # data sets
+    Fault("a filter keeps what it was to refuse", "serve/dataset/filter.py", "good = (judge.confidence(made, labels) >= dataset.filter)", "good = (judge.confidence(made, labels) < 2)", DATASET),
+    Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "aligned = BATCH if self.judge is None else size", "aligned = BATCH", DATASET),
+    Fault("a filter forgets whose label is in turn", "serve/dataset/header.py", "[given % len(self.labels)]", "[indices % len(self.labels)]", DATASET),
+    Fault("a filtered digit's index is the one that it was refused at", "serve/dataset/filter.py", "made[: len(others)][good], others[good]", "made[: len(others)][good], given[good]", DATASET),
     # train
-    Fault("real and fake are swapped", LOOP, "discriminator_loss(real_logits.float(), fake_logits.float(),", "discriminator_loss(fake_logits.float(), real_logits.float(),", REFERENCE),
-    Fault("fakes are judged with the real images' labels", LOOP, "self.trained_discriminator(fake, *labels)", "self.trained_discriminator(fake, *real[1:])", REFERENCE),
-    Fault("the discriminator's gradients pile up", LOOP, "        self.discriminator_optimizer.zero_grad()\n", "", REFERENCE),
-    Fault("the generator's gradients pile up", LOOP, "        self.generator_optimizer.zero_grad()\n", "", REFERENCE),
+    Fault("real and fake are swapped", STEP, "discriminator_loss(real_logits.float(), fake_logits.float(),", "discriminator_loss(fake_logits.float(), real_logits.float(),", REFERENCE),
+    Fault("fakes are judged with the real images' labels", STEP, "self.trained_discriminator(fake, *labels)", "self.trained_discriminator(fake, *real[1:])", REFERENCE),
+    Fault("the discriminator's gradients pile up", STEP, "        self.discriminator_optimizer.zero_grad()\n        discriminator_loss.backward()\n        self.discriminator_optimizer.step()\n\n        noise", "        discriminator_loss.backward()\n        self.discriminator_optimizer.step()\n\n        noise", REFERENCE),
+    Fault("the generator's gradients pile up", STEP, "        self.generator_optimizer.zero_grad()\n        # Only", "        # Only", REFERENCE),
     Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
     Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
     Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),
     Fault("the generator wants to be found out", "train/losses.py", "torch.ones_like(fake_logits))", "torch.zeros_like(fake_logits))", REFERENCE),
     Fault("the mean of the losses is their sum", "train/losses.py", "return total / 2 if joined_by == \"mean\" else total", "return total", REFERENCE),
     Fault("the learning rate does not decay", LOOP, "                self._set_learning_rate()\n", "", f"{TRAIN} -k decays"),
-    Fault("a resumed run draws the first noise again", LOOP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k signal"),
+    Fault("a resumed run draws the first noise again", STEP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k signal"),
     Fault("a signal saves nothing", LOOP, "if due or last or stopping:", "if due or last:", f"{TRAIN} -k signal"),
     Fault("the last step is not saved", LOOP, "if due or last or stopping:", "if due or stopping:", f"{TRAIN} -k last_step"),
+    Fault("pairs are compared the wrong way round", STEP, "losses.relativistic_loss(fake_logits - real_logits)", "losses.relativistic_loss(real_logits - fake_logits)", REFERENCE),
+    Fault("the generator's gradient is not weighed by its own loss", STEP, "ratio = -(real_logits - fake_logits).detach()", "ratio = -(fake_logits - real_logits).detach()", REFERENCE),
+    Fault("a fake is paired with another label", STEP, "fake = self.trained_generator(noise, *labels)\n        seen", "fake = self.trained_generator(noise, *(part.flip(0) for part in labels))\n        seen", REFERENCE),
+    Fault("the penalty is as light as if it came every step", STEP, "self.config.gradient_penalty * self.config.penalty_every", "self.config.gradient_penalty", REFERENCE),
+    Fault("the penalty looks at real images alone", STEP, "points = torch.cat((images, fake)).requires_grad_()", "points = torch.cat((images, images)).requires_grad_()", REFERENCE),
+    Fault("a gradient in another memory layout", STEP, "torch.empty_like(parameter).copy_(self.ranks.mean(gradient))", "self.ranks.mean(gradient)", REFERENCE),
+    Fault("the second judge is the first", "train/evaluate.py", "self._compared(self._second, samples, labels)", "self._compared(self._judge, samples, labels)", "tests/unit/test_quality.py"),
+    Fault("every classifier has the same seed", "train/evaluate.py", "train_judge(pixels, labels, device, epochs, seed,", "train_judge(pixels, labels, device, epochs, 0,", "tests/unit/test_quality.py"),
+    Fault("the best digits are drawn as the worst", "train/evaluate.py", "order[:SHOWN]), (\"best.png\", order.flip(0)[:SHOWN])", "order.flip(0)[:SHOWN]), (\"best.png\", order[:SHOWN])", "tests/unit/test_quality.py"),
     # export
+    Fault("a label's gain is added", GENERATOR, "self.convolution(maps) * gain + bias", "self.convolution(maps) + gain + bias", EXPORT),
     Fault("pixels are cut, not rounded", GENERATOR, "torch.round(images * 255.0)", "torch.floor(images * 255.0)", EXPORT),
     Fault("the trained range's offset is turned round", GENERATOR, "self.offset = -low /", "self.offset = low /", EXPORT),
     Fault("a NaN passes for parity", PARITY, "if not images.max() <= tolerance.images:", "if images.max() > tolerance.images:", EXPORT),
@@ -157,5 +174,5 @@ FAULTS = [
     Fault("a CUDA failure is one run's affair", "serve/engine/cuda_engine.py", "if CUDA_FAILURE.search(str(error)):", "if False:", ENGINE),
     Fault("a capture waits for ever", "serve/engine/cuda.py", "if not self._changed.wait_for(lambda: not self._running, wait_s):", "if not self._changed.wait_for(lambda: not self._running):", ENGINE),
     Fault("an old driver is taken", "serve/engine/driver.py", "version.value < LEAST_VERSION", "version.value < 0", "tests/integration/test_cuda_start.py"),
-    Fault("a resumed run captures as it was begun", LOOP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    Fault("a resumed run captures as it was begun", STEP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
 ]  # fmt: skip

@@ -127,7 +127,7 @@ def test_choosing_a_digit_copies_the_call_that_makes_it_again(
     words = command.split()
     assert words[:3] == ["python", "-m", "serve.client"]
     assert client_main([*words[3:], "--out", str(tmp_path / "digit.png")]) == 0
-    assert "1 digits by cdcgan/1, seed 5, from 3" in capsys.readouterr().out
+    assert "1 digits by rpgan/1, seed 5, from 3" in capsys.readouterr().out
     picture = page.evaluate(
         """async () => { const image = document.querySelectorAll('#digits img')[1];
         const canvas = new OffscreenCanvas(28, 28).getContext('2d'); canvas.drawImage(image, 0, 0, 28, 28);
@@ -238,7 +238,7 @@ def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerPr
     values = {name: page.locator(f"#{name}").input_value() for name in ("start", "count", "truncation", "digit", "version")}
     assert values == {"start": "0", "count": "25", "truncation": "2.5", "digit": "", "version": ""}
     assert (page.locator("#begin").input_value(), page.locator("#end").input_value()) == ("3", "9")
-    assert page.locator("#model").input_value() == "cdcgan"
+    assert page.locator("#model").input_value() == "rpgan"
 
 
 def test_the_ends_are_kept_in_the_address(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:

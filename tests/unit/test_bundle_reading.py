@@ -47,11 +47,11 @@ def test_the_bundled_models_are_read_and_pass_their_golden_check(bundles: Path) 
     for name, versions in found.items():
         bundle = repository(bundles).read(name, max(versions))
         Engine(bundle.model, bundle.manifest, EngineOptions(), 64).check_golden()
-    assert list(found) == ["cdcgan", "dcgan", "mlp"]
+    assert list(found) == ["cdcgan", "dcgan", "mlp", "rpgan"]
 
 
 def test_bundled_models_come_from_full_length_runs_on_mnist_itself(bundles: Path) -> None:
-    steps = {"mlp": 93_800, "dcgan": 9_380, "cdcgan": 37_520}
+    steps = {"mlp": 93_800, "dcgan": 9_380, "cdcgan": 37_520, "rpgan": 42_210}
     for name, step in steps.items():
         training = read_bundle(bundles / name / "1").manifest.training
         assert training["step"] == step
@@ -92,7 +92,12 @@ def test_complete_versions_are_found_and_half_copied_and_oddly_named_ones_are_no
     (bundles / "mlp" / ".new-x").mkdir()
     (bundles / "Mlp Copy").mkdir()
     found = repository(bundles).scan()
-    assert {name: list(versions) for name, versions in found.items()} == {"cdcgan": [1], "dcgan": [1], "mlp": [1, 2, 10]}
+    assert {name: list(versions) for name, versions in found.items()} == {
+        "cdcgan": [1],
+        "dcgan": [1],
+        "mlp": [1, 2, 10],
+        "rpgan": [1],
+    }
 
 
 def test_a_fingerprint_changes_with_any_file(bundles: Path) -> None:

@@ -25,7 +25,7 @@ from tests.waiting import wait_until
 POWERS = EngineOptions(pad_to_powers=True)
 
 
-@pytest.fixture(scope="module", params=["mlp", "dcgan", "cdcgan"])
+@pytest.fixture(scope="module", params=["mlp", "dcgan", "cdcgan", "rpgan"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -162,7 +162,7 @@ def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacem
     with_model(test, watchdog_s=0.05)
 
 
-@pytest.mark.parametrize("name", ["mlp", "dcgan", "cdcgan"])
+@pytest.mark.parametrize("name", ["mlp", "dcgan", "cdcgan", "rpgan"])
 def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str) -> None:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
     engine = Engine(bundle.model, bundle.manifest, EngineOptions(), 64)
@@ -181,7 +181,7 @@ def test_slots_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int,
 
     async def run() -> None:
         loop, metrics = asyncio.get_running_loop(), Metrics(CollectorRegistry())
-        for name, size in (("mlp", 64), ("dcgan", 8), ("cdcgan", 8)):
+        for name, size in (("mlp", 64), ("dcgan", 8), ("cdcgan", 8), ("rpgan", 8)):
             bundle = read_bundle(BUNDLED_DIR / name / "1")
             model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(), metrics, loop)
             limits = model.batcher.limits

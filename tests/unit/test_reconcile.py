@@ -82,7 +82,7 @@ def with_replica(test: Callable[[Replica], Awaitable[None]], models_dir: Path, *
 @pytest.fixture
 def models(bundles: Path) -> Path:
     """The mlp alone: it loads in a twentieth of a second."""
-    for name in ("dcgan", "cdcgan"):
+    for name in ("dcgan", "cdcgan", "rpgan"):
         shutil.rmtree(bundles / name)
     return bundles
 
