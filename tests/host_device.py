@@ -13,12 +13,16 @@ from serve.engine.onnx_runtime import ort
 
 
 class HostDevice(Device):
-    """Buffers of their own in host memory; copies as from one address to another. Records what is page-locked."""
+    """Buffers of their own in host memory. Records what is page-locked and which streams are open.
+
+    A copy to the host is made when its stream is waited for, and no sooner: what does not wait reads what was there before.
+    """
 
     name = "cpu"
 
     def __init__(self) -> None:
         self.locked: list[int] = []
+        self.streams: dict[int, list[tuple[int, int, int]]] = {}
 
     def allocate(self, like: NDArray[Any]) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(like)
@@ -32,10 +36,25 @@ class HostDevice(Device):
     def unlock_pages(self, array: NDArray[Any]) -> None:
         self.locked.remove(array.ctypes.data)
 
-    def copy_to_device(self, to: int, source: int, size_bytes: int) -> None:
+    def open_stream(self) -> int:
+        number = max(self.streams, default=0) + 1
+        self.streams[number] = []
+        return number
+
+    def close_stream(self, stream: int) -> None:
+        del self.streams[stream]
+
+    def copy_to_device(self, to: int, source: int, size_bytes: int, stream: int) -> None:
+        assert stream in self.streams
         ctypes.memmove(to, source, size_bytes)
 
-    copy_to_host = copy_to_device
+    def copy_to_host(self, to: int, source: int, size_bytes: int, stream: int) -> None:
+        self.streams[stream].append((to, source, size_bytes))
+
+    def wait(self, stream: int) -> None:
+        for copy in self.streams[stream]:
+            ctypes.memmove(*copy)
+        self.streams[stream].clear()
 
 
 class ReplayedByHand:

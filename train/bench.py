@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,8 +24,17 @@ STEPS_BETWEEN_LOOKS = 5  # a look waits for the device
 NOTEBOOK = "the notebook: 15 s per 500 mlp steps on its GPU, 90 s on its CPU"
 
 
-def milliseconds_per_step(config: TrainConfig, device: torch.device, seconds: float, capture: bool = False) -> float:
-    """Mean time of a step over at least ``seconds`` on batches of the config's size; ``capture``: as a CUDA graph."""
+def milliseconds_per_step(
+    config: TrainConfig,
+    device: torch.device,
+    seconds: float,
+    capture: bool = False,
+    compiled: Mapping[str, Any] | None = None,
+) -> float:
+    """Mean time of a step over at least ``seconds`` on batches of the config's size; ``capture``: as a CUDA graph.
+
+    ``compiled``: with both networks by ``torch.compile`` and these options.
+    """
     low, high = config.pixel_range
     examples: Batch = (torch.rand(config.batch_size, 1, 28, 28, device=device) * (high - low) + low,)
     if config.conditional:
@@ -31,6 +42,8 @@ def milliseconds_per_step(config: TrainConfig, device: torch.device, seconds: fl
     with tempfile.TemporaryDirectory() as scratch:
         recording = CudaRecording if capture else None
         trainer = Trainer(create_run(Path(scratch), config, {}), examples, device, recording=recording)
+        if compiled is not None:
+            trainer.update.compile_networks(**compiled)
         for _ in range(WARM_UP_STEPS):
             trainer.take_step(examples)
             trainer.step += 1  # penalties come every few steps

@@ -144,6 +144,13 @@ class Step:
         self.discriminator_optimizer.step()
         return penalty.detach().double()[None]
 
+    def compile_networks(self, **options: Any) -> None:
+        """Run both networks by ``torch.compile`` from here on; what is saved stays theirs."""
+        self.generator, self.discriminator = (
+            torch.compile(network, **options) for network in (self.generator, self.discriminator)
+        )
+        self.trained_generator, self.trained_discriminator = self.generator, self.discriminator
+
     def set_learning_rate(self, rate: float) -> None:
         """Of both optimizers, from the next step on."""
         self.rate = self.rate.fill_(rate) if isinstance(self.rate, Tensor) else rate

@@ -1,4 +1,4 @@
-"""What of CUDA's runtime ONNX Runtime's Python interface lacks: page-locked memory, copies into it, memory in use.
+"""What of CUDA's runtime ONNX Runtime's Python interface lacks: streams, page-locked memory, copies into it, memory in use.
 
 By NVIDIA's own bindings, which come with the ``cuda`` extra and are imported only where there is a GPU to use. Knows no
 session. Also the rule that nothing runs while a CUDA graph is captured.
@@ -44,13 +44,26 @@ class Device:
         """Undo ``lock_pages``, before the memory is freed."""
         _call("cudaHostUnregister", array.ctypes.data)
 
-    def copy_to_device(self, to: int, source: int, size_bytes: int) -> None:
-        """Copy from a host address to a device address; returns when it is done."""
-        _call("cudaMemcpy", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice)
+    def open_stream(self) -> int:
+        """A stream, as the number that ONNX Runtime takes for it: what is put into it runs in order, and waits for no other."""
+        runtime = _runtime()
+        return int(_call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)[0])
 
-    def copy_to_host(self, to: int, source: int, size_bytes: int) -> None:
-        """Copy from a device address to a host address; returns when it is done."""
-        _call("cudaMemcpy", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost)
+    def close_stream(self, stream: int) -> None:
+        """Give a stream back; what is still in it is done first."""
+        _call("cudaStreamDestroy", stream)
+
+    def copy_to_device(self, to: int, source: int, size_bytes: int, stream: int) -> None:
+        """Put a copy from a page-locked host address to a device address into a stream."""
+        _call("cudaMemcpyAsync", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
+
+    def copy_to_host(self, to: int, source: int, size_bytes: int, stream: int) -> None:
+        """Put a copy from a device address to a page-locked host address into a stream: it is done when ``wait`` returns."""
+        _call("cudaMemcpyAsync", to, source, size_bytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
+
+    def wait(self, stream: int) -> None:
+        """Return when all that was put into a stream is done."""
+        _call("cudaStreamSynchronize", stream)
 
 
 def memory_in_use_bytes() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,14 @@ NO_GRAPH = -1
 
 
 class DeviceBuffers:
-    """Memory for up to ``largest`` rows of every input and output. Raises EngineError when the device has none left."""
+    """Memory for up to ``largest`` rows of every input and output. Raises EngineError when the device has none left.
 
-    def __init__(self, manifest: Manifest, largest: int, device: Device) -> None:
+    Copies go through ``stream``, where the session's runs go as well: they keep their order without anybody waiting between them.
+    """
+
+    def __init__(self, manifest: Manifest, largest: int, device: Device, stream: int) -> None:
         self.device = device
+        self.stream = stream
         self.inputs = tuple(spec.name for spec in manifest.inputs)
         self.host: dict[str, NDArray[Any]] = {}
         self._on_device: dict[str, Any] = {}
@@ -45,16 +50,18 @@ class DeviceBuffers:
         return int(self._on_device[name].data_ptr())
 
     def upload(self, rows: int) -> None:
-        """Copy the first rows of every input to the device."""
+        """Copy the first rows of every input to the device, before what is put into the stream after it."""
         for name in self.inputs:
             array = self.host[name]
-            self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0])
+            self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)
 
-    def download(self, name: str, rows: int) -> NDArray[Any]:
-        """The first rows of an output, as a new array."""
-        array = self.host[name]
-        self.device.copy_to_host(array.ctypes.data, self.address(name), rows * array.strides[0])
-        return array[:rows].copy()
+    def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
+        """The first rows of outputs, as new arrays, once all that is in the stream is done."""
+        for name in names:
+            array = self.host[name]
+            self.device.copy_to_host(array.ctypes.data, self.address(name), rows * array.strides[0], self.stream)
+        self.device.wait(self.stream)
+        return {name: self.host[name][:rows].copy() for name in names}
 
 
 class Binding:
@@ -63,17 +70,20 @@ class Binding:
     def __init__(self, session: ort.InferenceSession, buffers: DeviceBuffers, size: int, outputs: tuple[str, ...]) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._options: dict[int, ort.RunOptions] = {}  # by graph id
+        self._options: dict[tuple[int, bool], ort.RunOptions] = {}
         place = buffers.device.name
         for names, bind in ((buffers.inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
             for name in names:
                 rows = buffers.host[name][:size]
                 bind(name, place, 0, rows.dtype.type, list(rows.shape), buffers.address(name))
 
-    def run(self, graph_id: int = NO_GRAPH) -> None:
-        """Run the bound rows; returns when the outputs are there. With a ``graph_id`` the first run is captured."""
-        options = self._options.get(graph_id)
+    def run(self, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
+        """Run the bound rows. With a ``graph_id`` the first run is captured. Returns when the outputs are there, or, without
+        ``wait``, when the run is in the session's stream."""
+        options = self._options.get((graph_id, wait))
         if options is None:
-            options = self._options[graph_id] = ort.RunOptions()
+            options = self._options[graph_id, wait] = ort.RunOptions()
             options.add_run_config_entry("gpu_graph_id", str(graph_id))
+            if not wait:
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._session.run_with_iobinding(self._binding, options)

@@ -136,6 +136,8 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
         # Half precision is inexact already, and without it would run beside the matrix units.
         tf32 = {"use_tf32": "1"} if manifest.precision == "fp16" else {}
         own = {**DEFAULT_CUDA_OPTIONS, **tf32, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
+        if chosen.compute_stream:
+            own["user_compute_stream"] = str(chosen.compute_stream)
         providers = [(CUDA_PROVIDER, own)]
     name = f"model {manifest.name}/{manifest.version}"
     try:

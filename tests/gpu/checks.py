@@ -13,10 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from serve.manifest import BUNDLED_DIR, TORCHSCRIPT_FILE
 from serve.models.repository import Bundle, read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
-from train.bench import measure
+from train.bench import measure, milliseconds_per_step
 from train.capture import CudaRecording, Recording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
@@ -68,6 +68,7 @@ class Plan:
     count: int = WIRE_COUNT
     training_steps: int = 200
     recording: Callable[[torch.Generator], Recording] = CudaRecording
+    compile_options: Mapping[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
     device: Callable[[], Device] | None = None  # what stands for the GPU where there is none
 
     def options(self, **changes: Any) -> EngineOptions:
@@ -206,6 +207,7 @@ def buckets(plan: Plan) -> Outcome:
             "run_s": seconds,
             "quarter_digits_per_s": smaller.largest / _run_s(smaller, smaller.largest, plan),
             "digits_per_s": max(bucket / run_s for bucket, run_s in seconds.items()),
+            "waits_after_run": getattr(engine, "waits_after_run", None),
             "best_bucket": max(seconds, key=lambda bucket: bucket / seconds[bucket]),
         }
     reader, out = LatentReader(100), np.empty((plan.largest, 100), np.float32)
@@ -378,9 +380,16 @@ def served(plan: Plan) -> Outcome:
 
 
 def training(plan: Plan) -> Outcome:
-    """Milliseconds a step in each precision, plain and captured; the captured step's losses beside the plain one's."""
+    """Milliseconds a step in each precision, plain and captured, and by torch.compile's own graphs in place of ours; the
+    captured step's losses beside the plain one's."""
     device = torch.device(plan.provider)
     figures: dict[str, Any] = {"ms_per_step": measure(device, plan.seconds)}
+    for name, config in PRESETS.items():
+        try:
+            compiled: Any = milliseconds_per_step(config, device, plan.seconds, compiled=plan.compile_options)
+        except Exception as error:  # a comparison that cannot be had must not lose the rest
+            compiled = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        figures["ms_per_step"][f"{name} torch.compile"] = compiled
     fixed, aims = [], []
     for name, config in PRESETS.items():
         plain, again, captured = (

@@ -24,6 +24,7 @@ TWIN = Plan(
     count=64,
     training_steps=8,
     recording=ReplayedByHand,
+    compile_options={"backend": "eager"},
     device=HostDevice,
 )  # fmt: skip
 

@@ -129,8 +129,10 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_way_out() -> None:
         def lock_pages(self, array: NDArray[Any]) -> None:
             raise EngineError("page-locking 3 MB failed: out of memory\nand a trace")
 
+    full = Full()
     with pytest.raises(ProviderError, match=r"^model mlp/1: no memory on cpu for batches of 16 \(page-locking 3 MB .*--max-"):
-        make_buffered("mlp", device=Full())
+        make_buffered("mlp", device=full)
+    assert not full.streams
 
 
 def test_page_locks_go_with_their_engine() -> None:
@@ -203,7 +205,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[Callable[..., None]
     """An engine that captures on the CPU, where ``run`` stands for how a capture and its replays behave."""
     plain = Binding.run
 
-    def behave(self: Binding, graph_id: int = NO_GRAPH) -> None:
+    def behave(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
         if graph_id == NO_GRAPH:
             plain(self)
         else:
@@ -266,6 +268,47 @@ def test_a_capture_that_fails_leaves_the_bucket_running_without(
     assert np.array_equal(engine.compute(draw(7, 0, 2, 64))["pixels"], expected)
 
 
+def test_runs_are_not_waited_for_once_they_have_been_seen_to_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes into the stream between its copies; what is waited for is the stream, once."""
+    plain, waited = Binding.run, []
+
+    def run(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
+        waited.append(wait)
+        plain(self, graph_id, wait=wait)
+
+    monkeypatch.setattr(Binding, "run", run)
+    engine = make_buffered("mlp", 4)
+    engine.warm()
+    assert waited[0] is True, "at first it is"
+    waited.clear()
+    expected = make_engine("mlp", POWERS, 4).compute(draw(7, 0, 3, 64))["pixels"]
+    assert np.array_equal(engine.compute(draw(7, 0, 3, 64))["pixels"], expected)
+    assert waited[:1] == [False]
+
+
+def test_a_run_whose_answer_comes_too_late_is_found_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the stream's order is not kept, an answer is the one before."""
+    plain, late = Binding.run, []
+
+    def run(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
+        if wait:
+            plain(self, graph_id)
+        else:
+            late.append(self)
+
+    monkeypatch.setattr(Binding, "run", run)
+    engine = make_buffered("mlp", 4)
+    engine.warm()
+    assert late
+    assert "mlp/1, batch of 4: every run is waited for (" in caplog.text
+    late.clear()
+    expected = make_engine("mlp", POWERS, 4).compute(draw(7, 0, 3, 64))["pixels"]
+    assert np.array_equal(engine.compute(draw(7, 0, 3, 64))["pixels"], expected)
+    assert not late
+
+
 def test_a_run_that_hangs_keeps_a_capture_away_and_no_run() -> None:
     """Issue: it blocked every model for good."""
     gate = CaptureGate()
@@ -292,10 +335,10 @@ class FailingDevice(HostDevice):
 
     failing = False
 
-    def copy_to_device(self, to: int, source: int, size_bytes: int) -> None:
+    def copy_to_device(self, to: int, source: int, size_bytes: int, stream: int) -> None:
         if self.failing:
-            raise EngineError("cudaMemcpy failed: cudaErrorIllegalAddress")
-        super().copy_to_device(to, source, size_bytes)
+            raise EngineError("cudaMemcpyAsync failed: cudaErrorIllegalAddress")
+        super().copy_to_device(to, source, size_bytes, stream)
 
 
 def test_a_device_that_fails_is_lost() -> None:
@@ -303,7 +346,7 @@ def test_a_device_that_fails_is_lost() -> None:
     engine = make_buffered("mlp", 4, device)
     engine.compute(draw(1, 0, 2, 64))
     device.failing = True
-    with pytest.raises(DeviceLostError, match="mlp/1 on CUDA: cudaMemcpy failed: cudaErrorIllegalAddress"):
+    with pytest.raises(DeviceLostError, match="mlp/1 on CUDA: cudaMemcpyAsync failed: cudaErrorIllegalAddress"):
         engine.compute(draw(1, 0, 2, 64))
 
 
@@ -311,7 +354,7 @@ def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkey
     engine = make_buffered("mlp", 4)
     said = ["CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=box"]
 
-    def fail(self: Binding, graph_id: int = NO_GRAPH) -> None:
+    def fail(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
         raise RuntimeError(said[0])
 
     monkeypatch.setattr(Binding, "run", fail)
@@ -334,6 +377,7 @@ def test_what_an_engine_holds_is_released_once_and_not_during_a_capture() -> Non
         assert device.locked, "it waits"
     closing.join(30)
     assert not device.locked
+    assert not device.streams, "the stream too"
     del engine  # unlocks nothing again
 
 
