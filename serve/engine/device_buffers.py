@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,52 @@ from serve.manifest import Manifest
 # A run with this id is neither captured nor replayed (ONNX Runtime's CUDA provider, "Using CUDA Graphs").
 NO_GRAPH = -1
 
+# Answers from so many bytes on are lent to whoever reads them, in page-locked memory; smaller ones are copied out of it at once.
+LENT_BYTES = 1 << 18
+SLOTS = 4  # of each output; while all are lent, answers are copied
+
+
+class OutputSlots:
+    """Page-locked memory for one output, in slots that are lent as arrays and come back when nobody holds those any more."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, lock: Callable[[NDArray[Any]], None]) -> None:
+        self._shape, self._dtype, self._lock = shape, dtype, lock
+        self._made = 0
+        self._free: deque[NDArray[Any]] = deque()  # its methods are atomic: an array may die in any thread
+        self._free.append(self._new())
+
+    def take(self) -> NDArray[Any]:
+        """A slot to copy an answer into. One at least is free: the last one is never lent."""
+        if len(self._free) < 2 and self._made < SLOTS:
+            return self._new()
+        return self._free.popleft()
+
+    def answer(self, slot: NDArray[Any], rows: int) -> NDArray[Any]:
+        """The first rows of a taken slot, as an array that is never written again: the slot's own memory, or a copy."""
+        if self._free and rows * slot.strides[0] >= LENT_BYTES:
+            lent: NDArray[Any] = np.asarray(_Loan(slot, self._free))
+            return lent[:rows]
+        copied = slot[:rows].copy()
+        self._free.append(slot)
+        return copied
+
+    def _new(self) -> NDArray[Any]:
+        slot = np.zeros(self._shape, self._dtype)
+        self._lock(slot)
+        self._made += 1
+        return slot
+
+
+class _Loan:
+    """What numpy's arrays of a slot's memory keep alive; the slot is free again when the last of them is gone."""
+
+    def __init__(self, slot: NDArray[Any], free: deque[NDArray[Any]]) -> None:
+        self.__array_interface__ = slot.__array_interface__
+        self._slot, self._free = slot, free
+
+    def __del__(self) -> None:
+        self._free.append(self._slot)
+
 
 class DeviceBuffers:
     """Memory for up to ``largest`` rows of every input and output. Raises EngineError when the device has none left.
@@ -26,15 +74,20 @@ class DeviceBuffers:
         self.device = device
         self.stream = stream
         self.inputs = tuple(spec.name for spec in manifest.inputs)
-        self.host: dict[str, NDArray[Any]] = {}
+        self.specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
+        self.host: dict[str, NDArray[Any]] = {}  # the inputs
+        self._slots: dict[str, OutputSlots] = {}
         self._on_device: dict[str, Any] = {}
         self._locked: list[NDArray[Any]] = []
-        for spec in (*manifest.inputs, *manifest.outputs):
+        lock = partial(_lock_pages, device, self._locked)  # not a method: memory must go when its engine does, without a cycle
+        for spec in self.specs.values():
             array = np.zeros((largest, *spec.shape), spec.dtype)
             self._on_device[spec.name] = device.allocate(array)
-            device.lock_pages(array)
-            self._locked.append(array)
-            self.host[spec.name] = array
+            if spec.name in self.inputs:
+                lock(array)
+                self.host[spec.name] = array
+            else:
+                self._slots[spec.name] = OutputSlots(array.shape, spec.dtype, lock)
 
     def release(self) -> None:
         """Give the memory back. Once it is done, nothing is left to do."""
@@ -56,12 +109,17 @@ class DeviceBuffers:
             self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)
 
     def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
-        """The first rows of outputs, as new arrays, once all that is in the stream is done."""
-        for name in names:
-            array = self.host[name]
-            self.device.copy_to_host(array.ctypes.data, self.address(name), rows * array.strides[0], self.stream)
+        """The first rows of outputs, once all that is in the stream is done, as arrays that are never written again."""
+        taken = {name: self._slots[name].take() for name in names}
+        for name, slot in taken.items():
+            self.device.copy_to_host(slot.ctypes.data, self.address(name), rows * slot.strides[0], self.stream)
         self.device.wait(self.stream)
-        return {name: self.host[name][:rows].copy() for name in names}
+        return {name: self._slots[name].answer(slot, rows) for name, slot in taken.items()}
+
+
+def _lock_pages(device: Device, locked: list[NDArray[Any]], array: NDArray[Any]) -> None:
+    device.lock_pages(array)
+    locked.append(array)
 
 
 class Binding:
@@ -74,8 +132,8 @@ class Binding:
         place = buffers.device.name
         for names, bind in ((buffers.inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
             for name in names:
-                rows = buffers.host[name][:size]
-                bind(name, place, 0, rows.dtype.type, list(rows.shape), buffers.address(name))
+                spec = buffers.specs[name]
+                bind(name, place, 0, np.dtype(spec.dtype).type, [size, *spec.shape], buffers.address(name))
 
     def run(self, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
         """Run the bound rows. With a ``graph_id`` the first run is captured. Returns when the outputs are there, or, without

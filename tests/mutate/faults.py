@@ -174,6 +174,8 @@ FAULTS = [
     Fault("a CUDA failure is one run's affair", "serve/engine/cuda_engine.py", "if CUDA_FAILURE.search(str(error)):", "if False:", ENGINE),
     Fault("a capture waits for ever", "serve/engine/cuda.py", "if not self._changed.wait_for(lambda: not self._running, wait_s):", "if not self._changed.wait_for(lambda: not self._running):", ENGINE),
     Fault("answers are read before they are there", "serve/engine/device_buffers.py", "        self.device.wait(self.stream)\n", "", ENGINE),
+    Fault("the last slot is lent too", "serve/engine/device_buffers.py", "if self._free and rows * slot.strides[0] >= LENT_BYTES:", "if rows * slot.strides[0] >= LENT_BYTES:", ENGINE),
+    Fault("a slot comes back while it is read", "serve/engine/device_buffers.py", "            return lent[:rows]\n", "            self._free.append(slot)\n            return lent[:rows]\n", ENGINE),
     Fault("runs are not waited for though they are wrong", "serve/engine/cuda_engine.py", "if problem := next(filter(None, problems), None):", "if problem := None:", ENGINE),
     Fault("an old driver is taken", "serve/engine/driver.py", "version.value < LEAST_VERSION", "version.value < 0", "tests/integration/test_cuda_start.py"),
     Fault("a resumed run captures as it was begun", STEP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serve.engine import device_buffers
 from serve.engine.cuda import CAPTURE_GATE, CaptureGate
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_buffers import NO_GRAPH, Binding
@@ -153,10 +154,38 @@ def test_what_a_run_returned_is_never_written_again(make: Callable[..., Engine],
         assert np.array_equal(array, kept[output])
 
 
+def test_large_answers_are_lent_and_their_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy on the host; a slot that somebody reads is never written, whatever runs meanwhile, and there are few."""
+    monkeypatch.setattr(device_buffers, "LENT_BYTES", 2 * 784)
+    device = HostDevice()
+    engine = make_buffered("mlp", 4, device)
+    inputs, slots = 1, device_buffers.SLOTS
+    plain = make_engine("mlp", POWERS, 4)
+    held, places = [], set()
+    for index in range(7):
+        pixels = engine.run({"latents": draw(3, 4 * index, 4, 64)})["pixels"]
+        places.add(pixels.ctypes.data)
+        held.append(pixels[1:])  # a view keeps its slot as well
+    assert len(device.locked) == inputs + slots + 1, "and one of the images"
+    assert len(places & set(device.locked)) == slots - 1, "the last slot is never lent: the others were copied out of it"
+    for index, pixels in enumerate(held):
+        assert np.array_equal(pixels, plain.compute(draw(3, 4 * index, 4, 64))["pixels"][1:])
+    held.clear()
+    del pixels
+    again = [engine.run({"latents": draw(3, 0, 4, 64)})["pixels"] for _ in range(2)]
+    assert {each.ctypes.data for each in again} <= set(device.locked), "what came back is lent again"
+    assert len(device.locked) == inputs + slots + 1
+    small = engine.run({"latents": draw(3, 0, 1, 64)})["pixels"]
+    assert small.ctypes.data not in device.locked, "one digit is copied"
+    engine.close()
+    assert not device.locked
+    assert np.array_equal(again[0], plain.compute(draw(3, 0, 4, 64))["pixels"]), "lent memory outlives its engine"
+
+
 def test_buffers_stay_where_they_are(name: str) -> None:
     engine = make_buffered(name)
     engine.warm()
-    addresses = {output: engine._buffers.address(output) for output in engine._buffers.host}
+    addresses = {output: engine._buffers.address(output) for output in engine._buffers.specs}
     bindings = dict(engine._bindings)
     for count in (1, 7, 16, 3):
         engine.compute(*rows(engine, 1, count))
