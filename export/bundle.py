@@ -21,9 +21,9 @@ from PIL import Image
 from export import parity
 from export.errors import ExportError
 from export.generator import Form, ServedGenerator, fold, served_generator, torch_form
-from export.to_fp16 import to_fp16
-from export.to_onnx import OPSET, to_onnx
-from export.to_torchscript import load_torchscript, to_torchscript
+from export.graphs.to_fp16 import to_fp16
+from export.graphs.to_onnx import OPSET, to_onnx
+from export.graphs.to_torchscript import load_torchscript, to_torchscript
 from serve.engine.onnx_runtime import ort
 from serve.errors import BundleError
 from serve.latents import Span, draw_span

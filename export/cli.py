@@ -19,8 +19,8 @@ from export import batch_size, speedrun
 from export.bundle import export_run, verify
 from export.errors import ExportError
 from export.gallery import Gallery
-from export.judge import export_judge
-from export.to_onnx import to_onnx
+from export.graphs.judge import export_judge
+from export.graphs.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
 from serve.client.channel import access_from, add_flags

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from export.errors import ExportError
 from export.generator import torch_form
-from export.to_torchscript import load_torchscript
+from export.graphs.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.errors import BundleError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span

@@ -146,10 +146,8 @@ class Step:
 
     def compile_networks(self, **options: Any) -> None:
         """Run both networks by ``torch.compile`` from here on; what is saved stays theirs."""
-        self.generator, self.discriminator = (
-            torch.compile(network, **options) for network in (self.generator, self.discriminator)
-        )
-        self.trained_generator, self.trained_discriminator = self.generator, self.discriminator
+        for network in (self.generator, self.discriminator):
+            network.compile(**options)
 
     def set_learning_rate(self, rate: float) -> None:
         """Of both optimizers, from the next step on."""

@@ -258,7 +258,7 @@ def test_every_alert_has_a_runbook_in_the_readme() -> None:
 
 
 def test_serving_in_the_image_needs_nothing_that_is_not_locked() -> None:
-    code = "import serve.cli, serve.client, serve.admin, serve.dataset, serve.access.tokens, sys; print(*sys.modules)"
+    code = "import serve.cli, serve.client, serve.admin, serve.dataset.command, serve.access.tokens, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {name.partition(".")[0] for name in done.stdout.split()}
     locked = {

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from export.generator import torch_form
-from export.to_fp16 import to_fp16
-from export.to_torchscript import load_torchscript
+from export.graphs.to_fp16 import to_fp16
+from export.graphs.to_torchscript import load_torchscript
 from serve.api.encoding import as_bytes, field_key, pack_field
 from serve.bench.load import Load, by_python
 from serve.bench.process import Started, started

@@ -32,8 +32,8 @@ from export.errors import (
     ValuesDifferError,
 )
 from export.generator import ServedGenerator, fold, served_generator, torch_form
-from export.to_onnx import check_graph
-from export.to_torchscript import load_torchscript
+from export.graphs.to_onnx import check_graph
+from export.graphs.to_torchscript import load_torchscript
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle

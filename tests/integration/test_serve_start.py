@@ -110,7 +110,7 @@ def test_auto_says_that_it_took_the_cpu_and_warns_of_nothing(start_server: Calla
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has an NVIDIA driver")
     server = start_server()
-    assert server.metric("digits_provider", provider="cpu") == 3
+    assert server.metric("digits_provider", provider="cpu") == 4
     _, log = server.terminate()
     assert "INFO serve.engine.provider: provider auto: on the CPU, because no NVIDIA driver" in log
     assert "WARNING" not in log
@@ -122,7 +122,7 @@ def test_serving_imports_no_torch() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("module", ["serve.cli", "serve.dataset", "export.cli"])
+@pytest.mark.parametrize("module", ["serve.cli", "serve.dataset.command", "export.cli"])
 def test_onnx_runtime_reports_to_nobody(module: str) -> None:
     """Its telemetry says so on stderr when it cannot keep an identity, and runs a thread of its own."""
     program = (

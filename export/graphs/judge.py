@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ExportError
-from export.to_onnx import exported
+from export.graphs.to_onnx import exported
 from serve.config.atomic_file import replace_file
 from serve.dataset.filter import PIXELS, PROBABILITIES
 from serve.dataset.filter import Judge as ExportedJudge

@@ -6,7 +6,7 @@ import logging
 
 import onnx
 
-from export.to_onnx import check_graph
+from export.graphs.to_onnx import check_graph
 
 
 def to_fp16(model: bytes) -> bytes:
