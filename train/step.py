@@ -61,7 +61,8 @@ class Step:
         self._penalty = self.penalise
         if recording:
             self._update = CapturedStep(self._update, example, recording(self.noise))
-            self._penalty = CapturedStep(self._penalty, example, recording(self.noise))
+            if config.gradient_penalty:
+                self._penalty = CapturedStep(self._penalty, example, recording(self.noise))
 
     def __call__(self, real: Batch, number: int) -> Tensor:
         """Step ``number`` of the run on ``real``. Returns float64 (2,): generator, discriminator loss."""
