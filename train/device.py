@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from train.errors import DeviceError
+from train.errors import ConfigError, DeviceError
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -17,6 +17,15 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def prepare_machine(device: str, threads: int) -> torch.device:
+    """Set the CPU threads, 0 for PyTorch's choice, and choose the device. Raises ConfigError or DeviceError."""
+    if threads < 0:
+        raise ConfigError(f"--threads must be 0 or more, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    return choose_device(device)
 
 
 def set_precision(precision: str, device: torch.device) -> None:
