@@ -163,9 +163,10 @@ def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_pat
     assert f"no run in {tmp_path} is left; name one with --run to see why" in done.stderr
 
 
+@pytest.mark.long
 def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> None:
-    small = ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--steps=6", "--device=cpu", "--threads=1"]
-    flags = ["--epochs=1", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}"]
+    small = ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--device=cpu", "--threads=1"]
+    flags = ["--epochs=2", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}"]
     done = in_process(export_main, "speedrun", *flags, "--", *small)
     assert done.returncode == 0, done.stderr
     begun = re.findall(r"^(\d) of 4: (\w+); about .* left$", done.stderr, re.MULTILINE)
@@ -177,11 +178,12 @@ def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> Non
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (280, 280), "ten of each digit"
     manifest = read_bundle(tmp_path / "models" / "rpgan" / "1").manifest
-    assert (manifest.name, manifest.training["step"]) == ("rpgan", 6)
+    assert (manifest.name, manifest.training["step"]) == ("rpgan", 8), "four batches an epoch"
     assert f"data:image/png;base64,{base64.b64encode((tmp_path / 'digits.png').read_bytes()).decode()}" in page
     assert re.search(r"^for docs/speedrun.md: \| 20\d\d-\d\d-\d\d \| .* \|$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_a_speedrun_that_fails_says_which_command_did(tmp_path: Path) -> None:
     done = in_process(export_main, "speedrun", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}", "--", "--beta1=2")
     assert done.returncode == 2
