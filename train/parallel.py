@@ -167,6 +167,5 @@ class SyncedBatchNorm(_BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        normal = centred * torch.rsqrt(variance + self.eps).view(shape)
-        scaled: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
-        return scaled
+        normal: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
+        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
