@@ -184,7 +184,7 @@ def test_a_change_of_our_code_ships_no_dependency(image: Engine) -> None:
     sizes = image.run("podman", "run", "--rm", "--network=none", IMAGE, "du", "-sb", "/opt/code", "/opt/digits")
     code, dependencies = (int(line.split()[0]) for line in sizes.splitlines())
     print(f"\nour code and models: {code / 1e6:.0f} MB, what they need: {dependencies / 1e6:.0f} MB")
-    assert code < 40e6
+    assert code < 50e6  # four models of 9 MB each
     held = image.run(
         "podman", "run", "--rm", "--network=none", IMAGE, "python", "-c", "import serve, numpy; print(serve.__file__)"
     )
