@@ -207,5 +207,5 @@ def test_its_layers_are_small(image: Engine, tmp_path: Path) -> None:
     print(
         f"\nimage: {sizes[IMAGE] / 1e6:.0f} MB unpacked, {ours / 1e6:.0f} MB of it beyond the base; {packed / 1e6:.0f} MB packed"
     )
-    assert ours < 260e6
+    assert ours < 275e6
     assert packed < 300e6
