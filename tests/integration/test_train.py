@@ -319,8 +319,8 @@ def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path, whole_
     shutil.copytree(whole_run("dcgan"), tmp_path / "dcgan" / "one")
     done = evaluate(tmp_path)
     assert done.returncode == 2
-    assert done.stderr.count("skipped: no finished run of") == 2
-    assert "judging takes about 1 min here: it trains the judge\n" in done.stderr
+    assert done.stderr.count("skipped: no finished run of") == 3
+    assert "judging takes about 1 min here: it trains the judge and the second judge\n" in done.stderr
     assert "and 99.3% are needed; evaluate on all of MNIST" in done.stderr.strip().splitlines()[-1]
     folder = only_run(tmp_path, "dcgan")
     assert not (folder / "quality.json").exists()
