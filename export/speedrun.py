@@ -6,7 +6,6 @@ Each step is the command that a user would type, all but the score, whose classi
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
 import numpy as np
 import torch
 
@@ -33,6 +31,7 @@ from train.data import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
 from train.judge import training_seconds
+from train.run_page import embedded, rendered
 
 EPOCHS = 8
 SCORE_EPOCHS = 3
@@ -152,11 +151,10 @@ def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: d
     shown |= {f"time for {name}": _minutes(seconds) for name, seconds in took_s.items()}
     shown["time in all"] = _minutes(total)
     where = f"{machine['device']}, {machine['device_name']}, {machine['cpu_threads']} threads"
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
-    picture = base64.b64encode((options.out / "digits.png").read_bytes()).decode()
-    page = template.render(preset=run.config.preset, epochs=options.epochs, figures=shown, machine=where, picture=picture)
+    picture = embedded(options.out / "digits.png")
+    page = rendered(TEMPLATE, preset=run.config.preset, epochs=options.epochs, figures=shown, machine=where, picture=picture)
     path = options.out / "report.html"
-    write_atomically(path, lambda stream: stream.write(page.encode()))
+    write_atomically(path, lambda stream: stream.write(page))
     for name, value in shown.items():
         print(f"{value:>16}  {name}")
     today = datetime.now(UTC).date()

@@ -31,6 +31,7 @@ SEED = 20_260_102
 BATCH = 500
 SHOWN = 64  # digits of worst.png and best.png
 SHOWN_COLUMNS = 8
+UNKNOWN = "–"  # in a table
 
 # What is written of a set of digits, and how a table shows it.
 COLUMNS = {
@@ -75,7 +76,8 @@ class Evaluator:
     @cached_property
     def real(self) -> dict[str, Any]:
         """What real digits reach: as many training images in the samples' place, and test images' own neighbours."""
-        report = self._compared(self._judge, *self._real_samples())
+        pixels, labels = self._real_samples()
+        report = self._compared(self._judge, self._judge.read(pixels), labels)
         # A training image's nearest training image is itself; the test images' distance is what a new digit should have.
         report["nearest_training_image"] = self._nearest(self._data.test_images)
         judged = self._judge.accuracy(self._data.test_images, self._data.test_labels)
@@ -84,7 +86,8 @@ class Evaluator:
     @cached_property
     def real_by_second(self) -> dict[str, Any]:
         """What the second judge says of real digits."""
-        report = self._compared(self._second, *self._real_samples())
+        pixels, labels = self._real_samples()
+        report = self._compared(self._second, self._second.read(pixels), labels)
         return report | {"label_accuracy": self._second.accuracy(self._data.test_images, self._data.test_labels)}
 
     def _real_samples(self) -> tuple[Tensor, Tensor]:
@@ -95,22 +98,16 @@ class Evaluator:
         """What the digits of a run's generator reach, as the checkpoint has it, by the first and by the second judge."""
         digits = sampler(run.config, checkpoint, self._device)
         samples, labels = digits(self._samples, SEED)
-        report = self._compared(self._judge, samples, labels)
+        read = self._judge.read(samples)
+        report = self._compared(self._judge, read, labels)
         report["nearest_training_image"] = self._nearest(samples)
-        self._draw_extremes(run, samples, labels)
+        _draw_extremes(run, samples, labels, read[1])
         if scored_by_training(run):
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
             whose = f"{run.config.preset}'s digits"
             report |= accuracy_score(scored, scored_labels, self._data, self._device, whose=whose, scores=self._scores)
-        return {"first": report, "second": self._compared(self._second, samples, labels)}
-
-    def _draw_extremes(self, run: Run, pixels: Tensor, labels: Tensor | None) -> None:
-        probabilities = self._judge.read(pixels)[1]
-        sure = probabilities.max(dim=1).values if labels is None else probabilities.gather(1, labels[:, None]).squeeze(1)
-        order = sure.argsort(stable=True)
-        for name, chosen in (("worst.png", order[:SHOWN]), ("best.png", order.flip(0)[:SHOWN])):
-            save_grid(pixels[chosen].unsqueeze(1).float() / 255, SHOWN_COLUMNS, run.folder / name, separator=0.35)
+        return {"first": report, "second": self._compared(self._second, self._second.read(samples), labels)}
 
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Judge a run and write ``quality.json`` into its folder; returns what was written. Raises CheckpointError."""
@@ -130,8 +127,8 @@ class Evaluator:
         write_json(run.folder / QUALITY_FILE, report)
         return report
 
-    def _compared(self, judge: Judge, pixels: Tensor, labels: Tensor | None) -> dict[str, Any]:
-        features, probabilities = judge.read(pixels)
+    def _compared(self, judge: Judge, read: tuple[Tensor, Tensor], labels: Tensor | None) -> dict[str, Any]:
+        features, probabilities = read  # as the judge's ``read`` has them
         precision, recall = quality.precision_and_recall(features, self._test_features[judge])
         accuracy = None if labels is None else float((probabilities.argmax(1) == labels).double().mean())
         return {
@@ -148,6 +145,13 @@ class Evaluator:
     def _nearest(self, pixels: Tensor) -> float:  # mean Euclidean distance of images in [0, 1]
         rows = pixels.flatten(1).float().to(self._device) / 255
         return float(quality.nearest(rows, self._training_rows)[0].double().mean())
+
+
+def _draw_extremes(run: Run, pixels: Tensor, labels: Tensor | None, probabilities: Tensor) -> None:
+    sure = probabilities.max(dim=1).values if labels is None else probabilities.gather(1, labels[:, None]).squeeze(1)
+    order = sure.argsort(stable=True)
+    for name, chosen in (("worst.png", order[:SHOWN]), ("best.png", order.flip(0)[:SHOWN])):
+        save_grid(pixels[chosen].unsqueeze(1).float() / 255, SHOWN_COLUMNS, run.folder / name, separator=0.35)
 
 
 Sampler = Callable[[int, int], tuple[Tensor, Tensor | None]]
@@ -207,10 +211,10 @@ def foretold(data: Mnist, runs: Sequence[Run], judge_folder: Path, device: torch
     """What judging the runs trains on this machine, and about how long that takes."""
     trained = [f"the {each.name}" for each in (Judge, SecondJudge) if not judge_file(data, judge_folder, each).exists()]
     number = "a classifier" if scores == 1 else f"{scores} classifiers"
-    trained += [f"{number} on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
+    scored = [f"{number} on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
+    counted, trained = len(trained) + scores * len(scored), trained + scored
     if not trained:
         return "judging takes less than a minute: the judges are there, and no classifier is to be trained"
-    counted = sum(scores if "classifier" in each else 1 for each in trained)
     minutes = training_seconds(len(data.train_images), device) * counted / 60
     return f"judging takes about {max(1, round(minutes))} min here: it trains {' and '.join(trained)}"
 
@@ -246,7 +250,7 @@ def parse_floors(text: str) -> dict[str, float]:
 def shown(values: Mapping[str, Any], figure: str) -> str:
     """A figure of COLUMNS as a table has it, a score with its standard error."""
     if values.get(figure) is None:
-        return "–"
+        return UNKNOWN
     text = COLUMNS[figure][1].format(values[figure])
     error = values.get(f"{figure}_error")
     return text if error is None else f"{text} ± {error * 100:.2f}"
@@ -259,4 +263,9 @@ def table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     rows.append(("real digits, second judge", reports[-1][1]["second_judge"]["real"]))
     lines = [["model", *(title for title, _ in COLUMNS.values())], ["---"] + ["--:"] * len(COLUMNS)]
     lines += [[name, *(shown(values, figure) for figure in COLUMNS)] for name, values in rows]
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table's lines, the second of them its rule."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

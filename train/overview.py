@@ -12,9 +12,8 @@ import numpy as np
 from train.checkpoint import CONFIG_FILE, LOSSES_FILE, RESULT_FILE, Run, how_to_train, open_run
 from train.config import DEFAULT_PRESET
 from train.errors import CheckpointError
-from train.evaluate import COLUMNS, QUALITY_FILE, shown
+from train.evaluate import COLUMNS, QUALITY_FILE, UNKNOWN, markdown, shown
 
-UNKNOWN = "–"
 LISTED = ("label_accuracy", "frechet_distance", "recall", "classification_accuracy_score")  # of the quality, in a list
 
 
@@ -32,7 +31,7 @@ def list_runs(runs_dir: Path) -> str:
             rows.append([str(folder), "damaged", *([UNKNOWN] * (len(head) - 2))])
         else:
             rows.append([str(folder), state_of(run), *training_of(run), *_quality(run, LISTED)])
-    return _markdown(head, rows)
+    return markdown([head, ["---"] * len(head), *rows])
 
 
 def compare_runs(runs: Sequence[Run]) -> str:
@@ -45,7 +44,8 @@ def compare_runs(runs: Sequence[Run]) -> str:
     for run, values in zip(runs, settings, strict=True):
         came_of_it = [state_of(run), *training_of(run), *_last_losses(run), *_quality(run, tuple(COLUMNS))]
         columns.append([*(_setting(values[name]) for name in differing), run.provenance.get("device_name", UNKNOWN), *came_of_it])
-    return _markdown(["", *(str(run.folder) for run in runs)], list(zip(names, *columns, strict=True)))
+    head = ["", *(str(run.folder) for run in runs)]
+    return markdown([head, ["---"] * len(head), *zip(names, *columns, strict=True)])
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
@@ -87,8 +87,3 @@ def _last_losses(run: Run) -> list[str]:
 
 def _setting(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -22,23 +22,23 @@ GRIDS = 6  # over the whole run, the first and the last among them
 
 def write_page(run: Run) -> Path:
     """Write the page of what the run has so far, finished or not, judged or not; pictures are inside it."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
     result = read_json(run.folder / RESULT_FILE)
     steps, trained_for = training_of(run)
     plot = run.folder / "losses.png"
-    page = template.render(
+    page = rendered(
+        TEMPLATE,
         name=f"{run.config.preset}, {run.folder.name}",
         folder=run.folder,
         summary=f"{state_of(run)}: {steps} steps in {trained_for}",
         quality=_quality(read_json(run.folder / QUALITY_FILE)),
-        losses=_embedded(plot) if plot.exists() else "",
-        grids=[{"source": _embedded(path), "step": int(path.stem.removeprefix("fake-"))} for path in _over_time(run)],
+        losses=embedded(plot) if plot.exists() else "",
+        grids=[{"source": embedded(path), "step": int(path.stem.removeprefix("fake-"))} for path in _over_time(run)],
         time=_time(result, read_json(run.folder / QUALITY_FILE)),
         settings=_settings(run.config),
         machine=_machine(run.provenance),
     )
     path = run.folder / PAGE_FILE
-    write_atomically(path, lambda stream: stream.write(page.encode()))
+    write_atomically(path, lambda stream: stream.write(page))
     return path
 
 
@@ -91,5 +91,12 @@ def _machine(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _embedded(path: Path) -> str:
+def rendered(template: Path, **values: Any) -> bytes:
+    """A page by its template; what the template names and is not given raises jinja2.UndefinedError."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template.read_text()).render(**values).encode()
+
+
+def embedded(path: Path) -> str:
+    """A PNG as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

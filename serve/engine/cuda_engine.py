@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.cuda import CAPTURE_GATE, Device
@@ -26,6 +27,7 @@ from serve.manifest import Manifest
 log = logging.getLogger(__name__)
 
 OUTPUT_SETS = (PIXELS_AND_IMAGES, PIXELS)
+Rows = tuple[NDArray[np.float32], NDArray[np.int64] | None]  # latents, and labels of a conditional model
 
 
 class CudaEngine(Engine):
@@ -102,47 +104,49 @@ class CudaEngine(Engine):
 
     def _stop_waiting(self) -> None:
         """Leave out the wait after a run if every bucket answers two different inputs without it as it does with it."""
-        shape = (self.manifest.latent_size, self.manifest.labels)
         for bucket in self.buckets():
-            inputs = [draw_span(Span(seed, 0, bucket), *shape) for seed in (1, 2)]
             self.waits_after_run = True
-            expected = [self.compute(*rows, PIXELS_AND_IMAGES)["pixels"] for rows in inputs]
+            samples = self._samples(bucket)
             self.waits_after_run = False
-            try:
-                # In turn and twice: what is too early is the answer before.
-                got = [self.compute(*rows, wanted)["pixels"] for _ in range(2) for rows in inputs for wanted in OUTPUT_SETS]
-                problems = [
-                    golden_difference(self.manifest, expected[number // len(OUTPUT_SETS) % 2], pixels)
-                    for number, pixels in enumerate(got)
-                ]
-            except DeviceLostError:
-                raise
-            except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
-                problems = [described(error)]
-            if problem := next(filter(None, problems), None):
+            # In turn and twice: what is too early is the answer before.
+            if problem := self._problem(samples) or self._problem(samples):
                 where = f"{self.manifest.name}/{self.manifest.version}, batch of {bucket}"
                 log.warning("%s: every run is waited for (%s)", where, problem)
                 self.waits_after_run = True
                 return
+
+    def _samples(self, bucket: int) -> list[tuple[Rows, NDArray[Any]]]:
+        """Two different inputs of a bucket's size, and the pixels that the engine as it is now makes of each."""
+        shape = (self.manifest.latent_size, self.manifest.labels)
+        inputs = [draw_span(Span(seed, 0, bucket), *shape) for seed in (1, 2)]
+        return [(rows, self.compute(*rows)["pixels"]) for rows in inputs]
+
+    def _problem(self, samples: list[tuple[Rows, NDArray[Any]]]) -> str | None:
+        """How the engine's answers, with and without the float32 images, differ from the samples'. Raises DeviceLostError."""
+        try:
+            for rows, pixels in samples:
+                for wanted in OUTPUT_SETS:
+                    if problem := golden_difference(self.manifest, pixels, self.compute(*rows, wanted)["pixels"]):
+                        return problem
+        except DeviceLostError:
+            raise
+        except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
+            return described(error)
+        return None
 
     def _capture(self, bucket: int) -> None:
         """Capture a bucket's graphs and use them only if they answer two different inputs as plain runs do.
 
         A replay once returned the first result for ever (onnxruntime #20050).
         """
-        shape = (self.manifest.latent_size, self.manifest.labels)
-        inputs = [draw_span(Span(seed, 0, bucket), *shape) for seed in (1, 2)]
-        expected = [self.compute(*rows)["pixels"] for rows in inputs]
+        samples = self._samples(bucket)
         where = f"{self.manifest.name}/{self.manifest.version}, batch of {bucket}"
-        problem = None
         try:
             with CAPTURE_GATE.capture():
                 for wanted in OUTPUT_SETS:
                     self._binding(bucket, wanted).run(_graph_id(bucket, wanted))
             self.captures[bucket] = True
-            for rows, pixels in zip(inputs, expected, strict=True):
-                for wanted in OUTPUT_SETS:
-                    problem = problem or golden_difference(self.manifest, pixels, self.compute(*rows, wanted)["pixels"])
+            problem = self._problem(samples)
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = described(error)
         if problem is not None:

@@ -144,7 +144,7 @@ FAULTS = [
     Fault("the penalty is as light as if it came every step", STEP, "self.config.gradient_penalty * self.config.penalty_every", "self.config.gradient_penalty", REFERENCE),
     Fault("the penalty looks at real images alone", STEP, "points = torch.cat((images, fake)).requires_grad_()", "points = torch.cat((images, images)).requires_grad_()", REFERENCE),
     Fault("a gradient in another memory layout", STEP, "torch.empty_like(parameter).copy_(self.ranks.mean(gradient))", "self.ranks.mean(gradient)", REFERENCE),
-    Fault("the second judge is the first", "train/evaluate.py", "self._compared(self._second, samples, labels)", "self._compared(self._judge, samples, labels)", "tests/unit/test_quality.py"),
+    Fault("the second judge is the first", "train/evaluate.py", "self._compared(self._second, self._second.read(samples), labels)", "self._compared(self._judge, read, labels)", "tests/unit/test_quality.py"),
     Fault("every classifier has the same seed", "train/evaluate.py", "train_judge(pixels, labels, device, epochs, seed,", "train_judge(pixels, labels, device, epochs, 0,", "tests/unit/test_quality.py"),
     Fault("the best digits are drawn as the worst", "train/evaluate.py", "order[:SHOWN]), (\"best.png\", order.flip(0)[:SHOWN])", "order.flip(0)[:SHOWN]), (\"best.png\", order[:SHOWN])", "tests/unit/test_quality.py"),
     # export
@@ -176,7 +176,7 @@ FAULTS = [
     Fault("answers are read before they are there", "serve/engine/device_buffers.py", "        self.device.wait(self.stream)\n", "", ENGINE),
     Fault("the last slot is lent too", "serve/engine/device_buffers.py", "if self._free and rows * slot.strides[0] >= LENT_BYTES:", "if rows * slot.strides[0] >= LENT_BYTES:", ENGINE),
     Fault("a slot comes back while it is read", "serve/engine/device_buffers.py", "            return lent[:rows]\n", "            self._free.append(slot)\n            return lent[:rows]\n", ENGINE),
-    Fault("runs are not waited for though they are wrong", "serve/engine/cuda_engine.py", "if problem := next(filter(None, problems), None):", "if problem := None:", ENGINE),
+    Fault("runs are not waited for though they are wrong", "serve/engine/cuda_engine.py", "if problem := self._problem(samples) or self._problem(samples):", "if problem := None:", ENGINE),
     Fault("an old driver is taken", "serve/engine/driver.py", "version.value < LEAST_VERSION", "version.value < 0", "tests/integration/test_cuda_start.py"),
     Fault("a resumed run captures as it was begun", STEP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
 ]  # fmt: skip
