@@ -8,6 +8,7 @@ cannot vouch for itself.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class WatchMetrics:
 
     def record(self, check: Check) -> None:
         labels = (check.model, str(check.version), check.source)
-        self.difference.labels(*labels).observe(check.difference)
+        # A histogram has no bucket for a NaN, and its count would leave the comparison out.
+        self.difference.labels(*labels).observe(math.inf if math.isnan(check.difference) else check.difference)
         breaches = self.breaches.labels(*labels)
         if check.breach:
             breaches.inc()

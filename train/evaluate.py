@@ -1,5 +1,8 @@
 """A run's quality: 10,000 of its digits judged beside the MNIST test set, and real digits judged in the same way.
 
+Labels that can be asked for are asked for as often as the test set has them, and the real digits are chosen so as well: with
+other shares of the labels two sets of features differ though every digit in them were real.
+
 What comes of it is written into the run's folder: ``quality.json``, which export carries into the bundle, and the digits whose
 labels the judge is least and most sure of, ``worst.png`` and ``best.png``.
 """
@@ -7,10 +10,10 @@ labels the judge is least and most sure of, ``worst.png`` and ``best.png``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +71,7 @@ class Evaluator:
         self._second = second
         self._device = device
         self._samples = samples
+        self._labels = data.test_labels[:samples]
         self._scored = scored
         self._scores = scores
         self._test_features = {each: each.read(data.test_images)[0] for each in (judge, second)}
@@ -91,13 +95,15 @@ class Evaluator:
         return report | {"label_accuracy": self._second.accuracy(self._data.test_images, self._data.test_labels)}
 
     def _real_samples(self) -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(self._data.train_images), generator=torch.Generator().manual_seed(SEED))[: self._samples]
+        order = torch.randperm(len(self._data.train_images), generator=torch.Generator().manual_seed(SEED))
+        labels, counts = self._data.train_labels[order], torch.bincount(self._labels, minlength=LABELS).tolist()
+        chosen = torch.cat([order[labels == label][:count] for label, count in enumerate(counts)])
         return self._data.train_images[chosen], self._data.train_labels[chosen]
 
     def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What the digits of a run's generator reach, as the checkpoint has it, by the first and by the second judge."""
         digits = sampler(run.config, checkpoint, self._device)
-        samples, labels = digits(self._samples, SEED)
+        samples, labels = digits(self._samples, SEED, self._labels if scored_by_training(run) else None)
         read = self._judge.read(samples)
         report = self._compared(self._judge, read, labels)
         report["nearest_training_image"] = self._nearest(samples)
@@ -118,6 +124,7 @@ class Evaluator:
             "step": checkpoint["step"],
             "data": self._data.digests,
             "samples": self._samples,
+            "labels": "the test set's" if scored_by_training(run) else None,
             "scored_samples": self._scored,
             "model": judged["first"],
             "real": self.real,
@@ -154,18 +161,25 @@ def _draw_extremes(run: Run, pixels: Tensor, labels: Tensor | None, probabilitie
         save_grid(pixels[chosen].unsqueeze(1).float() / 255, SHOWN_COLUMNS, run.folder / name, separator=0.35)
 
 
-Sampler = Callable[[int, int], tuple[Tensor, Tensor | None]]
+class Sampler(Protocol):
+    """A run's digits: ``count`` from ``seed``, uint8 (count, 28, 28), and their labels (count,), None where none are taken.
+
+    ``labels`` (count,) are asked for; without them a conditional generator is asked for its labels in turn.
+    """
+
+    def __call__(self, count: int, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 def sampler(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.device) -> Sampler:
-    """A function of count and seed: the generator's digits, uint8 (n, 28, 28), and their labels in turn, (n,) or None."""
+    """What draws the digits of a run's generator, as the checkpoint has it."""
     generator = trained_generator(config, checkpoint).to(device).eval()
     low, high = config.pixel_range
 
     @torch.no_grad()
-    def digits(count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    def digits(count: int, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         noise = torch.Generator().manual_seed(seed)
-        labels = torch.arange(count) % config.labels if config.labels else None
+        if config.labels and labels is None:
+            labels = torch.arange(count) % config.labels
         made = []
         for first in range(0, count, BATCH):
             rows = torch.randn(min(BATCH, count - first), config.latent_size, generator=noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,5 +52,6 @@ def export_judge(judge: Judge, data: Mnist, path: Path) -> float:
     except SettingsError as error:
         raise ExportError(str(error)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # where no folder could be made either
+            beside.unlink()
     return difference

@@ -192,6 +192,21 @@ def test_folding_changes_the_graph_and_not_the_function(name: str) -> None:
     assert 0 <= float(ours[0].min()) < float(ours[0].max()) <= 1
 
 
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(2)), "BatchNorm after ReLU cannot be folded"),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(2)), "BatchNorm after NoneType cannot be folded"),
+        (torch.nn.ReLU(), "the generator has no plain sequence of layers to fold"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused(generator: torch.nn.Module, message: str) -> None:
+    holder = torch.nn.Module()
+    holder.layers = generator
+    with pytest.raises(ExportError, match=message):
+        fold(ServedGenerator(holder, -1.0, 1.0))
+
+
 def wrong_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = parity.engine_form
 
@@ -234,6 +249,37 @@ def test_a_crash_while_publishing_leaves_nothing_behind(
     monkeypatch.setattr(bundle_module, "_write_durably", crash)
     with pytest.raises(KeyboardInterrupt):
         export_run(make_run("mlp"), tmp_path / "models")
+    assert list((tmp_path / "models" / "mlp").iterdir()) == []
+
+
+def test_two_exports_at_once_take_numbers_of_their_own(
+    make_run: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = bundle_module._write_durably
+    taken = tmp_path / "models" / "mlp" / "1"
+
+    def overtaken(path: Path, content: bytes) -> None:
+        honest(path, content)
+        if path.name == "manifest.json" and not taken.exists():
+            taken.mkdir()
+            (taken / "manifest.json").write_bytes(b"another export's")
+
+    monkeypatch.setattr(bundle_module, "_write_durably", overtaken)
+    assert export_run(make_run("mlp"), tmp_path / "models").path.name == "2"
+    assert read_bundle(taken.with_name("2")).manifest.version == 2
+    assert (taken / "manifest.json").read_bytes() == b"another export's"
+
+
+def test_a_folder_that_cannot_take_the_bundle_is_named(
+    make_run: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device", str(target))
+
+    run = make_run("mlp")
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(ExportError, match=r"cannot write a bundle to .*mlp \(No space left on device\); name another folder"):
+        export_run(run, tmp_path / "models")
     assert list((tmp_path / "models" / "mlp").iterdir()) == []
 
 
@@ -412,6 +458,8 @@ def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_ru
 @pytest.mark.parametrize("name", ["cdcgan", "mlp", "rpgan"])
 def test_the_gallery_draws_a_run(name: str, make_run: Callable[[str], Run], tmp_path: Path, subset: Path) -> None:
     run = make_run(name)
+    if name == "cdcgan":  # judged
+        (run.folder / "worst.png").write_bytes((BUNDLED_DIR.parent.parent / "export" / "pictures" / "worst.png").read_bytes())
     done = cli("gallery", f"--run={run.folder}", f"--data-dir={subset}", f"--out={tmp_path / 'gallery'}")
     assert done.returncode == 0, done.stderr
     sizes = {}
@@ -425,6 +473,7 @@ def test_the_gallery_draws_a_run(name: str, make_run: Callable[[str], Run], tmp_
         "neighbours.png": (12 * cell + rim, 4 * cell + rim),
         "truncation.png": (12 * cell + rim, 5 * cell + rim),
     }
+    assert ("worst.png" in sizes) == (name == "cdcgan"), "what judging drew is shown too"
     if name in CONDITIONAL:
         expected["styles.png"] = (10 * cell + rim, 10 * cell + rim)
         assert {f"layer{number}.png" for number in (1, 2, 3)} <= set(sizes)
