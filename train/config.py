@@ -52,6 +52,13 @@ class TrainConfig:
     gradient_penalty: float = field(
         default=0.0, metadata={"help": "weight of the squared slope of the discriminator's logits at images and fakes; 0: none"}
     )
+    shift: int = field(
+        default=0,
+        metadata={"help": "pixels by which half of the images that the discriminator is shown are moved, at most; 0: none"},
+    )
+    label_loss: float = field(
+        default=0.0, metadata={"help": "weight of the discriminator's cross-entropy over the labels of real images; 0: none"}
+    )
     penalty_every: int = field(default=1, metadata={"help": "steps from one gradient penalty to the next, so much heavier"})
     learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
     learning_rate_end: float = field(
@@ -119,6 +126,12 @@ class TrainConfig:
             raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
         if self.gradient_penalty and self.architecture != "rpgan":
             raise ConfigError("gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm")
+        _require(self, "shift", 0 <= self.shift <= 8, "from 0 to 8 pixels")
+        if self.shift and self.architecture != "rpgan":
+            raise ConfigError("shift must be 0: only an rpgan's discriminator is shown images that are moved")
+        _require(self, "label_loss", self.label_loss >= 0, "0 or more")
+        if self.label_loss and self.architecture != "rpgan":
+            raise ConfigError("label_loss must be 0: only an rpgan's discriminator has a logit for each label")
         wanted = "at least 1 for a cdcgan or rpgan" if self.conditional else "0: only a cdcgan or rpgan takes labels"
         for name in ("labels", "label_size", "projection_size"):
             value = getattr(self, name)
@@ -232,6 +245,8 @@ PRESETS: Mapping[str, TrainConfig] = {
         generator_widths=(128, 64, 64),
         norm_init_std=None,
         discriminator_loss=RELATIVISTIC,
+        shift=2,
+        label_loss=0.01,
         gradient_penalty=0.1,
         penalty_every=8,
         beta2=0.99,

@@ -1,8 +1,9 @@
 """The networks of both systems: generators and discriminators, built from a TrainConfig. Nothing about training.
 
 Every generator maps ``latents`` (batch, z) to images (batch, 1, 28, 28) in its own range: [0, 1] after a sigmoid
-(mlp), [-1, 1] after a tanh (the others). Every discriminator maps such images to logits (batch,). Those of the cdcgan and
-the rpgan take ``labels`` int64 (batch,) as their second argument.
+(mlp), [-1, 1] after a tanh (the others). Every discriminator maps such images to logits (batch,). The cdcgan's
+networks and the rpgan's generator take ``labels`` int64 (batch,) as their second argument; the rpgan's discriminator answers for
+every label at once, (batch, labels).
 The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3; the cdcgan adds an embedding of the label
 beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637). The rpgan's generator has
 that embedding and BatchNorm with a gain and a bias for each label (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et al. 2017,
@@ -183,7 +184,10 @@ class RpganGenerator(nn.Module):
 
 
 class RpganDiscriminator(nn.Module):
-    """28×28 → 14×14 → 7×7 → 4×4 by strided convolutions with biases; the logit and the projection are the cdcgan's."""
+    """28×28 → 14×14 → 7×7 → 4×4 by strided convolutions with biases; the logit and the projection are the cdcgan's.
+
+    A column of what it answers is the logit of the images as digits of that label; a row's softmax says which label they have.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
@@ -198,14 +202,13 @@ class RpganDiscriminator(nn.Module):
             nn.LeakyReLU(slope),
             nn.Flatten(),
         )
-        self.logit = nn.Linear(third * 4 * 4, 1)
+        self.logit = nn.Linear(third * 4 * 4, 1, bias=False)  # what all logits have in common falls out of every loss
         self.projection = nn.Linear(third * 4 * 4, config.projection_size)
         self.embedding = nn.Embedding(config.labels, config.projection_size)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:  # (batch, 1, 28, 28), (batch,) → (batch,)
+    def forward(self, images: Tensor) -> Tensor:  # (batch, 1, 28, 28) → (batch, labels)
         features = self.features(images)
-        agreement = (self.projection(features) * self.embedding(labels)).sum(1)
-        logits: Tensor = self.logit(features).squeeze(1) + agreement
+        logits: Tensor = self.logit(features) + self.projection(features) @ self.embedding.weight.T
         return logits
 
 

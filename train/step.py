@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from train import losses
 from train.capture import Batch, CapturedStep, Recording
 from train.config import RELATIVISTIC, TrainConfig
 from train.parallel import Ranks
 
+SHIFTED_SHARE = 0.5
 LARGEST_LOGIT_DIFFERENCE = 60.0  # its exponential is still a float32
 
 
@@ -102,18 +104,20 @@ class Step:
         gradient is σ(fake - real) and the other's -σ(real - fake) times the same vector, and the ratio of the two is
         -exp(real - fake): the discriminator's backward pass has made the generator's as well.
         """
-        images, *labels = real
+        images, labels = real
         noise = self._fake_inputs(len(images))[0]
         with self._autocast():
-            fake = self.trained_generator(noise, *labels)
+            fake = self.trained_generator(noise, labels)
         seen = fake.detach().to(images.dtype).requires_grad_()
         with self._autocast():
-            logits = self.trained_discriminator(torch.cat((images, seen)), *(torch.cat((part, part)) for part in labels))
-        real_logits, fake_logits = logits.float().chunk(2)
+            logits = self.trained_discriminator(self._shifted(torch.cat((images, seen)))).float()
+        real_logits, fake_logits = _of_labels(logits, labels).chunk(2)
         discriminator_loss = losses.relativistic_loss(fake_logits - real_logits)
         generator_loss = losses.relativistic_loss((real_logits - fake_logits).detach())
+        # Of real images alone: a fake's label is what it was asked for, not what it shows.
+        label_loss = cross_entropy(logits[: len(images)], labels) * self.config.label_loss
         self.discriminator_optimizer.zero_grad()
-        discriminator_loss.backward()
+        (discriminator_loss + label_loss).backward()
         self.discriminator_optimizer.step()
 
         ratio = -(real_logits - fake_logits).detach().clamp(max=LARGEST_LOGIT_DIFFERENCE).exp()
@@ -125,14 +129,14 @@ class Step:
 
     def penalise(self, real: Batch) -> Tensor:
         """A step of the discriminator against the slope of its logits at real images and at fakes (R1 and R2), float64 (1,)."""
-        images, *labels = real
+        images, labels = real
         noise = self._fake_inputs(len(images))[0]
         with self._autocast(), torch.no_grad():
-            fake = self.generator(noise, *labels).to(images.dtype)
+            fake = self.generator(noise, labels).to(images.dtype)
         points = torch.cat((images, fake)).requires_grad_()
         with self._autocast():
-            logits = self.discriminator(points, *(torch.cat((part, part)) for part in labels))
-        (slopes,) = torch.autograd.grad(logits.float().sum(), points, create_graph=True)
+            logits = self.discriminator(points)
+        (slopes,) = torch.autograd.grad(_of_labels(logits.float(), labels).sum(), points, create_graph=True)
         # Mean over each half, halved (Mescheder et al. 2018), and as much larger as it comes seldom.
         penalty = slopes.square().sum(dim=(1, 2, 3)).mean() * self.config.gradient_penalty * self.config.penalty_every
         # Not by backward(): DistributedDataParallel would wait for a forward pass of its own.
@@ -180,7 +184,29 @@ class Step:
             drawn.append(torch.randint(self.config.labels, (total,), generator=self.noise, device=self.device))
         return tuple(self.ranks.mine(part) for part in drawn)
 
+    def _shifted(self, images: Tensor) -> Tensor:
+        """Half of ``images`` (2 × batch, 1, 28, 28) moved by up to ``shift`` pixels, round the edges.
+
+        The discriminator would otherwise come to know the training images one by one. The others stay as they are, so that a
+        generator whose digits are shifted themselves is told from one whose digits are not (Karras et al. 2020, arXiv:2006.06676).
+        """
+        most = self.config.shift
+        if not most:
+            return images
+        total = len(images) // 2 * self.ranks.world
+        by = torch.randint(-most, most + 1, (total, 2, 2), generator=self.noise, device=self.device)
+        moved = torch.rand((total, 2, 1), generator=self.noise, device=self.device) < SHIFTED_SHARE
+        down, right = self.ranks.mine(by * moved).transpose(0, 1).reshape(-1, 2, 1).unbind(1)  # each (2 × batch, 1)
+        side = images.shape[-1]
+        along = torch.arange(side, device=self.device)
+        pixels = (along + down)[:, :, None] % side * side + (along + right)[:, None, :] % side
+        return images.flatten(1).gather(1, pixels.flatten(1)).view_as(images)
+
     def _autocast(self) -> torch.autocast:
         # Without the cache of cast weights: a captured step would go on with the weights of its first run.
         mixed = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:  # (2 × batch, labels) of images and of fakes, (batch,) → (2 × batch,)
+    return logits.gather(1, torch.cat((labels, labels))[:, None]).squeeze(1)

@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults of files whose path begins so")
     flags = parser.parse_args()
     chosen = [fault for fault in FAULTS if fault.file.startswith(flags.only)]
+    if not chosen:
+        parser.error(f"no fault is in a file whose path begins with {flags.only!r}; see tests/mutate/faults.py")
     results: list[tuple[Fault, str]] = []
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         copy = Path(scratch) / "copy"

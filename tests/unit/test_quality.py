@@ -195,6 +195,33 @@ def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
     assert second["real"]["frechet_distance"] != real["frechet_distance"], "judged by another"
 
 
+def test_real_and_generated_digits_have_the_test_sets_labels(
+    evaluator: Evaluator, subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other shares of the labels two sets of real digits differ as well."""
+    data = load_mnist(subset)
+    shares = torch.bincount(data.test_labels, minlength=10)
+    assert len(shares.unique()) > 1, "labels in turn would have even shares"
+    asked: list[torch.Tensor] = []
+
+    class Asked(Copying):
+        def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            asked.append(labels)
+            return super().forward(latents, labels)
+
+    monkeypatch.setattr(evaluate, "trained_generator", lambda *_: Asked(data.train_images, data.train_labels))
+    report = evaluator.evaluate(small_run(tmp_path, "cdcgan"))
+    assert torch.equal(asked[0], data.test_labels)
+    assert torch.equal(torch.cat(asked[1:]), torch.arange(256) % 10), "what a classifier is trained on has even shares"
+    pixels, labels = evaluator._real_samples()
+    assert torch.equal(torch.bincount(labels, minlength=10), shares)
+    assert all(
+        bool((data.train_images[data.train_labels == label] == image).all((1, 2)).any())
+        for image, label in zip(pixels, labels, strict=True)
+    )
+    assert report["labels"] == "the test set's"
+
+
 def test_the_worst_and_the_best_digits_are_drawn(
     evaluator: Evaluator, subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,8 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
         ("rpgan", {"discriminator_loss": "sum"}, "discriminator_loss must be relativistic for an rpgan, and for no other"),
         ("cdcgan", {"gradient_penalty": 1.0}, "gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm"),
         ("rpgan", {"gradient_penalty": -1.0}, "gradient_penalty must be 0 or more"),
+        ("cdcgan", {"label_loss": 0.1}, "label_loss must be 0: only an rpgan's discriminator has a logit for each label"),
+        ("rpgan", {"label_loss": -0.1}, "label_loss must be 0 or more"),
         ("rpgan", {"penalty_every": 0}, "penalty_every must be at least 1"),
     ],
 )

@@ -105,10 +105,15 @@ class Reference:
 
         def lead(of: Tensor, over: Tensor) -> Tensor:
             """-log of the probability that a sigmoid gives to one of a pair being the realer, by their logits."""
-            return -torch.sigmoid(self.discriminator(of, labels) - self.discriminator(over, labels)).log().mean()
+            rows = torch.arange(len(labels))
+            return -torch.sigmoid(self.discriminator(of)[rows, labels] - self.discriminator(over)[rows, labels]).log().mean()
 
         loss = lead(images, fake.detach())
         self.losses.append(loss.item())
+        # And the discriminator is to know the digit in a real image: -log of the probability of its label.
+        exponentials = self.discriminator(images).exp()
+        right = torch.stack([row[label] for row, label in zip(exponentials, labels, strict=True)])
+        loss = loss - self.config.label_loss * (right / exponentials.sum(1)).log().mean()
         of_discriminator = torch.autograd.grad(loss, list(self.discriminator.parameters()), allow_unused=True)
         of_generator = torch.autograd.grad(lead(fake, images), list(self.generator.parameters()))
         for optimizer, network, gradients in (
@@ -126,7 +131,7 @@ class Reference:
         penalty = torch.zeros(())
         for points in (images.clone().requires_grad_(), fake.requires_grad_()):
             for point, label in zip(points, labels, strict=True):  # an image at a time
-                (slope,) = torch.autograd.grad(self.discriminator(point[None], label[None]).sum(), point, create_graph=True)
+                (slope,) = torch.autograd.grad(self.discriminator(point[None])[0, label], point, create_graph=True)
                 penalty = penalty + self.config.gradient_penalty / 2 * slope.pow(2).sum() / len(images)
         self.of_discriminator.zero_grad()
         (penalty * self.config.penalty_every).backward()
