@@ -16,6 +16,7 @@ from train.config import PRESETS, TrainConfig
 from train.data import DEFAULT_DATA_DIR, load_mnist, read_dataset
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
+from train.judge import BATCH as JUDGE_BATCH
 from train.judge import JUDGE_FOLDER
 from train.run_command import NEWEST, train
 from train.run_page import write_page
@@ -44,23 +45,25 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--run", type=Path, help="whose losses stand beside the notebook's (default: the newest mlp run's)")
     page = commands.add_parser("report", help="write a run's one-page report anew: report.html in its folder")
     page.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
-    judged = commands.add_parser("evaluate", help="judge 10,000 digits of a run, or of the newest finished run of each preset")
-    judged.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
+    judged = commands.add_parser(
+        "evaluate", help="judge 10,000 digits of a run, of the newest finished run of each preset, or of a data set"
+    )
+    what = judged.add_mutually_exclusive_group()
+    what.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
+    what.add_argument(
+        "--dataset", type=Path, help="a data set with labels, joined as idx files by serve.dataset, in a run's place"
+    )
     judged.add_argument("--missing", action="store_true", help="leave out runs that have been judged")
     judged.add_argument(
         "--scores", type=int, default=1, help="classifiers trained for the accuracy score, their mean (default: 1)"
     )
-    scored = commands.add_parser("score", help="train a classifier on a data set of digits, and ask it about MNIST's test images")
-    scored.add_argument("folder", type=Path, help="a data set joined as idx files by serve.dataset; its training part is taken")
-    scored.add_argument("--scores", type=int, default=1, help="classifiers, whose mean is the score (default: 1)")
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
     for command in (view, listed, table, page, judged):
         command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
-    for command in (speed, judged, scored):
+    for command in (speed, judged):
         _add_machine_flags(command)
-    for command in (judged, scored):
-        _add_data_flag(command)
+    _add_data_flag(judged)
     return parser
 
 
@@ -74,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "report": _report,
         "evaluate": _evaluate,
-        "score": _score,
         "bench": _bench,
     }
     try:
@@ -175,31 +177,23 @@ def _compare(flags: argparse.Namespace) -> int:
 def _evaluate(flags: argparse.Namespace) -> int:
     _check_scores(flags.scores)
     device = prepare_machine(flags.device, flags.threads)
-    runs = _chosen_runs(flags)
+    digits = read_dataset(flags.dataset, least=JUDGE_BATCH) if flags.dataset else None
+    runs = [] if digits else _chosen_runs(flags)
     if flags.missing:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
         if not runs:
             return 0
     data = load_mnist(flags.data_dir)
     folder = flags.runs_dir / JUDGE_FOLDER
-    print(evaluate.foretold(data, runs, folder, device, flags.scores), file=sys.stderr)
+    trained_on = [f"{run.config.preset}'s digits" for run in runs if evaluate.scored_by_training(run)]
+    trained_on = [str(flags.dataset)] if digits else trained_on
+    print(evaluate.foretold(data, trained_on, folder, device, flags.scores), file=sys.stderr)
     evaluator = evaluate.kept_evaluator(data, folder, device, flags.scores)
-    reports = []
+    reports = [(flags.dataset.name, evaluator.dataset(*digits, str(flags.dataset)))] if digits else []
     for run in runs:
         reports.append((run.config.preset, evaluator.evaluate(run)))
         write_page(run)
     print(evaluate.table(reports))
-    return 0
-
-
-def _score(flags: argparse.Namespace) -> int:
-    _check_scores(flags.scores)
-    device = prepare_machine(flags.device, flags.threads)
-    pixels, labels = read_dataset(flags.folder)
-    data = load_mnist(flags.data_dir)
-    score = evaluate.accuracy_score(pixels, labels, data, device, whose=str(flags.folder), scores=flags.scores)
-    single = ", ".join(f"{each:.2%}" for each in score["classification_accuracy_scores"])
-    print(f"{evaluate.shown(score, 'classification_accuracy_score')} by {len(pixels):,} digits ({single})")
     return 0
 
 

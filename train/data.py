@@ -124,8 +124,11 @@ def training_examples(data: Mnist, config: TrainConfig, device: torch.device) ->
     return images, data.train_labels.to(device)
 
 
-def read_dataset(folder: Path) -> tuple[Tensor, Tensor]:
-    """Training images uint8 (n, 28, 28) and labels int64 (n,) of a data set of ``serve.dataset``. Raises DataError."""
+def read_dataset(folder: Path, least: int) -> tuple[Tensor, Tensor]:
+    """Training images uint8 (n, 28, 28) and labels int64 (n,), at least so many, of a data set of ``serve.dataset``.
+
+    Raises DataError.
+    """
     raw = folder / "MNIST" / "raw"
     images, labels = (
         read_idx(_read_bytes(raw, name), str(raw / name)) for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -134,6 +137,8 @@ def read_dataset(folder: Path) -> tuple[Tensor, Tensor]:
         raise DataError(f"{raw}: images {images.shape} and labels {labels.shape} do not fit")
     if (highest := int(labels.max())) > 9:
         raise DataError(f"{raw} has label {highest}: a classifier needs digits with labels, as a conditional model makes them")
+    if len(images) < least:
+        raise DataError(f"{raw} has {len(images)} training images, and {least} are needed; write more with --count")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()).long()
 
 

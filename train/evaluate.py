@@ -95,40 +95,57 @@ class Evaluator:
         return report | {"label_accuracy": self._second.accuracy(self._data.test_images, self._data.test_labels)}
 
     def _real_samples(self) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(self._data.train_images), generator=torch.Generator().manual_seed(SEED))
-        labels, counts = self._data.train_labels[order], torch.bincount(self._labels, minlength=LABELS).tolist()
-        chosen = torch.cat([order[labels == label][:count] for label, count in enumerate(counts)])
-        return self._data.train_images[chosen], self._data.train_labels[chosen]
+        return self._samples_of(self._data.train_images, self._data.train_labels)
+
+    def _samples_of(
+        self, pixels: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:  # with the test set's labels, as far as they go
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
+        counts = torch.bincount(self._labels, minlength=LABELS).tolist()
+        chosen = torch.cat([order[labels[order] == label][:count] for label, count in enumerate(counts)])
+        return pixels[chosen], labels[chosen]
 
     def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What the digits of a run's generator reach, as the checkpoint has it, by the first and by the second judge."""
         digits = sampler(run.config, checkpoint, self._device)
         samples, labels = digits(self._samples, SEED, self._labels if scored_by_training(run) else None)
-        read = self._judge.read(samples)
-        report = self._compared(self._judge, read, labels)
-        report["nearest_training_image"] = self._nearest(samples)
-        _draw_extremes(run, samples, labels, read[1])
+        judged, probabilities = self._judged(samples, labels)
+        _draw_extremes(run, samples, labels, probabilities)
         if scored_by_training(run):
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
             whose = f"{run.config.preset}'s digits"
-            report |= accuracy_score(scored, scored_labels, self._data, self._device, whose=whose, scores=self._scores)
-        return {"first": report, "second": self._compared(self._second, self._second.read(samples), labels)}
+            judged["first"] |= accuracy_score(scored, scored_labels, self._data, self._device, whose=whose, scores=self._scores)
+        return judged
+
+    def dataset(self, pixels: Tensor, labels: Tensor, whose: str) -> dict[str, Any]:
+        """What any digits reach, uint8 (n, 28, 28) with labels (n,): some of them compared, and classifiers trained on all."""
+        judged, _ = self._judged(*self._samples_of(pixels, labels))
+        judged["first"] |= accuracy_score(pixels, labels, self._data, self._device, whose=whose, scores=self._scores)
+        return self._beside_real(judged)
+
+    def _judged(self, samples: Tensor, labels: Tensor | None) -> tuple[dict[str, dict[str, Any]], Tensor]:
+        read = self._judge.read(samples)
+        first = self._compared(self._judge, read, labels) | {"nearest_training_image": self._nearest(samples)}
+        second = self._compared(self._second, self._second.read(samples), labels)
+        return {"first": first, "second": second}, read[1]
+
+    def _beside_real(self, judged: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        second = {"model": judged["second"], "real": self.real_by_second}
+        return {"model": judged["first"], "real": self.real, "second_judge": second}
 
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Judge a run and write ``quality.json`` into its folder; returns what was written. Raises CheckpointError."""
         begun = time.monotonic()
         checkpoint = latest_checkpoint(run)
-        judged = self.fake(run, checkpoint)
+        compared = self._beside_real(self.fake(run, checkpoint))
         report = {
             "step": checkpoint["step"],
             "data": self._data.digests,
             "samples": self._samples,
             "labels": "the test set's" if scored_by_training(run) else None,
             "scored_samples": self._scored,
-            "model": judged["first"],
-            "real": self.real,
-            "second_judge": {"model": judged["second"], "real": self.real_by_second},
+            **compared,
             "seconds": round(time.monotonic() - begun, 1),
         }
         write_json(run.folder / QUALITY_FILE, report)
@@ -221,11 +238,11 @@ def kept_evaluator(data: Mnist, judge_folder: Path, device: torch.device, scores
     return Evaluator(data, first, second, device, scores=scores)
 
 
-def foretold(data: Mnist, runs: Sequence[Run], judge_folder: Path, device: torch.device, scores: int = 1) -> str:
-    """What judging the runs trains on this machine, and about how long that takes."""
+def foretold(data: Mnist, whose: Sequence[str], judge_folder: Path, device: torch.device, scores: int = 1) -> str:
+    """What judging trains on this machine, and about how long that takes; ``whose`` digits classifiers are trained on."""
     trained = [f"the {each.name}" for each in (Judge, SecondJudge) if not judge_file(data, judge_folder, each).exists()]
     number = "a classifier" if scores == 1 else f"{scores} classifiers"
-    scored = [f"{number} on {run.config.preset}'s digits" for run in runs if scored_by_training(run)]
+    scored = [f"{number} on {each}" for each in whose]
     counted, trained = len(trained) + scores * len(scored), trained + scored
     if not trained:
         return "judging takes less than a minute: the judges are there, and no classifier is to be trained"

@@ -188,7 +188,7 @@ class Step:
         """Half of ``images`` (2 × batch, 1, 28, 28) moved by up to ``shift`` pixels, round the edges.
 
         The discriminator would otherwise come to know the training images one by one. The others stay as they are, so that a
-        generator whose digits are shifted themselves is told from one whose digits are not (Karras et al. 2020, arXiv:2006.06676).
+        generator of shifted digits is told from one of digits that are not (Karras et al. 2020, arXiv:2006.06676).
         """
         most = self.config.shift
         if not most:

@@ -12,6 +12,7 @@ import pytest
 from serve.dataset.command import main as dataset_main
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
+from train import judge
 from train.cli import main
 
 SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
@@ -127,21 +128,34 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
 
 
-def test_score_trains_a_classifier_on_a_data_set(tmp_path: Path) -> None:
+def test_a_data_set_is_judged_as_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "ACCURACY_NEEDED", 0.0)
     flags = ["write", "--provider=cpu", "--model=cdcgan", "--count=400", f"--out={tmp_path / 'set'}"]
     assert dataset_main(flags) == 0
     assert dataset_main(["join", f"--out={tmp_path / 'set'}"]) == 0
-    done = in_process(main, "score", str(tmp_path / "set"), *MACHINE, "--scores=2")
+    done = in_process(main, "evaluate", f"--dataset={tmp_path / 'set'}", *MACHINE, f"--runs-dir={tmp_path}", "--scores=2")
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\d+\.\d\d% ± \d+\.\d\d by 343 digits \(\d+\.\d\d%, \d+\.\d\d%\)\n", done.stdout)
+    assert "it trains the judge and the second judge and 2 classifiers on " in done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()]
+    names = ["| model", "| ---", "| set", "| real digits", "| set, second judge", "| real digits, second judge"]
+    assert [row[0] for row in rows] == names
+    assert re.fullmatch(r"\d+\.\d\d% ± \d+\.\d\d \|", rows[2][-1])
+    assert float(rows[2][7]) > 2, "no training image is as near as that"
 
 
-def test_score_refuses_a_data_set_without_labels(tmp_path: Path) -> None:
-    done = in_process(main, "score", str(tmp_path), *MACHINE)
+def test_a_data_set_without_labels_or_with_too_few_digits_is_refused(tmp_path: Path) -> None:
+    done = in_process(main, "evaluate", f"--dataset={tmp_path}", *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'MNIST' / 'raw'} lacks train-images-idx3-ubyte\n"
     assert dataset_main(["write", "--provider=cpu", "--model=mlp", "--count=40", f"--out={tmp_path}"]) == 0
     assert dataset_main(["join", f"--out={tmp_path}"]) == 0
-    done = in_process(main, "score", str(tmp_path), *MACHINE)
+    done = in_process(main, "evaluate", f"--dataset={tmp_path}", *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 2
     assert "has label 255: a classifier needs digits with labels" in done.stderr
+    few = tmp_path / "few"
+    assert dataset_main(["write", "--provider=cpu", "--model=cdcgan", "--count=100", f"--out={few}"]) == 0
+    assert dataset_main(["join", f"--out={few}"]) == 0
+    done = in_process(main, "evaluate", f"--dataset={few}", *MACHINE, f"--runs-dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {few / 'MNIST' / 'raw'} has 86 training images, and 128 are needed; write more with --count\n"
+    assert not (tmp_path / "judge").exists(), "nothing was trained for it"
