@@ -146,7 +146,7 @@ class LatentReader:
         if cuts:
             tails = np.zeros((rows, 1), np.float32)
             for begin, end, truncation in cuts:
-                tails[begin:end] = _tail(truncation)
+                tails[begin:end] = tail_beyond(truncation)
         to_normal(words[:, : self._latent_size], out[first : first + rows], tails)
         if labels is not None:
             labels[first : first + rows] = words[:, self._latent_size].astype(np.uint64) * np.uint64(self._labels) >> np.uint64(
@@ -204,7 +204,7 @@ def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32], tails: NDArra
 
     ``tails`` float32 (rows, 1) are p_t of each row's truncation.
     """
-    knots, slopes = _table()
+    knots, slopes = knots_and_slopes()
     position = (words & np.uint32(0x7FFFFFFF)).view(np.int32).astype(np.float32)
     position += np.float32(0.5)
     if tails is not None:
@@ -221,13 +221,13 @@ def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32], tails: NDArra
 
 
 @cache
-def _tail(truncation: float) -> np.float32:
+def tail_beyond(truncation: float) -> np.float32:
     """The probability beyond ``truncation``, on a grid that keeps the last bit of a library's erf out of it."""
     return np.float32(round(NormalDist().cdf(-truncation) * 2**20) / 2**20)
 
 
 @cache
-def _table() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def knots_and_slopes() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Magnitude at each knot, and its slope per unit of the fraction bits."""
     positions = [
         2.0**octave * (1 + step / 2**KNOT_BITS) for octave in range(LOWEST_OCTAVE, HIGHEST_OCTAVE) for step in range(2**KNOT_BITS)

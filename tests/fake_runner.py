@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from serve.batching.batcher import Batcher, Limits
 from serve.batching.queue import Priority, Ticket
-from serve.latents import Span
+from serve.latents import LatentReader, Span
 
 LATENT_SIZE = 8
 TIMEOUT_S = 30
@@ -27,6 +27,11 @@ class FakeRunner:
     def allocate(self, count: int) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {"latents": np.zeros((count, LATENT_SIZE), np.float32)}
         return feeds | {"labels": np.zeros(count, np.int64)} if self._labelled else feeds
+
+    def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
+        feeds = self.allocate(count)
+        reader.fill(feeds["latents"], spans, feeds.get("labels"))
+        return feeds
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         latents = feeds["latents"]

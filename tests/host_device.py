@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
 from serve.engine.onnx_runtime import ort
+from serve.errors import EngineError
+
+COMPILER = shutil.which("cc") or shutil.which("gcc")
 
 
 class HostDevice(Device):
@@ -50,6 +57,21 @@ class HostDevice(Device):
 
     def copy_to_host(self, to: int, source: int, size_bytes: int, stream: int) -> None:
         self.streams[stream].append((to, source, size_bytes))
+
+    def compile(self, source: str, function: str, definitions: Sequence[str]) -> Any:
+        """The same source by a C compiler: what stands for the kernel goes through all threads one by one."""
+        if COMPILER is None:
+            raise EngineError("no C compiler")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "kernel.so"
+            flags = ["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-x", "c", *definitions]
+            subprocess.run([COMPILER, *flags, "-o", str(library), "-"], input=source.encode(), check=True)
+            return getattr(ctypes.CDLL(str(library)), function)
+
+    def launch(self, kernel: Any, threads: int, arguments: Sequence[int], stream: int) -> None:
+        assert stream in self.streams
+        assert threads == arguments[0] * arguments[2], "rows × blocks"
+        kernel(*map(ctypes.c_uint64, arguments))
 
     def wait(self, stream: int) -> None:
         for copy in self.streams[stream]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from serve.batching.queue import Chunk
 from serve.errors import DeviceLostError, EngineError
-from serve.latents import LatentReader
+from serve.latents import LatentReader, Span
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Arrays = Mapping[str, NDArray[Any]]
 class Runner(Protocol):
     """A loaded model, as a slot uses it (``serve.engine.session.Engine``)."""
 
-    def allocate(self, count: int) -> dict[str, NDArray[Any]]: ...
+    def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]: ...
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays: ...
     def bucket(self, count: int) -> int: ...
     def close(self) -> None: ...
@@ -114,8 +114,7 @@ class Slot:
             spans.append(ticket.span.part(first, count))
             if ticket.outputs is not outputs and not set(ticket.outputs) <= set(outputs):
                 outputs = tuple(dict.fromkeys((*outputs, *ticket.outputs)))
-        feeds = runner.allocate(images)
-        self._reader.fill(feeds["latents"], spans, feeds.get("labels"))
+        feeds = runner.assemble(self._reader, spans, images)
         assembled = time.perf_counter()
         try:
             rows = dict(runner.run(feeds, outputs))

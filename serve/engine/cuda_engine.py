@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 
 from serve.engine.cuda import CAPTURE_GATE, Device
 from serve.engine.device_buffers import NO_GRAPH, Binding, DeviceBuffers
+from serve.engine.device_latents import DeviceLatents
 from serve.engine.golden import golden_difference
 from serve.engine.provider import CUDA_FAILURE, EngineOptions, described
 from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Arrays, Engine
 from serve.errors import DeviceLostError, EngineError, ProviderError
-from serve.latents import Span, draw_span
+from serve.latents import INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, draw_span
 from serve.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 OUTPUT_SETS = (PIXELS_AND_IMAGES, PIXELS)
+# Of the rows that drawing on the device is tried with.
+TRUNCATION_TRIED = 0.7
+INDEX_STEP = 0x1F2E3D4C5B6A7989
 Rows = tuple[NDArray[np.float32], NDArray[np.int64] | None]  # latents, and labels of a conditional model
 
 
@@ -53,17 +57,31 @@ class CudaEngine(Engine):
         self._device.mind_own_captures()
         # Bucket → whether its graphs, with and without the float32 images, were captured and replay rightly.
         self.captures: dict[int, bool] = {}
+        self._drawing: DeviceLatents | None = None  # until ``warm`` has seen that it draws the host's bits
+        self._drawn: Arrays | None = None  # feeds whose latents the device is to draw
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
     def allocate(self, count: int) -> dict[str, NDArray[Any]]:
         """The page-locked input buffers themselves: what is filled in place need not be copied on the host."""
         return {name: self._buffers.host[name][:count] for name in self._buffers.inputs}
 
+    def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
+        """As ``Engine.assemble``. What the device draws has its labels after ``run``, and its latents never."""
+        if self._drawing is None or any(span.explicit is not None for span in spans):
+            return super().assemble(reader, spans, count)
+        feeds = self.allocate(count)
+        self._drawing.fill(spans, feeds.get("labels"))
+        self._drawn = feeds
+        return feeds
+
     def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, NDArray[Any]]:
         """As ``Engine.run``, for at most ``largest`` rows. The arrays returned are never written again."""
         count = len(feeds["latents"])
         bucket = self.bucket(count)
-        for name in self._buffers.inputs:
+        drawing = self._drawing if feeds is self._drawn else None
+        self._drawn = None
+        inputs = [name for name in self._buffers.inputs if drawing is None or name != "latents"]
+        for name in inputs:
             host = self._buffers.host[name]
             if feeds[name].ctypes.data != host.ctypes.data:
                 host[:count] = feeds[name]
@@ -72,7 +90,9 @@ class CudaEngine(Engine):
         graph = _graph_id(bucket, wanted) if self.captures.get(bucket) else NO_GRAPH
         try:
             with CAPTURE_GATE.run():  # the copies as well: a synchronous one elsewhere breaks a capture
-                self._buffers.upload(bucket)
+                self._buffers.upload(inputs, bucket)
+                if drawing is not None:
+                    self._draw(drawing, bucket)
                 self._binding(bucket, wanted).run(graph, wait=self.waits_after_run)
                 return self._buffers.download(outputs, count)
         except EngineError as error:  # a copy
@@ -82,13 +102,28 @@ class CudaEngine(Engine):
                 raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version}: {described(error)}") from None
             raise
 
+    def _draw(self, drawing: DeviceLatents, rows: int) -> None:
+        """Put the drawing of latents into the stream, and the way back of the labels that come of it."""
+        labelled = "labels" in self._buffers.inputs
+        labels = self._buffers.address("labels") if labelled else 0
+        drawing.launch(rows, self._buffers.address("latents"), labels, self._stream)
+        if labelled:
+            self._buffers.fetch("labels", rows)
+
     def close(self) -> None:
         """As ``Engine.close``; not while a graph is captured, which a release would break (onnxruntime PR 32081)."""
         with CAPTURE_GATE.run():
             self._bindings.clear()
             self._buffers.release()
+            if self._drawing is not None:
+                self._drawing.release()
             del self._session
             self._device.close_stream(self._stream)
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the device draws latents."""
+        return self._drawing is not None
 
     def warm(self) -> dict[int, bool]:
         """Run every bucket, the largest first, so that the device's memory is taken once; capture graphs if asked for."""
@@ -97,6 +132,8 @@ class CudaEngine(Engine):
             for outputs in OUTPUT_SETS:
                 self.run(feeds, outputs)
         self._stop_waiting()
+        if self.options.device_latents:
+            self._begin_drawing()
         for bucket in self.buckets():
             if self.options.cuda_graphs:
                 self._capture(bucket)
@@ -114,6 +151,43 @@ class CudaEngine(Engine):
                 log.warning("%s: every run is waited for (%s)", where, problem)
                 self.waits_after_run = True
                 return
+
+    def _begin_drawing(self) -> None:
+        """Have the device draw latents from here on, if it draws the very bits that the host does."""
+        shape = (self.manifest.latent_size, self.manifest.labels)
+        try:
+            drawing = DeviceLatents(self._device, self.largest, *shape)
+            problem = self._drawing_problem(drawing, LatentReader(*shape))
+        except (EngineError, ProviderError) as error:
+            problem = str(error)
+        if problem is not None:
+            log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
+            return
+        self._drawing = drawing
+
+    def _drawing_problem(self, drawing: DeviceLatents, reader: LatentReader) -> str | None:
+        """How the device's latents and labels differ from the host's: of seeds and indices of every size, truncated and not."""
+        highest = self.manifest.labels - 1
+        for bucket in self.buckets():
+            for truncation in (0.0, TRUNCATION_TRIED):
+                spans = [
+                    Span(SEED_LIMIT - 1 - row, (row * INDEX_STEP) % INDEX_LIMIT, 1, None, None, truncation)
+                    for row in range(bucket)
+                ]
+                if self.manifest.labels:
+                    spans[0] = Span(1, 0, 1, None, np.array([highest]), truncation)
+                expected = {name: array.copy() for name, array in self.assemble(reader, spans, bucket).items()}
+                got = self.allocate(bucket)
+                drawing.fill(spans, got.get("labels"))
+                with CAPTURE_GATE.run():
+                    self._buffers.upload([name for name in got if name != "latents"], bucket)
+                    self._draw(drawing, bucket)
+                    self._buffers.fetch("latents", bucket)
+                    self._device.wait(self._stream)
+                for name, array in expected.items():
+                    if array.tobytes() != got[name].tobytes():
+                        return f"in a batch of {bucket} the device draws other {name}"
+        return None
 
     def _samples(self, bucket: int) -> list[tuple[Rows, NDArray[Any]]]:
         """Two different inputs of a bucket's size, and the pixels that the engine as it is now makes of each."""

@@ -102,11 +102,16 @@ class DeviceBuffers:
         """Where on the device the rows of an input or output are."""
         return int(self._on_device[name].data_ptr())
 
-    def upload(self, rows: int) -> None:
-        """Copy the first rows of every input to the device, before what is put into the stream after it."""
-        for name in self.inputs:
+    def upload(self, names: Sequence[str], rows: int) -> None:
+        """Copy the first rows of inputs to the device, before what is put into the stream after it."""
+        for name in names:
             array = self.host[name]
             self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)
+
+    def fetch(self, name: str, rows: int) -> None:
+        """Copy the first rows of an input back from the device: they are in ``host`` once the stream has been waited for."""
+        array = self.host[name]
+        self.device.copy_to_host(array.ctypes.data, self.address(name), rows * array.strides[0], self.stream)
 
     def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
         """The first rows of outputs, once all that is in the stream is done, as arrays that are never written again."""

@@ -32,6 +32,7 @@ class EngineOptions:
     intra_op_threads: int = 1
     pad_to_powers: bool = False  # pad batches to powers of two; always so on CUDA
     cuda_graphs: bool = False
+    device_latents: bool = False  # draw latents on the device
     compute_stream: int = 0  # a CUDA stream that all runs go into; 0: the session's own
     record_assignment: bool = False  # keep which provider has which node, for checks
     cuda_options: Mapping[str, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from serve.engine.golden import check_golden, golden_samples
 from serve.engine.onnx_runtime import ort
 from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider, described
 from serve.errors import BundleError, ProviderError
+from serve.latents import LatentReader, Span
 from serve.manifest import Manifest, TensorSpec
 
 Array = NDArray[Any]
@@ -51,6 +52,12 @@ class Engine:
     def allocate(self, count: int) -> dict[str, Array]:
         """Arrays for the inputs of a run of ``count`` rows, to be filled and given to ``run``."""
         return {spec.name: np.empty((count, *spec.shape), spec.dtype) for spec in self.manifest.inputs}
+
+    def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, Array]:
+        """What ``run`` takes for the spans' rows, ``count`` in all, with their labels."""
+        feeds = self.allocate(count)
+        reader.fill(feeds["latents"], spans, feeds.get("labels"))
+        return feeds
 
     def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, Array]:
         """Run once. ``feeds`` holds every input, (n, ...); returns the ``outputs`` asked for, (n, ...), as new arrays.

@@ -203,6 +203,7 @@ def engine_options(settings: Settings, provider: Provider) -> EngineOptions:
         intra_op_threads=settings.intra_op_threads,
         pad_to_powers=settings.buckets == "powers",
         cuda_graphs=settings.cuda_graphs != "off",
+        device_latents=settings.device_latents,
         cuda_options=cuda_options,
     )
 

@@ -39,7 +39,7 @@ from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
 from serve.dataset.header import parse_header
 from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
-from serve.latents import SEED_LIMIT
+from serve.latents import SEED_LIMIT, LatentReader, Span
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
@@ -97,8 +97,10 @@ class FakeContext:
 class BlankRunner:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
 
-    def allocate(self, count: int) -> dict[str, NDArray[Any]]:
-        return {"latents": np.zeros((count, LATENT_SIZE), np.float32), "labels": np.zeros(count, np.int64)}
+    def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
+        feeds = {"latents": np.zeros((count, LATENT_SIZE), np.float32), "labels": np.zeros(count, np.int64)}
+        reader.fill(feeds["latents"], spans, feeds["labels"])
+        return feeds
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         labels = feeds["labels"]

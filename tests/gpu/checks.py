@@ -413,6 +413,21 @@ def training(plan: Plan) -> Outcome:
     return Outcome(figures, tuple(fixed), tuple(aims))
 
 
+def device_latents(plan: Plan) -> Outcome:
+    """The kernel's latents are the host's to the bit, or it is not used; batches drawn and run, device / host, by bucket."""
+    figures: dict[str, Any] = {}
+    targets = []
+    for model in MODELS:
+        host, drawing = (engine_of(model, plan, cuda_graphs=plan.graphs, device_latents=draws) for draws in (False, True))
+        for engine in (host, drawing):
+            engine.warm()
+        ratios = {bucket: _batch_s(drawing, bucket, plan) / _batch_s(host, bucket, plan) for bucket in host.buckets()}
+        accepted = isinstance(drawing, CudaEngine) and drawing.draws_latents
+        figures[model] = {"same_bits": accepted, "batch_time_ratio": ratios}
+        targets.append(Target(f"{model}: the device draws the host's latents", float(accepted), 1))
+    return Outcome(figures, tuple(targets))
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
@@ -429,8 +444,16 @@ CHECKS: dict[str, Check] = {
         wire,
         served,
         training,
+        device_latents,  # the last: a kernel that goes wrong takes the process's CUDA with it
     )
 }
+
+
+def _batch_s(engine: Engine, bucket: int, plan: Plan) -> float:
+    """Of a batch from spans to pixels."""
+    reader = LatentReader(engine.manifest.latent_size, engine.manifest.labels)
+    spans = [Span(SEED, 0, bucket)]
+    return 1 / runs_per_second(lambda: engine.run(engine.assemble(reader, spans, bucket)), plan.seconds / 8)
 
 
 def _run_s(engine: Engine, bucket: int, plan: Plan) -> float:

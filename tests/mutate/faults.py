@@ -19,6 +19,7 @@ SERVE = "tests/integration/test_serve.py"
 MODEL = "tests/unit/test_model.py"
 RECONCILE = "tests/unit/test_reconcile.py"
 RUNTIME = "tests/unit/test_runtime.py"
+DEVICE_LATENTS = "tests/unit/test_device_latents.py"
 STEP = "train/step.py"
 DATASET = "tests/integration/test_dataset.py"
 REFERENCE = "tests/unit/test_train_reference.py"
@@ -119,6 +120,14 @@ FAULTS = [
     Fault("digits are counted as requests", METRICS, "images_in(encoding)(images)", "images_in(encoding)(1)", WIRING),
     Fault("a gauge keeps a released model", METRICS, "            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model\n", "", MODEL),
     Fault("what was kept is not observed when metrics are read", METRICS, "            records.flush()\n", "            pass\n", WIRING),
+    # CUDA
+    Fault("the kernel takes the block before", "serve/engine/latents.cu", "low = base + block + 1;", "low = base + block;", DEVICE_LATENTS),
+    Fault("the kernel forgets the counter's carry", "serve/engine/latents.cu", " + (low < base);", ";", DEVICE_LATENTS),
+    Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu", "labels && chosen[row] < 0)", "labels)", DEVICE_LATENTS),
+    Fault("the kernel truncates nothing", "serve/engine/latents.cu", "if (tail != 0.0f) {", "if (tail < 0.0f) {", DEVICE_LATENTS),
+    Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py", "problem = self._drawing_problem(drawing, LatentReader(*shape))", "problem = None", DEVICE_LATENTS),
+    Fault("a caller's own latents are drawn over", "serve/engine/cuda_engine.py", "if self._drawing is None or any(span.explicit is not None for span in spans):", "if self._drawing is None:", DEVICE_LATENTS),
+    Fault("the labels that the device drew are not fetched", "serve/engine/cuda_engine.py", "            self._buffers.fetch(\"labels\", rows)\n", "            pass\n", DEVICE_LATENTS),
     # data sets
     Fault("a filter keeps what it was to refuse", "serve/dataset/filter.py", "good = (judge.confidence(made, labels) >= dataset.filter)", "good = (judge.confidence(made, labels) < 2)", DATASET),
     Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "aligned = BATCH if self.judge is None else size", "aligned = BATCH", DATASET),
@@ -143,7 +152,7 @@ FAULTS = [
     Fault("a fake is paired with another label", STEP, "fake = self.trained_generator(noise, labels)\n        seen", "fake = self.trained_generator(noise, labels.flip(0))\n        seen", REFERENCE),
     Fault("the label loss reads fakes", STEP, "cross_entropy(logits[: len(images)], labels)", "cross_entropy(logits[len(images) :], labels)", REFERENCE),
     Fault("the label loss weighs nothing", STEP, "labels) * self.config.label_loss", "labels) * 0", REFERENCE),
-    Fault("real digits are judged with other shares of the labels", "train/evaluate.py", "order[labels == label][:count] for label", "order[labels == 9 - label][:count] for label", "tests/unit/test_quality.py"),
+    Fault("real digits are judged with other shares of the labels", "train/evaluate.py", "order[labels[order] == label][:count] for label", "order[labels[order] == 9 - label][:count] for label", "tests/unit/test_quality.py"),
     Fault("the penalty is as light as if it came every step", STEP, "self.config.gradient_penalty * self.config.penalty_every", "self.config.gradient_penalty", REFERENCE),
     Fault("the penalty looks at real images alone", STEP, "points = torch.cat((images, fake)).requires_grad_()", "points = torch.cat((images, images)).requires_grad_()", REFERENCE),
     Fault("a gradient in another memory layout", STEP, "torch.empty_like(parameter).copy_(self.ranks.mean(gradient))", "self.ranks.mean(gradient)", REFERENCE),
