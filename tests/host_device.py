@@ -13,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
-from serve.engine.onnx_runtime import ort
 from serve.errors import EngineError
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -30,9 +29,6 @@ class HostDevice(Device):
     def __init__(self) -> None:
         self.locked: list[int] = []
         self.streams: dict[int, list[tuple[int, int, int]]] = {}
-
-    def allocate(self, like: NDArray[Any]) -> Any:
-        return ort.OrtValue.ortvalue_from_numpy(like)
 
     def mind_own_captures(self) -> None:
         pass
