@@ -106,7 +106,7 @@ class CudaEngine(Engine):
         """Put the drawing of latents into the stream, and the way back of the labels that come of it."""
         labelled = "labels" in self._buffers.inputs
         labels = self._buffers.address("labels") if labelled else 0
-        drawing.launch(rows, self._buffers.address("latents"), labels, self._stream)
+        drawing.launch(rows, self._buffers.address("latents"), labels)
         if labelled:
             self._buffers.fetch("labels", rows)
 
@@ -156,10 +156,10 @@ class CudaEngine(Engine):
         """Have the device draw latents from here on, if it draws the very bits that the host does."""
         shape = (self.manifest.latent_size, self.manifest.labels)
         try:
-            drawing = DeviceLatents(self._device, self.largest, *shape)
+            drawing = DeviceLatents(self._device, self.largest, *shape, self._stream)
             problem = self._drawing_problem(drawing, LatentReader(*shape))
-        except (EngineError, ProviderError) as error:
-            problem = str(error)
+        except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
+            problem = described(error)
         if problem is not None:
             log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
             return

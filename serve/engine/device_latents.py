@@ -21,54 +21,50 @@ OF_THE_STREAM = -1  # in place of a label: the one that the row itself has
 
 
 class DeviceLatents:
-    """Draws up to ``largest`` rows of ``latent_size`` values and a label, of ``labels`` to choose from; 0: none.
+    """Draws up to ``largest`` rows of ``latent_size`` values, and of one label among ``labels``, or none of 0, in ``stream``.
 
     Raises EngineError when the kernel cannot be compiled or there is no memory left.
     """
 
-    def __init__(self, device: Device, largest: int, latent_size: int, labels: int) -> None:
-        knots, slopes = knots_and_slopes()
+    def __init__(self, device: Device, largest: int, latent_size: int, labels: int, stream: int) -> None:
         self._locked: list[NDArray[Any]] = []
         self._on_device: dict[str, Any] = {}
-        self._device = device
+        self._device, self._stream = device, stream
         self._kernel = device.compile(SOURCE.read_text(), FUNCTION, definitions())
         self._latent_size, self._labels = latent_size, labels
         self._blocks = blocks_per_row(latent_size + (labels > 0))
-        self._host: dict[str, NDArray[Any]] = {
+        self._rows: dict[str, NDArray[Any]] = {
             "seeds": np.zeros(largest, np.uint64),
             "indices": np.zeros(largest, np.uint64),
             "tails": np.zeros(largest, np.float32),
-            "knots": knots.copy(),
-            "slopes": slopes.copy(),
         }
-        self._on_device = {name: device.allocate(array) for name, array in self._host.items()}
-        for array in self._host.values():
+        tables = dict(zip(("knots", "slopes"), map(np.copy, knots_and_slopes()), strict=True))
+        for name, array in (self._rows | tables).items():  # in the order that the kernel takes them in
+            self._on_device[name] = device.allocate(array)
             device.lock_pages(array)
             self._locked.append(array)
-        self._uploaded = False
+        for name, array in tables.items():
+            self._upload(name, array)
 
     def fill(self, spans: Sequence[Span], labels: NDArray[np.int64] | None) -> None:
         """Note which rows are wanted, one span's after another's, and in ``labels`` (rows,) those that callers named."""
         row = 0
         for span in spans:
             rows = slice(row, row + span.count)
-            self._host["seeds"][rows] = span.seed
-            self._host["indices"][rows] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
-            self._host["tails"][rows] = tail_beyond(span.truncation) if span.truncation else 0.0
+            self._rows["seeds"][rows] = span.seed
+            self._rows["indices"][rows] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
+            self._rows["tails"][rows] = tail_beyond(span.truncation) if span.truncation else 0.0
             if labels is not None:
                 labels[rows] = OF_THE_STREAM if span.labels is None else span.labels
             row += span.count
 
-    def launch(self, rows: int, latents: int, labels: int, stream: int) -> None:
-        """Put the drawing of the first ``rows`` rows into a stream; ``latents`` and ``labels`` are device addresses, or 0."""
-        for name, array in self._host.items():
-            if not (self._uploaded and name in ("knots", "slopes")):
-                part = array if name in ("knots", "slopes") else array[:rows]
-                self._device.copy_to_device(self._address(name), array.ctypes.data, part.nbytes, stream)
-        self._uploaded = True
+    def launch(self, rows: int, latents: int, labels: int) -> None:
+        """Put the drawing of the first ``rows`` rows into the stream; ``latents`` and ``labels`` are device addresses, or 0."""
+        for name, array in self._rows.items():
+            self._upload(name, array[:rows])
         sizes = (rows, self._latent_size, self._blocks, self._labels)
-        addresses = (*(self._address(name) for name in self._host), latents, labels)
-        self._device.launch(self._kernel, rows * self._blocks, (*sizes, *addresses), stream)
+        addresses = (*map(self._address, self._on_device), latents, labels)
+        self._device.launch(self._kernel, rows * self._blocks, (*sizes, *addresses), self._stream)
 
     def release(self) -> None:
         """Give the memory back. Once it is done, nothing is left to do."""
@@ -78,6 +74,9 @@ class DeviceLatents:
 
     def __del__(self) -> None:
         self.release()
+
+    def _upload(self, name: str, array: NDArray[Any]) -> None:
+        self._device.copy_to_device(self._address(name), array.ctypes.data, array.nbytes, self._stream)
 
     def _address(self, name: str) -> int:
         return int(self._on_device[name].data_ptr())

@@ -51,16 +51,15 @@ def mixed(chance: random.Random, rows: int, labels: int) -> list[Span]:
 @pytest.mark.parametrize(("latent_size", "labels"), SHAPES)
 def test_the_kernels_source_draws_the_hosts_bits(latent_size: int, labels: int) -> None:
     device = HostDevice()
-    stream = device.open_stream()
     chance = random.Random(latent_size)
-    drawing = DeviceLatents(device, 300, latent_size, labels)
+    drawing = DeviceLatents(device, 300, latent_size, labels, device.open_stream())
     for rows in (1, 257, 300):
         spans = mixed(chance, rows, labels)
         expected, expected_labels = np.empty((rows, latent_size), np.float32), np.empty(rows, np.int64)
         LatentReader(latent_size, labels).fill(expected, spans, expected_labels if labels else None)
         latents, chosen = np.full((rows, latent_size), np.nan, np.float32), np.full(rows, -7, np.int64)
         drawing.fill(spans, chosen if labels else None)
-        drawing.launch(rows, latents.ctypes.data, chosen.ctypes.data if labels else 0, stream)
+        drawing.launch(rows, latents.ctypes.data, chosen.ctypes.data if labels else 0)
         assert latents.tobytes() == expected.tobytes()
         if labels:
             assert chosen.tolist() == expected_labels.tolist()
@@ -72,10 +71,10 @@ def test_the_kernels_source_draws_the_hosts_bits(latent_size: int, labels: int) 
 def test_every_tail_of_the_table_is_looked_up_as_on_the_host() -> None:
     """Enough rows for the rare words near 0 and near the middle, where an octave has few of them."""
     device = HostDevice()
-    drawing = DeviceLatents(device, 1 << 16, 64, 0)
+    drawing = DeviceLatents(device, 1 << 16, 64, 0, device.open_stream())
     latents = np.empty((1 << 16, 64), np.float32)
     drawing.fill([Span(9, 0, 1 << 16)], None)
-    drawing.launch(1 << 16, latents.ctypes.data, 0, device.open_stream())
+    drawing.launch(1 << 16, latents.ctypes.data, 0)
     assert np.array_equal(latents.view(np.uint32), draw(9, 0, 1 << 16, 64).view(np.uint32))
     assert np.abs(latents).max() > 5
 
