@@ -128,6 +128,7 @@ FAULTS = [
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py", "problem = self._drawing_problem(drawing, LatentReader(*shape))", "problem = None", DEVICE_LATENTS),
     Fault("a caller's own latents are drawn over", "serve/engine/cuda_engine.py", "if self._drawing is None or any(span.explicit is not None for span in spans):", "if self._drawing is None:", DEVICE_LATENTS),
     Fault("the labels that the device drew are not fetched", "serve/engine/cuda_engine.py", "            self._buffers.fetch(\"labels\", rows)\n", "            pass\n", DEVICE_LATENTS),
+    Fault("inputs are not copied to the device", "serve/engine/device_buffers.py", "            self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)\n", "            del array\n", ENGINE),
     # data sets
     Fault("a filter keeps what it was to refuse", "serve/dataset/filter.py", "good = (judge.confidence(made, labels) >= dataset.filter)", "good = (judge.confidence(made, labels) < 2)", DATASET),
     Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "aligned = BATCH if self.judge is None else size", "aligned = BATCH", DATASET),
