@@ -152,6 +152,8 @@ FAULTS = [
     Fault("the generator's gradient is not weighed by its own loss", STEP, "ratio = -(real_logits - fake_logits).detach()", "ratio = -(fake_logits - real_logits).detach()", REFERENCE),
     Fault("a fake is paired with another label", STEP, "fake = self.trained_generator(noise, labels)\n        seen", "fake = self.trained_generator(noise, labels.flip(0))\n        seen", REFERENCE),
     Fault("the label loss reads fakes", STEP, "cross_entropy(logits[: len(images)], labels)", "cross_entropy(logits[len(images) :], labels)", REFERENCE),
+    Fault("fakes are never moved", STEP, "moved = torch.rand((total, 2, 1), generator=self.noise, device=self.device) < SHIFTED_SHARE", "moved = torch.rand((total, 2, 1), generator=self.noise, device=self.device) * torch.tensor([[[1.0], [9.0]]]) < SHIFTED_SHARE", REFERENCE),
+    Fault("everything is moved", STEP, "SHIFTED_SHARE = 0.5", "SHIFTED_SHARE = 1.0", REFERENCE),
     Fault("the label loss weighs nothing", STEP, "labels) * self.config.label_loss", "labels) * 0", REFERENCE),
     Fault("real digits are judged with other shares of the labels", "train/evaluate.py", "order[labels[order] == label][:count] for label", "order[labels[order] == 9 - label][:count] for label", "tests/unit/test_quality.py"),
     Fault("the penalty is as light as if it came every step", STEP, "self.config.gradient_penalty * self.config.penalty_every", "self.config.gradient_penalty", REFERENCE),

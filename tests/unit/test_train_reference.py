@@ -102,6 +102,19 @@ class Reference:
     def relativistic_step(self, images: Tensor, labels: Tensor) -> None:
         """Each network's own loss by its own backward pass, both against what the other was before the step."""
         fake = self.generator(torch.randn(len(images), self.config.latent_size, generator=self.noise), labels)
+        # Half of what the discriminator sees is moved, real images and fakes each by steps of their own.
+        most = self.config.shift
+        steps = torch.randint(-most, most + 1, (len(images), 2, 2), generator=self.noise)
+        coins = torch.rand((len(images), 2, 1), generator=self.noise)[:, :, 0]
+
+        def moved(seen: Tensor, which: int) -> Tensor:
+            rolled = [
+                image.roll((-int(down), -int(right)), dims=(1, 2)) if coin < 0.5 else image
+                for image, (down, right), coin in zip(seen, steps[:, which], coins[:, which], strict=True)
+            ]
+            return torch.stack(rolled)
+
+        images, fake = moved(images, 0), moved(fake, 1)
 
         def lead(of: Tensor, over: Tensor) -> Tensor:
             """-log of the probability that a sigmoid gives to one of a pair being the realer, by their logits."""
