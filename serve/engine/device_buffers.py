@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,30 +64,26 @@ class _Loan:
         self._free.append(self._slot)
 
 
-class DeviceBuffers:
-    """Memory for up to ``largest`` rows of every input and output. Raises EngineError when the device has none left.
+class PairedMemory:
+    """Page-locked arrays in ``host``, each with as much on the device. Raises EngineError when the device has none left.
 
     Copies go through ``stream``, where the session's runs go as well: they keep their order without anybody waiting between them.
     """
 
-    def __init__(self, manifest: Manifest, largest: int, device: Device, stream: int) -> None:
+    def __init__(self, device: Device, stream: int) -> None:
         self.device = device
         self.stream = stream
-        self.inputs = tuple(spec.name for spec in manifest.inputs)
-        self.specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
-        self.host: dict[str, NDArray[Any]] = {}  # the inputs
-        self._slots: dict[str, OutputSlots] = {}
+        self.host: dict[str, NDArray[Any]] = {}
         self._on_device: dict[str, Any] = {}
         self._locked: list[NDArray[Any]] = []
-        lock = partial(_lock_pages, device, self._locked)  # not a method: memory must go when its engine does, without a cycle
-        for spec in self.specs.values():
-            array = np.zeros((largest, *spec.shape), spec.dtype)
-            self._on_device[spec.name] = device.allocate(array)
-            if spec.name in self.inputs:
-                lock(array)
-                self.host[spec.name] = array
-            else:
-                self._slots[spec.name] = OutputSlots(array.shape, spec.dtype, lock)
+        # Not a method: memory must go when its engine does, without a cycle.
+        self._lock = partial(_lock_pages, device, self._locked)
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Page-lock an array and take memory on the device for it."""
+        self._on_device[name] = self.device.allocate(array)
+        self._lock(array)
+        self.host[name] = array
 
     def release(self) -> None:
         """Give the memory back. Once it is done, nothing is left to do."""
@@ -99,19 +95,36 @@ class DeviceBuffers:
         self.release()
 
     def address(self, name: str) -> int:
-        """Where on the device the rows of an input or output are."""
+        """Where on the device the rows of that name are."""
         return int(self._on_device[name].data_ptr())
 
-    def upload(self, names: Sequence[str], rows: int) -> None:
-        """Copy the first rows of inputs to the device, before what is put into the stream after it."""
+    def upload(self, names: Iterable[str], rows: int) -> None:
+        """Copy the first rows of arrays to the device, before what is put into the stream after it."""
         for name in names:
             array = self.host[name]
             self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)
 
     def fetch(self, name: str, rows: int) -> None:
-        """Copy the first rows of an input back from the device: they are in ``host`` once the stream has been waited for."""
+        """Copy the first rows of an array back from the device: they are in ``host`` once the stream has been waited for."""
         array = self.host[name]
         self.device.copy_to_host(array.ctypes.data, self.address(name), rows * array.strides[0], self.stream)
+
+
+class DeviceBuffers(PairedMemory):
+    """Memory for up to ``largest`` rows of every input and output; the inputs' host sides are in ``host``."""
+
+    def __init__(self, manifest: Manifest, largest: int, device: Device, stream: int) -> None:
+        super().__init__(device, stream)
+        self.inputs = tuple(spec.name for spec in manifest.inputs)
+        self.specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
+        self._slots: dict[str, OutputSlots] = {}
+        for spec in self.specs.values():
+            array = np.zeros((largest, *spec.shape), spec.dtype)
+            if spec.name in self.inputs:
+                self.add(spec.name, array)
+            else:
+                self._on_device[spec.name] = device.allocate(array)
+                self._slots[spec.name] = OutputSlots(array.shape, spec.dtype, self._lock)
 
     def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
         """The first rows of outputs, once all that is in the stream is done, as arrays that are never written again."""

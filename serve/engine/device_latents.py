@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
+from serve.engine.device_buffers import PairedMemory
 from serve.latents import FIRST_KNOT, FRACTION_BITS, Span, blocks_per_row, knots_and_slopes, tail_beyond
 
 SOURCE = Path(__file__).with_name("latents.cu")
 FUNCTION = "draw"
+# What the kernel takes, in this order: of each row, and of all.
+ROWS = {"seeds": np.uint64, "indices": np.uint64, "tails": np.float32}
+TABLES = ("knots", "slopes")
 OF_THE_STREAM = -1  # in place of a label: the one that the row itself has
 
 
@@ -27,59 +30,40 @@ class DeviceLatents:
     """
 
     def __init__(self, device: Device, largest: int, latent_size: int, labels: int, stream: int) -> None:
-        self._locked: list[NDArray[Any]] = []
-        self._on_device: dict[str, Any] = {}
-        self._device, self._stream = device, stream
         self._kernel = device.compile(SOURCE.read_text(), FUNCTION, definitions())
         self._latent_size, self._labels = latent_size, labels
         self._blocks = blocks_per_row(latent_size + (labels > 0))
-        self._rows: dict[str, NDArray[Any]] = {
-            "seeds": np.zeros(largest, np.uint64),
-            "indices": np.zeros(largest, np.uint64),
-            "tails": np.zeros(largest, np.float32),
-        }
-        tables = dict(zip(("knots", "slopes"), map(np.copy, knots_and_slopes()), strict=True))
-        for name, array in (self._rows | tables).items():  # in the order that the kernel takes them in
-            self._on_device[name] = device.allocate(array)
-            device.lock_pages(array)
-            self._locked.append(array)
-        for name, array in tables.items():
-            self._upload(name, array)
+        self._memory = PairedMemory(device, stream)
+        for name, kind in ROWS.items():
+            self._memory.add(name, np.zeros(largest, kind))
+        for name, table in zip(TABLES, knots_and_slopes(), strict=True):
+            self._memory.add(name, table.copy())
+            self._memory.upload([name], len(table))
 
     def fill(self, spans: Sequence[Span], labels: NDArray[np.int64] | None) -> None:
         """Note which rows are wanted, one span's after another's, and in ``labels`` (rows,) those that callers named."""
+        host = self._memory.host
         row = 0
         for span in spans:
             rows = slice(row, row + span.count)
-            self._rows["seeds"][rows] = span.seed
-            self._rows["indices"][rows] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
-            self._rows["tails"][rows] = tail_beyond(span.truncation) if span.truncation else 0.0
+            host["seeds"][rows] = span.seed
+            host["indices"][rows] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
+            host["tails"][rows] = tail_beyond(span.truncation) if span.truncation else 0.0
             if labels is not None:
                 labels[rows] = OF_THE_STREAM if span.labels is None else span.labels
             row += span.count
 
     def launch(self, rows: int, latents: int, labels: int) -> None:
         """Put the drawing of the first ``rows`` rows into the stream; ``latents`` and ``labels`` are device addresses, or 0."""
-        for name, array in self._rows.items():
-            self._upload(name, array[:rows])
+        memory = self._memory
+        memory.upload(ROWS, rows)
         sizes = (rows, self._latent_size, self._blocks, self._labels)
-        addresses = (*map(self._address, self._on_device), latents, labels)
-        self._device.launch(self._kernel, rows * self._blocks, (*sizes, *addresses), self._stream)
+        addresses = (*map(memory.address, (*ROWS, *TABLES)), latents, labels)
+        memory.device.launch(self._kernel, rows * self._blocks, (*sizes, *addresses), memory.stream)
 
     def release(self) -> None:
         """Give the memory back. Once it is done, nothing is left to do."""
-        while self._locked:
-            self._device.unlock_pages(self._locked.pop())
-        self._on_device.clear()
-
-    def __del__(self) -> None:
-        self.release()
-
-    def _upload(self, name: str, array: NDArray[Any]) -> None:
-        self._device.copy_to_device(self._address(name), array.ctypes.data, array.nbytes, self._stream)
-
-    def _address(self, name: str) -> int:
-        return int(self._on_device[name].data_ptr())
+        self._memory.release()
 
 
 def definitions() -> list[str]:
