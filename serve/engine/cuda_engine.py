@@ -155,15 +155,20 @@ class CudaEngine(Engine):
     def _begin_drawing(self) -> None:
         """Have the device draw latents from here on, if it draws the very bits that the host does."""
         shape = (self.manifest.latent_size, self.manifest.labels)
+        drawing = None
         try:
-            drawing = DeviceLatents(self._device, self.largest, *shape, self._stream)
+            with CAPTURE_GATE.run():  # it takes memory, which would break a capture elsewhere
+                drawing = DeviceLatents(self._device, self.largest, *shape, self._stream)
             problem = self._drawing_problem(drawing, LatentReader(*shape))
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = described(error)
-        if problem is not None:
-            log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
+        if problem is None:
+            self._drawing = drawing
             return
-        self._drawing = drawing
+        log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
+        if drawing is not None:
+            with CAPTURE_GATE.run():
+                drawing.release()
 
     def _drawing_problem(self, drawing: DeviceLatents, reader: LatentReader) -> str | None:
         """How the device's latents and labels differ from the host's: of seeds and indices of every size, truncated and not."""

@@ -126,6 +126,7 @@ FAULTS = [
     Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu", "labels && chosen[row] < 0)", "labels)", DEVICE_LATENTS),
     Fault("the kernel truncates nothing", "serve/engine/latents.cu", "if (tail != 0.0f) {", "if (tail < 0.0f) {", DEVICE_LATENTS),
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py", "problem = self._drawing_problem(drawing, LatentReader(*shape))", "problem = None", DEVICE_LATENTS),
+    Fault("drawing takes its memory while a graph is captured", "serve/engine/cuda_engine.py", "            with CAPTURE_GATE.run():  # it takes memory, which would break a capture elsewhere\n                drawing = ", "            if True:\n                drawing = ", DEVICE_LATENTS),
     Fault("a caller's own latents are drawn over", "serve/engine/cuda_engine.py", "if self._drawing is None or any(span.explicit is not None for span in spans):", "if self._drawing is None:", DEVICE_LATENTS),
     Fault("the labels that the device drew are not fetched", "serve/engine/cuda_engine.py", "            self._buffers.fetch(\"labels\", rows)\n", "            pass\n", DEVICE_LATENTS),
     Fault("inputs are not copied to the device", "serve/engine/device_buffers.py", "            self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)\n", "            del array\n", ENGINE),
