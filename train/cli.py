@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train import activations, bench, evaluate, overview, reference
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig
@@ -177,24 +179,32 @@ def _compare(flags: argparse.Namespace) -> int:
 def _evaluate(flags: argparse.Namespace) -> int:
     _check_scores(flags.scores)
     device = prepare_machine(flags.device, flags.threads)
-    digits = read_dataset(flags.dataset, least=JUDGE_BATCH) if flags.dataset else None
-    runs = [] if digits else _chosen_runs(flags)
+    if flags.dataset:
+        pixels, labels = read_dataset(flags.dataset, least=JUDGE_BATCH)
+        whose = str(flags.dataset)
+        report = _evaluator(flags, device, [whose]).dataset(pixels, labels, whose)
+        print(evaluate.table([(flags.dataset.resolve().name, report)]))
+        return 0
+    runs = _chosen_runs(flags)
     if flags.missing:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
         if not runs:
             return 0
-    data = load_mnist(flags.data_dir)
-    folder = flags.runs_dir / JUDGE_FOLDER
-    trained_on = [f"{run.config.preset}'s digits" for run in runs if evaluate.scored_by_training(run)]
-    trained_on = [str(flags.dataset)] if digits else trained_on
-    print(evaluate.foretold(data, trained_on, folder, device, flags.scores), file=sys.stderr)
-    evaluator = evaluate.kept_evaluator(data, folder, device, flags.scores)
-    reports = [(flags.dataset.name, evaluator.dataset(*digits, str(flags.dataset)))] if digits else []
+    evaluator = _evaluator(flags, device, [evaluate.digits_of(run) for run in runs if evaluate.scored_by_training(run)])
+    reports = []
     for run in runs:
         reports.append((run.config.preset, evaluator.evaluate(run)))
         write_page(run)
     print(evaluate.table(reports))
     return 0
+
+
+def _evaluator(flags: argparse.Namespace, device: torch.device, trained_on: Sequence[str]) -> evaluate.Evaluator:
+    """Says beforehand about how long it takes to judge what classifiers are ``trained_on``."""
+    data = load_mnist(flags.data_dir)
+    folder = flags.runs_dir / JUDGE_FOLDER
+    print(evaluate.foretold(data, trained_on, folder, device, flags.scores), file=sys.stderr)
+    return evaluate.kept_evaluator(data, folder, device, flags.scores)
 
 
 def _bench(flags: argparse.Namespace) -> int:

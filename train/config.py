@@ -18,6 +18,11 @@ import msgspec
 from train.errors import ConfigError
 
 RELATIVISTIC = "relativistic"
+_OF_AN_RPGAN = {
+    "gradient_penalty": "is without BatchNorm",
+    "shift": "is shown images that are moved",
+    "label_loss": "has a logit for each label",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +129,11 @@ class TrainConfig:
         if (self.architecture == "rpgan") != (self.discriminator_loss == RELATIVISTIC):
             # Pairs go through the discriminator together: the other ones have BatchNorm, which must see each half alone.
             raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
-        if self.gradient_penalty and self.architecture != "rpgan":
-            raise ConfigError("gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm")
         _require(self, "shift", 0 <= self.shift <= 8, "from 0 to 8 pixels")
-        if self.shift and self.architecture != "rpgan":
-            raise ConfigError("shift must be 0: only an rpgan's discriminator is shown images that are moved")
         _require(self, "label_loss", self.label_loss >= 0, "0 or more")
-        if self.label_loss and self.architecture != "rpgan":
-            raise ConfigError("label_loss must be 0: only an rpgan's discriminator has a logit for each label")
+        for name, reason in _OF_AN_RPGAN.items():
+            if getattr(self, name) and self.architecture != "rpgan":
+                raise ConfigError(f"{name} must be 0: only an rpgan's discriminator {reason}")
         wanted = "at least 1 for a cdcgan or rpgan" if self.conditional else "0: only a cdcgan or rpgan takes labels"
         for name in ("labels", "label_size", "projection_size"):
             value = getattr(self, name)

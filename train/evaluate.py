@@ -97,55 +97,53 @@ class Evaluator:
     def _real_samples(self) -> tuple[Tensor, Tensor]:
         return self._samples_of(self._data.train_images, self._data.train_labels)
 
-    def _samples_of(
-        self, pixels: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:  # with the test set's labels, as far as they go
+    def _samples_of(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of them, drawn by the seed, with the test set's labels as far as there are such."""
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
         counts = torch.bincount(self._labels, minlength=LABELS).tolist()
         chosen = torch.cat([order[labels[order] == label][:count] for label, count in enumerate(counts)])
         return pixels[chosen], labels[chosen]
 
-    def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """What the digits of a run's generator reach, as the checkpoint has it, by the first and by the second judge."""
+    def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """What the digits of a run's generator reach, as the checkpoint has it, beside real ones, by both judges."""
         digits = sampler(run.config, checkpoint, self._device)
         samples, labels = digits(self._samples, SEED, self._labels if scored_by_training(run) else None)
-        judged, probabilities = self._judged(samples, labels)
+        report, probabilities = self._judged(samples, labels)
         _draw_extremes(run, samples, labels, probabilities)
         if scored_by_training(run):
             scored, scored_labels = digits(self._scored, SEED + 1)
             assert scored_labels is not None
-            whose = f"{run.config.preset}'s digits"
-            judged["first"] |= accuracy_score(scored, scored_labels, self._data, self._device, whose=whose, scores=self._scores)
-        return judged
+            report["model"] |= self._score(scored, scored_labels, digits_of(run))
+        return report
 
     def dataset(self, pixels: Tensor, labels: Tensor, whose: str) -> dict[str, Any]:
         """What any digits reach, uint8 (n, 28, 28) with labels (n,): some of them compared, and classifiers trained on all."""
-        judged, _ = self._judged(*self._samples_of(pixels, labels))
-        judged["first"] |= accuracy_score(pixels, labels, self._data, self._device, whose=whose, scores=self._scores)
-        return self._beside_real(judged)
+        report, _ = self._judged(*self._samples_of(pixels, labels))
+        report["model"] |= self._score(pixels, labels, whose)
+        return report
 
-    def _judged(self, samples: Tensor, labels: Tensor | None) -> tuple[dict[str, dict[str, Any]], Tensor]:
+    def _judged(self, samples: Tensor, labels: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+        """The samples beside real digits by both judges, and the first one's probabilities (n, 10)."""
         read = self._judge.read(samples)
-        first = self._compared(self._judge, read, labels) | {"nearest_training_image": self._nearest(samples)}
-        second = self._compared(self._second, self._second.read(samples), labels)
-        return {"first": first, "second": second}, read[1]
+        model = self._compared(self._judge, read, labels) | {"nearest_training_image": self._nearest(samples)}
+        by_second = self._compared(self._second, self._second.read(samples), labels)
+        second = {"model": by_second, "real": self.real_by_second}
+        return {"model": model, "real": self.real, "second_judge": second}, read[1]
 
-    def _beside_real(self, judged: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        second = {"model": judged["second"], "real": self.real_by_second}
-        return {"model": judged["first"], "real": self.real, "second_judge": second}
+    def _score(self, pixels: Tensor, labels: Tensor, whose: str) -> dict[str, Any]:
+        return accuracy_score(pixels, labels, self._data, self._device, whose=whose, scores=self._scores)
 
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Judge a run and write ``quality.json`` into its folder; returns what was written. Raises CheckpointError."""
         begun = time.monotonic()
         checkpoint = latest_checkpoint(run)
-        compared = self._beside_real(self.fake(run, checkpoint))
         report = {
             "step": checkpoint["step"],
             "data": self._data.digests,
             "samples": self._samples,
             "labels": "the test set's" if scored_by_training(run) else None,
             "scored_samples": self._scored,
-            **compared,
+            **self.fake(run, checkpoint),
             "seconds": round(time.monotonic() - begun, 1),
         }
         write_json(run.folder / QUALITY_FILE, report)
@@ -225,6 +223,11 @@ def accuracy_score(
         "classification_accuracy_scores": single,
         "classification_accuracy_score_error": error,
     }
+
+
+def digits_of(run: Run) -> str:
+    """How a run's digits are called while they are judged."""
+    return f"{run.config.preset}'s digits"
 
 
 def scored_by_training(run: Run) -> bool:

@@ -141,6 +141,13 @@ def test_a_data_set_is_judged_as_a_run_is(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row[0] for row in rows] == names
     assert re.fullmatch(r"\d+\.\d\d% ± \d+\.\d\d \|", rows[2][-1])
     assert float(rows[2][7]) > 2, "no training image is as near as that"
+    # The judges are there; a data set is none of the runs that --missing leaves out.
+    monkeypatch.chdir(tmp_path / "set")
+    done = in_process(main, "evaluate", "--dataset=.", "--missing", *MACHINE, f"--runs-dir={tmp_path}")
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()] == names
+    done = in_process(main, "evaluate", "--dataset=.", f"--run={tmp_path}", *MACHINE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "not allowed with argument --dataset" in done.stderr
 
 
 def test_a_data_set_without_labels_or_with_too_few_digits_is_refused(tmp_path: Path) -> None:
