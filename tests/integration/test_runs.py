@@ -133,7 +133,9 @@ def test_a_data_set_is_judged_as_a_run_is(tmp_path: Path, monkeypatch: pytest.Mo
     flags = ["write", "--provider=cpu", "--model=cdcgan", "--count=400", f"--out={tmp_path / 'set'}"]
     assert dataset_main(flags) == 0
     assert dataset_main(["join", f"--out={tmp_path / 'set'}"]) == 0
-    done = in_process(main, "evaluate", f"--dataset={tmp_path / 'set'}", *MACHINE, f"--runs-dir={tmp_path}", "--scores=2")
+    monkeypatch.chdir(tmp_path / "set")
+    # A data set is none of the runs that --missing leaves out.
+    done = in_process(main, "evaluate", "--dataset=.", "--missing", *MACHINE, f"--runs-dir={tmp_path}", "--scores=2")
     assert done.returncode == 0, done.stderr
     assert "it trains the judge and the second judge and 2 classifiers on " in done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()]
@@ -141,10 +143,6 @@ def test_a_data_set_is_judged_as_a_run_is(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row[0] for row in rows] == names
     assert re.fullmatch(r"\d+\.\d\d% ± \d+\.\d\d \|", rows[2][-1])
     assert float(rows[2][7]) > 2, "no training image is as near as that"
-    # The judges are there; a data set is none of the runs that --missing leaves out.
-    monkeypatch.chdir(tmp_path / "set")
-    done = in_process(main, "evaluate", "--dataset=.", "--missing", *MACHINE, f"--runs-dir={tmp_path}")
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()] == names
     done = in_process(main, "evaluate", "--dataset=.", f"--run={tmp_path}", *MACHINE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "not allowed with argument --dataset" in done.stderr
