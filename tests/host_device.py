@@ -30,9 +30,6 @@ class HostDevice(Device):
         self.locked: list[int] = []
         self.streams: dict[int, list[tuple[int, int, int]]] = {}
 
-    def mind_own_captures(self) -> None:
-        pass
-
     def lock_pages(self, array: NDArray[Any]) -> None:
         self.locked.append(array.ctypes.data)
 

@@ -44,15 +44,19 @@ def milliseconds_per_step(
         trainer = Trainer(create_run(Path(scratch), config, {}), examples, device, recording=recording)
         if compiled is not None:
             trainer.update.compile_networks(**compiled)
-        for _ in range(WARM_UP_STEPS):
-            trainer.take_step(examples)
-            trainer.step += 1  # penalties come every few steps
+
+        def steps_taken(count: int) -> torch.Tensor:
+            for _ in range(count):
+                torch.compiler.cudagraph_mark_step_begin()  # or a compiled network's graphs take this step for part of the last
+                losses = trainer.take_step(examples)
+                trainer.step += 1  # penalties come every few steps
+            return losses
+
+        steps_taken(WARM_UP_STEPS)
         steps = 0
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
-            for _ in range(STEPS_BETWEEN_LOOKS):
-                losses = trainer.take_step(examples)
-                trainer.step += 1
+            losses = steps_taken(STEPS_BETWEEN_LOOKS)
             losses.sum().item()  # waits for the device
             steps += STEPS_BETWEEN_LOOKS
         return (time.perf_counter() - started) / steps * 1000

@@ -64,6 +64,9 @@ class TrainConfig:
     label_loss: float = field(
         default=0.0, metadata={"help": "weight of the discriminator's cross-entropy over the labels of real images; 0: none"}
     )
+    label_loss_end: float = field(
+        default=1.0, metadata={"help": "share of that weight that a linear decay leaves at the last step; 1: no decay"}
+    )
     penalty_every: int = field(default=1, metadata={"help": "steps from one gradient penalty to the next, so much heavier"})
     learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
     learning_rate_end: float = field(
@@ -131,6 +134,7 @@ class TrainConfig:
             raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
         _require(self, "shift", 0 <= self.shift <= 8, "from 0 to 8 pixels")
         _require(self, "label_loss", self.label_loss >= 0, "0 or more")
+        _require(self, "label_loss_end", 0 <= self.label_loss_end <= 1, "in [0, 1]")
         for name, reason in _OF_AN_RPGAN.items():
             if getattr(self, name) and self.architecture != "rpgan":
                 raise ConfigError(f"{name} must be 0: only an rpgan's discriminator {reason}")
@@ -245,10 +249,11 @@ PRESETS: Mapping[str, TrainConfig] = {
         preset="rpgan",
         architecture="rpgan",
         generator_widths=(128, 64, 64),
+        discriminator_widths=(64, 128, 384),
         norm_init_std=None,
         discriminator_loss=RELATIVISTIC,
-        shift=2,
         label_loss=0.01,
+        label_loss_end=0.15,
         gradient_penalty=0.1,
         penalty_every=8,
         beta2=0.99,

@@ -109,7 +109,7 @@ class Trainer:
                 log_point = self._is_log_point()
                 if log_point and board is not None:
                     self._draw(batch[0], board)
-                self._set_learning_rate()
+                self.update.decay(self.step / self.total_steps)
                 latest = self.ranks.mean(self.take_step(batch))
                 self._average()
                 self.sums += latest
@@ -172,11 +172,6 @@ class Trainer:
         self.update.load_state(state)
         self.sums = state["sums"].to(self.device)
         self.log_points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
-
-    def _set_learning_rate(self) -> None:
-        """The linear decay, as a function of the step alone."""
-        decayed = 1 - (1 - self.config.learning_rate_end) * self.step / self.total_steps
-        self.update.set_learning_rate(self.config.learning_rate * decayed)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -48,8 +48,9 @@ class Step:
         self.capturable = recording is not None and self.device.type == "cuda"
         if self.capturable:  # every step has the same shapes: the fastest convolutions are worth looking for
             torch.backends.cudnn.benchmark = True
-        # A graph reads the rate from where it was when the step was recorded: there it has to stay.
+        # A graph reads them from where they were when the step was recorded: there they have to stay.
         self.rate = torch.tensor(config.learning_rate, device=self.device) if self.capturable else config.learning_rate
+        self.label_weight = torch.tensor(config.label_loss, device=self.device)
         adam: dict[str, Any] = {
             "lr": self.rate,
             "betas": (config.beta1, config.beta2),
@@ -115,7 +116,7 @@ class Step:
         discriminator_loss = losses.relativistic_loss(fake_logits - real_logits)
         generator_loss = losses.relativistic_loss((real_logits - fake_logits).detach())
         # Of real images alone: a fake's label is what it was asked for, not what it shows.
-        label_loss = cross_entropy(logits[: len(images)], labels) * self.config.label_loss
+        label_loss = cross_entropy(logits[: len(images)], labels) * self.label_weight
         self.discriminator_optimizer.zero_grad()
         (discriminator_loss + label_loss).backward()
         self.discriminator_optimizer.step()
@@ -154,9 +155,12 @@ class Step:
         for network in (self.generator, self.discriminator):
             network.compile(**options)
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Of both optimizers, from the next step on."""
+    def decay(self, done: float) -> None:
+        """Set what decays linearly, for the next step: the learning rate and the labels' weight after a share of all steps."""
+        config = self.config
+        rate = config.learning_rate * (1 - (1 - config.learning_rate_end) * done)
         self.rate = self.rate.fill_(rate) if isinstance(self.rate, Tensor) else rate
+        self.label_weight.fill_(config.label_loss * (1 - (1 - config.label_loss_end) * done))
         for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
             optimizer.param_groups[0]["lr"] = self.rate
 

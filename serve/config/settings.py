@@ -82,7 +82,7 @@ class Settings:
         choices=("auto", "powers"),
     )
     cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
-    device_latents: bool = _setting(False, "on CUDA, draw latents on the device, where that gives the same bits as on the host")
+    device_latents: bool = _setting(True, "on CUDA, draw latents on the device, where that gives the same bits as on the host")
     cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, as prefer_nhwc=1,use_tf32=0")
     gpu_mem_limit_mib: int = _setting(0, "bound of each instance's memory arena on the GPU; 0: none", low=0, high=1 << 20)
     instances: int = _setting(0, "concurrent runs of a model; 0: one per usable core on the CPU, two on CUDA", low=0, high=256)

@@ -1,15 +1,14 @@
 """What of CUDA ONNX Runtime's Python interface lacks: streams, page-locked memory, copies into it, kernels, memory in use.
 
 By NVIDIA's own bindings, which come with the ``cuda`` extra and are imported only where there is a GPU to use. Knows no
-session. Also the rule that nothing runs while a CUDA graph is captured.
+session.
 """
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,10 @@ from serve.engine.onnx_runtime import ort
 from serve.errors import EngineError, ProviderError
 
 THREADS_PER_BLOCK = 128
-CAPTURE_WAIT_S = 10.0  # for the runs under way, before a capture; one of them may hang
+# What ONNX Runtime's CUDA provider is linked with, and cuDNN with its compiler, which it opens for convolutions.
+LIBRARIES = ("cudart", "cublasLt", "cublas", "curand", "nvrtc", "cudnn")
+
+_this_thread = threading.local()
 
 
 class Device:
@@ -30,14 +32,6 @@ class Device:
     def allocate(self, like: NDArray[Any]) -> Any:
         """Memory on the device for as much as an array holds, as an OrtValue."""
         return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), like.dtype.type, self.name, 0)
-
-    def mind_own_captures(self) -> None:
-        """Let this thread do what a capture in another one would forbid (stream capture modes, CUDA runtime API).
-
-        ONNX Runtime captures in the global mode, in which an allocation on any thread breaks the capture. Whether this makes
-        the gate below needless, a run on a GPU has to show (``make gpu-check``, captures).
-        """
-        _call("cudaThreadExchangeStreamCaptureMode", _bindings("runtime").cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
 
     def lock_pages(self, array: NDArray[Any]) -> None:
         """Page-lock an array's memory, so that the GPU copies it at the bus's own speed."""
@@ -87,6 +81,19 @@ class Device:
         _call("cuLaunchKernel", kernel, *grid, THREADS_PER_BLOCK, 1, 1, 0, stream, places.ctypes.data, 0, of="driver")
 
 
+def load_libraries() -> None:
+    """Load CUDA and cuDNN from wherever this machine has them, for ONNX Runtime to find. Raises ProviderError for a missing one.
+
+    ``onnxruntime.preload_dlls`` looks beside its own package alone, and not in a PyTorch's or a CUDA toolkit's folder.
+    """
+    pathfinder = _imported("cuda.pathfinder")
+    for name in LIBRARIES:
+        try:
+            pathfinder.load_nvidia_dynamic_lib(name)
+        except pathfinder.DynamicLibNotFoundError:
+            raise ProviderError(f"CUDA's library {name} is not found here") from None
+
+
 def memory_in_use_bytes() -> float:
     """Of the current device, by all processes. NaN when the device does not say: it is asked when metrics are read."""
     try:
@@ -113,6 +120,23 @@ def to_ptx(source: str, architecture: str, definitions: Sequence[str]) -> bytes:
 
 
 def _call(function: str, *arguments: Any, of: str = "runtime") -> Any:
+    if of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures"):
+        _mind_own_captures()
+    return _checked(function, *arguments, of=of)
+
+
+def _mind_own_captures() -> None:
+    """Let this thread do what a capture in another one would forbid (stream capture modes, CUDA runtime API).
+
+    ONNX Runtime captures in the global mode, in which an allocation, a synchronous copy or a release on any other thread breaks
+    the capture or fails itself, unless that thread minds its own captures alone: seen on a GPU (docs/decisions/0012-cuda.md).
+    """
+    mode = _bindings("runtime").cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    _checked("cudaThreadExchangeStreamCaptureMode", mode, of="runtime")
+    _this_thread.minds_own_captures = True
+
+
+def _checked(function: str, *arguments: Any, of: str) -> Any:
     code, *values = getattr(_bindings(of), function)(*arguments)
     if int(code):  # 0 is success in all three
         raise EngineError(f"{function} failed: {code.name}")
@@ -120,53 +144,11 @@ def _call(function: str, *arguments: Any, of: str = "runtime") -> Any:
 
 
 def _bindings(name: str) -> Any:
+    return _imported(f"cuda.bindings.{name}")
+
+
+def _imported(module: str) -> Any:
     try:
-        return importlib.import_module(f"cuda.bindings.{name}")  # absent where there is no GPU
+        return importlib.import_module(module)  # absent where there is no GPU
     except ImportError:
         raise ProviderError("CUDA needs the package cuda-bindings: install the cuda extra, or use --provider cpu") from None
-
-
-class CaptureGate:
-    """Runs go through together; a capture goes through alone, or not at all if one of them hangs.
-
-    While a graph is captured, an allocation or a synchronous copy on any other thread breaks the capture or itself fails
-    (CUDA programming guide, stream capture in the global mode, which ONNX Runtime uses).
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running = 0
-        self._capturing = False
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """For a run: waits while there is a capture."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def capture(self, wait_s: float = CAPTURE_WAIT_S) -> Iterator[None]:
-        """For a capture: keeps new runs out, and waits for those under way. Raises EngineError when they do not end in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._capturing)
-            self._capturing = True
-            if not self._changed.wait_for(lambda: not self._running, wait_s):
-                self._capturing = False
-                self._changed.notify_all()
-                raise EngineError(f"a run elsewhere has not ended within {wait_s:g} s: nothing can be captured")
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._capturing = False
-                self._changed.notify_all()
-
-
-CAPTURE_GATE = CaptureGate()  # one per process, as there is one CUDA context per process and device

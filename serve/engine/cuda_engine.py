@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.cuda import CAPTURE_GATE, Device
+from serve.engine.cuda import Device
 from serve.engine.device_buffers import NO_GRAPH, Binding, DeviceBuffers
 from serve.engine.device_latents import DeviceLatents
 from serve.engine.golden import golden_difference
@@ -46,15 +47,13 @@ class CudaEngine(Engine):
     ) -> None:
         self._device = device or Device()
         self.waits_after_run = True  # after the run as well, until ``warm`` has seen that the stream's order is enough
-        with CAPTURE_GATE.run():
-            self._stream = self._device.open_stream()
-            try:
-                super().__init__(model, manifest, replace(options, compute_stream=self._stream), largest)
-                self._buffers = _buffers(manifest, largest, self._device, self._stream)
-            except BaseException:
-                self._device.close_stream(self._stream)
-                raise
-        self._device.mind_own_captures()
+        self._stream = self._device.open_stream()
+        try:
+            super().__init__(model, manifest, replace(options, compute_stream=self._stream), largest)
+            self._buffers = _buffers(manifest, largest, self._device, self._stream)
+        except BaseException:
+            self._device.close_stream(self._stream)
+            raise
         # Bucket → whether its graphs, with and without the float32 images, were captured and replay rightly.
         self.captures: dict[int, bool] = {}
         self._drawing: DeviceLatents | None = None  # until ``warm`` has seen that it draws the host's bits
@@ -89,12 +88,11 @@ class CudaEngine(Engine):
         wanted = PIXELS_AND_IMAGES if "images" in outputs else PIXELS
         graph = _graph_id(bucket, wanted) if self.captures.get(bucket) else NO_GRAPH
         try:
-            with CAPTURE_GATE.run():  # the copies as well: a synchronous one elsewhere breaks a capture
-                self._buffers.upload(inputs, bucket)
-                if drawing is not None:
-                    self._draw(drawing, bucket)
-                self._binding(bucket, wanted).run(graph, wait=self.waits_after_run)
-                return self._buffers.download(outputs, count)
+            self._buffers.upload(inputs, bucket)
+            if drawing is not None:
+                self._draw(drawing, bucket)
+            self._binding(bucket, wanted).run(graph, wait=self.waits_after_run)
+            return self._buffers.download(outputs, count)
         except EngineError as error:  # a copy
             raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version} on CUDA: {error}") from None
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
@@ -111,13 +109,13 @@ class CudaEngine(Engine):
             self._buffers.fetch("labels", rows)
 
     def close(self) -> None:
-        """As ``Engine.close``; not while a graph is captured, which a release would break (onnxruntime PR 32081)."""
-        with CAPTURE_GATE.run():
-            self._bindings.clear()
-            self._buffers.release()
-            if self._drawing is not None:
-                self._drawing.release()
-            del self._session
+        """As ``Engine.close``. A lost device takes nothing back: its process ends."""
+        self._bindings.clear()
+        self._buffers.release()
+        if self._drawing is not None:
+            self._drawing.release()
+        del self._session
+        with suppress(EngineError):
             self._device.close_stream(self._stream)
 
     @property
@@ -157,8 +155,7 @@ class CudaEngine(Engine):
         shape = (self.manifest.latent_size, self.manifest.labels)
         drawing = None
         try:
-            with CAPTURE_GATE.run():  # it takes memory, which would break a capture elsewhere
-                drawing = DeviceLatents(self._device, self.largest, *shape, self._stream)
+            drawing = DeviceLatents(self._device, self.largest, *shape, self._stream)
             problem = self._drawing_problem(drawing, LatentReader(*shape))
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = described(error)
@@ -167,8 +164,7 @@ class CudaEngine(Engine):
             return
         log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
         if drawing is not None:
-            with CAPTURE_GATE.run():
-                drawing.release()
+            drawing.release()
 
     def _drawing_problem(self, drawing: DeviceLatents, reader: LatentReader) -> str | None:
         """How the device's latents and labels differ from the host's: of seeds and indices of every size, truncated and not."""
@@ -184,11 +180,10 @@ class CudaEngine(Engine):
                 expected = {name: array.copy() for name, array in self.assemble(reader, spans, bucket).items()}
                 got = self.allocate(bucket)
                 drawing.fill(spans, got.get("labels"))
-                with CAPTURE_GATE.run():
-                    self._buffers.upload([name for name in got if name != "latents"], bucket)
-                    self._draw(drawing, bucket)
-                    self._buffers.fetch("latents", bucket)
-                    self._device.wait(self._stream)
+                self._buffers.upload([name for name in got if name != "latents"], bucket)
+                self._draw(drawing, bucket)
+                self._buffers.fetch("latents", bucket)
+                self._device.wait(self._stream)
                 for name, array in expected.items():
                     if array.tobytes() != got[name].tobytes():
                         return f"in a batch of {bucket} the device draws other {name}"
@@ -221,9 +216,8 @@ class CudaEngine(Engine):
         samples = self._samples(bucket)
         where = f"{self.manifest.name}/{self.manifest.version}, batch of {bucket}"
         try:
-            with CAPTURE_GATE.capture():
-                for wanted in OUTPUT_SETS:
-                    self._binding(bucket, wanted).run(_graph_id(bucket, wanted))
+            for wanted in OUTPUT_SETS:
+                self._binding(bucket, wanted).run(_graph_id(bucket, wanted))
             self.captures[bucket] = True
             problem = self._problem(samples)
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base

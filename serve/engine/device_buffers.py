@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
 from serve.engine.onnx_runtime import ort
+from serve.errors import EngineError
 from serve.manifest import Manifest
 
 # A run with this id is neither captured nor replayed (ONNX Runtime's CUDA provider, "Using CUDA Graphs").
@@ -86,13 +89,15 @@ class PairedMemory:
         self.host[name] = array
 
     def release(self) -> None:
-        """Give the memory back. Once it is done, nothing is left to do."""
+        """Give the memory back. Once it is done, nothing is left to do; a lost device takes nothing back."""
         while self._locked:
-            self.device.unlock_pages(self._locked.pop())
+            with suppress(EngineError):
+                self.device.unlock_pages(self._locked.pop())
         self._on_device.clear()
 
     def __del__(self) -> None:
-        self.release()
+        if not sys.is_finalizing():  # then the process's memory goes as a whole, and modules are gone that this takes
+            self.release()
 
     def address(self, name: str) -> int:
         """Where on the device the rows of that name are."""

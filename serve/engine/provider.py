@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.engine import driver
-from serve.engine.cuda import memory_total_bytes
+from serve.engine.cuda import load_libraries, memory_total_bytes
 from serve.engine.onnx_runtime import ort
 from serve.errors import EngineError, ProviderError
 
@@ -74,9 +74,9 @@ def _cuda_missing() -> str | None:
         return reason
     try:
         memory_total_bytes()
+        load_libraries()
     except (EngineError, ProviderError) as error:
         return f"its device cannot be used: {error}"
-    ort.preload_dlls()  # finds CUDA and cuDNN in the pip packages
     return None
 
 

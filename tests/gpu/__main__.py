@@ -37,7 +37,7 @@ def main() -> int:
     if reason := no_gpu():
         print(f"no GPU to check on: {reason}", file=sys.stderr)
         return NO_GPU
-    return run(Plan(seconds=flags.seconds), flags.checks or list(CHECKS), flags.out)
+    return run(Plan(seconds=flags.seconds, memory_seconds=20 * flags.seconds), flags.checks or list(CHECKS), flags.out)
 
 
 def no_gpu() -> str | None:
@@ -57,6 +57,7 @@ def run(plan: Plan, names: list[str], out: Path) -> int:
     fixed: list[Target] = []
     aims: list[Target] = []
     failed = []
+    device = torch.cuda.get_device_name() if plan.provider == "cuda" else "cpu"
     for name in names:
         say(f"{name} ...")
         begun = time.monotonic()
@@ -66,15 +67,14 @@ def run(plan: Plan, names: list[str], out: Path) -> int:
             figures[name] = {"raised": f"{type(error).__name__}: {error}"}
             failed.append(name)
             say(f"{name}: {type(error).__name__}: {error}")
-            continue
-        figures[name] = outcome.figures | {"check_s": round(time.monotonic() - begun, 1)}
-        fixed += outcome.fixed
-        aims += outcome.aims
-    on_cuda = plan.provider == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else "cpu"
+        else:
+            figures[name] = outcome.figures | {"check_s": round(time.monotonic() - begun, 1)}
+            fixed += outcome.fixed
+            aims += outcome.aims
+        # After each: a check that hangs, or takes the process with it, must not cost what was found before.
+        write(out, {"device": device, "torch": torch.__version__, "raised": failed, "figures": figures}, fixed + aims)
     print(f"{device}; torch {torch.__version__}")
     print_targets(fixed + aims)
-    write(out, {"device": device, "torch": torch.__version__, "raised": failed, "figures": figures}, fixed + aims)
     return 1 if failed or not all(target.met for target in fixed) else 0
 
 

@@ -38,7 +38,6 @@ rm "$folder/wheels.tar"
 "$python" -m pip install --quiet --no-index --no-deps --target "$folder/packages" "$folder"/wheels/*.whl
 PYTHONPATH="$folder/packages" "$python" - <<'END'
 import onnxruntime
-onnxruntime.preload_dlls()  # CUDA and cuDNN of torch's own packages
 assert "CUDAExecutionProvider" in onnxruntime.get_available_providers(), onnxruntime.get_available_providers()
 print("onnxruntime", onnxruntime.__version__, onnxruntime.get_available_providers())
 END

@@ -28,7 +28,7 @@ TWIN = Plan(
     device=HostDevice,
 )  # fmt: skip
 
-SLOW = ("served", "training", "wire")
+SLOW = ("served", "training", "compiled_training", "wire")
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has a GPU")

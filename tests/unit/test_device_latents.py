@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from serve.engine.cuda import CAPTURE_GATE, to_ptx
+from serve.engine.cuda import to_ptx
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_latents import FUNCTION, SOURCE, DeviceLatents, definitions
 from serve.engine.provider import EngineOptions
@@ -114,45 +113,6 @@ def test_an_engine_that_draws_answers_as_one_that_does_not(name: str) -> None:
     engine.run(feeds)
     engine.close()
     assert not device.locked
-
-
-class Gated(HostDevice):
-    """Which tells of all that breaks a capture in another thread whether the gate kept captures out meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept_out: dict[str, set[bool]] = {}
-
-    def _note(self, what: str) -> None:
-        self.kept_out.setdefault(what, set()).add(CAPTURE_GATE._running > 0)
-
-    def allocate(self, like: NDArray[Any]) -> Any:
-        self._note("allocate")
-        return super().allocate(like)
-
-    def compile(self, source: str, function: str, definitions: Sequence[str]) -> Any:
-        self._note("compile")
-        return super().compile(source, function, definitions)
-
-    def lock_pages(self, array: NDArray[Any]) -> None:
-        self._note("lock")
-        super().lock_pages(array)
-
-    def unlock_pages(self, array: NDArray[Any]) -> None:
-        self._note("unlock")
-        super().unlock_pages(array)
-
-
-@compiled
-def test_nothing_is_made_for_drawing_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Gated()
-    make_engine("mlp", device).close()
-    assert device.kept_out == {what: {True} for what in ("allocate", "compile", "lock", "unlock")}
-    monkeypatch.setattr(CudaEngine, "_drawing_problem", lambda *_: "it draws other latents")
-    refused = Gated()
-    engine = make_engine("mlp", refused)
-    assert refused.kept_out["unlock"] == {True}, "what is not used is given back at once, and so as well"
-    engine.close()
 
 
 class Wrong(HostDevice):

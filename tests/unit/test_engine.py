@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from serve.engine import device_buffers
-from serve.engine.cuda import CAPTURE_GATE, CaptureGate
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_buffers import NO_GRAPH, Binding
 from serve.engine.provider import EngineOptions
@@ -21,7 +20,6 @@ from serve.latents import Span, draw, draw_span
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.host_device import HostDevice
-from tests.waiting import wait_until
 
 POWERS = EngineOptions(pad_to_powers=True)
 
@@ -338,21 +336,6 @@ def test_a_run_whose_answer_comes_too_late_is_found_and_waited_for(
     assert not late
 
 
-def test_a_run_that_hangs_keeps_a_capture_away_and_no_run() -> None:
-    """Issue: it blocked every model for good."""
-    gate = CaptureGate()
-    with gate.run():  # it hangs
-        with (
-            pytest.raises(EngineError, match=r"a run elsewhere has not ended within 0\.05 s: nothing can be captured"),
-            gate.capture(0.05),
-        ):
-            pytest.fail("captured beside a run")
-        with gate.run():
-            pass  # others go on
-    with gate.capture(1.0):
-        pass
-
-
 @pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 8), (8, 8), (9, 64), (65, 512), (513, 4096), (4096, 4096)])
 def test_cuda_has_few_buckets(count: int, bucket: int) -> None:
     assert EngineOptions(provider="cuda").bucket(count, 4096) == bucket
@@ -369,14 +352,25 @@ class FailingDevice(HostDevice):
             raise EngineError("cudaMemcpyAsync failed: cudaErrorIllegalAddress")
         super().copy_to_device(to, source, size_bytes, stream)
 
+    def unlock_pages(self, array: NDArray[Any]) -> None:
+        if self.failing:
+            raise EngineError("cudaHostUnregister failed: cudaErrorIllegalAddress")
+        super().unlock_pages(array)
 
-def test_a_device_that_fails_is_lost() -> None:
+    def close_stream(self, stream: int) -> None:
+        if self.failing:
+            raise EngineError("cudaStreamDestroy failed: cudaErrorIllegalAddress")
+        super().close_stream(stream)
+
+
+def test_a_device_that_fails_is_lost_and_its_engine_is_closed_without_it() -> None:
     device = FailingDevice()
     engine = make_buffered("mlp", 4, device)
     engine.compute(draw(1, 0, 2, 64))
     device.failing = True
     with pytest.raises(DeviceLostError, match="mlp/1 on CUDA: cudaMemcpyAsync failed: cudaErrorIllegalAddress"):
         engine.compute(draw(1, 0, 2, 64))
+    engine.close()
 
 
 def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,52 +388,12 @@ def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkey
         engine.compute(draw(1, 0, 2, 64))
 
 
-def test_what_an_engine_holds_is_released_once_and_not_during_a_capture() -> None:
+def test_what_an_engine_holds_is_released_once() -> None:
     device = HostDevice()
     engine = make_buffered("mlp", 4, device)
     engine.compute(draw(1, 0, 2, 64))
     assert device.locked
-    closing = threading.Thread(target=engine.close)
-    with CAPTURE_GATE.capture():
-        closing.start()
-        closing.join(0.1)
-        assert device.locked, "it waits"
-    closing.join(30)
+    engine.close()
     assert not device.locked
     assert not device.streams, "the stream too"
     del engine  # unlocks nothing again
-
-
-def test_nothing_runs_while_a_graph_is_captured() -> None:
-    gate = CaptureGate()
-    order: list[str] = []
-    inside, leave = threading.Event(), threading.Event()
-
-    def long_run() -> None:
-        with gate.run():
-            inside.set()
-            assert leave.wait(30)
-            order.append("run ends")
-
-    def capture() -> None:
-        with gate.capture():
-            order.append("capture")
-
-    def late_run() -> None:
-        with gate.run():
-            order.append("late run")
-
-    first = threading.Thread(target=long_run)
-    first.start()
-    assert inside.wait(30)
-    with gate.run():
-        order.append("side by side")
-    capturing = threading.Thread(target=capture)
-    capturing.start()
-    wait_until(lambda: gate._capturing)
-    late = threading.Thread(target=late_run)
-    late.start()
-    leave.set()
-    for thread in (first, capturing, late):
-        thread.join(30)
-    assert order == ["side by side", "run ends", "capture", "late run"]

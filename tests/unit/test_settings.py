@@ -37,7 +37,7 @@ OTHER: dict[str, Any] = {
     "provider": "cpu",
     "buckets": "powers",
     "cuda_graphs": "off",
-    "device_latents": True,
+    "device_latents": False,
     "cuda_options": "prefer_nhwc=1,use_tf32=0",
     "gpu_mem_limit_mib": 2048,
     "instances": 3,
