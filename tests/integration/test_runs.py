@@ -128,6 +128,7 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
 
 
+@pytest.mark.long
 def test_a_data_set_is_judged_as_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "ACCURACY_NEEDED", 0.0)
     flags = ["write", "--provider=cpu", "--model=cdcgan", "--count=400", f"--out={tmp_path / 'set'}"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.engine import cuda
+from serve.engine import cuda, provider
 from serve.errors import EngineError, ProviderError
 
 EXCHANGE = "cudaThreadExchangeStreamCaptureMode"
@@ -89,3 +89,24 @@ def test_cudas_libraries_are_loaded_from_wherever_they_are(monkeypatch: pytest.M
     missing = "curand"
     with pytest.raises(ProviderError, match="CUDA's library curand is not found here"):
         cuda.load_libraries()
+
+
+def test_cuda_without_its_libraries_is_refused_or_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise ProviderError("CUDA's library cudnn is not found here")
+
+    monkeypatch.setattr(provider.driver, "why_unusable", lambda: None)
+    monkeypatch.setattr(provider, "memory_total_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(provider, "load_libraries", missing)
+    why = "its device cannot be used: CUDA's library cudnn is not found here"
+    with pytest.raises(
+        ProviderError, match=f"--provider cuda: {why}; install the CUDA extra and a driver, or use --provider cpu"
+    ):
+        provider.choose_provider("cuda")
+    with caplog.at_level("INFO"):
+        assert provider.choose_provider("auto") == "cpu"
+    assert f"provider auto: on the CPU, because {why}" in caplog.text
+    monkeypatch.setattr(provider, "load_libraries", lambda: None)
+    assert provider.choose_provider("auto") == "cuda"

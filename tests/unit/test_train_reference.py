@@ -30,6 +30,9 @@ SMALL = {
         "precision": "fp32",
         "learning_rate_end": 0.25,
         "penalty_every": 4,
+        "shift": 2,
+        "label_loss": 0.3,
+        "label_loss_end": 0.1,
     },
 }
 LOG_POINTS = {"run": [4, 8, 12, 16], "epoch": [0, 4, 6, 10, 12, 16]}  # of 18 steps in 3 epochs, every 4
@@ -72,7 +75,8 @@ class Reference:
         for optimizer in (self.of_generator, self.of_discriminator):
             optimizer.param_groups[0]["lr"] = decayed
         if self.config.preset == "rpgan":
-            self.relativistic_step(*real)
+            label_weight = self.config.label_loss * (1 - (1 - self.config.label_loss_end) * number / steps)
+            self.relativistic_step(*real, label_weight)
             if number % self.config.penalty_every == 0:
                 self.penalty_step(*real)
         else:
@@ -99,7 +103,7 @@ class Reference:
         cross_entropy(self.discriminator(fake, *labels), 1.0).backward()
         self.of_generator.step()
 
-    def relativistic_step(self, images: Tensor, labels: Tensor) -> None:
+    def relativistic_step(self, images: Tensor, labels: Tensor, label_weight: float) -> None:
         """Each network's own loss by its own backward pass, both against what the other was before the step."""
         fake = self.generator(torch.randn(len(images), self.config.latent_size, generator=self.noise), labels)
         # Half of what the discriminator sees is moved, real images and fakes each by steps of their own.
@@ -126,7 +130,7 @@ class Reference:
         # And the discriminator is to know the digit in a real image: -log of the probability of its label.
         exponentials = self.discriminator(images).exp()
         right = torch.stack([row[label] for row, label in zip(exponentials, labels, strict=True)])
-        loss = loss - self.config.label_loss * (right / exponentials.sum(1)).log().mean()
+        loss = loss - label_weight * (right / exponentials.sum(1)).log().mean()
         of_discriminator = torch.autograd.grad(loss, list(self.discriminator.parameters()), allow_unused=True)
         of_generator = torch.autograd.grad(lead(fake, images), list(self.generator.parameters()))
         for optimizer, network, gradients in (

@@ -21,7 +21,14 @@ CPU = torch.device("cpu")
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,), "batch_size": 8, "epochs": 2},
     "cdcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
-    "rpgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2, "penalty_every": 2},
+    "rpgan": {
+        "generator_widths": (8, 8, 8),
+        "discriminator_widths": (4, 4, 4),
+        "batch_size": 8,
+        "epochs": 2,
+        "penalty_every": 2,
+        "shift": 2,
+    },
     "dcgan": {"generator_widths": (8, 8, 8), "discriminator_widths": (4, 4, 4), "batch_size": 8, "epochs": 2},
 }
 
@@ -46,6 +53,7 @@ def train(trainer: Trainer) -> list[list[float]]:
     """The losses of every step of both epochs."""
     losses = []
     for batch in trainer._batches():
+        trainer.update.decay(trainer.step / trainer.total_steps)
         losses.append(trainer.take_step(batch).tolist())
         trainer.step += 1
     return losses
