@@ -158,9 +158,10 @@ class Step:
     def decay(self, done: float) -> None:
         """Set what decays linearly, for the next step: the learning rate and the labels' weight after a share of all steps."""
         config = self.config
-        rate = config.learning_rate * (1 - (1 - config.learning_rate_end) * done)
+        rate = _decayed(config.learning_rate, config.learning_rate_end, done)
         self.rate = self.rate.fill_(rate) if isinstance(self.rate, Tensor) else rate
-        self.label_weight.fill_(config.label_loss * (1 - (1 - config.label_loss_end) * done))
+        if config.label_loss:  # or it is 0 throughout
+            self.label_weight.fill_(_decayed(config.label_loss, config.label_loss_end, done))
         for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
             optimizer.param_groups[0]["lr"] = self.rate
 
@@ -210,6 +211,11 @@ class Step:
         # Without the cache of cast weights: a captured step would go on with the weights of its first run.
         mixed = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+
+def _decayed(value: float, end: float, done: float) -> float:
+    """``value`` on the straight way to its share ``end``, of which a share ``done`` is behind it."""
+    return value * (1 - (1 - end) * done)
 
 
 def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:  # (2 × batch, labels) of images and of fakes, (batch,) → (2 × batch,)

@@ -155,7 +155,7 @@ FAULTS = [
     Fault("the label loss reads fakes", STEP, "cross_entropy(logits[: len(images)], labels)", "cross_entropy(logits[len(images) :], labels)", REFERENCE),
     Fault("fakes are never moved", STEP, "moved = torch.rand((total, 2, 1), generator=self.noise, device=self.device) < SHIFTED_SHARE", "moved = torch.rand((total, 2, 1), generator=self.noise, device=self.device) * torch.tensor([[[1.0], [9.0]]]) < SHIFTED_SHARE", REFERENCE),
     Fault("everything is moved", STEP, "SHIFTED_SHARE = 0.5", "SHIFTED_SHARE = 1.0", REFERENCE),
-    Fault("the label loss does not decay", STEP, "(1 - config.label_loss_end) * done", "0 * done", REFERENCE),
+    Fault("the label loss does not decay", STEP, "_decayed(config.label_loss, config.label_loss_end, done)", "config.label_loss", REFERENCE),
     Fault("closing an engine fails with a lost device", "serve/engine/device_buffers.py", "            with suppress(EngineError):\n                self.device.unlock_pages", "            if True:\n                self.device.unlock_pages", ENGINE),
     Fault("a missing library of CUDA's is no refusal", "serve/engine/provider.py", "        load_libraries()\n", "", "tests/unit/test_cuda_calls.py"),
     Fault("the label loss weighs nothing", STEP, "labels) * self.label_weight", "labels) * 0", REFERENCE),
