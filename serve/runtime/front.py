@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -18,6 +18,16 @@ from serve.runtime.reflection import add_reflection
 
 MAX_REQUEST_BYTES = 4 << 20
 KEEPALIVE_MS = 30_000
+
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+
+
+class CallAbortedError(Exception):
+    """A handler has ended its call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, text: str, trailing: Metadata) -> None:
+        super().__init__(text)
+        self.code, self.text, self.trailing = code, text, trailing
 
 
 class Front(Protocol):
@@ -43,13 +53,13 @@ class Services:
     reflection: bool
     tracing: Tracing | None
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Add every method to grpcio's server."""
+    def add_to(self, server: Any) -> None:
+        """Add every method to a server that takes them as grpcio's do."""
         handlers = [grpc.method_handlers_generic_handler(table.service, table.methods) for table in self.tables]
         server.add_generic_rpc_handlers(handlers)
         self.add_health_and_reflection(server)
 
-    def add_health_and_reflection(self, server: grpc.aio.Server) -> None:
+    def add_health_and_reflection(self, server: Any) -> None:
         """Add what grpcio's own packages answer, about all of the services."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.reflection:

@@ -1,31 +1,53 @@
-"""The gRPC port by grpcio: several ``grpc.aio`` servers on one event loop that share the port.
+"""The gRPC port by grpcio's core, without ``grpc.aio``: the core's events come in a thread, handlers are tasks on the event loop.
 
-A ``grpc.aio`` server takes one call a turn of the event loop, because it keeps one request for a call pending. Several
-servers take several: with eight a call costs a third less. The kernel spreads the connections over them. Why asyncio, and
-what the number of servers gave: docs/decisions/0001-asyncio.md, 0009-fronts.md.
+``grpc.aio`` spends four times what this does on a call (docs/decisions/0013-completion-queue.md). The classes of ``cygrpc``
+are those that grpcio's own blocking server is written with, but grpcio promises nothing about them: hence ``_core``.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 
 from serve.access.tls import Certificates
-from serve.config.settings import UNIX, Settings
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
+from serve.config.settings import Settings
+from serve.errors import StartError
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Services, address, port_taken
+from serve.runtime.grpcio_call import GrpcioCall
 
-SERVERS = 8
+log = logging.getLogger(__name__)
+
 CONNECTION_AGE_GRACE_S = 60
+# So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
+ASKED_FOR = 64
+NEEDED = (
+    "CompletionQueue", "CompletionType", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation", "SendInitialMetadataOperation",
+    "SendMessageOperation", "SendStatusFromServerOperation", "Server",
+)  # fmt: skip
 
 
 class GrpcioFront:
     """A bound port. Raises StartError when it cannot be had."""
 
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
+        self._core = _core()
+        self._interceptor: Any = services.tracing.interceptor if services.tracing else None
+        self._services = Handlers()
+        services.add_to(self._services)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop
+        self._waiting: deque[tuple[Callable[..., object], Any]] = deque()  # for the event loop
+        self._woken = False  # whether the event loop knows
+        self._lock = threading.Lock()
+        self._stopping = False  # guarded by the lock, since no call may be asked for afterwards
         options = [
-            ("grpc.so_reuseport", 1),
+            ("grpc.so_reuseport", 0),  # a second process on the port must fail
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -35,38 +57,170 @@ class GrpcioFront:
                 ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
                 ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
             ]
-        interceptors = [services.tracing.interceptor] if services.tracing else []
-        self.port = settings.grpc_port
-        self._servers: list[grpc.aio.Server] = []
-        # A path cannot be shared.
-        for _ in range(1 if settings.host.startswith(UNIX) else SERVERS):
-            server = grpc.aio.server(interceptors=interceptors, options=options)
-            services.add_to(cast(grpc.aio.Server, _GenericHandlersOnly(server)))
-            where = address(settings, self.port)
-            try:
-                if certificates:
-                    self.port = server.add_secure_port(where, certificates.credentials())
-                else:
-                    self.port = server.add_insecure_port(where)
-            except RuntimeError:
-                self.port = 0
-            if self.port == 0:
-                raise port_taken(settings)
-            self._servers.append(server)
+        self._queue = self._core.CompletionQueue()
+        self._server = self._core.Server(options, False)
+        self._server.register_completion_queue(self._queue)
+        where = address(settings, settings.grpc_port).encode()
+        # grpcio's own server takes its credentials apart in the same way.
+        credentials = (certificates.credentials()._credentials,) if certificates else ()  # type: ignore[attr-defined]  # noqa: SLF001
+        self.port: int = self._server.add_http2_port(where, *credentials)
+        if self.port == 0:
+            raise port_taken(settings)
 
     async def start(self) -> None:
-        for server in self._servers:
-            await server.start()
+        self._loop = asyncio.get_running_loop()
+        self._server.start()
+        for _ in range(ASKED_FOR):
+            self._server.request_call(self._queue, self._queue, self._called)
+        threading.Thread(target=self._receive, name="grpc-receive", daemon=True).start()
 
     async def stop(self, grace_s: float) -> None:
-        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        ended = self._loop.create_future()
+        with self._lock:
+            self._stopping = True
+            self._server.shutdown(self._queue, lambda _: self.later(ended.set_result, None))
+        if not (await asyncio.wait((ended,), timeout=grace_s))[0]:
+            self._server.cancel_all_calls()
+            await ended
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._server.destroy()
+        self._queue.shutdown()
+
+    def later(self, function: Callable[..., object], argument: Any) -> None:
+        """Call the function on the event loop; from any thread."""
+        self._waiting.append((function, argument))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._woken = False  # before the queue is looked at: what comes from here on wakes again
+        while self._waiting:
+            function, argument = self._waiting.popleft()
+            function(argument)
+
+    # In the thread of the core's events.
+
+    def _receive(self) -> None:
+        """Give each of the core's events to whom it belongs; a thread of its own until the port is closed."""
+        while True:
+            event = self._queue.poll()
+            if event.completion_type == self._core.CompletionType.queue_shutdown:
+                return
+            try:
+                event.tag(event)
+            except Exception:
+                log.exception("an event of gRPC's could not be handled")
+            del event  # what it holds of an ended call must not outlive the next wait
+
+    def _called(self, event: Any) -> None:
+        """A call has come, or the server is shut down."""
+        with self._lock:
+            if not event.success or self._stopping:
+                return
+            self._server.request_call(self._queue, self._queue, self._called)
+        call = GrpcioCall(self._core, event, self)
+        handler = self._services.find(call.method, event.invocation_metadata)
+        if handler is None:
+            call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
+        elif handler.request_streaming:
+            self.later(self._begin, (call, handler, None))
+        else:
+            call.receive(lambda message: self.later(self._begin, (call, handler, message)))
+
+    # On the event loop.
+
+    def _begin(self, begun: tuple[GrpcioCall, grpc.RpcMethodHandler[Any, Any], bytes | None]) -> None:
+        call, handler, message = begun
+        if message is None and not handler.request_streaming:
+            call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+            return
+        task = self._loop.create_task(self._answer(call, handler, message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        call.task_is(task)
+
+    async def _answer(self, call: GrpcioCall, handler: grpc.RpcMethodHandler[Any, Any], message: bytes | None) -> None:
+        """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
+        try:
+            if self._interceptor is not None:
+                handler = await self._intercepted(call, handler)
+            await _handle(call, handler, message)
+        except CallAbortedError as end:
+            call.end(end.code, end.text, end.trailing)
+        except asyncio.CancelledError:
+            call.end(grpc.StatusCode.CANCELLED, "cancelled")
+        except Exception:
+            log.exception("a call could not be answered")
+            call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")
+
+    async def _intercepted(self, call: GrpcioCall, handler: Any) -> Any:
+        async def found(details: grpc.HandlerCallDetails) -> Any:
+            return handler
+
+        return await self._interceptor.intercept_service(found, CallDetails(call.method, call.invocation_metadata()))
 
 
-class _GenericHandlersOnly:
-    """A server as those who add services see it. Each registered method would cost every call (grpc PR 43461, open)."""
+async def _handle(call: GrpcioCall, handler: grpc.RpcMethodHandler[Any, Any], message: bytes | None) -> None:
+    read, write = handler.request_deserializer or _as_it_is, handler.response_serializer or _as_it_is
+    call.write_with = write
+    request = call.requests(read) if message is None else read(message)
+    behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    if not handler.response_streaming:
+        call.end(grpc.StatusCode.OK, message=write(await behaviour(request, call)))
+        return
+    responses = behaviour(request, call)
+    if asyncio.iscoroutine(responses):  # a handler that calls ``context.write`` itself
+        await responses
+    else:
+        async for response in responses:
+            await call.write(response)
+    call.end(grpc.StatusCode.OK)
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+def _as_it_is(message: Any) -> Any:
+    return message
+
+
+class CallDetails(grpc.HandlerCallDetails):
+    """What handlers are found by."""
+
+    def __init__(self, method: str, invocation_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        self.method = method
+        self.invocation_metadata = invocation_metadata
+
+
+class Handlers:
+    """The methods that are served, added as to a server of grpcio's."""
+
+    def __init__(self) -> None:
+        self._services: list[grpc.GenericRpcHandler[Any, Any]] = []
+        self._found: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        self._services += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Leave them out: the generic handlers cover them."""
+
+    def find(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """What answers a method; None when nothing does."""
+        if method not in self._found:
+            for service in self._services:
+                if handler := service.service(CallDetails(method, metadata)):
+                    self._found[method] = handler
+        return self._found.get(method)
+
+
+def _core() -> Any:
+    """grpcio's core in Python's clothes. Raises StartError when this grpcio has another one."""
+    try:
+        from grpc._cython import cygrpc  # noqa: PLC0415, PLC2701
+    except ImportError:
+        missing = "grpc._cython.cygrpc"
+    else:
+        missing = ", ".join(name for name in NEEDED if not hasattr(cygrpc, name))
+    if missing:
+        raise StartError(f"grpcio {grpc.__version__} has no {missing}; install grpcio 1.85, or use --front native")
+    return cygrpc

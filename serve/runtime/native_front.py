@@ -22,7 +22,7 @@ import grpc
 
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, Services, address, port_taken
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Services, address, port_taken
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,6 @@ CALLS_AT_ONCE = 64
 WRITTEN_CHECK_S = 0.02
 RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of: not even grpc-retry-pushback-ms
 DETAILS = tuple[tuple[tuple[str, str | bytes], ...], str, float | None]  # metadata, peer, seconds that remain
-
-
-class CallAbortedError(Exception):
-    """A handler has ended its call with a status."""
-
-    def __init__(self, code: grpc.StatusCode, text: str, trailing: Sequence[tuple[str, str | bytes]]) -> None:
-        super().__init__(text)
-        self.code, self.text, self.trailing = code, text, trailing
 
 
 class CallContext:

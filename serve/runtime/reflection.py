@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
@@ -11,11 +12,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 V1ALPHA, V1 = "grpc.reflection.v1alpha", "grpc.reflection.v1"
 
 
-def add_reflection(services: Collection[str], server: grpc.aio.Server) -> None:
+def add_reflection(services: Collection[str], server: Any) -> None:
     """Answer reflection about the services, and about itself."""
     _describe_v1()
     names = sorted({*services, f"{V1ALPHA}.ServerReflection", f"{V1}.ServerReflection"})
-    reflection.enable_server_reflection(names, server)
     servicer = reflection.aio.ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
@@ -23,7 +23,8 @@ def add_reflection(services: Collection[str], server: grpc.aio.Server) -> None:
         reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     methods = {"ServerReflectionInfo": handler}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{V1}.ServerReflection", methods),))
+    for package in (V1ALPHA, V1):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{package}.ServerReflection", methods),))
 
 
 def _describe_v1() -> None:
