@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,9 +26,14 @@ NO_LIMIT = nullcontext()  # one for all: it is entered once for every request
 class Caller(msgspec.Struct, frozen=True, eq=False):
     """Who a call is from, as its transport saw it."""
 
-    address: str = ""  # as ``peer_address`` writes it: the same whatever transport it came by
+    peer: Callable[[], str] = str  # as the transport has it, asked when it is needed: grpcio takes its time to tell
     authorization: Sequence[str | bytes] = ()  # the values of every ``authorization`` header
     request_id: str = ""
+
+    @property
+    def address(self) -> str:
+        """As ``peer_address`` writes it: the same whatever transport the call came by."""
+        return peer_address(self.peer())
 
 
 def peer_address(peer: str) -> str:
@@ -129,7 +134,7 @@ class Accounts:
         if self._tokens is None:
             if scope == "admin" and not self._open_admin:
                 raise ForbiddenError("model control beyond loopback needs --tokens-file and a token with the scope admin")
-            return self._account(peer_address(caller.address), *self._limits) if any(self._limits) else self._everyone
+            return self._account(caller.address, *self._limits) if any(self._limits) else self._everyone
         token = self._tokens.check(_bearer(caller))
         if scope not in token.scopes:
             raise ForbiddenError(f"the token {token.name!r} lacks the scope {scope}; it has {', '.join(token.scopes)}")

@@ -8,7 +8,7 @@ import time
 
 import grpc
 
-from serve.access.callers import Account, Accounts, Caller, Scope, peer_address
+from serve.access.callers import Account, Accounts, Caller, Scope
 from serve.api.status import Refusal, refusal
 from serve.core.request import Digits
 from serve.errors import DrainingError, ServeError
@@ -70,7 +70,7 @@ class DenialLog:
             self._unsaid += 1
             return
         more = f"; {self._unsaid} more since the last such line" if self._unsaid else ""
-        log.warning("denied: %s, from %s%s", error, peer_address(caller.address) or "an unknown address", more)
+        log.warning("denied: %s, from %s%s", error, caller.address or "an unknown address", more)
         self._next_at, self._unsaid = now + DENIALS_EVERY_S, 0
 
 
@@ -129,7 +129,7 @@ class Call:
     @property
     def caller(self) -> str:
         """Who calls, for the log."""
-        return f"{self.account.name} at {peer_address(self._caller.address) or 'an unknown address'}"
+        return f"{self.account.name} at {self._caller.address or 'an unknown address'}"
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""

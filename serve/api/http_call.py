@@ -69,7 +69,7 @@ async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
 
 def _caller(request: web.Request) -> Caller:
     headers = request.headers
-    return Caller(request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
+    return Caller(lambda: request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
 
 
 def _refused(refusal: Refusal) -> web.Response:

@@ -140,7 +140,7 @@ def caller_of(context: Context) -> Caller:
             authorization.append(value)
         elif key == REQUEST_ID_KEY and isinstance(value, str) and not request_id:
             request_id = value
-    return Caller(context.peer(), authorization, request_id)
+    return Caller(context.peer, authorization, request_id)
 
 
 def parse(request_type: type[RequestT], raw: bytes) -> RequestT:

@@ -64,7 +64,7 @@ async def measure() -> dict[str, float]:
 
     def admit() -> None:
         call = Call(admission, observed, None)
-        call.admit(Caller("ipv4:127.0.0.1:1"), "generate")
+        call.admit(Caller(lambda: "ipv4:127.0.0.1:1"), "generate")
         call.answered()
         call.ended()
         call.sent()

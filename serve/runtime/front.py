@@ -19,7 +19,7 @@ from serve.runtime.reflection import add_reflection
 MAX_REQUEST_BYTES = 4 << 20
 KEEPALIVE_MS = 30_000
 
-Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 class CallAbortedError(Exception):

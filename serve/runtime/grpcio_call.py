@@ -15,11 +15,15 @@ NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without o
 FLAGS = 0
 
 
-class EventLoop(Protocol):
-    """The thread that handlers run in."""
+class Front(Protocol):
+    """The port that the call came by."""
 
-    def later(self, function: Callable[..., object], argument: Any) -> None:
-        """Call the function there; from any thread."""
+    def later(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call the function on the event loop; from any thread."""
+        ...
+
+    def leave(self, call: GrpcioCall) -> None:
+        """The caller has left; on the event loop."""
         ...
 
 
@@ -29,19 +33,18 @@ class GrpcioCall:
     Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop.
     """
 
-    __slots__ = ("_begun", "_call", "_core", "_deadline", "_left", "_loop", "_metadata", "_task", "_trailing", "method", "write_with")
+    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_metadata", "_trailing", "left", "method", "write_with")
 
-    def __init__(self, core: Any, event: Any, loop: EventLoop) -> None:
+    def __init__(self, core: Any, event: Any, front: Front) -> None:
         """``event`` is the core's that tells of the call."""
         self._core = core
-        self._loop = loop
+        self._front = front
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._deadline = event.call_details.deadline
         self._trailing: Metadata = ()
         self._begun = False  # initial metadata have been sent
-        self._left = False
-        self._task: asyncio.Task[None] | None = None
+        self.left = False  # the caller has
         self.method: str = event.call_details.method.decode(errors="replace")
         self.write_with: Callable[[Any], bytes] = bytes
         self._call.start_server_batch((core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
@@ -98,21 +101,11 @@ class GrpcioCall:
             operations.insert(0, core.SendInitialMetadataOperation(None, FLAGS))
         self._call.start_server_batch(operations, _nothing)
 
-    def task_is(self, task: asyncio.Task[None]) -> None:
-        """The task that answers: it is cancelled when the caller leaves or the deadline passes."""
-        self._task = task
-        if self._left:
-            task.cancel()
-
     def _closed(self, event: Any) -> None:
         """In the thread of the core's events: the caller has its status, or has left."""
         if event.batch_operations[0].cancelled():
-            self._loop.later(self._leave, None)
-
-    def _leave(self, _: None) -> None:
-        self._left = True
-        if self._task is not None:
-            self._task.cancel()
+            self.left = True
+            self._front.later(self._front.leave, self)
 
     async def _done(self, operations: Sequence[Any]) -> Sequence[Any]:
         """Have the operations done; returns them with their results."""
@@ -122,7 +115,7 @@ class GrpcioCall:
             if not waiter.done():
                 waiter.set_result(event.batch_operations)
 
-        self._call.start_server_batch(operations, lambda event: self._loop.later(done, event))
+        self._call.start_server_batch(operations, lambda event: self._front.later(done, event))
         return await waiter
 
 

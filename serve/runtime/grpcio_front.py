@@ -9,27 +9,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, TypeAlias
 
 import grpc
 
 from serve.access.tls import Certificates
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Services, address, port_taken
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Metadata, Services, address, port_taken
 from serve.runtime.grpcio_call import GrpcioCall
 
 log = logging.getLogger(__name__)
 
 CONNECTION_AGE_GRACE_S = 60
+STOPPING = "the server is stopping; ask another replica"
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 NEEDED = (
-    "CompletionQueue", "CompletionType", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation", "SendInitialMetadataOperation",
-    "SendMessageOperation", "SendStatusFromServerOperation", "Server",
+    "CompletionQueue", "CompletionType", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation",
+    "SendInitialMetadataOperation", "SendMessageOperation", "SendStatusFromServerOperation", "Server",
 )  # fmt: skip
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class GrpcioFront:
@@ -38,14 +43,15 @@ class GrpcioFront:
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
         self._core = _core()
         self._interceptor: Any = services.tracing.interceptor if services.tracing else None
-        self._services = Handlers()
-        services.add_to(self._services)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._handlers = Handlers()
+        services.add_to(self._handlers)
+        self._tasks: dict[GrpcioCall, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop
-        self._waiting: deque[tuple[Callable[..., object], Any]] = deque()  # for the event loop
+        self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
         self._woken = False  # whether the event loop knows
         self._lock = threading.Lock()
-        self._stopping = False  # guarded by the lock, since no call may be asked for afterwards
+        self._stopping = False
+        self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
         options = [
             ("grpc.so_reuseport", 0),  # a second process on the port must fail
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -62,7 +68,7 @@ class GrpcioFront:
         self._server.register_completion_queue(self._queue)
         where = address(settings, settings.grpc_port).encode()
         # grpcio's own server takes its credentials apart in the same way.
-        credentials = (certificates.credentials()._credentials,) if certificates else ()  # type: ignore[attr-defined]  # noqa: SLF001
+        credentials = (certificates.credentials()._credentials,) if certificates else ()  # type: ignore[attr-defined]
         self.port: int = self._server.add_http2_port(where, *credentials)
         if self.port == 0:
             raise port_taken(settings)
@@ -75,21 +81,26 @@ class GrpcioFront:
         threading.Thread(target=self._receive, name="grpc-receive", daemon=True).start()
 
     async def stop(self, grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        self._stopping = True
+        # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=grace_s)
         ended = self._loop.create_future()
         with self._lock:
-            self._stopping = True
+            self._shut_down = True
             self._server.shutdown(self._queue, lambda _: self.later(ended.set_result, None))
-        if not (await asyncio.wait((ended,), timeout=grace_s))[0]:
+        if not (await asyncio.wait((ended,), timeout=max(0.0, deadline - time.monotonic())))[0]:
             self._server.cancel_all_calls()
             await ended
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks.values())
         self._server.destroy()
         self._queue.shutdown()
 
-    def later(self, function: Callable[..., object], argument: Any) -> None:
-        """Call the function on the event loop; from any thread."""
-        self._waiting.append((function, argument))
+    def later(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call the function on the event loop; from any thread. Functions are called in the order in which they came."""
+        self._waiting.append((function, arguments))
         if not self._woken:
             self._woken = True
             self._loop.call_soon_threadsafe(self._catch_up)
@@ -97,8 +108,8 @@ class GrpcioFront:
     def _catch_up(self) -> None:
         self._woken = False  # before the queue is looked at: what comes from here on wakes again
         while self._waiting:
-            function, argument = self._waiting.popleft()
-            function(argument)
+            function, arguments = self._waiting.popleft()
+            function(*arguments)
 
     # In the thread of the core's events.
 
@@ -116,32 +127,37 @@ class GrpcioFront:
 
     def _called(self, event: Any) -> None:
         """A call has come, or the server is shut down."""
-        with self._lock:
-            if not event.success or self._stopping:
-                return
-            self._server.request_call(self._queue, self._queue, self._called)
+        if not event.success:
+            return
         call = GrpcioCall(self._core, event, self)
-        handler = self._services.find(call.method, event.invocation_metadata)
+        with self._lock:
+            if not self._shut_down:
+                self._server.request_call(self._queue, self._queue, self._called)
+        if self._stopping:
+            call.end(grpc.StatusCode.UNAVAILABLE, STOPPING)
+            return
+        handler = self._handlers.find(call.method, event.invocation_metadata)
         if handler is None:
             call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
         elif handler.request_streaming:
-            self.later(self._begin, (call, handler, None))
+            self.later(self._begin, call, handler, None)
         else:
-            call.receive(lambda message: self.later(self._begin, (call, handler, message)))
+            call.receive(lambda message: self.later(self._begin, call, handler, message))
 
     # On the event loop.
 
-    def _begin(self, begun: tuple[GrpcioCall, grpc.RpcMethodHandler[Any, Any], bytes | None]) -> None:
-        call, handler, message = begun
+    def _begin(self, call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
         if message is None and not handler.request_streaming:
             call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
-            return
-        task = self._loop.create_task(self._answer(call, handler, message))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        call.task_is(task)
+        elif not call.left:
+            self._tasks[call] = self._loop.create_task(self._answer(call, handler, message))
 
-    async def _answer(self, call: GrpcioCall, handler: grpc.RpcMethodHandler[Any, Any], message: bytes | None) -> None:
+    def leave(self, call: GrpcioCall) -> None:
+        """The caller has left, or the deadline has passed."""
+        if task := self._tasks.get(call):
+            task.cancel()
+
+    async def _answer(self, call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
         """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
         try:
             if self._interceptor is not None:
@@ -154,15 +170,19 @@ class GrpcioFront:
         except Exception:
             log.exception("a call could not be answered")
             call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")
+        finally:
+            del self._tasks[call]
 
-    async def _intercepted(self, call: GrpcioCall, handler: Any) -> Any:
-        async def found(details: grpc.HandlerCallDetails) -> Any:
+    async def _intercepted(self, call: GrpcioCall, handler: Handler) -> Handler:
+        async def found(details: grpc.HandlerCallDetails) -> Handler:
             return handler
 
-        return await self._interceptor.intercept_service(found, CallDetails(call.method, call.invocation_metadata()))
+        details = CallDetails(call.method, call.invocation_metadata())
+        intercepted: Handler = await self._interceptor.intercept_service(found, details)
+        return intercepted
 
 
-async def _handle(call: GrpcioCall, handler: grpc.RpcMethodHandler[Any, Any], message: bytes | None) -> None:
+async def _handle(call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
     read, write = handler.request_deserializer or _as_it_is, handler.response_serializer or _as_it_is
     call.write_with = write
     request = call.requests(read) if message is None else read(message)
@@ -186,7 +206,7 @@ def _as_it_is(message: Any) -> Any:
 class CallDetails(grpc.HandlerCallDetails):
     """What handlers are found by."""
 
-    def __init__(self, method: str, invocation_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+    def __init__(self, method: str, invocation_metadata: Metadata) -> None:
         self.method = method
         self.invocation_metadata = invocation_metadata
 
@@ -195,16 +215,16 @@ class Handlers:
     """The methods that are served, added as to a server of grpcio's."""
 
     def __init__(self) -> None:
-        self._services: list[grpc.GenericRpcHandler[Any, Any]] = []
-        self._found: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._services: list[grpc.GenericRpcHandler] = []
+        self._found: dict[str, Handler] = {}
 
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._services += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Leave them out: the generic handlers cover them."""
 
-    def find(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> grpc.RpcMethodHandler[Any, Any] | None:
+    def find(self, method: str, metadata: Metadata) -> Handler | None:
         """What answers a method; None when nothing does."""
         if method not in self._found:
             for service in self._services:
@@ -214,13 +234,13 @@ class Handlers:
 
 
 def _core() -> Any:
-    """grpcio's core in Python's clothes. Raises StartError when this grpcio has another one."""
+    """grpcio's core as Python sees it. Raises StartError when this grpcio has another one."""
     try:
-        from grpc._cython import cygrpc  # noqa: PLC0415, PLC2701
+        core = import_module("grpc._cython.cygrpc")
     except ImportError:
         missing = "grpc._cython.cygrpc"
     else:
-        missing = ", ".join(name for name in NEEDED if not hasattr(cygrpc, name))
+        missing = ", ".join(name for name in NEEDED if not hasattr(core, name))
     if missing:
         raise StartError(f"grpcio {grpc.__version__} has no {missing}; install grpcio 1.85, or use --front native")
-    return cygrpc
+    return core

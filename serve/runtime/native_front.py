@@ -22,7 +22,7 @@ import grpc
 
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Services, address, port_taken
+from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Metadata, Services, address, port_taken
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class CallContext:
         """When the call came in, in seconds; None without a deadline."""
         return self._remaining_s
 
-    async def abort(self, code: grpc.StatusCode, text: str, trailing: Sequence[tuple[str, str | bytes]] = ()) -> NoReturn:
+    async def abort(self, code: grpc.StatusCode, text: str, trailing: Metadata = ()) -> NoReturn:
         raise CallAbortedError(code, text, trailing)
 
 

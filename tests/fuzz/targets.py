@@ -387,7 +387,7 @@ def bearer_target() -> Target:
         parts = data[1:].split(b"\0")
         values: list[str | bytes] = [*parts] if data[:1] == b"\1" else [part.decode("utf-8", "surrogateescape") for part in parts]
         try:
-            account = accounts.admit(Caller("127.0.0.1", values), "generate")
+            account = accounts.admit(Caller(lambda: "127.0.0.1", values), "generate")
         except UnauthenticatedError as refusal:
             if "\n" in str(refusal) or len(str(refusal)) > 1000 or secret in str(refusal):
                 raise DefectError(f"not a one-line text: {refusal!r}") from None

@@ -24,7 +24,7 @@ SHA = "ab" * 32
 
 
 def caller(*authorization: str | bytes, peer: str = "ipv4:10.0.0.1:999") -> Caller:
-    return Caller(peer, authorization)
+    return Caller(lambda: peer, authorization)
 
 
 def add(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

@@ -1,10 +1,12 @@
-"""The adapter of the native front: every call is answered, whatever its handler does."""
+"""Both transports of gRPC by themselves: every call is answered, whatever its handler or its caller does."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import grpc
@@ -13,11 +15,15 @@ from grpc_health.v1 import health
 
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime import native_front
-from serve.runtime.front import MAX_REQUEST_BYTES, Services
+from serve.runtime import grpcio_front, native_front
+from serve.runtime.front import MAX_REQUEST_BYTES, Front, Services, bind
 
 SERVICE = "test.Service"
 NATIVE = Settings(front="native", max_connection_age_s=0, grpc_port=0)
+GRPCIO = Settings(grpc_port=0)
+
+Run = Callable[[Callable[[grpc.aio.Channel], Any]], Any]  # of a coroutine, on the front's event loop
+Serving = Callable[..., AbstractContextManager[Run]]
 
 
 class Table:
@@ -37,11 +43,22 @@ def services(**methods: Any) -> Services:
     return Services([Table(**methods)], health.aio.HealthServicer(), reflection=True, tracing=None)  # type: ignore[list-item]
 
 
+@pytest.fixture(params=[GRPCIO, NATIVE], ids=["grpcio", "native"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    chosen: Settings = request.param
+    return chosen
+
+
+@pytest.fixture
+def serving(settings: Settings) -> Serving:
+    return partial(_serving, settings)
+
+
 @contextmanager
-def serving(**methods: Any) -> Iterator[Callable[..., Any]]:
+def _serving(settings: Settings, **methods: Any) -> Iterator[Run]:
     """A front on an event loop of this thread's; yields what runs a coroutine of a channel on it."""
     with asyncio.Runner() as runner:
-        front = native_front.NativeFront(NATIVE, services(**methods))
+        front: Front = runner.run(_bound(settings, **methods))
         runner.run(front.start())
 
         def run(call: Callable[[grpc.aio.Channel], Any]) -> Any:
@@ -56,7 +73,11 @@ def serving(**methods: Any) -> Iterator[Callable[..., Any]]:
         runner.run(front.stop(5))
 
 
-def code_of(run: Callable[..., Any], method: str, request: bytes = b"", **options: Any) -> tuple[grpc.StatusCode, str]:
+async def _bound(settings: Settings, **methods: Any) -> Front:
+    return bind(settings, services(**methods), None)
+
+
+def code_of(run: Run, method: str, request: bytes = b"", **options: Any) -> tuple[grpc.StatusCode, str]:
     async def call(channel: grpc.aio.Channel) -> bytes:
         answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(request, timeout=20, **options)
         return answer
@@ -84,7 +105,7 @@ async def _aborting(request: bytes, context: Any) -> bytes:
     return b""
 
 
-def test_a_call_is_answered_whatever_its_handler_does() -> None:
+def test_a_call_is_answered_whatever_its_handler_does(serving: Serving) -> None:
     methods = {"Broken": unary(_broken), "NoBytes": unary(_no_bytes), "Reserved": unary(_reserved), "Aborting": unary(_aborting)}
     with serving(**methods) as run:
         assert code_of(run, "Reserved") == (grpc.StatusCode.NOT_FOUND, "gone")
@@ -95,7 +116,7 @@ def test_a_call_is_answered_whatever_its_handler_does() -> None:
         assert code_of(run, "Nowhere")[0] is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_request_over_the_limit_never_reaches_the_handler() -> None:
+def test_a_request_over_the_limit_never_reaches_the_handler(serving: Serving) -> None:
     seen = []
 
     async def handle(request: bytes, context: Any) -> bytes:
@@ -110,7 +131,7 @@ def test_a_request_over_the_limit_never_reaches_the_handler() -> None:
     assert seen == [MAX_REQUEST_BYTES]
 
 
-def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it() -> None:
+def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it(serving: Serving) -> None:
     seen: list[Any] = []
     ended = asyncio.Event()
 
@@ -144,7 +165,7 @@ def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it() -> N
     assert peer.startswith("ipv4:127.0.0.1:")
 
 
-def test_a_stream_runs_no_further_ahead_than_the_transport_lets_it_and_ends_when_its_reader_leaves() -> None:
+def test_a_stream_runs_no_further_ahead_than_the_transport_lets_it_and_ends_when_its_reader_leaves(serving: Serving) -> None:
     made: list[int] = []
     ended = asyncio.Event()
 
@@ -169,7 +190,7 @@ def test_a_stream_runs_no_further_ahead_than_the_transport_lets_it_and_ends_when
         run(read_one)
 
 
-def test_stopping_lets_calls_finish_and_refuses_new_ones() -> None:
+def test_stopping_lets_calls_finish_and_refuses_new_ones(settings: Settings) -> None:
     begun = asyncio.Event()
 
     async def slow(request: bytes, context: Any) -> bytes:
@@ -178,7 +199,7 @@ def test_stopping_lets_calls_finish_and_refuses_new_ones() -> None:
         return b"done"
 
     async def scenario() -> None:
-        front = native_front.NativeFront(NATIVE, services(Slow=unary(slow)))
+        front = bind(settings, services(Slow=unary(slow)), None)
         await front.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
             method = channel.unary_unary(f"/{SERVICE}/Slow")
@@ -195,10 +216,89 @@ def test_stopping_lets_calls_finish_and_refuses_new_ones() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_what_it_needs_and_cannot_have_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_both_ways_end_as_their_handler_ends(serving: Serving) -> None:
+    async def each(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async for request in requests:
+            if not request:
+                await context.abort(grpc.StatusCode.OUT_OF_RANGE, "empty", (("hint", "5"),))
+            yield request * 2
+
+    with serving(Each=grpc.stream_stream_rpc_method_handler(each)) as run:
+
+        async def both(channel: grpc.aio.Channel) -> None:
+            method = channel.stream_stream(f"/{SERVICE}/Each")
+            assert [answer async for answer in method(iter((b"a", b"b")), timeout=20)] == [b"aa", b"bb"]
+            assert [answer async for answer in method(iter(()), timeout=20)] == []
+            call = method(iter((b"a", b"")), timeout=20)
+            assert await call.read() == b"aa"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.OUT_OF_RANGE, "empty")
+            assert ("hint", "5") in tuple(caught.value.trailing_metadata())
+
+        run(both)
+
+
+def test_a_handler_may_write_its_answers_by_itself() -> None:
+    async def alone(request: bytes, context: Any) -> None:
+        await context.write(b"written")
+        await context.write(request)
+
+    async def read(channel: grpc.aio.Channel) -> list[bytes]:
+        return [answer async for answer in channel.unary_stream(f"/{SERVICE}/Alone")(b"asked", timeout=20)]
+
+    with _serving(GRPCIO, Alone=grpc.unary_stream_rpc_method_handler(alone)) as run:
+        assert run(read) == [b"written", b"asked"]
+
+
+def test_a_call_without_a_request_is_told_so(serving: Serving) -> None:
+    async def handle(request: bytes, context: Any) -> bytes:
+        return request
+
+    async def ask_nothing(channel: grpc.aio.Channel) -> bytes:
+        answer: bytes = await channel.stream_unary(f"/{SERVICE}/Handle")(iter(()), timeout=20)
+        return answer
+
+    with serving(Handle=unary(handle)) as run:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            run(ask_nothing)
+        assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
+        assert run(lambda channel: channel.unary_unary(f"/{SERVICE}/Handle")(b"x", timeout=20)) == b"x"
+
+
+def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Settings) -> None:
+    begun = asyncio.Event()
+
+    async def endless(request: bytes, context: Any) -> bytes:
+        begun.set()
+        await asyncio.sleep(60)
+        return b""
+
+    async def scenario() -> None:
+        front = bind(settings, services(Endless=unary(endless)), None)
+        await front.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+            call = channel.unary_unary(f"/{SERVICE}/Endless")(b"", timeout=40)
+            waiting = asyncio.ensure_future(call)
+            await begun.wait()
+            await front.stop(0.2)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await waiting
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_what_the_native_front_needs_and_cannot_have_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = Services([], health.aio.HealthServicer(), reflection=False, tracing=object())  # type: ignore[arg-type]
     with pytest.raises(StartError, match="--front native sends no spans: unset OTEL_EXPORTER_OTLP_ENDPOINT"):
         native_front.NativeFront(NATIVE, traced)
     monkeypatch.setitem(__import__("sys").modules, "pygrpc_native", None)
     with pytest.raises(StartError, match="--front native needs the package pygrpc-native: install the extra native"):
         native_front.NativeFront(NATIVE, services())
+
+
+def test_a_grpcio_with_another_core_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = import_module("grpc._cython.cygrpc")
+    monkeypatch.delattr(core, "ReceiveCloseOnServerOperation")
+    with pytest.raises(StartError, match=r"has no ReceiveCloseOnServerOperation; install grpcio 1\.85, or use --front native"):
+        grpcio_front.GrpcioFront(GRPCIO, services(), None)
