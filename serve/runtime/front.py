@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -16,18 +16,7 @@ from serve.errors import StartError
 from serve.observability.tracing import Tracing
 from serve.runtime.reflection import add_reflection
 
-MAX_REQUEST_BYTES = 4 << 20
 KEEPALIVE_MS = 30_000
-
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
-
-
-class CallAbortedError(Exception):
-    """A handler has ended its call with a status."""
-
-    def __init__(self, code: grpc.StatusCode, text: str, trailing: Metadata) -> None:
-        super().__init__(text)
-        self.code, self.text, self.trailing = code, text, trailing
 
 
 class Front(Protocol):

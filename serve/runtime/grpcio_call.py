@@ -1,15 +1,15 @@
-"""One call by grpcio's core: its request in, its answers and status out, and what its handler may ask of it."""
+"""One call by grpcio's core: what its operations are for a request, an answer, a status."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import grpc
 
-from serve.runtime.front import CallAbortedError, Metadata
+from serve.runtime.handling import Call, Metadata
 
 NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without one, or more
 FLAGS = 0
@@ -27,79 +27,57 @@ class Front(Protocol):
         ...
 
 
-class GrpcioCall:
-    """A call, and as much of grpcio's ``ServicerContext`` as this server's handlers, health and reflection ask for.
+class GrpcioCall(Call):
+    """Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop."""
 
-    Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop.
-    """
-
-    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_metadata", "_trailing", "left", "method", "write_with")
+    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "left", "method")
 
     def __init__(self, core: Any, event: Any, front: Front) -> None:
         """``event`` is the core's that tells of the call."""
+        super().__init__(event.invocation_metadata)
         self._core = core
         self._front = front
         self._call = event.call
-        self._metadata = event.invocation_metadata
         self._deadline = event.call_details.deadline
-        self._trailing: Metadata = ()
         self._begun = False  # initial metadata have been sent
-        self.left = False  # the caller has
+        self.left = False  # the caller has, or the deadline has passed
         self.method: str = event.call_details.method.decode(errors="replace")
-        self.write_with: Callable[[Any], bytes] = bytes
         self._call.start_server_batch((core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
-
-    def invocation_metadata(self) -> Metadata:
-        metadata: Metadata = self._metadata
-        return metadata
 
     def peer(self) -> str:
         peer: bytes = self._call.peer()
         return peer.decode()
 
     def time_remaining(self) -> float | None:
-        """In seconds; None without a deadline."""
         return None if self._deadline > NO_DEADLINE else max(0.0, self._deadline - time.time())
-
-    def set_trailing_metadata(self, trailing: Metadata) -> None:
-        self._trailing = trailing
-
-    async def abort(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = ()) -> NoReturn:
-        raise CallAbortedError(code, text, trailing or self._trailing)
-
-    async def write(self, response: Any) -> None:
-        """Send one answer of a stream; returns when the core has room for the next."""
-        core = self._core
-        operations = [core.SendMessageOperation(self.write_with(response), FLAGS)]
-        if not self._begun:
-            self._begun = True
-            operations.insert(0, core.SendInitialMetadataOperation(None, FLAGS))
-        await self._done(operations)
-
-    async def requests(self, read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-        """The requests of a stream, until the caller sends no more."""
-        while True:
-            operation = self._core.ReceiveMessageOperation(FLAGS)
-            (ended,) = await self._done((operation,))
-            if (message := ended.message()) is None:
-                return
-            yield read(message)
 
     def receive(self, received: Callable[[bytes | None], None]) -> None:
         """Have the one request given to ``received``, in the thread of the core's events; None if there is none."""
-        self._call.start_server_batch(
-            (self._core.ReceiveMessageOperation(FLAGS),), lambda event: received(event.batch_operations[0].message())
-        )
+        operations = (self._core.ReceiveMessageOperation(FLAGS),)
+        self._call.start_server_batch(operations, lambda event: received(event.batch_operations[0].message()))
+
+    async def requests(self) -> AsyncIterator[bytes]:
+        while True:
+            (ended,) = await self._done((self._core.ReceiveMessageOperation(FLAGS),))
+            if (message := ended.message()) is None:
+                return
+            yield message
+
+    async def send(self, message: bytes) -> None:
+        await self._done(self._sending(self._core.SendMessageOperation(message, FLAGS)))
 
     def end(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> None:
-        """Send the only answer, if there is one, and the status."""
         core = self._core
-        operations = [core.SendStatusFromServerOperation(trailing or self._trailing, code.value[0], text, FLAGS)]
-        if message is not None:
-            operations.insert(0, core.SendMessageOperation(message, FLAGS))
-        if not self._begun:
-            operations.insert(0, core.SendInitialMetadataOperation(None, FLAGS))
-        self._call.start_server_batch(operations, _nothing)
+        status = core.SendStatusFromServerOperation(trailing or self.trailing, code.value[0], text, FLAGS)
+        operations = (status,) if message is None else (core.SendMessageOperation(message, FLAGS), status)
+        self._call.start_server_batch(self._sending(*operations), _nothing)
+
+    def _sending(self, *operations: Any) -> Sequence[Any]:
+        """The operations, after the initial metadata if they are the call's first."""
+        if self._begun:
+            return operations
+        self._begun = True
+        return (self._core.SendInitialMetadataOperation(None, FLAGS), *operations)
 
     def _closed(self, event: Any) -> None:
         """In the thread of the core's events: the caller has its status, or has left."""

@@ -13,20 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
 from serve.access.tls import Certificates
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Metadata, Services, address, port_taken
+from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
 from serve.runtime.grpcio_call import GrpcioCall
+from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, CallDetails, Handler, Handling, Metadata
 
 log = logging.getLogger(__name__)
 
 CONNECTION_AGE_GRACE_S = 60
-STOPPING = "the server is stopping; ask another replica"
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 NEEDED = (
@@ -34,18 +34,15 @@ NEEDED = (
     "SendInitialMetadataOperation", "SendMessageOperation", "SendStatusFromServerOperation", "Server",
 )  # fmt: skip
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
 
 class GrpcioFront:
     """A bound port. Raises StartError when it cannot be had."""
 
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
         self._core = _core()
-        self._interceptor: Any = services.tracing.interceptor if services.tracing else None
+        self._handling = Handling(services.tracing.interceptor if services.tracing else None)
         self._handlers = Handlers()
         services.add_to(self._handlers)
-        self._tasks: dict[GrpcioCall, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop
         self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
         self._woken = False  # whether the event loop knows
@@ -84,8 +81,7 @@ class GrpcioFront:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=grace_s)
+        await self._handling.wait(grace_s)
         ended = self._loop.create_future()
         with self._lock:
             self._shut_down = True
@@ -93,8 +89,7 @@ class GrpcioFront:
         if not (await asyncio.wait((ended,), timeout=max(0.0, deadline - time.monotonic())))[0]:
             self._server.cancel_all_calls()
             await ended
-        if self._tasks:
-            await asyncio.wait(self._tasks.values())
+        await self._handling.wait()
         self._server.destroy()
         self._queue.shutdown()
 
@@ -150,65 +145,11 @@ class GrpcioFront:
         if message is None and not handler.request_streaming:
             call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         elif not call.left:
-            self._tasks[call] = self._loop.create_task(self._answer(call, handler, message))
+            self._handling.begin(call, call, call.method, handler, message)
 
     def leave(self, call: GrpcioCall) -> None:
         """The caller has left, or the deadline has passed."""
-        if task := self._tasks.get(call):
-            task.cancel()
-
-    async def _answer(self, call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
-        """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
-        try:
-            if self._interceptor is not None:
-                handler = await self._intercepted(call, handler)
-            await _handle(call, handler, message)
-        except CallAbortedError as end:
-            call.end(end.code, end.text, end.trailing)
-        except asyncio.CancelledError:
-            call.end(grpc.StatusCode.CANCELLED, "cancelled")
-        except Exception:
-            log.exception("a call could not be answered")
-            call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")
-        finally:
-            del self._tasks[call]
-
-    async def _intercepted(self, call: GrpcioCall, handler: Handler) -> Handler:
-        async def found(details: grpc.HandlerCallDetails) -> Handler:
-            return handler
-
-        details = CallDetails(call.method, call.invocation_metadata())
-        intercepted: Handler = await self._interceptor.intercept_service(found, details)
-        return intercepted
-
-
-async def _handle(call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
-    read, write = handler.request_deserializer or _as_it_is, handler.response_serializer or _as_it_is
-    call.write_with = write
-    request = call.requests(read) if message is None else read(message)
-    behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-    if not handler.response_streaming:
-        call.end(grpc.StatusCode.OK, message=write(await behaviour(request, call)))
-        return
-    responses = behaviour(request, call)
-    if asyncio.iscoroutine(responses):  # a handler that calls ``context.write`` itself
-        await responses
-    else:
-        async for response in responses:
-            await call.write(response)
-    call.end(grpc.StatusCode.OK)
-
-
-def _as_it_is(message: Any) -> Any:
-    return message
-
-
-class CallDetails(grpc.HandlerCallDetails):
-    """What handlers are found by."""
-
-    def __init__(self, method: str, invocation_metadata: Metadata) -> None:
-        self.method = method
-        self.invocation_metadata = invocation_metadata
+        self._handling.leave(call)
 
 
 class Handlers:

@@ -22,7 +22,8 @@ import grpc
 
 from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, MAX_REQUEST_BYTES, CallAbortedError, Metadata, Services, address, port_taken
+from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
+from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, Call, Handler, Handling, Metadata
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +33,43 @@ RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of:
 DETAILS = tuple[tuple[tuple[str, str | bytes], ...], str, float | None]  # metadata, peer, seconds that remain
 
 
-class CallContext:
-    """As much of grpcio's ``ServicerContext`` as ``serve.api.rpc`` asks for."""
+class NativeCall(Call):
+    """One call by pygrpc-native."""
 
-    __slots__ = ("_metadata", "_peer", "_remaining_s")
+    __slots__ = ("_front", "_id", "_native", "_peer", "_remaining_s", "_streams")
 
-    def __init__(self, metadata: tuple[tuple[str, str | bytes], ...], peer: str, remaining_s: float | None) -> None:
-        self._metadata, self._peer, self._remaining_s = metadata, peer, remaining_s
-
-    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        return self._metadata
+    def __init__(self, native: Any, front: Any, call_id: int, streams: bool, details: DETAILS) -> None:
+        """``native`` is the package, ``front`` its port; ``streams``: the answers are a stream."""
+        metadata, self._peer, self._remaining_s = details
+        super().__init__(metadata)
+        self._native, self._front, self._id, self._streams = native, front, call_id, streams
 
     def peer(self) -> str:
         return self._peer
 
     def time_remaining(self) -> float | None:
-        """When the call came in, in seconds; None without a deadline."""
-        return self._remaining_s
+        return self._remaining_s  # when the call came in
 
-    async def abort(self, code: grpc.StatusCode, text: str, trailing: Metadata = ()) -> NoReturn:
-        raise CallAbortedError(code, text, trailing)
+    def requests(self) -> NoReturn:
+        raise NotImplementedError("streams of requests go to the grpcio server behind")
+
+    async def send(self, message: bytes) -> None:
+        """Raises CancelledError when the caller has left."""
+        native, sent = self._native, self._front.stream_try_send(self._id, message)
+        if sent == native.STREAM_FULL:
+            sent_later = await asyncio.to_thread(self._front.stream_send, self._id, message)
+            sent = native.STREAM_SENT if sent_later else native.STREAM_CLOSED
+        if sent == native.STREAM_CLOSED:
+            raise asyncio.CancelledError
+
+    def end(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> None:
+        if code is not grpc.StatusCode.OK:
+            sent = [(key, value) for key, value in trailing if not key.startswith(RESERVED)]
+            self._front.fail(self._id, code.value[0], text, trailing_metadata=sent)
+        elif self._streams:
+            self._front.stream_end(self._id)
+        else:
+            self._front.respond(self._id, message)
 
 
 class NativeFront:
@@ -67,11 +85,10 @@ class NativeFront:
         self._native: Any = native
         self._services = services
         self._handlers: list[Any] = []
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._handling = Handling()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop
         self._beside: grpc.aio.Server
-        self._folder = tempfile.TemporaryDirectory(prefix="digits-serve-")
         try:
             # ``metrics`` tell when an answer has been written: stopping waits for that.
             self._front: Any = native.NativeGrpcFront(
@@ -81,6 +98,7 @@ class NativeFront:
         except OSError:
             raise port_taken(settings) from None
         self.port = int(self._front.bound_port)
+        self._folder = tempfile.TemporaryDirectory(prefix="digits-serve-")
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -108,10 +126,8 @@ class NativeFront:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         await self._beside.stop(grace_s)
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=max(0.0, deadline - time.monotonic()))
-        for task in list(self._tasks.values()):
-            task.cancel()
+        await self._handling.wait(max(0.0, deadline - time.monotonic()))
+        self._handling.cancel_all()
         while (self._unwritten() or _unsent_bytes(self.port)) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event for it
             await asyncio.sleep(WRITTEN_CHECK_S)
         await asyncio.to_thread(self._front.close)
@@ -130,50 +146,19 @@ class NativeFront:
     def _begin(self, events: Sequence[tuple[int, int, int, bytes, object, DETAILS]]) -> None:
         for kind, call_id, method, request, _, details in events:
             if kind == self._native.EVENT_CALL:
-                self._tasks[call_id] = self._loop.create_task(self._answer(call_id, self._handlers[method], request, details))
-            elif task := self._tasks.pop(call_id, None):  # the caller has left, or the deadline has passed: it has been told
-                task.cancel()
-
-    async def _answer(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
-        """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
-        try:
-            await self._handle(call_id, handler, request, details)
-        except asyncio.CancelledError:
-            if call_id in self._tasks:
-                self._front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
-        except Exception:
-            log.exception("a call could not be answered")
-            self._front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], "the call could not be answered")
-        finally:
-            self._tasks.pop(call_id, None)
-
-    async def _handle(self, call_id: int, handler: Any, request: bytes, details: DETAILS) -> None:
-        front = self._front
-        try:
-            if self._stopping:
-                raise CallAbortedError(grpc.StatusCode.UNAVAILABLE, "the server is stopping; ask another replica", ())
-            if len(request) > MAX_REQUEST_BYTES:
-                text = f"the request has {len(request)} bytes, over the limit of {MAX_REQUEST_BYTES}"
-                raise CallAbortedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text, ())
-            context = CallContext(*details)
-            if handler.response_streaming:
-                async for response in handler.unary_stream(request, context):
-                    await self._send(call_id, response)
-                front.stream_end(call_id)
+                self._begin_call(call_id, self._handlers[method], request, details)
             else:
-                front.respond(call_id, await handler.unary_unary(request, context))
-        except CallAbortedError as end:
-            trailing = [(key, value) for key, value in end.trailing if not key.startswith(RESERVED)]
-            front.fail(call_id, end.code.value[0], end.text, trailing_metadata=trailing)
+                self._handling.leave(call_id)
 
-    async def _send(self, call_id: int, response: bytes) -> None:
-        """One answer of a stream; waits while the caller is behind. Raises CancelledError when it has left."""
-        sent = self._front.stream_try_send(call_id, response)
-        if sent == self._native.STREAM_FULL:
-            sent_later = await asyncio.to_thread(self._front.stream_send, call_id, response)
-            sent = self._native.STREAM_SENT if sent_later else self._native.STREAM_CLOSED
-        if sent == self._native.STREAM_CLOSED:
-            raise asyncio.CancelledError
+    def _begin_call(self, call_id: int, handler: Handler, request: bytes, details: DETAILS) -> None:
+        call = NativeCall(self._native, self._front, call_id, handler.response_streaming, details)
+        if self._stopping:
+            call.end(grpc.StatusCode.UNAVAILABLE, STOPPING)
+        elif len(request) > MAX_REQUEST_BYTES:
+            text = f"the request has {len(request)} bytes, over the limit of {MAX_REQUEST_BYTES}"
+            call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        else:
+            self._handling.begin(call_id, call, "", handler, request)
 
 
 def _unsent_bytes(port: int) -> int:

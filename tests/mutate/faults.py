@@ -27,6 +27,7 @@ TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
 ENGINE = "tests/unit/test_engine.py"
 LOADS = "tests/integration/test_load_reports.py"
+FRONTS = "tests/unit/test_fronts.py"
 
 
 class Fault(NamedTuple):
@@ -43,6 +44,7 @@ CORE, QUEUES, BATCH = "serve/core/generate.py", "serve/batching/queue.py", "serv
 CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "serve/access/tls.py"
 OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.py", "serve/api/rpc.py", "serve/api/admission.py"
 METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/loop.py"
+FRONT, CALL, HANDLING = "serve/runtime/grpcio_front.py", "serve/runtime/grpcio_call.py", "serve/runtime/handling.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
 FAULTS = [
@@ -109,7 +111,18 @@ FAULTS = [
     Fault("one failing look unloads a served model", "serve/models/reconcile.py", "{**before.get(name, {}), **now.get(name, {})}", "now.get(name, {})", RECONCILE),
     Fault("a file's digest is not looked at", "serve/models/repository.py", "if sha256(contents[file]) != digest:", "if False:", "tests/unit/test_bundle_reading.py"),
     Fault("the golden check at loading passes all", "serve/engine/golden.py", "if problem := golden_difference(manifest, expected, got):", "if problem := None:", "tests/unit/test_engine.py tests/unit/test_bundle_reading.py"),
-    Fault("connections live for ever", "serve/runtime/grpcio_front.py", "if settings.max_connection_age_s:", "if False:", WIRING),
+    Fault("connections live for ever", FRONT, "if settings.max_connection_age_s:", "if False:", WIRING),
+    Fault("two processes may share the port", FRONT, '("grpc.so_reuseport", 0)', '("grpc.so_reuseport", 1)', FRONTS),
+    Fault("a large request is taken", FRONT, '            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),\n', '            ("grpc.max_receive_message_length", -1),\n', FRONTS),
+    Fault("what comes while stopping is answered", FRONT, "        if self._stopping:\n", "        if False:\n", FRONTS),
+    Fault("what comes while stopping is cut off", FRONT, "        await self._handling.wait(grace_s)\n", "", FRONTS),
+    Fault("stopping waits for ever", FRONT, "            self._server.cancel_all_calls()\n", "", FRONTS),
+    Fault("who has left is computed for", HANDLING, "    def leave(self, key: Hashable) -> None:\n", "    def leave(self, key: Hashable) -> None:\n        return\n", FRONTS),
+    Fault("a handler's error leaves its caller waiting", HANDLING, '            call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")\n', "            pass\n", FRONTS),
+    Fault("a call without a request waits for ever", FRONT, '            call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")\n', "            pass\n", FRONTS),
+    Fault("an unknown method waits for ever", FRONT, '            call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")\n', "            pass\n", FRONTS),
+    Fault("a stream runs ahead of its reader", CALL, "        await self._done(self._sending(self._core.SendMessageOperation(message, FLAGS)))\n", "        self._call.start_server_batch(self._sending(self._core.SendMessageOperation(message, FLAGS)), _nothing)\n", FRONTS),
+    Fault("a status loses its metadata", CALL, "(trailing or self.trailing, code.value[0]", "(self.trailing, code.value[0]", f"{FRONTS} {WIRING}"),
     Fault("a stopping server refuses nobody", SERVER, "        self._in_flight.close()\n", "", WIRING),
     Fault("a stopping server says that it is ready", SERVER, "        self._health.draining = True\n", "", WIRING),
     Fault("liveness never fails", "serve/runtime/health.py", "without_slots_s > WITHOUT_SLOTS_S:", "without_slots_s > 1e9:", RUNTIME),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -16,7 +17,8 @@ from grpc_health.v1 import health
 from serve.config.settings import Settings
 from serve.errors import StartError
 from serve.runtime import grpcio_front, native_front
-from serve.runtime.front import MAX_REQUEST_BYTES, Front, Services, bind
+from serve.runtime.front import Front, Services, bind
+from serve.runtime.handling import MAX_REQUEST_BYTES
 
 SERVICE = "test.Service"
 NATIVE = Settings(front="native", max_connection_age_s=0, grpc_port=0)
@@ -286,6 +288,17 @@ def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Setting
                 await waiting
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_port_is_had_once(settings: Settings) -> None:
+    async def scenario() -> None:
+        first = bind(settings, services(), None)
+        with pytest.raises(StartError, match=f"--grpc-port {first.port} on 127.0.0.1 cannot be had; name another"):
+            bind(dataclasses.replace(settings, grpc_port=first.port), services(), None)
+        await first.start()
+        await first.stop(5)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_what_the_native_front_needs_and_cannot_have_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
