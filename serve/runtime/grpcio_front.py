@@ -46,6 +46,7 @@ class GrpcioFront:
         self._loop: asyncio.AbstractEventLoop
         self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
         self._woken = False  # whether the event loop knows
+        self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
@@ -75,7 +76,7 @@ class GrpcioFront:
         self._server.start()
         for _ in range(ASKED_FOR):
             self._server.request_call(self._queue, self._queue, self._called)
-        threading.Thread(target=self._receive, name="grpc-receive", daemon=True).start()
+        self._thread.start()
 
     async def stop(self, grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
@@ -92,6 +93,7 @@ class GrpcioFront:
         await self._handling.wait()
         self._server.destroy()
         self._queue.shutdown()
+        await asyncio.to_thread(self._thread.join)
 
     def later(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call the function on the event loop; from any thread. Functions are called in the order in which they came."""
