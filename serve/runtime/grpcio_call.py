@@ -30,7 +30,7 @@ class Front(Protocol):
 class GrpcioCall(Call):
     """Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop."""
 
-    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "left", "method")
+    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_watched", "method")
 
     def __init__(self, core: Any, event: Any, front: Front) -> None:
         """``event`` is the core's that tells of the call."""
@@ -40,9 +40,8 @@ class GrpcioCall(Call):
         self._call = event.call
         self._deadline = event.call_details.deadline
         self._begun = False  # initial metadata have been sent
-        self.left = False  # the caller has, or the deadline has passed
+        self._watched = False  # whether the core tells when the caller leaves
         self.method: str = event.call_details.method.decode(errors="replace")
-        self._call.start_server_batch((core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
 
     def peer(self) -> str:
         peer: bytes = self._call.peer()
@@ -50,6 +49,12 @@ class GrpcioCall(Call):
 
     def time_remaining(self) -> float | None:
         return None if self._deadline > NO_DEADLINE else max(0.0, self._deadline - time.time())
+
+    def watch(self) -> None:
+        """Have the core tell when the caller leaves; until it is called nobody is told. On the event loop."""
+        if not self._watched:
+            self._watched = True
+            self._call.start_server_batch((self._core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
 
     def receive(self, received: Callable[[bytes | None], None]) -> None:
         """Have the one request given to ``received``, in the thread of the core's events; None if there is none."""
@@ -69,7 +74,9 @@ class GrpcioCall(Call):
     def end(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> None:
         core = self._core
         status = core.SendStatusFromServerOperation(trailing or self.trailing, code.value[0], text, FLAGS)
-        operations = (status,) if message is None else (core.SendMessageOperation(message, FLAGS), status)
+        operations = [status] if message is None else [core.SendMessageOperation(message, FLAGS), status]
+        if not self._watched:
+            operations.append(core.ReceiveCloseOnServerOperation(FLAGS))  # the core wants every call to ask for it once
         self._call.start_server_batch(self._sending(*operations), _nothing)
 
     def _sending(self, *operations: Any) -> Sequence[Any]:
@@ -82,7 +89,6 @@ class GrpcioCall(Call):
     def _closed(self, event: Any) -> None:
         """In the thread of the core's events: the caller has its status, or has left."""
         if event.batch_operations[0].cancelled():
-            self.left = True
             self._front.later(self._front.leave, self)
 
     async def _done(self, operations: Sequence[Any]) -> Sequence[Any]:

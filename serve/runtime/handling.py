@@ -87,6 +87,11 @@ class Handling:
         if task := self._tasks.pop(key, None):
             task.cancel()
 
+    @property
+    def at_work(self) -> list[Any]:
+        """The keys of the calls whose handlers have not ended."""
+        return list(self._tasks)
+
     async def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every handler has ended, or the time is over."""
         if self._tasks:
