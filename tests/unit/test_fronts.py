@@ -18,7 +18,7 @@ from serve.config.settings import Settings
 from serve.errors import StartError
 from serve.runtime import grpcio_front, native_front
 from serve.runtime.front import Front, Services, bind
-from serve.runtime.handling import MAX_REQUEST_BYTES
+from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING
 
 SERVICE = "test.Service"
 NATIVE = Settings(front="native", max_connection_age_s=0, grpc_port=0)
@@ -211,7 +211,8 @@ def test_stopping_lets_calls_finish_and_refuses_new_ones(settings: Settings) -> 
             await asyncio.sleep(0)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await method(b"", timeout=20)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            # Refused by the server, and not because nobody listens any more.
+            assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPING)
             assert await first == b"done"
             await stopping
 
