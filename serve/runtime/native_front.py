@@ -9,7 +9,6 @@ docs/decisions/0009-fronts.md.
 from __future__ import annotations
 
 import asyncio
-import logging
 import tempfile
 import threading
 import time
@@ -25,12 +24,10 @@ from serve.errors import StartError
 from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
 from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, Call, Handler, Handling, Metadata
 
-log = logging.getLogger(__name__)
-
 CALLS_AT_ONCE = 64
 WRITTEN_CHECK_S = 0.02
 RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of: not even grpc-retry-pushback-ms
-DETAILS = tuple[tuple[tuple[str, str | bytes], ...], str, float | None]  # metadata, peer, seconds that remain
+DETAILS = tuple[Metadata, str, float | None]  # metadata, peer, seconds that remain
 
 
 class NativeCall(Call):

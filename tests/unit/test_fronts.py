@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -77,6 +77,15 @@ def _serving(settings: Settings, **methods: Any) -> Iterator[Run]:
 
 async def _bound(settings: Settings, **methods: Any) -> Front:
     return bind(settings, services(**methods), None)
+
+
+@asynccontextmanager
+async def _started(settings: Settings, **methods: Any) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
+    """A front that answers, for the test to stop, and a channel to it."""
+    front = await _bound(settings, **methods)
+    await front.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+        yield front, channel
 
 
 def code_of(run: Run, method: str, request: bytes = b"", **options: Any) -> tuple[grpc.StatusCode, str]:
@@ -201,9 +210,7 @@ def test_stopping_lets_calls_finish_and_refuses_new_ones(settings: Settings) -> 
         return b"done"
 
     async def scenario() -> None:
-        front = bind(settings, services(Slow=unary(slow)), None)
-        await front.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+        async with _started(settings, Slow=unary(slow)) as (front, channel):
             method = channel.unary_unary(f"/{SERVICE}/Slow")
             first = method(b"", timeout=20)
             await begun.wait()
@@ -278,9 +285,7 @@ def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Setting
         return b""
 
     async def scenario() -> None:
-        front = bind(settings, services(Endless=unary(endless)), None)
-        await front.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+        async with _started(settings, Endless=unary(endless)) as (front, channel):
             call = channel.unary_unary(f"/{SERVICE}/Endless")(b"", timeout=40)
             waiting = asyncio.ensure_future(call)
             await begun.wait()
