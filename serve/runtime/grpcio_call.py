@@ -30,18 +30,17 @@ class Front(Protocol):
 class GrpcioCall(Call):
     """Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop."""
 
-    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_watched", "method")
+    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_watched")
 
     def __init__(self, core: Any, event: Any, front: Front) -> None:
         """``event`` is the core's that tells of the call."""
-        super().__init__(event.invocation_metadata)
+        super().__init__(event.call_details.method.decode(errors="replace"), event.invocation_metadata)
         self._core = core
         self._front = front
         self._call = event.call
         self._deadline = event.call_details.deadline
         self._begun = False  # initial metadata have been sent
         self._watched = False  # whether the core tells when the caller leaves
-        self.method: str = event.call_details.method.decode(errors="replace")
 
     def peer(self) -> str:
         peer: bytes = self._call.peer()

@@ -150,7 +150,7 @@ class GrpcioFront:
         if message is None and not handler.request_streaming:
             call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
             return
-        self._handling.begin(call, call, call.method, handler, message)
+        self._handling.begin(call, call, handler, message)
         if not self._to_be_watched:
             self._to_be_watched = True
             self._loop.call_later(WATCHED_AFTER_S, self._watch)

@@ -30,9 +30,11 @@ class CallAbortedError(Exception):
 class Call(ABC):
     """A call, and as much of grpcio's ``ServicerContext`` as this server's handlers, health and reflection ask for."""
 
-    __slots__ = ("metadata", "trailing", "write_with")
+    __slots__ = ("metadata", "method", "trailing", "write_with")
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, method: str, metadata: Metadata) -> None:
+        """``method`` as it goes over the wire, ``/service/method``."""
+        self.method = method
         self.metadata = metadata
         self.trailing: Metadata = ()
         self.write_with: Callable[[Any], bytes] | None = None  # None: answers are bytes
@@ -78,9 +80,9 @@ class Handling:
         self._interceptor = interceptor
         self._tasks: dict[Hashable, asyncio.Task[None]] = {}
 
-    def begin(self, key: Hashable, call: Call, method: str, handler: Handler, request: bytes | None) -> None:
+    def begin(self, key: Hashable, call: Call, handler: Handler, request: bytes | None) -> None:
         """Answer a call, which ``leave`` is told by its ``key``; ``request`` is None when its requests are a stream."""
-        self._tasks[key] = asyncio.get_running_loop().create_task(self._answer(key, call, method, handler, request))
+        self._tasks[key] = asyncio.get_running_loop().create_task(self._answer(key, call, handler, request))
 
     def leave(self, key: Hashable) -> None:
         """The caller has left, or the deadline has passed: it has been told so."""
@@ -101,11 +103,11 @@ class Handling:
         for task in list(self._tasks.values()):
             task.cancel()
 
-    async def _answer(self, key: Hashable, call: Call, method: str, handler: Handler, request: bytes | None) -> None:
+    async def _answer(self, key: Hashable, call: Call, handler: Handler, request: bytes | None) -> None:
         """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
         try:
             if self._interceptor is not None:
-                handler = await self._intercepted(call, method, handler)
+                handler = await self._intercepted(call, handler)
             await _run(call, handler, request)
         except CallAbortedError as end:
             call.end(end.code, end.text, end.trailing)
@@ -118,11 +120,11 @@ class Handling:
         finally:
             self._tasks.pop(key, None)
 
-    async def _intercepted(self, call: Call, method: str, handler: Handler) -> Handler:
+    async def _intercepted(self, call: Call, handler: Handler) -> Handler:
         async def found(details: grpc.HandlerCallDetails) -> Handler:
             return handler
 
-        intercepted: Handler = await self._interceptor.intercept_service(found, CallDetails(method, call.metadata))
+        intercepted: Handler = await self._interceptor.intercept_service(found, CallDetails(call.method, call.metadata))
         return intercepted
 
 

@@ -35,10 +35,10 @@ class NativeCall(Call):
 
     __slots__ = ("_front", "_id", "_native", "_peer", "_remaining_s", "_streams")
 
-    def __init__(self, native: Any, front: Any, call_id: int, streams: bool, details: DETAILS) -> None:
+    def __init__(self, native: Any, front: Any, call_id: int, method: str, details: DETAILS, *, streams: bool) -> None:
         """``native`` is the package, ``front`` its port; ``streams``: the answers are a stream."""
         metadata, self._peer, self._remaining_s = details
-        super().__init__(metadata)
+        super().__init__(method, metadata)
         self._native, self._front, self._id, self._streams = native, front, call_id, streams
 
     def peer(self) -> str:
@@ -81,7 +81,7 @@ class NativeFront:
             raise StartError("--front native sends no spans: unset OTEL_EXPORTER_OTLP_ENDPOINT, or use --front grpcio")
         self._native: Any = native
         self._services = services
-        self._handlers: list[Any] = []
+        self._methods: list[tuple[str, Handler]] = []
         self._handling = Handling()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop
@@ -108,14 +108,13 @@ class NativeFront:
         self._beside.add_insecure_port(f"unix:{socket}")
         await self._beside.start()
         self._front.set_fallback(socket)
-        methods = [
-            (table.service, name, handler)
+        self._methods = [
+            (f"/{table.service}/{name}", handler)
             for table in self._services.tables
             for name, handler in table.methods.items()
             if not handler.request_streaming
         ]
-        self._handlers = [handler for _, _, handler in methods]
-        self._front.add_methods([(f"/{service}/{name}", handler.response_streaming) for service, name, handler in methods])
+        self._front.add_methods([(method, handler.response_streaming) for method, handler in self._methods])
         self._front.start()
         threading.Thread(target=self._receive, name="grpc-receive", daemon=True).start()
 
@@ -143,19 +142,19 @@ class NativeFront:
     def _begin(self, events: Sequence[tuple[int, int, int, bytes, object, DETAILS]]) -> None:
         for kind, call_id, method, request, _, details in events:
             if kind == self._native.EVENT_CALL:
-                self._begin_call(call_id, self._handlers[method], request, details)
+                self._begin_call(call_id, *self._methods[method], request, details)
             else:
                 self._handling.leave(call_id)
 
-    def _begin_call(self, call_id: int, handler: Handler, request: bytes, details: DETAILS) -> None:
-        call = NativeCall(self._native, self._front, call_id, handler.response_streaming, details)
+    def _begin_call(self, call_id: int, method: str, handler: Handler, request: bytes, details: DETAILS) -> None:
+        call = NativeCall(self._native, self._front, call_id, method, details, streams=handler.response_streaming)
         if self._stopping:
             call.end(grpc.StatusCode.UNAVAILABLE, STOPPING)
         elif len(request) > MAX_REQUEST_BYTES:
             text = f"the request has {len(request)} bytes, over the limit of {MAX_REQUEST_BYTES}"
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         else:
-            self._handling.begin(call_id, call, "", handler, request)
+            self._handling.begin(call_id, call, handler, request)
 
 
 def _unsent_bytes(port: int) -> int:
