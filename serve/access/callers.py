@@ -1,8 +1,9 @@
-"""Callers: who a call is from, what they may do, and how much of it at once. For the event loop's thread alone."""
+"""Callers: who a call is from, what they may do, and how much of it at once. Safe to call from any thread."""
 
 from __future__ import annotations
 
 import ipaddress
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,6 +62,7 @@ class Account:
     images: int = 0  # in flight
     allowance: float = field(default=0.0, init=False)  # requests that may come at once: a token bucket
     allowance_at: float = field(default=0.0, init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.allowance, self.allowance_at = self._burst, time.monotonic()
@@ -73,14 +75,15 @@ class Account:
         """Raises CallerLimitError when the caller has had its requests for now."""
         if not self.requests_per_s:
             return
-        self.allowance, self.allowance_at = self._allowance_now(), time.monotonic()
-        if self.allowance < 1:
-            raise CallerLimitError(
-                f"{self.name} is over its {self.requests_per_s:g} requests a second",
-                (1 - self.allowance) / self.requests_per_s,
-                "requests",
-            )
-        self.allowance -= 1
+        with self.lock:
+            self.allowance, self.allowance_at = self._allowance_now(), time.monotonic()
+            if self.allowance < 1:
+                raise CallerLimitError(
+                    f"{self.name} is over its {self.requests_per_s:g} requests a second",
+                    (1 - self.allowance) / self.requests_per_s,
+                    "requests",
+                )
+            self.allowance -= 1
 
     def hold(self, images: int) -> AbstractContextManager[None]:
         """A block in which so many images count as in flight. Entering it raises CallerLimitError when they are too many."""
@@ -88,17 +91,19 @@ class Account:
 
     @contextmanager
     def _holding(self, images: int) -> Iterator[None]:
-        if self.images + images > self.images_limit:
-            raise CallerLimitError(
-                f"{self.name} has {self.images} images in flight and asks for {images}; its limit is {self.images_limit}",
-                IMAGES_RETRY_S,
-                "images",
-            )
-        self.images += images
+        with self.lock:
+            if self.images + images > self.images_limit:
+                raise CallerLimitError(
+                    f"{self.name} has {self.images} images in flight and asks for {images}; its limit is {self.images_limit}",
+                    IMAGES_RETRY_S,
+                    "images",
+                )
+            self.images += images
         try:
             yield
         finally:
-            self.images -= images
+            with self.lock:
+                self.images -= images
 
     @property
     def at_rest(self) -> bool:
@@ -120,6 +125,7 @@ class Accounts:
         self._everyone = Account("a caller", 0, 0.0)
         self._known: dict[str, Account] = {}
         self._pruned_at = 0.0
+        self._lock = threading.Lock()
 
     def admit(self, caller: Caller, scope: Scope) -> Account:
         """The account of a caller. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""
@@ -144,10 +150,11 @@ class Accounts:
         return self._account(token.name, images, requests_per_s)
 
     def _account(self, name: str, images_limit: int, requests_per_s: float) -> Account:
-        account = self._known.get(name)
-        if account is None:
-            self._forget_idle()
-            account = self._known[name] = Account(name, images_limit, requests_per_s)
+        with self._lock:
+            account = self._known.get(name)
+            if account is None:
+                self._forget_idle()
+                account = self._known[name] = Account(name, images_limit, requests_per_s)
         account.images_limit, account.requests_per_s = images_limit, requests_per_s  # the tokens file may have changed
         return account
 

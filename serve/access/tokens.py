@@ -16,6 +16,7 @@ import hmac
 import logging
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -100,6 +101,7 @@ class TokenFile:
         self._state = file_state(path)
         self._tokens = _read(path)
         self._look_again_at = time.monotonic() + RELOAD_CHECK_S
+        self._lock = threading.Lock()
 
     def check(self, presented: str) -> Token:
         """The entry of a token. Raises UnauthenticatedError with one of the reasons malformed, unknown, expired."""
@@ -120,7 +122,12 @@ class TokenFile:
         now = time.monotonic()
         if now < self._look_again_at:
             return
-        self._look_again_at = now + RELOAD_CHECK_S
+        with self._lock:
+            if now >= self._look_again_at:  # no other thread has looked meanwhile
+                self._look_again_at = now + RELOAD_CHECK_S
+                self._read_if_changed()
+
+    def _read_if_changed(self) -> None:
         state = file_state(self._path)
         if state == self._state:
             return

@@ -1,9 +1,10 @@
-"""What every call goes through, whichever transport it came by: admitted, counted, timed. For the event loop's thread alone."""
+"""What every call goes through, whichever transport it came by and whichever thread it is in: admitted, counted, timed."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 
 import grpc
@@ -28,32 +29,32 @@ class InFlight:
     def __init__(self) -> None:
         self._closed = False
         self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._changed = threading.Condition()
 
     def close(self) -> None:
-        self._closed = True
+        with self._changed:
+            self._closed = True
 
     def enter(self) -> None:
         """Count a call. Raises DrainingError when it is closed."""
-        if self._closed:
-            raise DrainingError("the server is stopping; ask another replica")
-        self._calls += 1
-        self._idle.clear()
+        with self._changed:
+            if self._closed:
+                raise DrainingError("the server is stopping; ask another replica")
+            self._calls += 1
 
     def leave(self) -> None:
-        self._calls -= 1
-        if not self._calls:
-            self._idle.set()
+        with self._changed:
+            self._calls -= 1
+            if self._closed and not self._calls:
+                self._changed.notify_all()
 
-    async def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no call is in flight; False when the time was too short."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Wait until no call is in flight, or the time is over. It is closed by then."""
+        await asyncio.to_thread(self._wait_idle, timeout_s)
+
+    def _wait_idle(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls, timeout_s)
 
 
 class DenialLog:
@@ -62,16 +63,19 @@ class DenialLog:
     def __init__(self) -> None:
         self._next_at = 0.0
         self._unsaid = 0
+        self._lock = threading.Lock()
 
     def note(self, caller: Caller, error: ServeError) -> None:
         """A call has been denied."""
-        now = time.monotonic()
-        if now < self._next_at:
-            self._unsaid += 1
-            return
-        more = f"; {self._unsaid} more since the last such line" if self._unsaid else ""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next_at:
+                self._unsaid += 1
+                return
+            unsaid, self._unsaid = self._unsaid, 0
+            self._next_at = now + DENIALS_EVERY_S
+        more = f"; {unsaid} more since the last such line" if unsaid else ""
         log.warning("denied: %s, from %s%s", error, caller.address or "an unknown address", more)
-        self._next_at, self._unsaid = now + DENIALS_EVERY_S, 0
 
 
 class Admission:

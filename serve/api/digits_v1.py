@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
 import time
@@ -21,6 +20,7 @@ from serve.errors import RequestError
 from serve.models.model import Model
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import to_grid, to_png
+from serve.waiting import in_thread
 
 SERVICE = "digits.v1.DigitGenerator"
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
@@ -47,9 +47,9 @@ class DigitService:
     def table(self, admission: Admission) -> RpcTable:
         """The methods, ready for a server."""
         table = RpcTable(SERVICE, admission)
-        table.unary("Generate", pb.GenerateRequest, self.generate)
+        table.unary("Generate", pb.GenerateRequest, self.generate, stepped=True)
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
-        table.unary("Interpolate", pb.InterpolateRequest, self.interpolate)
+        table.unary("Interpolate", pb.InterpolateRequest, self.interpolate, stepped=True)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
         return table
@@ -158,8 +158,8 @@ async def _encode(digits: Digits, image_format: pb.ImageFormat, call: Call) -> b
     started = time.perf_counter()
     image_format = image_format or pb.IMAGE_FORMAT_UINT8
     if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
-        # Compressing takes long enough to hold up other callers: not on the event loop.
-        entries = await asyncio.to_thread(_pictures, digits, image_format)
+        # Compressing takes long enough to hold up other callers.
+        entries = await in_thread(_pictures, digits, image_format)
     else:
         entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
     manifest = digits.model.manifest

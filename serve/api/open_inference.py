@@ -39,12 +39,13 @@ from serve.errors import RequestError, ServeError, UnsupportedError
 from serve.models.model import Model
 from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
+from serve.waiting import in_thread
 
 SERVICE = "inference.GRPCInferenceService"
 RAW_KEY = field_key(pb.ModelInferResponse, "raw_output_contents")
 OUTPUTS_KEY = field_key(pb.ModelInferResponse, "outputs")
 CONTENTS_KEY = field_key(pb.ModelInferResponse.InferOutputTensor, "contents")
-MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread, not on the event loop
+MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread of their own
 STREAM_RESPONSE_KEY = field_key(pb.ModelStreamInferResponse, "infer_response")
 STREAM_AHEAD = 64  # requests of one stream that are under way at once
 
@@ -82,7 +83,7 @@ class OpenInferenceService:
         table.unary("ModelReady", pb.ModelReadyRequest, self.model_ready, scope="open")
         table.unary("ServerMetadata", pb.ServerMetadataRequest, self.server_metadata)
         table.unary("ModelMetadata", pb.ModelMetadataRequest, self.model_metadata)
-        table.unary("ModelInfer", pb.ModelInferRequest, self.model_infer)
+        table.unary("ModelInfer", pb.ModelInferRequest, self.model_infer, stepped=True)
         table.bidirectional("ModelStreamInfer", self.model_stream_infer)
         table.unary("ModelConfig", pb.ModelConfigRequest, self.model_config)
         table.unary("ModelStatistics", pb.ModelStatisticsRequest, self.model_statistics)
@@ -162,7 +163,7 @@ class OpenInferenceService:
         digits = await self._core.generate(parsed, call.account)
         if request.raw_input_contents or digits.count * 784 <= MANY_VALUES:
             return _encode(request, digits, names, call)
-        return await asyncio.to_thread(_encode, request, digits, names, call)
+        return await in_thread(_encode, request, digits, names, call)
 
     async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Each request as ``ModelInfer`` answers it, some side by side, so that they share batches; answers in order."""

@@ -27,12 +27,16 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class RpcTable:
-    """A service's ``methods`` by name, as a server takes them. ``scope`` is what a caller needs for a method."""
+    """A service's ``methods`` by name, as a server takes them. ``scope`` is what a caller needs for a method.
+
+    Those in ``stepped`` need no event loop: ``serve.waiting.Steps`` can run them.
+    """
 
     def __init__(self, service: str, admission: Admission) -> None:
         self.service = service
         self._admission = admission
         self.methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self.stepped: set[str] = set()
 
     def unary(
         self,
@@ -40,9 +44,13 @@ class RpcTable:
         request_type: type[RequestT],
         answer: Callable[[RequestT, Call], Awaitable[bytes]],
         scope: Scope = "generate",
+        *,
+        stepped: bool = False,
     ) -> None:
         """Add a method with one answer."""
         observed = RpcMetrics(self._admission.metrics, "unary", self.service, method)
+        if stepped:
+            self.stepped.add(method)
 
         async def handle(raw: bytes, context: Context) -> bytes:
             call = self._begin(observed, context)

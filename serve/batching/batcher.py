@@ -98,11 +98,14 @@ class Batcher:
             self._push(ticket, now)
             self._wake_a_slot(now)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """The caller left: waiting rows are dropped, running ones are thrown away when they come back."""
+    def cancel(self, ticket: Ticket) -> bool:
+        """The caller left: waiting rows are dropped, running ones are thrown away when they come back.
+
+        False when it was too late: the ticket has been delivered, or is about to be.
+        """
         with self._lock:
             if ticket.dead or ticket.done == ticket.span.count:
-                return
+                return False
             ticket.cancelled = True
             dropped = self._drop(ticket)
             if self._no_room:
@@ -111,6 +114,7 @@ class Batcher:
                 self._wake_a_slot(now)
         if dropped:
             self._observer.dropped(dropped, "cancelled")
+        return True
 
     def drain(self, deadline: float) -> int:
         """Wait until nothing waits or runs, or ``deadline`` (monotonic); leftovers fail and their number is returned."""

@@ -42,13 +42,13 @@ class Part(NamedTuple):
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """One caller's request on its way through the batcher, and what came of it. ``caller`` is the caller's own."""
+    """One caller's request on its way through the batcher, and what came of it. ``caller`` is for whoever delivers it."""
 
     span: Span
     outputs: Sequence[str]
     priority: Priority
     deadline: float | None  # time.monotonic() after which nobody wants it
-    caller: object
+    caller: Any = None
     waits_for_room: bool = False  # for a place in a full queue, instead of being refused
     queued_at: float = 0.0
     tag: float = 0.0  # virtual time at which its next chunk would start

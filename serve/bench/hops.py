@@ -1,16 +1,16 @@
 """What each hop of a request costs, one by one and in process: ``python -m serve.bench.hops``. A single digit of the mlp.
 
-Medians of many repetitions on one thread, so that a busy machine moves the figures and seldom their order. The hops between
-threads are the difference between a request through the batcher and the sum of what the batcher's slot does.
+Medians of many repetitions, so that a busy machine moves the figures and seldom their order. The changes of thread are the
+difference between a request through the batcher and the sum of what the batcher's slot does.
 """
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from serve.models.model import open_model
 from serve.models.repository import read_bundle
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.waiting import Steps
 
 REPEATS = 2000
 
@@ -46,11 +47,11 @@ def microseconds(run: Callable[[], Any]) -> float:
     return statistics.median(times) * 1e6
 
 
-async def measure() -> dict[str, float]:
+def measure() -> dict[str, float]:
     """Hop → microseconds."""
     metrics = Metrics(CollectorRegistry())
     bundle = read_bundle(BUNDLED_DIR / "mlp" / "1")
-    model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(instances=1), metrics, asyncio.get_running_loop())
+    model = open_model(bundle, "cpu", Settings(instances=1), metrics)
     catalog = Catalog("mlp")
     catalog.put(model)
     core = Core(catalog, 4096, 1024)
@@ -69,12 +70,20 @@ async def measure() -> dict[str, float]:
         call.ended()
         call.sent()
 
-    async def whole(what: Callable[[], Any]) -> float:
+    def whole(what: Callable[[], Coroutine[Any, Any, Any]]) -> float:
         times = []
-        for _ in range(REPEATS):
+        ended = threading.Event()
+
+        async def timed() -> None:
             begun = time.perf_counter()
             await what()
             times.append(time.perf_counter() - begun)
+            ended.set()
+
+        for _ in range(REPEATS):
+            ended.clear()
+            Steps(timed()).begin()
+            ended.wait()
         return statistics.median(times) * 1e6
 
     call = cast(Any, SimpleNamespace(deadline=None, account=everyone, encoded=lambda digits, seconds: None))
@@ -88,19 +97,19 @@ async def measure() -> dict[str, float]:
         "batching: assemble the latents": microseconds(lambda: reader.fill(feeds["latents"], spans)),
         "engine: run": microseconds(lambda: engine.run(feeds)),
     }
-    through_core = await whole(lambda: core.generate(record, everyone))
-    through_api = await whole(lambda: service.generate(message, call))
+    through_core = whole(lambda: core.generate(record, everyone))
+    through_api = whole(lambda: service.generate(message, call))
     inside = hops["core: find the model, check"] + hops["batching: assemble the latents"] + hops["engine: run"]
-    hops["batching: queue, and the two changes of thread"] = through_core - inside
+    hops["batching: queue, and the change of thread"] = through_core - inside
     hops["api: the request's record, and encoding the answer"] = through_api - through_core
     hops["all of it, without gRPC"] = through_api + hops["api: parse the message"] + hops["api: admit, count, time"]
-    assert await asyncio.to_thread(model.batcher.close, 30) == 0
+    assert model.batcher.close(30) == 0
     return hops
 
 
 def main() -> int:
     """Print the table."""
-    for hop, cost in asyncio.run(measure()).items():
+    for hop, cost in measure().items():
         print(f"{hop:52s} {np.round(cost, 1):8.1f} µs")
     return 0
 

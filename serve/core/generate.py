@@ -42,14 +42,17 @@ class Core:
 
     async def generate(self, request: DigitsRequest, account: Account) -> Digits:
         """Answer a request at once."""
-        model, span = self._resolve(request)
-        most = self.most(request)
-        if not 1 <= span.count <= most:
-            raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {span.count}")
-        span = _labelled(span, request.labels, model)
-        with model.in_use, account.hold(span.count):
-            ticket = await model.run(span, request.outputs, request.priority, request.deadline)
-        return _digits(model, ticket, request)
+        model, span = self._begin(request)
+        try:
+            most = self.most(request)
+            if not 1 <= span.count <= most:
+                raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {span.count}")
+            span = _labelled(span, request.labels, model)
+            with account.hold(span.count):
+                ticket = await model.run(span, request.outputs, request.priority, request.deadline)
+            return _digits(model, ticket, request)
+        finally:
+            model.in_use.leave()
 
     async def stream(self, request: DigitsRequest, chunk: int, account: Account) -> AsyncIterator[Digits]:
         """Answer a request for any number of addresses, ``chunk`` rows at a time (0: as many as is usual), in order.
@@ -60,16 +63,16 @@ class Core:
         chunk = chunk or min(DEFAULT_CHUNK, most)
         if chunk > most:
             raise RequestError(f"chunk must be from 1 to {most} for {request.encoding}, got {chunk}")
-        model, whole = self._resolve(request)
-        if whole.count < 1:
-            raise RequestError("count must be 1 or more, got 0")
-        labels = _checked_labels(request.labels, model)
         ahead = 1 + CHUNKS_AHEAD
         if account.images_limit:
             ahead = min(ahead, account.images_limit // chunk or 1)
         under_way: deque[asyncio.Task[Ticket]] = deque()
-        with model.in_use, account.hold(min(whole.count, ahead * chunk)):
-            try:
+        model, whole = self._begin(request)
+        try:
+            if whole.count < 1:
+                raise RequestError("count must be 1 or more, got 0")
+            labels = _checked_labels(request.labels, model)
+            with account.hold(min(whole.count, ahead * chunk)):
                 given = 0
                 while given < whole.count or under_way:
                     while given < whole.count and len(under_way) < ahead:
@@ -81,12 +84,20 @@ class Core:
                         under_way.append(asyncio.ensure_future(run))
                     ticket = await under_way.popleft()
                     yield _digits(model, ticket, request)
-            finally:
-                for task in under_way:
-                    task.cancel()
+        finally:
+            for task in under_way:
+                task.cancel()
+            model.in_use.leave()
+
+    def _begin(self, request: DigitsRequest) -> tuple[Model, Span]:
+        """The model that answers, in use from here on, and the rows in its terms."""
+        while True:
+            model, span = self._resolve(request)
+            if model.in_use.enter():
+                return model, span
+            # It has been retired just now: another answers, or it is not served any more.
 
     def _resolve(self, request: DigitsRequest) -> tuple[Model, Span]:
-        """The model that answers, and the rows in its terms."""
         rows, find = request.rows, self.catalog.find
         if isinstance(rows, Addresses):
             span = _addressed(rows.seed, rows.start, rows.count, rows.truncation)

@@ -1,16 +1,25 @@
 """The models that are being served, by name and version, and who answers when a request leaves either open.
 
-For the event loop's thread alone: a change is seen by the next request and by none that has begun.
+Looked up by any thread and changed by the event loop's: a change makes new tables, so a look sees all of it or nothing of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from serve.config.settings import DEFAULT_MODEL
 from serve.errors import UnknownModelError
 from serve.models.desired_state import Route
 from serve.models.model import Model
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served under one name."""
+
+    versions: Mapping[int, Model]
+    route: Route
 
 
 class Catalog:
@@ -19,75 +28,83 @@ class Catalog:
     def __init__(self, default_model: str = "") -> None:
         """``default_model`` '': ``DEFAULT_MODEL`` if it is served, else the first by name."""
         self._wanted_default = default_model
-        self._models: dict[str, dict[int, Model]] = {}
-        self._routes: dict[str, Route] = {}
+        self._served: Mapping[str, _Served] = {}
 
     @property
     def default_model(self) -> str:
-        if self._wanted_default or not self._models or DEFAULT_MODEL in self._models:
+        served = self._served
+        if self._wanted_default or not served or DEFAULT_MODEL in served:
             return self._wanted_default or DEFAULT_MODEL
-        return min(self._models)
+        return min(served)
 
     def put(self, model: Model) -> None:
         """Serve a model; one of the same name and version is served no longer. The first of a name is its default."""
         name, version = model.manifest.name, model.manifest.version
-        self._models.setdefault(name, {})[version] = model
-        self._routes.setdefault(name, Route(version))
+        before = self._served.get(name) or _Served({}, Route(version))
+        self._change(name, replace(before, versions={**before.versions, version: model}))
 
     def remove(self, name: str, version: int) -> Model:
         """Serve it no longer. The last of a name takes the name with it; a default must have been moved before."""
-        versions = self._models[name]
+        served = self._served[name]
+        versions = dict(served.versions)
         model = versions.pop(version)
-        if not versions:
-            del self._models[name], self._routes[name]
-        else:
-            assert not self._routes[name].share(version), "a version with traffic must not be removed"
+        assert not versions or not served.route.share(version), "a version with traffic must not be removed"
+        self._change(name, replace(served, versions=versions) if versions else None)
         return model
 
     def set_route(self, name: str, route: Route) -> None:
         """Send the requests that name no version elsewhere. The route's versions must be served."""
-        versions = self._models[name]
-        assert route.default in versions
-        assert not route.canary or route.canary in versions
-        self._routes[name] = route
+        served = self._served[name]
+        assert route.default in served.versions
+        assert not route.canary or route.canary in served.versions
+        self._change(name, replace(served, route=route))
 
     def find(self, name: str, version: int, seed: Callable[[], int] = lambda: 0) -> Model:
         """The model of that name ('' for the default) and version (0: as the route has it). Raises UnknownModelError.
 
         ``seed`` is asked for only when traffic is split.
         """
-        versions = self._models.get(name or self.default_model)
-        if versions is None:
-            there = ", ".join(sorted(self._models)) or "none at the moment"
-            raise UnknownModelError(f"model {(name or self.default_model)[:64]!r} is not served; there are {there}")
+        name = name or self.default_model
+        served = self._served.get(name)
+        if served is None:
+            there = ", ".join(self.names()) or "none at the moment"
+            raise UnknownModelError(f"model {name[:64]!r} is not served; there are {there}")
+        versions, route = served.versions, served.route
         if version == 0:
-            route = self._routes[name or self.default_model]
             return versions[route.pick(seed()) if route.canary_share else route.default]
         if version not in versions:
             there = ", ".join(map(str, sorted(versions)))
-            raise UnknownModelError(f"model {(name or self.default_model)!r} has no version {version}; there are {there}")
+            raise UnknownModelError(f"model {name!r} has no version {version}; there are {there}")
         return versions[version]
 
     def route(self, name: str) -> Route:
-        return self._routes[name]
+        return self._served[name].route
 
     def names(self) -> list[str]:
-        return sorted(self._models)
+        return sorted(self._served)
 
     def versions(self, name: str) -> list[int]:
         """The versions of ``name`` that are served, lowest first; none when the model is not."""
-        return sorted(self._models.get(name, ()))
+        served = self._served.get(name)
+        return sorted(served.versions) if served else []
 
     def model(self, name: str, version: int) -> Model | None:
-        return self._models.get(name, {}).get(version)
+        served = self._served.get(name)
+        return served.versions.get(version) if served else None
 
     def models(self) -> list[Model]:
         """All models by name, then version."""
-        return [self._models[name][number] for name in sorted(self._models) for number in sorted(self._models[name])]
+        return [model for _, served in sorted(self._served.items()) for _, model in sorted(served.versions.items())]
 
     def ready(self, name: str) -> bool:
         """Whether all versions that answer requests without one do."""
-        route = self._routes.get(name)
-        return route is not None and all(
-            model.ready for version, model in self._models[name].items() if route.share(version) or version == route.default
+        served = self._served.get(name)
+        return served is not None and all(
+            model.ready
+            for version, model in served.versions.items()
+            if served.route.share(version) or version == served.route.default
         )
+
+    def _change(self, name: str, served: _Served | None) -> None:
+        others = {other: each for other, each in self._served.items() if other != name}
+        self._served = others if served is None else {**others, name: served}

@@ -72,8 +72,7 @@ class Loader:
             bundle = await asyncio.to_thread(self._repository.read, name, version)
             if any(bundle.manifest == sibling.manifest for sibling in siblings):
                 return None
-            loop = asyncio.get_running_loop()
-            model = await asyncio.to_thread(open_model, bundle, self._provider, self._settings, self._metrics, loop)
+            model = await asyncio.to_thread(open_model, bundle, self._provider, self._settings, self._metrics)
         finally:
             self.loading.discard((name, version))
         self.forget_failure((name, version))

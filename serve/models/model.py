@@ -1,15 +1,12 @@
-"""One served model version: its bundle, its batcher, and whether it may answer. Knows no transport.
-
-Callers wait on the event loop, the batcher works in threads; results cross over once per batch, not once per caller.
-"""
+"""One served model version: its bundle, its batcher, and whether it may answer. Knows no transport."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +25,7 @@ from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
+from serve.waiting import deferred, done
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +37,49 @@ JOIN_S = 5.0  # for a slot's running batch to end
 
 
 class RefCount:
-    """Counts the blocks that hold it. One object for all of them: it is entered once for every request."""
+    """Counts the calls that use a model, however long they take: while there are any it is not released."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self.unused = asyncio.Event()
-        self.unused.set()
+        self._closed = False
+        self._changed = threading.Condition()
 
-    def __enter__(self) -> None:
-        if not self.calls:
-            self.unused.clear()
-        self.calls += 1
+    def enter(self) -> bool:
+        """Count a call. False when the model is being released: then another one answers."""
+        with self._changed:
+            if self._closed:
+                return False
+            self.calls += 1
+            return True
 
-    def __exit__(self, *_: object) -> None:
-        self.calls -= 1
-        if not self.calls:
-            self.unused.set()
+    def leave(self) -> None:
+        with self._changed:
+            self.calls -= 1
+            if self._closed and not self.calls:
+                self._changed.notify_all()
+
+    def close(self, deadline: float) -> None:
+        """Let no more calls in, and wait until the last has left, or ``deadline`` (monotonic)."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())
+
+
+class _Run:
+    """A ticket's way through the batcher, for ``done`` to wait for."""
+
+    __slots__ = ("_batcher", "_ticket")
+
+    def __init__(self, batcher: Batcher, ticket: Ticket) -> None:
+        self._batcher = batcher
+        self._ticket = ticket
+
+    def begin(self, ended: Callable[[], object]) -> None:
+        self._ticket.caller = ended
+        self._batcher.submit(self._ticket)
+
+    def cancel(self) -> bool:
+        return self._batcher.cancel(self._ticket)
 
 
 class Model:
@@ -67,7 +92,7 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.breached = False
-        self.in_use = RefCount()  # a block in it keeps the model from being released while a call, however long, goes on
+        self.in_use = RefCount()
 
     @property
     def ready(self) -> bool:
@@ -77,9 +102,7 @@ class Model:
     async def release(self, timeout_s: float) -> int:
         """Let the calls under way finish, then end the slots. Returns how many requests the timeout cut off."""
         deadline = time.monotonic() + timeout_s
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self.in_use.unused.wait()
+        await asyncio.to_thread(self.in_use.close, deadline)
         cut_off = await asyncio.to_thread(self.batcher.drain, deadline)
         if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
             log.error("%d slots of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
@@ -114,14 +137,10 @@ class Model:
         """
         if self.breached and not checking:
             raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(span, outputs, priority, deadline, waiter, waits_for_room)
-        self.batcher.submit(ticket)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            self.batcher.cancel(ticket)
-            raise
+        ticket = Ticket(span, outputs, priority, deadline, waits_for_room=waits_for_room)
+        await done(_Run(self.batcher, ticket))
+        if ticket.error is not None:
+            raise ticket.error
         return ticket
 
     async def self_check(self) -> None:
@@ -147,9 +166,7 @@ class Model:
         self.breached = problem is not None
 
 
-def open_model(
-    bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
-) -> Model:
+def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: Metrics) -> Model:
     """Load, check against the golden samples, warm and start. Raises BundleError or ProviderError."""
     manifest = bundle.manifest
     model_metrics = ModelMetrics(metrics, manifest.name, manifest.version)
@@ -179,11 +196,7 @@ def open_model(
         shared = load()  # one session for all slots: its weights and its arena exist once
         make_runner = lambda: shared  # noqa: E731  # a named function cannot replace the one above
 
-    def deliver(tickets: Sequence[Ticket]) -> None:
-        if tickets:
-            loop.call_soon_threadsafe(wake_callers, tickets)
-
-    batcher = Batcher(limits, make_runner, deliver, model_metrics)
+    batcher = Batcher(limits, make_runner, wake_callers, model_metrics)
     batcher.start()
     return Model(bundle, provider, batcher, model_metrics)
 
@@ -217,13 +230,7 @@ def ordered(ticket: Ticket, name: str) -> list[NDArray[np.generic]]:
 
 
 def wake_callers(tickets: Sequence[Ticket]) -> None:
-    """Complete the futures that tickets' callers wait for. For the event loop's thread."""
-    for ticket in tickets:
-        waiter = ticket.caller
-        assert isinstance(waiter, asyncio.Future)
-        if waiter.done():  # the caller left in the meantime
-            continue
-        if ticket.error is not None:
-            waiter.set_exception(ticket.error)
-        else:
-            waiter.set_result(None)
+    """Tell the callers of tickets that these have come back, or have failed."""
+    with deferred:
+        for ticket in tickets:
+            ticket.caller()

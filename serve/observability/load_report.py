@@ -7,6 +7,7 @@ Knows no transport. ``message OrcaLoadReport`` is of ``xds/data/orca/v3/orca_loa
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Load(NamedTuple):
 
 
 class LoadReports:
-    """Reports from the calls that ask for one and from ``read``. For the event loop's thread alone."""
+    """Reports from the calls that ask for one and from ``read``. Safe to call from any thread."""
 
     def __init__(self, read: Callable[[], Load]) -> None:
         self._read = read
@@ -38,14 +39,16 @@ class LoadReports:
         self._busy_s = 0.0
         self._rps = self._utilization = 0.0
         self._encoded = b""
+        self._lock = threading.Lock()
 
     def answered(self) -> bytes:
         """Count an answered call; returns the report that goes with it, at most a tenth of a second old."""
-        self._calls += 1
-        now = time.monotonic()
-        if now - self._at >= REFRESH_S or not self._encoded:
-            self._refresh(now)
-        return self._encoded
+        with self._lock:
+            self._calls += 1
+            now = time.monotonic()
+            if now - self._at >= REFRESH_S or not self._encoded:
+                self._refresh(now)
+            return self._encoded
 
     def _refresh(self, now: float) -> None:
         load = self._read()

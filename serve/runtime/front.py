@@ -48,6 +48,11 @@ class Services:
         server.add_generic_rpc_handlers(handlers)
         self.add_health_and_reflection(server)
 
+    @property
+    def stepped(self) -> set[str]:
+        """The methods whose handlers need no event loop, as they go over the wire."""
+        return {f"/{table.service}/{name}" for table in self.tables for name in table.stepped}
+
     def add_health_and_reflection(self, server: Any) -> None:
         """Add what grpcio's own packages answer, about all of the services."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)

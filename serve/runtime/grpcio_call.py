@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
-from serve.runtime.handling import Call, Metadata
+from serve.runtime.handling import Call, Handling, Metadata
+from serve.waiting import deferred
 
 NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without one, or more
 FLAGS = 0
 
 
-class Front(Protocol):
-    """The port that the call came by."""
-
-    def later(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call the function on the event loop; from any thread."""
-        ...
-
-    def leave(self, call: GrpcioCall) -> None:
-        """The caller has left; on the event loop."""
-        ...
-
-
 class GrpcioCall(Call):
-    """Made in the thread of the core's events; ``receive`` and ``end`` may be called there too, all else on the event loop."""
+    """``requests`` and ``send`` need the event loop; what else there is may be called in any thread."""
 
-    __slots__ = ("_begun", "_call", "_core", "_deadline", "_front", "_watched")
+    __slots__ = ("_begun", "_call", "_core", "_deadline", "_handling", "_watched", "_watching")
 
-    def __init__(self, core: Any, event: Any, front: Front) -> None:
-        """``event`` is the core's that tells of the call."""
+    def __init__(self, core: Any, event: Any, handling: Handling) -> None:
+        """``event`` is the core's that tells of the call; ``handling`` is told when its caller has left."""
         super().__init__(event.call_details.method.decode(errors="replace"), event.invocation_metadata)
         self._core = core
-        self._front = front
+        self._handling = handling
         self._call = event.call
         self._deadline = event.call_details.deadline
         self._begun = False  # initial metadata have been sent
-        self._watched = False  # whether the core tells when the caller leaves
+        self._watched = False  # whether the core tells when the caller leaves; guarded by the lock
+        self._watching = threading.Lock()
 
     def peer(self) -> str:
         peer: bytes = self._call.peer()
@@ -50,9 +41,8 @@ class GrpcioCall(Call):
         return None if self._deadline > NO_DEADLINE else max(0.0, self._deadline - time.time())
 
     def watch(self) -> None:
-        """Have the core tell when the caller leaves; until it is called nobody is told. On the event loop."""
-        if not self._watched:
-            self._watched = True
+        """Have the core tell when the caller leaves; until it is called nobody is told."""
+        if self._to_be_watched():
             self._call.start_server_batch((self._core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
 
     def receive(self, received: Callable[[bytes | None], None]) -> None:
@@ -74,9 +64,15 @@ class GrpcioCall(Call):
         core = self._core
         status = core.SendStatusFromServerOperation(trailing or self.trailing, code.value[0], text, FLAGS)
         operations = [status] if message is None else [core.SendMessageOperation(message, FLAGS), status]
-        if not self._watched:
+        if self._to_be_watched():
             operations.append(core.ReceiveCloseOnServerOperation(FLAGS))  # the core wants every call to ask for it once
-        self._call.start_server_batch(self._sending(*operations), _nothing)
+        deferred.call(self._call.start_server_batch, self._sending(*operations), _nothing)
+
+    def _to_be_watched(self) -> bool:
+        """True once: the core takes no second operation of that kind, and refuses all that come with it."""
+        with self._watching:
+            watched, self._watched = self._watched, True
+            return not watched
 
     def _sending(self, *operations: Any) -> Sequence[Any]:
         """The operations, after the initial metadata if they are the call's first."""
@@ -88,7 +84,7 @@ class GrpcioCall(Call):
     def _closed(self, event: Any) -> None:
         """In the thread of the core's events: the caller has its status, or has left."""
         if event.batch_operations[0].cancelled():
-            self._front.later(self._front.leave, self)
+            self._handling.leave(self)
 
     async def _done(self, operations: Sequence[Any]) -> Sequence[Any]:
         """Have the operations done; returns them with their results."""
@@ -98,7 +94,7 @@ class GrpcioCall(Call):
             if not waiter.done():
                 waiter.set_result(event.batch_operations)
 
-        self._call.start_server_batch(operations, lambda event: self._front.later(done, event))
+        self._call.start_server_batch(operations, lambda event: self._handling.later(done, event))
         return await waiter
 
 

@@ -10,8 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +22,7 @@ from serve.errors import StartError
 from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
 from serve.runtime.grpcio_call import GrpcioCall
 from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, CallDetails, Handler, Handling, Metadata
+from serve.waiting import deferred
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,13 @@ class GrpcioFront:
 
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
         self._core = _core()
-        self._handling = Handling(services.tracing.interceptor if services.tracing else None)
+        self._handling = Handling(services.stepped, services.tracing.interceptor if services.tracing else None)
         self._handlers = Handlers()
         services.add_to(self._handlers)
         self._loop: asyncio.AbstractEventLoop
-        self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
-        self._woken = False  # whether the event loop knows
         self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
+        self._received: list[tuple[GrpcioCall, Handler, bytes | None]] = []  # with their requests, to be begun
         self._to_be_watched = False  # whether a call of ``_watch`` is due
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
@@ -76,6 +75,7 @@ class GrpcioFront:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._handling.start()
         self._server.start()
         for _ in range(ASKED_FOR):
             self._server.request_call(self._queue, self._queue, self._called)
@@ -89,7 +89,7 @@ class GrpcioFront:
         ended = self._loop.create_future()
         with self._lock:
             self._shut_down = True
-            self._server.shutdown(self._queue, lambda _: self.later(ended.set_result, None))
+            self._server.shutdown(self._queue, lambda _: self._handling.later(ended.set_result, None))
         if not (await asyncio.wait((ended,), timeout=max(0.0, deadline - time.monotonic())))[0]:
             self._server.cancel_all_calls()
             await ended
@@ -98,38 +98,37 @@ class GrpcioFront:
         self._queue.shutdown()
         await asyncio.to_thread(self._thread.join)
 
-    def later(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call the function on the event loop; from any thread. Functions are called in the order in which they came."""
-        self._waiting.append((function, arguments))
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._catch_up)
-
-    def _catch_up(self) -> None:
-        self._woken = False  # before the queue is looked at: what comes from here on wakes again
-        while self._waiting:
-            function, arguments = self._waiting.popleft()
-            function(*arguments)
-
     # In the thread of the core's events.
 
     def _receive(self) -> None:
-        """Give each of the core's events to whom it belongs; a thread of its own until the port is closed."""
+        """Give each of the core's events to whom it belongs; a thread of its own until the port is closed.
+
+        Calls are begun together, once no more come.
+        """
         while True:
-            event = self._queue.poll()
+            event = self._queue.poll(0.0 if self._received else None)
             if event.completion_type == self._core.CompletionType.queue_shutdown:
                 return
             try:
-                event.tag(event)
+                if event.tag is not None:
+                    event.tag(event)
+                if event.tag is None or len(self._received) >= ASKED_FOR:
+                    self._begin_received()
             except Exception:
                 log.exception("an event of gRPC's could not be handled")
             del event  # what it holds of an ended call must not outlive the next wait
+
+    def _begin_received(self) -> None:
+        received, self._received = self._received, []
+        with deferred:
+            for call, handler, message in received:
+                self._begin(call, handler, message)
 
     def _called(self, event: Any) -> None:
         """A call has come, or the server is shut down."""
         if not event.success:
             return
-        call = GrpcioCall(self._core, event, self)
+        call = GrpcioCall(self._core, event, self._handling)
         with self._lock:
             if not self._shut_down:
                 self._server.request_call(self._queue, self._queue, self._called)
@@ -140,11 +139,9 @@ class GrpcioFront:
         if handler is None:
             call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
         elif handler.request_streaming:
-            self.later(self._begin, call, handler, None)
+            self._begin(call, handler, None)
         else:
-            call.receive(lambda message: self.later(self._begin, call, handler, message))
-
-    # On the event loop.
+            call.receive(lambda message: self._received.append((call, handler, message)))
 
     def _begin(self, call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
         if message is None and not handler.request_streaming:
@@ -153,17 +150,15 @@ class GrpcioFront:
         self._handling.begin(call, call, handler, message)
         if not self._to_be_watched:
             self._to_be_watched = True
-            self._loop.call_later(WATCHED_AFTER_S, self._watch)
+            self._handling.later(self._loop.call_later, WATCHED_AFTER_S, self._watch)
+
+    # On the event loop.
 
     def _watch(self) -> None:
         """Notice from here on when the callers of what is at work leave."""
         self._to_be_watched = False
         for call in self._handling.at_work:
             call.watch()
-
-    def leave(self, call: GrpcioCall) -> None:
-        """The caller has left, or the deadline has passed."""
-        self._handling.leave(call)
 
 
 class Handlers:

@@ -1,14 +1,18 @@
-"""A call's handler, run to its end on the event loop; the same for both transports of gRPC."""
+"""A call's handler, run to its end, on the event loop or without it; the same for both transports of gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
+
+from serve.waiting import Steps
 
 log = logging.getLogger(__name__)
 
@@ -73,35 +77,79 @@ class Call(ABC):
 
 
 class Handling:
-    """The handlers at work, a task for each call. For the event loop's thread alone."""
+    """The handlers at work. Once it is started its plain methods may be called in any thread.
 
-    def __init__(self, interceptor: Any = None) -> None:
-        """``interceptor``: a ``grpc.aio.ServerInterceptor`` that every handler is given to first."""
+    A handler is a task on the event loop, or, if it needs none, is run by ``Steps``.
+    """
+
+    def __init__(self, stepped: Collection[str], interceptor: Any = None) -> None:
+        """``stepped``: the methods whose handlers need no event loop.
+
+        ``interceptor``: a ``grpc.aio.ServerInterceptor`` that every handler is given to first; it needs the event loop.
+        """
+        self._stepped = frozenset() if interceptor else frozenset(stepped)
         self._interceptor = interceptor
-        self._tasks: dict[Hashable, asyncio.Task[None]] = {}
+        self._at_work: dict[Hashable, asyncio.Task[None] | Steps] = {}
+        self._idle: asyncio.Event | None = None  # of who waits until none is at work
+        self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
+        self._woken = False  # whether the event loop knows
+        self._loop: asyncio.AbstractEventLoop
+
+    def start(self) -> None:
+        """On the event loop."""
+        self._loop = asyncio.get_running_loop()
 
     def begin(self, key: Hashable, call: Call, handler: Handler, request: bytes | None) -> None:
         """Answer a call, which ``leave`` is told by its ``key``; ``request`` is None when its requests are a stream."""
-        self._tasks[key] = asyncio.get_running_loop().create_task(self._answer(key, call, handler, request))
+        if call.method in self._stepped:
+            steps = self._at_work[key] = Steps(self._answer(key, call, handler, request))
+            steps.begin()
+        else:
+            self.later(self._begin_task, key, call, handler, request)
 
     def leave(self, key: Hashable) -> None:
-        """The caller has left, or the deadline has passed: it has been told so."""
-        if task := self._tasks.pop(key, None):
-            task.cancel()
+        """The caller has left, or the deadline has passed: it has been told so. In the thread in which the call was begun."""
+        if isinstance(self._at_work.get(key), Steps):
+            self._leave(key)
+        else:
+            self.later(self._leave, key)
 
     @property
     def at_work(self) -> list[Any]:
         """The keys of the calls whose handlers have not ended."""
-        return list(self._tasks)
+        return list(self._at_work)
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every handler has ended, or the time is over."""
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=timeout_s)
+        self._idle = asyncio.Event()
+        if self._at_work:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
 
     def cancel_all(self) -> None:
-        for task in list(self._tasks.values()):
-            task.cancel()
+        for handler in list(self._at_work.values()):
+            handler.cancel()
+
+    def later(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call the function on the event loop. Functions are called in the order in which they came."""
+        self._waiting.append((function, arguments))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._woken = False  # before the queue is looked at: what comes from here on wakes again
+        while self._waiting:
+            function, arguments = self._waiting.popleft()
+            function(*arguments)
+
+    def _begin_task(self, key: Hashable, call: Call, handler: Handler, request: bytes | None) -> None:
+        self._at_work[key] = self._loop.create_task(self._answer(key, call, handler, request))
+
+    def _leave(self, key: Hashable) -> None:
+        if handler := self._at_work.pop(key, None):
+            handler.cancel()
 
     async def _answer(self, key: Hashable, call: Call, handler: Handler, request: bytes | None) -> None:
         """Answer a call, whatever happens: one without an answer would leave its caller waiting for ever."""
@@ -112,13 +160,15 @@ class Handling:
         except CallAbortedError as end:
             call.end(end.code, end.text, end.trailing)
         except asyncio.CancelledError:
-            if key in self._tasks:  # the caller has not left
+            if key in self._at_work:  # the caller has not left
                 call.end(grpc.StatusCode.CANCELLED, "cancelled")
         except Exception:
             log.exception("a call could not be answered")
             call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")
         finally:
-            self._tasks.pop(key, None)
+            self._at_work.pop(key, None)
+            if self._idle is not None and not self._at_work:
+                self.later(self._idle.set)
 
     async def _intercepted(self, call: Call, handler: Handler) -> Handler:
         async def found(details: grpc.HandlerCallDetails) -> Handler:

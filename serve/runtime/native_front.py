@@ -1,18 +1,17 @@
 """The gRPC port by pygrpc-native: HTTP/2 and gRPC in Rust, outside the interpreter lock. The extra ``native``.
 
-Calls come in batches from a thread of their own and are answered by the same method tables as with grpcio, each in a task
-on the event loop. Health and reflection are a grpcio server's on a Unix socket behind it. What it cannot do is refused by
-``Settings``; where it behaves otherwise than grpcio is in docs/serving.md, why it is like this in
-docs/decisions/0009-fronts.md.
+Calls come in batches from a thread of their own and are answered by the same method tables as with grpcio. Health and
+reflection are a grpcio server's on a Unix socket behind it. What it cannot do is refused by ``Settings``; where it behaves
+otherwise than grpcio is in docs/serving.md, why it is like this in docs/decisions/0009-fronts.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +22,9 @@ from serve.config.settings import Settings
 from serve.errors import StartError
 from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
 from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, Call, Handler, Handling, Metadata
+from serve.waiting import deferred
+
+log = logging.getLogger(__name__)
 
 CALLS_AT_ONCE = 64
 WRITTEN_CHECK_S = 0.02
@@ -66,7 +68,7 @@ class NativeCall(Call):
         elif self._streams:
             self._front.stream_end(self._id)
         else:
-            self._front.respond(self._id, message)
+            deferred.call(self._front.respond, self._id, message)
 
 
 class NativeFront:
@@ -82,9 +84,8 @@ class NativeFront:
         self._native: Any = native
         self._services = services
         self._methods: list[tuple[str, Handler]] = []
-        self._handling = Handling()
+        self._handling = Handling(services.stepped)
         self._stopping = False
-        self._loop: asyncio.AbstractEventLoop
         self._beside: grpc.aio.Server
         try:
             # ``metrics`` tell when an answer has been written: stopping waits for that.
@@ -98,7 +99,7 @@ class NativeFront:
         self._folder = tempfile.TemporaryDirectory(prefix="digits-serve-")
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._handling.start()
         self._beside = grpc.aio.server()
         self._services.add_health_and_reflection(self._beside)
         for table in self._services.tables:  # what pygrpc-native's lower layer has no way for
@@ -135,18 +136,19 @@ class NativeFront:
         return sum(each["started"] - sum(ended["count"] for ended in each["status"].values()) for each in methods)
 
     def _receive(self) -> None:
-        """Hand calls to the event loop as they come; in a thread of its own until the port is closed."""
+        """Begin calls as they come; in a thread of its own until the port is closed."""
         while (events := self._front.recv_batch_details(CALLS_AT_ONCE)) is not None:
-            self._loop.call_soon_threadsafe(self._begin, events)
+            for kind, call_id, method, request, _, details in events:
+                try:
+                    if kind == self._native.EVENT_CALL:
+                        self._begin(call_id, self._methods[method], request, details)
+                    else:
+                        self._handling.leave(call_id)
+                except Exception:
+                    log.exception("an event of pygrpc-native's could not be handled")
 
-    def _begin(self, events: Sequence[tuple[int, int, int, bytes, object, DETAILS]]) -> None:
-        for kind, call_id, method, request, _, details in events:
-            if kind == self._native.EVENT_CALL:
-                self._begin_call(call_id, *self._methods[method], request, details)
-            else:
-                self._handling.leave(call_id)
-
-    def _begin_call(self, call_id: int, method: str, handler: Handler, request: bytes, details: DETAILS) -> None:
+    def _begin(self, call_id: int, named: tuple[str, Handler], request: bytes, details: DETAILS) -> None:
+        method, handler = named
         call = NativeCall(self._native, self._front, call_id, method, details, streams=handler.response_streaming)
         if self._stopping:
             call.end(grpc.StatusCode.UNAVAILABLE, STOPPING)

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ class Server:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
         settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16)
         metrics = Metrics(CollectorRegistry())
         catalog = Catalog(DEFAULT_MODEL)
@@ -139,9 +141,7 @@ class Server:
             latent_size=LATENT_SIZE, labels=10, max_batch_size=16, max_queue_images=1 << 16, linger_s=0.0,
             slots=1, watchdog_s=60.0,
         )  # fmt: skip
-        loop = asyncio.get_running_loop()
-
-        batcher = Batcher(limits, BlankRunner, lambda tickets: void(loop.call_soon_threadsafe(wake_callers, tickets)), observer)
+        batcher = Batcher(limits, BlankRunner, wake_callers, observer)
         batcher.start()
         catalog.put(Model(bundle, "cpu", batcher, observer))
 
@@ -168,10 +168,6 @@ class Server:
             raise DefectError(f"an answer of {answered} bytes")
         if len(context.text) > 1000 or "\n" in context.text:
             raise DefectError(f"not a one-line text: {context.text!r}")
-
-
-def void(value: object) -> None:
-    """For a callback whose result nobody wants."""
 
 
 def message_target(call: Callable[[str, bytes], None], requests: Mapping[str, type[Message]]) -> Target:

@@ -28,6 +28,8 @@ EXPORT = "tests/integration/test_export.py"
 ENGINE = "tests/unit/test_engine.py"
 LOADS = "tests/integration/test_load_reports.py"
 FRONTS = "tests/unit/test_fronts.py"
+THREADS = "tests/unit/test_threads.py"
+THE_WAITING = "tests/unit/test_waiting.py"
 
 
 class Fault(NamedTuple):
@@ -45,14 +47,16 @@ CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "ser
 OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.py", "serve/api/rpc.py", "serve/api/admission.py"
 METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/loop.py"
 FRONT, CALL, HANDLING = "serve/runtime/grpcio_front.py", "serve/runtime/grpcio_call.py", "serve/runtime/handling.py"
+WAITING = "serve/waiting.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
 FAULTS = [
     # core
     Fault("one digit too many in an answer", CORE, "<= span.count <= most:", "<= span.count <= most + 1:", SERVE),
-    Fault("a caller's images are not held", CORE, "with model.in_use, account.hold(span.count):", "with model.in_use:", f"{OVER_THE_WIRE} -k limits"),
-    Fault("a model does not know that it is in use", CORE, "with model.in_use, account.hold(span.count):", "with account.hold(span.count):", WIRING),
-    Fault("a request's deadline is dropped", CORE, "request.outputs, request.priority, request.deadline)\n        return", "request.outputs, request.priority, None)\n        return", WIRING),
+    Fault("a caller's images are not held", CORE, "with account.hold(span.count):", "if True:", f"{OVER_THE_WIRE} -k limits"),
+    Fault("a model stays in use for ever", CORE, "            return _digits(model, ticket, request)\n        finally:\n            model.in_use.leave()\n", "            return _digits(model, ticket, request)\n        finally:\n            pass\n", WIRING),
+    Fault("a model that is retired while a call begins answers it", CORE, "if model.in_use.enter():", "if model.in_use.enter() or True:", THREADS),
+    Fault("a request's deadline is dropped", CORE, "request.outputs, request.priority, request.deadline)\n            return", "request.outputs, request.priority, None)\n            return", WIRING),
     Fault("a stream's deadline is dropped", CORE, "request.deadline, waits_for_room=True)", "None, waits_for_room=True)", WIRING),
     Fault("a stream's labels begin anew in every chunk", CORE, "in_turn(labels, part.start, part.count)", "in_turn(labels, 0, part.count)", LABELS),
     Fault("a label one too high is taken", CORE, "(numbers >= manifest.labels)", "(numbers > manifest.labels)", LABELS),
@@ -79,7 +83,7 @@ FAULTS = [
     Fault("a batch waits however full it is", "serve/batching/linger.py", "if queue.images >= self._max_batch_size:", "if False:", BATCHER),
     Fault("pixels of the next batch overwrite a labelled one's labels", "serve/batching/slot.py", "feeds[\"labels\"].copy()", "feeds[\"labels\"]", "tests/unit/test_batcher.py tests/unit/test_engine.py tests/integration/test_labels.py"),
     # access
-    Fault("ModelInfer is open to all", OIP, "pb.ModelInferRequest, self.model_infer)", "pb.ModelInferRequest, self.model_infer, scope=\"open\")", AUTHORISATION),
+    Fault("ModelInfer is open to all", OIP, "pb.ModelInferRequest, self.model_infer, stepped=True)", "pb.ModelInferRequest, self.model_infer, stepped=True, scope=\"open\")", AUTHORISATION),
     Fault("a generating token may load models", "serve/api/model_control.py", "pb.LoadRequest, self.load, scope=\"admin\")", "pb.LoadRequest, self.load)", AUTHORISATION),
     Fault("Triton's unload is open to all", "serve/api/model_control.py", "self.repository_unload, scope=\"admin\")", "self.repository_unload, scope=\"open\")", AUTHORISATION),
     Fault("without tokens anybody administers", CALLERS, "if scope == \"admin\" and not self._open_admin:", "if False:", f"{ACCESS} {AUTHORISATION}"),
@@ -106,8 +110,11 @@ FAULTS = [
     Fault("streams are interactive", "serve/api/digits_v1.py", "_addresses(request), Priority.BULK, call)", "_addresses(request), Priority.INTERACTIVE, call)", WIRING),
     # models and runtime
     Fault("a model that fails its golden check goes on", "serve/models/model.py", "if self.breached and not checking:", "if False:", MODEL),
+    Fault("a model that is being released takes another call", "serve/models/model.py", "            if self._closed:\n                return False\n", "", f"{THREADS} {RECONCILE}"),
+    Fault("a model is released while it is in use", "serve/models/model.py", "            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())\n", "", f"{THREADS} {RECONCILE}"),
+    Fault("a failed ticket is an answer", "serve/models/model.py", "        if ticket.error is not None:\n            raise ticket.error\n", "", MODEL),
     Fault("self-checks go before callers", "serve/models/model.py", "PIXELS, Priority.BULK, None, checking=True)", "PIXELS, Priority.INTERACTIVE, None, checking=True)", WIRING),
-    Fault("readiness leaves out the canary", "serve/models/catalog.py", "if route.share(version) or version == route.default", "if version == route.default", f"{WIRING} {RECONCILE}"),
+    Fault("readiness leaves out the canary", "serve/models/catalog.py", "if served.route.share(version) or version == served.route.default", "if version == served.route.default", f"{WIRING} {RECONCILE}"),
     Fault("one failing look unloads a served model", "serve/models/reconcile.py", "{**before.get(name, {}), **now.get(name, {})}", "now.get(name, {})", RECONCILE),
     Fault("a file's digest is not looked at", "serve/models/repository.py", "if sha256(contents[file]) != digest:", "if False:", "tests/unit/test_bundle_reading.py"),
     Fault("the golden check at loading passes all", "serve/engine/golden.py", "if problem := golden_difference(manifest, expected, got):", "if problem := None:", "tests/unit/test_engine.py tests/unit/test_bundle_reading.py"),
@@ -118,6 +125,15 @@ FAULTS = [
     Fault("what comes while stopping is cut off", FRONT, "        await self._handling.wait(grace_s)\n", "", FRONTS),
     Fault("stopping waits for ever", FRONT, "            self._server.cancel_all_calls()\n", "", FRONTS),
     Fault("who has left is computed for", HANDLING, "    def leave(self, key: Hashable) -> None:\n", "    def leave(self, key: Hashable) -> None:\n        return\n", FRONTS),
+    Fault("who has left is computed for, without an event loop", HANDLING, "        if isinstance(self._at_work.get(key), Steps):\n            self._leave(key)\n", "        if isinstance(self._at_work.get(key), Steps):\n            pass\n", FRONTS),
+    Fault("without an event loop a call is given up after its end", BATCH, "            if ticket.dead or ticket.done == ticket.span.count:\n                return False\n", "            if ticket.dead or ticket.done == ticket.span.count:\n                return True\n", BATCHER),
+    Fault("a refused piece of work is never told of", WAITING, "                error = refused\n", "                return\n", THE_WAITING),
+    Fault("calls share a context", WAITING, "_stepping().copy()", "_stepping()", THE_WAITING),
+    Fault("what ends after its waiter has left breaks", WAITING, "    if not waiter.done():", "    if True:", THE_WAITING),
+    Fault("the first failure ends what was put off", WAITING, "                except Exception:  # the others", "                except ZeroDivisionError:  # the others", THE_WAITING),
+    Fault("a caller's images are counted by two threads at once", CALLERS, "            with self.lock:\n                self.images -= images\n", "            left = self.images\n            time.sleep(0)\n            self.images = left - images\n", THREADS),
+    Fault("two threads make two accounts of one caller", CALLERS, "        with self._lock:\n            account = self._known.get(name)\n", "        if True:\n            account = self._known.get(name)\n            time.sleep(0)\n", THREADS),
+    Fault("a route is seen half changed", "serve/models/catalog.py", "        versions, route = served.versions, served.route\n", "        versions = served.versions\n        route = self._served[name].route\n", THREADS),
     Fault("a handler's error leaves its caller waiting", HANDLING, '            call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")\n', "            pass\n", FRONTS),
     Fault("a call without a request waits for ever", FRONT, '            call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")\n', "            pass\n", FRONTS),
     Fault("an unknown method waits for ever", FRONT, '            call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")\n', "            pass\n", FRONTS),

@@ -254,7 +254,7 @@ def test_a_cancelled_row_never_reaches_the_model_and_its_neighbours_do() -> None
     gone, neighbour = make_ticket(5), make_ticket(3, seed=8)
     batcher.submit(gone)
     batcher.submit(neighbour)
-    batcher.cancel(gone)
+    assert batcher.cancel(gone)
     assert batcher.queued_images == 3
     gate.open()
     wait_for(first)
@@ -262,6 +262,7 @@ def test_a_cancelled_row_never_reaches_the_model_and_its_neighbours_do() -> None
     assert seen == [1, 3]
     assert observer.drops == {"cancelled": 5}
     assert gone not in delivery.order
+    assert not batcher.cancel(neighbour), "it has been delivered"
 
 
 def test_cancelling_a_running_request_leaves_its_batch_mates_untouched() -> None:
@@ -269,7 +270,7 @@ def test_cancelling_a_running_request_leaves_its_batch_mates_untouched() -> None
     batcher, delivery, _ = start_batcher(lambda: FakeRunner(gate))
     running = occupy(batcher, gate)
     batcher.submit(other := make_ticket(2, seed=1))
-    batcher.cancel(running)
+    assert batcher.cancel(running)
     gate.open()
     assert rows_of(wait_for(other)) == expected_rows(other)
     assert running not in delivery.order

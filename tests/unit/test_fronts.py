@@ -1,9 +1,13 @@
-"""Both transports of gRPC by themselves: every call is answered, whatever its handler or its caller does."""
+"""Both transports of gRPC by themselves: every call is answered, whatever its handler or its caller does.
+
+Handlers with one answer run in both ways: as tasks on the event loop, and without it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
@@ -19,6 +23,7 @@ from serve.errors import StartError
 from serve.runtime import grpcio_front, native_front
 from serve.runtime.front import Front, Services, bind
 from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING
+from serve.waiting import done
 
 SERVICE = "test.Service"
 NATIVE = Settings(front="native", max_connection_age_s=0, grpc_port=0)
@@ -33,16 +38,38 @@ class Table:
 
     service = SERVICE
 
-    def __init__(self, **methods: Any) -> None:
+    def __init__(self, *, stepped: bool, **methods: Any) -> None:
         self.methods = methods
+        self.stepped = {name for name, handler in methods.items() if stepped and handler.unary_unary}
+
+
+class Pause:
+    """A while to wait for, with an event loop or without; ``given_up`` once its waiter is."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timer: threading.Timer
+        self._seconds = seconds
+        self.begun, self.given_up = threading.Event(), threading.Event()
+
+    def begin(self, ended: Callable[[], object]) -> None:
+        self._timer = threading.Timer(self._seconds, ended)
+        self._timer.daemon = True
+        self._timer.start()
+        self.begun.set()
+
+    def cancel(self) -> bool:
+        self._timer.cancel()
+        self.given_up.set()
+        return True
 
 
 def unary(handle: Callable[[bytes, Any], Any]) -> Any:
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def services(**methods: Any) -> Services:
-    return Services([Table(**methods)], health.aio.HealthServicer(), reflection=True, tracing=None)  # type: ignore[list-item]
+def services(*, stepped: bool = False, **methods: Any) -> Services:
+    table: Any = Table(stepped=stepped, **methods)
+    return Services([table], health.aio.HealthServicer(), reflection=True, tracing=None)
 
 
 @pytest.fixture(params=[GRPCIO, NATIVE], ids=["grpcio", "native"])
@@ -51,16 +78,22 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return chosen
 
 
+@pytest.fixture(params=[False, True], ids=["tasks", "stepped"])
+def stepped(request: pytest.FixtureRequest) -> bool:
+    chosen: bool = request.param
+    return chosen
+
+
 @pytest.fixture
-def serving(settings: Settings) -> Serving:
-    return partial(_serving, settings)
+def serving(settings: Settings, *, stepped: bool) -> Serving:
+    return partial(_serving, settings, stepped=stepped)
 
 
 @contextmanager
-def _serving(settings: Settings, **methods: Any) -> Iterator[Run]:
+def _serving(settings: Settings, *, stepped: bool = False, **methods: Any) -> Iterator[Run]:
     """A front on an event loop of this thread's; yields what runs a coroutine of a channel on it."""
     with asyncio.Runner() as runner:
-        front: Front = runner.run(_bound(settings, **methods))
+        front: Front = runner.run(_bound(settings, stepped=stepped, **methods))
         runner.run(front.start())
 
         def run(call: Callable[[grpc.aio.Channel], Any]) -> Any:
@@ -75,14 +108,14 @@ def _serving(settings: Settings, **methods: Any) -> Iterator[Run]:
         runner.run(front.stop(5))
 
 
-async def _bound(settings: Settings, **methods: Any) -> Front:
-    return bind(settings, services(**methods), None)
+async def _bound(settings: Settings, *, stepped: bool, **methods: Any) -> Front:
+    return bind(settings, services(stepped=stepped, **methods), None)
 
 
 @asynccontextmanager
-async def _started(settings: Settings, **methods: Any) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
+async def _started(settings: Settings, *, stepped: bool, **methods: Any) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
     """A front that answers, for the test to stop, and a channel to it."""
-    front = await _bound(settings, **methods)
+    front = await _bound(settings, stepped=stepped, **methods)
     await front.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
         yield front, channel
@@ -144,17 +177,14 @@ def test_a_request_over_the_limit_never_reaches_the_handler(serving: Serving) ->
 
 def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it(serving: Serving) -> None:
     seen: list[Any] = []
-    ended = asyncio.Event()
+    pause = Pause(60)
 
     async def look(request: bytes, context: Any) -> bytes:
         seen.append((context.time_remaining(), dict(context.invocation_metadata()), context.peer()))
         return request
 
     async def wait(request: bytes, context: Any) -> bytes:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            ended.set()
+        await done(pause)
         return b""
 
     with serving(Look=unary(look), Wait=unary(wait)) as run:
@@ -166,7 +196,7 @@ def test_deadline_metadata_and_peer_reach_the_handler_and_leaving_ends_it(servin
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary(f"/{SERVICE}/Wait")(b"", timeout=0.2)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            await asyncio.wait_for(ended.wait(), 20)
+            assert await asyncio.to_thread(pause.given_up.wait, 20)
 
         run(both)
     (remaining, metadata, peer), (without, _, _) = seen
@@ -201,19 +231,18 @@ def test_a_stream_runs_no_further_ahead_than_the_transport_lets_it_and_ends_when
         run(read_one)
 
 
-def test_stopping_lets_calls_finish_and_refuses_new_ones(settings: Settings) -> None:
-    begun = asyncio.Event()
+def test_stopping_lets_calls_finish_and_refuses_new_ones(settings: Settings, *, stepped: bool) -> None:
+    pause = Pause(0.3)
 
     async def slow(request: bytes, context: Any) -> bytes:
-        begun.set()
-        await asyncio.sleep(0.3)
+        await done(pause)
         return b"done"
 
     async def scenario() -> None:
-        async with _started(settings, Slow=unary(slow)) as (front, channel):
+        async with _started(settings, stepped=stepped, Slow=unary(slow)) as (front, channel):
             method = channel.unary_unary(f"/{SERVICE}/Slow")
             first = method(b"", timeout=20)
-            await begun.wait()
+            assert await asyncio.to_thread(pause.begun.wait, 20)
             stopping = asyncio.create_task(front.stop(10))
             await asyncio.sleep(0)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -276,19 +305,18 @@ def test_a_call_without_a_request_is_told_so(serving: Serving) -> None:
         assert run(lambda channel: channel.unary_unary(f"/{SERVICE}/Handle")(b"x", timeout=20)) == b"x"
 
 
-def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Settings) -> None:
-    begun = asyncio.Event()
+def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Settings, *, stepped: bool) -> None:
+    pause = Pause(60)
 
     async def endless(request: bytes, context: Any) -> bytes:
-        begun.set()
-        await asyncio.sleep(60)
+        await done(pause)
         return b""
 
     async def scenario() -> None:
-        async with _started(settings, Endless=unary(endless)) as (front, channel):
+        async with _started(settings, stepped=stepped, Endless=unary(endless)) as (front, channel):
             call = channel.unary_unary(f"/{SERVICE}/Endless")(b"", timeout=40)
             waiting = asyncio.ensure_future(call)
-            await begun.wait()
+            assert await asyncio.to_thread(pause.begun.wait, 20)
             await front.stop(0.2)
             with pytest.raises(grpc.aio.AioRpcError):
                 await waiting

@@ -34,10 +34,9 @@ def with_model(test: Callable[[Model, CollectorRegistry], Any], **settings: Any)
 
     async def run() -> None:
         registry = CollectorRegistry()
-        loop = asyncio.get_running_loop()
         chosen = Settings(instances=1, max_batch_size=16, **settings)
         metrics = Metrics(registry)
-        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics, loop)
+        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics)
         metrics.bind_gauges("mlp", 1, model.provider, model.bundle.digest, {**model.gauges(), "traffic_share": lambda: 1.0})
         try:
             await asyncio.wait_for(test(model, registry), 60)
@@ -180,10 +179,10 @@ def test_slots_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int,
     monkeypatch.setattr("serve.models.model.usable_cores", lambda: cores)
 
     async def run() -> None:
-        loop, metrics = asyncio.get_running_loop(), Metrics(CollectorRegistry())
+        metrics = Metrics(CollectorRegistry())
         for name, size in (("mlp", 64), ("dcgan", 8), ("cdcgan", 8), ("rpgan", 8)):
             bundle = read_bundle(BUNDLED_DIR / name / "1")
-            model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(), metrics, loop)
+            model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(), metrics)
             limits = model.batcher.limits
             assert (limits.slots, limits.max_batch_size) == (cores, size)
             assert await asyncio.to_thread(model.batcher.close, 30) == 0
@@ -204,7 +203,7 @@ def test_all_slots_of_a_cpu_model_share_one_session(monkeypatch: pytest.MonkeyPa
 
     async def run() -> None:
         metrics, chosen = Metrics(CollectorRegistry()), Settings(instances=16)
-        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics, asyncio.get_running_loop())
+        model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics)
         assert (model.batcher.live_slots, len(made)) == (16, 1)
         assert await asyncio.to_thread(model.batcher.close, 30) == 0
 

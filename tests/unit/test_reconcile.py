@@ -88,8 +88,7 @@ def models(bundles: Path) -> Path:
 
 
 async def digits(model: Model, seed: int = 1) -> Any:
-    with model.in_use:
-        return np.concatenate(ordered(await model.run(Span(seed, 0, 2), PIXELS, Priority.INTERACTIVE, None), "pixels"))
+    return np.concatenate(ordered(await model.run(Span(seed, 0, 2), PIXELS, Priority.INTERACTIVE, None), "pixels"))
 
 
 def start_fails(models_dir: Path, error: type[Exception], match: str, **settings: Any) -> None:
@@ -345,13 +344,15 @@ def test_a_canary_gets_its_share_of_the_seeds_and_always_the_same_ones(models: P
 def test_a_call_that_goes_on_for_long_keeps_its_model_until_it_ends(models: Path) -> None:
     async def test(it: Replica) -> None:
         old = it.catalog.find("mlp", 0)
-        with old.in_use:
-            add_version(models, "mlp", 2)
-            await it.admin.load("mlp", 0)
-            assert it.served() == [2]
-            assert (await it.states())[1] == "DRAINING"
-            for seed in range(20):
-                assert len(await digits(old, seed)) == 2
+        assert old.in_use.enter()
+        add_version(models, "mlp", 2)
+        await it.admin.load("mlp", 0)
+        assert it.served() == [2]
+        assert (await it.states())[1] == "DRAINING"
+        for seed in range(20):
+            assert len(await digits(old, seed)) == 2
+        assert not old.in_use.enter(), "a call that comes late finds another version"
+        old.in_use.leave()
         await it.released()
         assert (await it.states())[1] == "UNLOADED"
 

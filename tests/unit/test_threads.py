@@ -1,0 +1,223 @@
+"""What calls share is used by several threads at once: nothing is lost, counted twice or seen half done."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from serve.access.callers import Account, Accounts, Caller
+from serve.api.admission import InFlight
+from serve.core.generate import Core
+from serve.core.request import Addresses, DigitsRequest
+from serve.errors import CallerLimitError, UnknownModelError
+from serve.models.catalog import Catalog
+from serve.models.desired_state import Route
+from serve.models.model import RefCount
+from serve.observability.load_report import Load, LoadReports
+from serve.observability.metrics import Metrics, RpcMetrics
+
+THREADS = 4
+TURNS = 3000
+
+
+@pytest.fixture(autouse=True)
+def _frequent_switches() -> Iterator[None]:
+    """Threads take turns after every few instructions, so that what is not safe shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def side_by_side(run: Callable[[], object], threads: int = THREADS) -> None:
+    """Run it in so many threads at once; raises what one of them raised."""
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException as error:
+            errors.append(error)
+
+    started = [threading.Thread(target=guarded, daemon=True) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def fake_model(version: int) -> Any:
+    return SimpleNamespace(manifest=SimpleNamespace(name="mlp", version=version), in_use=RefCount())
+
+
+def test_every_call_is_observed_once() -> None:
+    metrics = Metrics(CollectorRegistry())
+    observed = RpcMetrics(metrics, "unary", "a.B", "Generate")
+
+    def calls() -> None:
+        for turn in range(TURNS):
+            observed.started()
+            observed.ended("OK", 0.001)
+            if turn % 50 == 0:
+                metrics.collect()
+
+    side_by_side(calls)
+    metrics.collect()
+    labels = {"grpc_type": "unary", "grpc_service": "a.B", "grpc_method": "Generate"}
+    handled = metrics.registry.get_sample_value("grpc_server_handled_total", labels | {"grpc_code": "OK"})
+    assert handled == metrics.registry.get_sample_value("grpc_server_started_total", labels) == THREADS * TURNS
+
+
+def test_images_in_flight_are_counted_and_bounded_and_requests_paced() -> None:
+    account = Account("a", images_limit=3, requests_per_s=0.0)
+    most = [0]
+
+    def calls() -> None:
+        for _ in range(TURNS):
+            try:
+                with account.hold(1):
+                    most[0] = max(most[0], account.images)
+            except CallerLimitError:
+                pass
+
+    side_by_side(calls)
+    assert account.images == 0
+    assert 1 <= most[0] <= 3
+    paced, passed = Account("b", 0, requests_per_s=0.001), []
+
+    def asks() -> None:
+        for _ in range(TURNS // 10):
+            try:
+                paced.count_request()
+            except CallerLimitError:
+                continue
+            passed.append(1)
+
+    side_by_side(asks)
+    assert len(passed) == 1, "more came through than the limit lets"
+
+
+def test_a_caller_has_one_account() -> None:
+    accounts = Accounts(None, images=5, requests_per_s=0.0, open_admin=False)
+    seen: set[int] = set()
+    kept: list[Account] = []
+
+    def calls() -> None:
+        for number in range(TURNS // 10):
+            account = accounts.admit(Caller(lambda number=number: f"10.0.{number // 250}.{number % 250}"), "generate")
+            kept.append(account)
+            seen.add(id(account))
+
+    side_by_side(calls)
+    assert len(seen) == TURNS // 10
+
+
+def test_a_model_is_not_released_before_its_last_call_has_left_and_takes_none_afterwards() -> None:
+    uses = RefCount()
+    begun = threading.Event()
+    at_work = [0]
+
+    def calls() -> None:
+        while uses.enter():
+            at_work[0] += 1
+            begun.set()
+            uses.leave()
+
+    threads = [threading.Thread(target=calls, daemon=True) for _ in range(THREADS)]
+    assert uses.enter()
+    for thread in threads:
+        thread.start()
+    assert begun.wait(20)
+    uses.close(0.0)  # the deadline has passed: it does not wait
+    assert uses.calls >= 1
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert uses.calls == 1
+    closing = threading.Thread(target=uses.close, args=(time.monotonic() + 60,), daemon=True)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive(), "a call is still there"
+    uses.leave()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+def test_a_drain_waits_for_calls_that_end_in_other_threads() -> None:
+    in_flight = InFlight()
+
+    async def scenario() -> None:
+        for _ in range(10):
+            in_flight.enter()
+        in_flight.close()
+        leaving = threading.Thread(target=lambda: [in_flight.leave() for _ in range(10)], daemon=True)
+        waiting = asyncio.ensure_future(in_flight.wait_idle(20))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        leaving.start()
+        await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(scenario())
+
+
+def test_a_look_at_the_catalog_sees_a_change_whole() -> None:
+    catalog = Catalog("mlp")
+    models = [fake_model(version) for version in (1, 2)]
+    catalog.put(models[0])
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            for new, old in ((models[1], models[0]), (models[0], models[1])):
+                catalog.put(new)
+                catalog.set_route("mlp", Route(new.manifest.version))
+                catalog.remove("mlp", old.manifest.version)
+
+    def look() -> None:
+        for _ in range(TURNS):
+            assert catalog.find("", 0) in models
+            assert catalog.models()
+
+    changing = threading.Thread(target=change, daemon=True)
+    changing.start()
+    try:
+        side_by_side(look)
+    finally:
+        stop.set()
+        changing.join(20)
+
+
+def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_it() -> None:
+    retired, replacement = fake_model(1), fake_model(2)
+    retired.in_use.close(0.0)
+    found = iter((retired, replacement))
+    catalog = SimpleNamespace(find=lambda *_: next(found))
+    model, span = Core(cast(Any, catalog), 16, 16)._begin(DigitsRequest(rows=Addresses(7, 0, 1)))
+    assert (model, span.seed) == (replacement, 7)
+    assert (retired.in_use.calls, replacement.in_use.calls) == (0, 1)
+
+    def nothing_left(*_: object) -> Any:
+        raise UnknownModelError("none")
+
+    catalog = SimpleNamespace(find=nothing_left)
+    with pytest.raises(UnknownModelError):
+        Core(cast(Any, catalog), 16, 16)._begin(DigitsRequest(rows=Addresses(7, 0, 1)))
+
+
+def test_load_reports_count_the_calls_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.observability.load_report.REFRESH_S", 1e9)
+    reports = LoadReports(lambda: Load(0.0, 1, 0.0))
+    assert reports.answered()
+    side_by_side(lambda: [reports.answered() for _ in range(TURNS)])
+    assert reports._calls == THREADS * TURNS
