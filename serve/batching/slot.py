@@ -132,7 +132,8 @@ class Slot:
         compute_s = time.perf_counter() - assembled
         if "labels" in feeds:
             rows["labels"] = feeds["labels"].copy()  # the next batch may be assembled in the same memory
-        dispatcher.end_batch(self, rows, compute_s)
+        # Before the answers are: who has one finds its batch in the metrics.
         self._observer.batch(images, runner.bucket(images), assembled - started, compute_s)
         if splits := sum(first == 0 and count < ticket.span.count for ticket, first, count in chunks):
             self._observer.split(splits)
+        dispatcher.end_batch(self, rows, compute_s)

@@ -34,6 +34,7 @@ DEFAULT_BATCH_SIZES: Mapping[Provider, int] = {"cpu": 16, "cuda": 1024}
 # One uploads the next batch while the other computes: 12 % more dcgan digits from an H100 than by one.
 CUDA_INSTANCES = 2
 JOIN_S = 5.0  # for a slot's running batch to end
+TOGETHER = 64  # callers whose answers are sent together: the first of a large batch is not to wait for the last
 
 
 class RefCount:
@@ -231,6 +232,7 @@ def ordered(ticket: Ticket, name: str) -> list[NDArray[np.generic]]:
 
 def wake_callers(tickets: Sequence[Ticket]) -> None:
     """Tell the callers of tickets that these have come back, or have failed."""
-    with deferred:
-        for ticket in tickets:
-            ticket.caller()
+    for first in range(0, len(tickets), TOGETHER):
+        with deferred:
+            for ticket in tickets[first : first + TOGETHER]:
+                ticket.caller()

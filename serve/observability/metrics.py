@@ -35,7 +35,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.later: dict[tuple[str, ...], Later[Any]] = {}  # by the labels of what they observe: as many as there are children
+        self.later: dict[tuple[str, ...], Later[Any]] = {}  # as many as there are children that they observe
         registry.register(self)  # the first to be asked, so that the others are up to date
         self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
         self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
@@ -226,27 +226,38 @@ class ModelMetrics:
         encode = metrics.encode.labels(*labels).observe
         images_in = cache(lambda name: metrics.images.labels(*labels, name).inc)
 
-        def observe(records: Sequence[tuple[str, int, float, float]]) -> None:
+        def observe_answers(records: Sequence[tuple[str, int, float, float]]) -> None:
             for encoding, images, queue_s, encode_s in records:
                 images_in(encoding)(images)
                 queue_wait(queue_s)
                 encode(encode_s)
 
-        # A version that is loaded anew goes on with the records of the one before it, which may still be answering.
-        self._answers = metrics.later.setdefault(labels, Later(observe))
-        self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
-        self._assembly = metrics.assembly.labels(*labels).observe
-        self._compute = metrics.compute.labels(*labels).observe
-        self._batch_images = metrics.batch_images.labels(*labels).observe
-        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
+        assembly = metrics.assembly.labels(*labels).observe
+        compute = metrics.compute.labels(*labels).observe
+        batch_images = metrics.batch_images.labels(*labels).observe
+        padding = metrics.padding.labels(*labels).inc
 
         @cache
         def bucket_counters(bucket: int) -> tuple[Callable[[float], None], Callable[[float], None]]:
             name = str(1 << (bucket - 1).bit_length())
             return metrics.bucket_runs.labels(*labels, name).inc, metrics.bucket_seconds.labels(*labels, name).inc
 
-        self._bucket = bucket_counters
-        self._padding = metrics.padding.labels(*labels).inc
+        def observe_batches(records: Sequence[tuple[int, int, float, float]]) -> None:
+            for images, bucket, assembly_s, compute_s in records:
+                batch_images(images)
+                assembly(assembly_s)
+                compute(compute_s)
+                count, seconds = bucket_counters(bucket)
+                count(1)
+                seconds(compute_s)
+                if bucket > images:
+                    padding(bucket - images)
+
+        # A version that is loaded anew goes on with the records of the one before it, which may still be answering.
+        self._answers = metrics.later.setdefault(("answers", *labels), Later(observe_answers))
+        self._batches = metrics.later.setdefault(("batches", *labels), Later(observe_batches))
+        self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
+        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
         self._splits = metrics.splits.labels(*labels).inc
         self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
         self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
@@ -260,14 +271,7 @@ class ModelMetrics:
         self._answers.add((encoding, images, queue_s, encode_s))
 
     def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None:
-        self._batch_images(images)
-        self._assembly(assembly_s)
-        self._compute(compute_s)
-        count, seconds = self._bucket(bucket)
-        count(1)
-        seconds(compute_s)
-        if bucket > images:
-            self._padding(bucket - images)
+        self._batches.add((images, bucket, assembly_s, compute_s))
 
     def graph_capture(self, result: str) -> None:
         self._graph_captures(result).inc()

@@ -1,4 +1,4 @@
-"""The gRPC port by grpcio's core, without ``grpc.aio``: the core's events come in a thread, handlers are tasks on the event loop.
+"""The gRPC port by grpcio's core, without ``grpc.aio``: the core's events come in a thread, and calls are begun there.
 
 ``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). The classes of ``cygrpc``
 are those that grpcio's own blocking server is written with, but grpcio promises nothing about them: hence ``_core``.

@@ -54,7 +54,7 @@ FAULTS = [
     # core
     Fault("one digit too many in an answer", CORE, "<= span.count <= most:", "<= span.count <= most + 1:", SERVE),
     Fault("a caller's images are not held", CORE, "with account.hold(span.count):", "if True:", f"{OVER_THE_WIRE} -k limits"),
-    Fault("a model stays in use for ever", CORE, "            return _digits(model, ticket, request)\n        finally:\n            model.in_use.leave()\n", "            return _digits(model, ticket, request)\n        finally:\n            pass\n", WIRING),
+    Fault("a model stays in use for ever", CORE, "            return _digits(model, ticket, request)\n        finally:\n            model.in_use.leave()\n", "            return _digits(model, ticket, request)\n        finally:\n            pass\n", f"{WIRING} -k knows_the_calls"),
     Fault("a model that is retired while a call begins answers it", CORE, "if model.in_use.enter():", "if model.in_use.enter() or True:", THREADS),
     Fault("a request's deadline is dropped", CORE, "request.outputs, request.priority, request.deadline)\n            return", "request.outputs, request.priority, None)\n            return", WIRING),
     Fault("a stream's deadline is dropped", CORE, "request.deadline, waits_for_room=True)", "None, waits_for_room=True)", WIRING),
