@@ -77,11 +77,13 @@ class Steps:
 
     def cancel(self) -> None:
         """Have CancelledError raised where the coroutine waits, unless what it waits for cannot be given up any more."""
-        if self._work is not None and self._work.cancel():
+        work = self._work
+        if work is not None and work.cancel():
             self._step(asyncio.CancelledError())
 
     def _step(self, error: BaseException | None = None) -> None:
         while True:
+            self._work = None  # it holds this object: the two would live until a garbage collection
             resume: Any = self._coroutine.send if error is None else self._coroutine.throw
             try:
                 work: Work = self._context.run(resume, error)

