@@ -68,6 +68,7 @@ def test_bench_train_times_every_preset() -> None:
         assert float(re.findall(r"[\d.]+", line)[0]) > 0
 
 
+@pytest.mark.long
 def test_export_plain_writes_each_presets_graph_as_the_exporter_leaves_it(tmp_path: Path) -> None:
     done = in_process(export_main, "plain", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -267,7 +267,7 @@ def test_a_filter_keeps_what_the_judge_reads_as_its_label(filtered: Path, shared
     assert np.concatenate([each.labels for each in others]).tolist() == labels[moved].tolist()
 
 
-@pytest.mark.parametrize("shards", [2, 7])
+@pytest.mark.parametrize("shards", [2, pytest.param(7, marks=pytest.mark.long)])
 def test_shards_of_a_filtered_data_set_are_its_bytes(shards: int, filtered: Path, tmp_path: Path) -> None:
     for shard in reversed(range(shards)):
         assert main([*FILTERED, f"--out={tmp_path}", f"--shards={shards}", f"--shard={shard}"]) == 0

@@ -520,6 +520,7 @@ def test_watch_compares_the_others_when_one_version_is_unknown(shared_server: Se
     assert re.fullmatch(r"error: .*cdcgan/1/manifest\.json cannot be read .*\n", done.stderr)
 
 
+@pytest.mark.long
 def test_watch_exports_metrics_until_it_is_stopped(shared_server: ServerProcess) -> None:
     command = [
         sys.executable,

@@ -55,6 +55,7 @@ def test_a_planted_defect_is_found(
         target(next(iter(seeds(name))))
 
 
+@pytest.mark.long
 def test_an_input_that_costs_a_gigabyte_is_found(tmp_path: Path) -> None:
     code = (
         "import sys, numpy, tests.fuzz.targets as t, tests.fuzz.__main__ as m\n"

@@ -122,7 +122,7 @@ def test_serving_imports_no_torch() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("module", ["serve.cli", "serve.dataset.command", "export.cli"])
+@pytest.mark.parametrize("module", ["serve.cli", "serve.dataset.command", pytest.param("export.cli", marks=pytest.mark.long)])
 def test_onnx_runtime_reports_to_nobody(module: str) -> None:
     """Its telemetry says so on stderr when it cannot keep an identity, and runs a thread of its own."""
     program = (
