@@ -1,6 +1,6 @@
 """What a handler waits for, whether an event loop runs the handler or the threads in which that ends (``Steps``).
 
-Handlers are coroutines either way. Without an event loop a call changes threads twice and not four times
+Handlers are coroutines either way. Without an event loop a call changes threads once inside the server, and not three times
 (docs/decisions/0013-completion-queue.md).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar, copy_context
@@ -101,6 +102,35 @@ class Steps:
                 return  # another thread may be taking the next step already
 
 
+class RefCount:
+    """Counts the calls that use something: until the last has left it is not to be released."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def enter(self) -> bool:
+        """Count a call. False when it is closed."""
+        with self._changed:
+            if self._closed:
+                return False
+            self.calls += 1
+            return True
+
+    def leave(self) -> None:
+        with self._changed:
+            self.calls -= 1
+            if self._closed and not self.calls:
+                self._changed.notify_all()
+
+    def close(self, deadline: float = 0.0) -> None:
+        """Let no more calls in, and wait until the last has left, or ``deadline`` (monotonic)."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())
+
+
 class Deferred(threading.local):
     """What is put off to the end of a ``with`` block, in the block's thread: one step is done for many calls, then the next.
 
@@ -166,7 +196,7 @@ class _ThreadCall:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="aside")
+    return ThreadPoolExecutor(thread_name_prefix="in-thread")
 
 
 @cache

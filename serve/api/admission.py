@@ -17,6 +17,7 @@ from serve.observability.load_report import LoadReports
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.observability.tracing import Tracing
+from serve.waiting import RefCount
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +28,22 @@ class InFlight:
     """Counts the calls whose answers are not with their transport yet, and admits no more once it is closed."""
 
     def __init__(self) -> None:
-        self._closed = False
-        self._calls = 0
-        self._changed = threading.Condition()
+        self._calls = RefCount()
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
+        self._calls.close()
 
     def enter(self) -> None:
         """Count a call. Raises DrainingError when it is closed."""
-        with self._changed:
-            if self._closed:
-                raise DrainingError("the server is stopping; ask another replica")
-            self._calls += 1
+        if not self._calls.enter():
+            raise DrainingError("the server is stopping; ask another replica")
 
     def leave(self) -> None:
-        with self._changed:
-            self._calls -= 1
-            if self._closed and not self._calls:
-                self._changed.notify_all()
+        self._calls.leave()
 
     async def wait_idle(self, timeout_s: float) -> None:
         """Wait until no call is in flight, or the time is over. It is closed by then."""
-        await asyncio.to_thread(self._wait_idle, timeout_s)
-
-    def _wait_idle(self, timeout_s: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._calls, timeout_s)
+        await asyncio.to_thread(self._calls.close, time.monotonic() + timeout_s)
 
 
 class DenialLog:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,7 +24,7 @@ from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
-from serve.waiting import deferred, done
+from serve.waiting import RefCount, deferred, done
 
 log = logging.getLogger(__name__)
 
@@ -35,35 +34,6 @@ DEFAULT_BATCH_SIZES: Mapping[Provider, int] = {"cpu": 16, "cuda": 1024}
 CUDA_INSTANCES = 2
 JOIN_S = 5.0  # for a slot's running batch to end
 TOGETHER = 64  # callers whose answers are sent together: the first of a large batch is not to wait for the last
-
-
-class RefCount:
-    """Counts the calls that use a model, however long they take: while there are any it is not released."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def enter(self) -> bool:
-        """Count a call. False when the model is being released: then another one answers."""
-        with self._changed:
-            if self._closed:
-                return False
-            self.calls += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self.calls -= 1
-            if self._closed and not self.calls:
-                self._changed.notify_all()
-
-    def close(self, deadline: float) -> None:
-        """Let no more calls in, and wait until the last has left, or ``deadline`` (monotonic)."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())
 
 
 class _Run:

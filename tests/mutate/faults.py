@@ -97,7 +97,7 @@ FAULTS = [
     Fault("client certificates are not asked for", TLS, "require_client_authentication=self._files.client_ca is not None)", "require_client_authentication=False)", f"{OVER_THE_WIRE} -k certificate"),
     # api
     Fault("gRPC's deadline does not reach the call", RPC, "None if remaining is None else time.monotonic() + remaining", "None", WIRING),
-    Fault("the drain's gate is open", ADMISSION, "        if self._closed:\n", "        if False:\n", WIRING),
+    Fault("the drain's gate is open", ADMISSION, "        if not self._calls.enter():\n", "        if not self._calls.enter() and False:\n", WIRING),
     Fault("a cancelled call is counted as OK", ADMISSION, "self._code = grpc.StatusCode.CANCELLED", "self._code = grpc.StatusCode.OK", WIRING),
     Fault("no hint when to return over gRPC", RPC, "if answer.retry_after_s is not None:", "if False:", WIRING),
     Fault("no hint when to return over HTTP", HTTP, "if refusal.retry_after_s is not None:", "if False:", f"{WIRING} tests/integration/test_http_api.py"),
@@ -110,8 +110,8 @@ FAULTS = [
     Fault("streams are interactive", "serve/api/digits_v1.py", "_addresses(request), Priority.BULK, call)", "_addresses(request), Priority.INTERACTIVE, call)", WIRING),
     # models and runtime
     Fault("a model that fails its golden check goes on", "serve/models/model.py", "if self.breached and not checking:", "if False:", MODEL),
-    Fault("a model that is being released takes another call", "serve/models/model.py", "            if self._closed:\n                return False\n", "", f"{THREADS} {RECONCILE}"),
-    Fault("a model is released while it is in use", "serve/models/model.py", "            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())\n", "", f"{THREADS} {RECONCILE}"),
+    Fault("a model that is being released takes another call", WAITING, "            if self._closed:\n                return False\n", "", f"{THREADS} {RECONCILE}"),
+    Fault("a model is released while it is in use", WAITING, "            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())\n", "            pass\n", f"{THREADS} {RECONCILE}"),
     Fault("a failed ticket is an answer", "serve/models/model.py", "        if ticket.error is not None:\n            raise ticket.error\n", "", MODEL),
     Fault("self-checks go before callers", "serve/models/model.py", "PIXELS, Priority.BULK, None, checking=True)", "PIXELS, Priority.INTERACTIVE, None, checking=True)", WIRING),
     Fault("readiness leaves out the canary", "serve/models/catalog.py", "if served.route.share(version) or version == served.route.default", "if version == served.route.default", f"{WIRING} {RECONCILE}"),

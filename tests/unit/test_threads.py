@@ -20,9 +20,9 @@ from serve.core.request import Addresses, DigitsRequest
 from serve.errors import CallerLimitError, UnknownModelError
 from serve.models.catalog import Catalog
 from serve.models.desired_state import Route
-from serve.models.model import RefCount
 from serve.observability.load_report import Load, LoadReports
 from serve.observability.metrics import Metrics, RpcMetrics
+from serve.waiting import RefCount
 
 THREADS = 4
 TURNS = 3000
