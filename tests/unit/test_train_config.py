@@ -54,6 +54,8 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
         ("rpgan", {"gradient_penalty": -1.0}, "gradient_penalty must be 0 or more"),
         ("cdcgan", {"label_loss": 0.1}, "label_loss must be 0: only an rpgan's discriminator has a logit for each label"),
         ("cdcgan", {"shift": 1}, "shift must be 0: only an rpgan's discriminator is shown images that are moved"),
+        ("cdcgan", {"modulation_size": 8}, "modulation_size must be 0: only an rpgan's generator has norms with gains"),
+        ("rpgan", {"modulation_size": -1}, "modulation_size must be 0 or more"),
         ("rpgan", {"label_loss_end": 1.5}, r"label_loss_end must be in \[0, 1\]"),
         ("rpgan", {"shift": 9}, "shift must be from 0 to 8 pixels"),
         ("rpgan", {"label_loss": -0.1}, "label_loss must be 0 or more"),
