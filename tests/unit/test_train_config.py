@@ -91,6 +91,12 @@ def test_config_survives_json() -> None:
         assert TrainConfig.from_json(listed) == config
 
 
+def test_a_run_from_before_self_modulation_is_read_as_one_without() -> None:
+    values = preset("rpgan").to_json()
+    del values["modulation_size"]
+    assert TrainConfig.from_json(values) == preset("rpgan").replace({"modulation_size": 0})
+
+
 def test_unknown_and_missing_fields_are_refused() -> None:
     values = preset("mlp").to_json()
     with pytest.raises(ConfigError, match="unknown config field 'momentum'"):
