@@ -36,6 +36,7 @@ from serve.manifest import BUNDLED_DIR, Manifest
 from serve.models.repository import Bundle, Repository
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+ENGINES_ON_CUDA = 2  # one computes while the digits of the other are on their way
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def _write(flags: argparse.Namespace) -> None:
         "--start": (flags.start, 0, INDEX_LIMIT - flags.count),
         "--shards": (flags.shards, 1, 1 << 20),
         "--shard": (flags.shard, 0, flags.shards - 1),
-        "--threads": (flags.threads, 1, 256),
+        "--threads": (flags.threads, 0, 256),
     }
     for flag, (value, low, high) in bounds.items():
         if not low <= value <= high:
@@ -81,7 +82,8 @@ def _write(flags: argparse.Namespace) -> None:
     )  # fmt: skip
     begun = time.perf_counter()
     options = EngineOptions(provider=choose_provider(flags.provider))
-    path = write_shard(flags.out, dataset, flags.shard, Generator(bundle, options, flags.threads, judge))
+    threads = flags.threads or (ENGINES_ON_CUDA if options.provider == "cuda" else usable_cores())
+    path = write_shard(flags.out, dataset, flags.shard, Generator(bundle, options, threads, judge))
     _say_unlabelled(dataset)
     seconds, count = time.perf_counter() - begun, dataset.shard_range(flags.shard)[1]
     print(f"{path}: {count:,} digits by {dataset.model}/{dataset.version} in {seconds:.1f} s, {count / seconds:,.0f} a second")
@@ -142,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
     write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
     write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
-    cores = usable_cores()
-    write.add_argument("--threads", type=int, default=cores, help=f"runs side by side (default: the cores, {cores})")
+    text = f"runs side by side (default, 0: as many as cores, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
+    write.add_argument("--threads", type=int, default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
     join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
     for action in (write, join_them):

@@ -24,7 +24,7 @@ from serve.engine.session import Engine
 from serve.models.repository import Bundle
 
 BATCH = 64  # rows of one run; index 0 of the stream begins one
-RUNS_A_TASK = 16
+TASK = 1024  # rows that a thread makes at once, and of one run on CUDA, which wants many
 PROGRESS_EVERY_S = 5.0
 
 
@@ -46,28 +46,41 @@ class Generator:
 
     def engine(self) -> Engine:
         """An engine that has passed its golden check where it will run. Raises ProviderError or BundleError."""
-        engine = make_engine(self.bundle.model, self.bundle.manifest, self.options, BATCH)
+        engine = make_engine(self.bundle.model, self.bundle.manifest, self.options, self._rows_of_a_run)
         engine.check_golden()
         return engine
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.options.provider == "cuda"
+
+    @property
+    def _rows_of_a_run(self) -> int:
+        return TASK if self._on_cuda else BATCH
 
     def digits(self, dataset: Dataset, first: int, count: int) -> Iterator[Digits]:
         """The digits ``first`` … of the data set's stream in order, some at a time."""
         own = threading.local()
-        size = BATCH * RUNS_A_TASK
         shared = self.engine()  # also before the first thread starts, so that a model that is off writes nothing
+        engines = ExitStack()
+        engines.callback(shared.close)
 
         def task(begin: int) -> Digits:
             if not hasattr(own, "engine"):
-                own.engine = self.engine() if self.options.provider == "cuda" else shared
+                own.engine = shared
+                if self._on_cuda:  # an engine is run by the thread that made it
+                    own.engine = self.engine()
+                    engines.callback(own.engine.close)
             wanted = slice(max(0, first - begin), first + count - begin)
             if self.judge is None:
-                return Digits(own.engine.compute(*dataset.rows(begin, size))["pixels"][wanted], None)
-            pixels, indices = filtered_digits(dataset, own.engine, self.judge, range(begin, begin + size), BATCH)
+                return Digits(own.engine.compute(*dataset.rows(begin, TASK))["pixels"][wanted], None)
+            pixels, indices = filtered_digits(dataset, own.engine, self.judge, range(begin, begin + TASK), BATCH)
             return Digits(pixels[wanted], indices[wanted])
 
-        aligned = BATCH if self.judge is None else size  # what is refused in a block is made again together
-        begins = range(first - first % aligned, first + count, size)
-        with ThreadPoolExecutor(self.threads) as pool:
+        # What is refused in a block is made again together.
+        aligned = self._rows_of_a_run if self.judge is None else TASK
+        begins = range(first - first % aligned, first + count, TASK)
+        with engines, ThreadPoolExecutor(self.threads) as pool:
             ahead = 2 * self.threads  # so much of the result is held in memory, whatever the shard's size
             for position in range(0, len(begins), ahead):
                 yield from pool.map(task, begins[position : position + ahead])

@@ -52,7 +52,8 @@ class CudaEngine(Engine):
             super().__init__(model, manifest, replace(options, compute_stream=self._stream), largest)
             self._buffers = _buffers(manifest, largest, self._device, self._stream)
         except BaseException:
-            self._device.close_stream(self._stream)
+            with suppress(EngineError):  # a lost device's: what is to be told is why it was lost
+                self._device.close_stream(self._stream)
             raise
         # Bucket → whether its graphs, with and without the float32 images, were captured and replay rightly.
         self.captures: dict[int, bool] = {}

@@ -216,6 +216,35 @@ def test_the_golden_check_is_made_where_the_digits_will_be(
     assert not list((tmp_path / "digits").glob("*.pixels")), "nothing is written by a model that is off"
 
 
+def test_on_cuda_two_engines_make_a_thousand_digits_a_run_and_give_back_what_they_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[int] = []
+    devices: list[HostDevice] = []
+    runs: list[tuple[int, int]] = []
+
+    class Recorded(CudaEngine):
+        def run(self, feeds: Any, outputs: Any = ("pixels",)) -> Any:
+            runs.append((id(self), len(feeds["latents"])))
+            return super().run(feeds, outputs)
+
+    def make_engine(model: bytes, manifest: Manifest, options: EngineOptions, rows: int) -> CudaEngine:
+        largest.append(rows)
+        devices.append(HostDevice())
+        return Recorded(model, manifest, EngineOptions(pad_to_powers=True), rows, devices[-1])
+
+    assert main(["write", "--out", str(tmp_path / "cpu"), "--model=mlp", "--provider=cpu", "--count=5000"]) == 0
+    monkeypatch.setattr("serve.dataset.shards.make_engine", make_engine)
+    monkeypatch.setattr("serve.dataset.command.choose_provider", lambda wanted: "cuda")
+    assert main(["write", "--out", str(tmp_path / "cuda"), "--model=mlp", "--count=5000"]) == 0
+    assert set(largest) == {1024}
+    assert len(largest) <= 3, "the one of the golden check, and one for each thread"
+    assert sorted(rows for _, rows in runs if rows > 64) == [1024] * 5
+    assert not any(device.locked or device.streams for device in devices)
+    pixels = [np.frombuffer(next((tmp_path / name).glob("*.pixels")).read_bytes(), np.uint8) for name in ("cpu", "cuda")]
+    assert np.abs(pixels[0].astype(int) - pixels[1]).max() <= 1
+
+
 @pytest.mark.parametrize(
     "change", [{"shards": 0}, {"count": -1}, {"height": 0}, {"latent_size": 1 << 40}, {"seed": 1 << 64}, {"labels": [11]}]
 )

@@ -373,6 +373,16 @@ def test_a_device_that_fails_is_lost_and_its_engine_is_closed_without_it() -> No
     engine.close()
 
 
+def test_a_device_lost_while_an_engine_is_made_is_told_by_its_cause() -> None:
+    class Lost(FailingDevice):
+        def lock_pages(self, array: NDArray[Any]) -> None:
+            self.failing = True
+            raise EngineError("cudaHostRegister failed: cudaErrorIllegalAddress")
+
+    with pytest.raises(ProviderError, match=r"no memory on cpu for batches of 4 \(cudaHostRegister failed"):
+        make_buffered("mlp", 4, Lost())
+
+
 def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_buffered("mlp", 4)
     said = ["CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=box"]
