@@ -23,6 +23,7 @@ from serve.observability.metrics import RpcMetrics
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 RequestT = TypeVar("RequestT", bound=Message)
+GivenT = TypeVar("GivenT")  # a request's bytes, or a stream of them
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -77,23 +78,11 @@ class RpcTable:
         scope: Scope = "generate",
     ) -> None:
         """Add a method with a stream of answers."""
-        observed = RpcMetrics(self._admission.metrics, "server_stream", self.service, method)
 
-        async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
-            call = self._begin(observed, context)
-            try:
-                call.admit(caller_of(context), scope)
-                async for response in answers(parse(request_type, raw), call):
-                    call.check_again()  # a token may have been revoked since
-                    yield response
-                call.answered()
-                self._report_load(context)
-            except Exception as error:
-                await self._abort(context, call, error)
-            finally:
-                call.ended()
-                call.sent()  # handed to grpcio, whose own stopping waits until it is written
+        def answered(raw: bytes, call: Call) -> AsyncIterator[bytes]:
+            return answers(parse(request_type, raw), call)
 
+        handle = self._streaming("server_stream", method, answered, scope)
         self.methods[method] = grpc.unary_stream_rpc_method_handler(handle)
 
     def bidirectional(
@@ -103,13 +92,20 @@ class RpcTable:
         scope: Scope = "generate",
     ) -> None:
         """Add a method with a stream of requests, given as they lie on the wire, and one of answers."""
-        observed = RpcMetrics(self._admission.metrics, "bidi_stream", self.service, method)
+        handle = self._streaming("bidi_stream", method, answers, scope)
+        self.methods[method] = grpc.stream_stream_rpc_method_handler(handle)
 
-        async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+    def _streaming(
+        self, kind: str, method: str, answers: Callable[[GivenT, Call], AsyncIterator[bytes]], scope: Scope
+    ) -> Callable[[GivenT, Context], AsyncIterator[bytes]]:
+        """What grpcio calls for a method whose answers are a stream."""
+        observed = RpcMetrics(self._admission.metrics, kind, self.service, method)
+
+        async def handle(given: GivenT, context: Context) -> AsyncIterator[bytes]:
             call = self._begin(observed, context)
             try:
                 call.admit(caller_of(context), scope)
-                async for response in answers(requests, call):
+                async for response in answers(given, call):
                     call.check_again()  # a token may have been revoked since
                     yield response
                 call.answered()
@@ -120,7 +116,7 @@ class RpcTable:
                 call.ended()
                 call.sent()  # handed to grpcio, whose own stopping waits until it is written
 
-        self.methods[method] = grpc.stream_stream_rpc_method_handler(handle)
+        return handle
 
     async def _abort(self, context: Context, call: Call, error: Exception) -> None:
         """End a call with the status of an error. Always raises."""

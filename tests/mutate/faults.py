@@ -163,7 +163,7 @@ FAULTS = [
     Fault("inputs are not copied to the device", "serve/engine/device_buffers.py", "            self.device.copy_to_device(self.address(name), array.ctypes.data, rows * array.strides[0], self.stream)\n", "            del array\n", ENGINE),
     # data sets
     Fault("a filter keeps what it was to refuse", "serve/dataset/filter.py", "good = (judge.confidence(made, labels) >= dataset.filter)", "good = (judge.confidence(made, labels) < 2)", DATASET),
-    Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "aligned = BATCH if self.judge is None else size", "aligned = BATCH", DATASET),
+    Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "else TASK", "else BATCH", DATASET),
     Fault("a filter forgets whose label is in turn", "serve/dataset/header.py", "[given % len(self.labels)]", "[indices % len(self.labels)]", DATASET),
     Fault("a filtered digit's index is the one that it was refused at", "serve/dataset/filter.py", "made[: len(others)][good], others[good]", "made[: len(others)][good], given[good]", DATASET),
     # train
