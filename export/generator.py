@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from export.errors import ExportError
 from train.config import TrainConfig
-from train.models import CdcganGenerator, RpganGenerator
+from train.models import CdcganGenerator, LabelledNorm, RpganGenerator
 
 Arrays = Mapping[str, NDArray[Any]]
 # Of latents float32 (batch, z), and for a conditional model labels int64 (batch,), else None.
@@ -80,33 +80,22 @@ class FirstLayer(nn.Module):
         return maps
 
 
-class LabelledLinear(nn.Module):
-    """A matrix product of latents with a label's embedding behind them: what it makes of a label is a row of a table."""
-
-    def __init__(self, linear: nn.Linear, embedding: nn.Embedding) -> None:
-        super().__init__()
-        latent_size = linear.in_features - embedding.embedding_dim
-        self.linear = nn.Linear(latent_size, linear.out_features, bias=False)
-        self.table = nn.Embedding(embedding.num_embeddings, linear.out_features)
-        with torch.no_grad():
-            self.linear.weight.copy_(linear.weight[:, :latent_size])
-            self.table.weight.copy_(embedding.weight @ linear.weight[:, latent_size:].t() + linear.bias)
-
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        products: Tensor = self.linear(latents) + self.table(labels)
-        return products
-
-
 class LabelledFirstLayer(nn.Module):
-    """``FirstLayer`` of latents with a label's embedding behind them."""
+    """The same of latents with a label's embedding behind them: what the layer makes of a label is a row of a table."""
 
     def __init__(self, first: FirstLayer, embedding: nn.Embedding) -> None:
         super().__init__()
         self.shape = first.shape
-        self.linear = LabelledLinear(first.linear, embedding)
+        latent_size = first.linear.in_features - embedding.embedding_dim
+        weight = first.linear.weight
+        self.linear = nn.Linear(latent_size, first.linear.out_features, bias=False)
+        self.table = nn.Embedding(embedding.num_embeddings, first.linear.out_features)
+        with torch.no_grad():
+            self.linear.weight.copy_(weight[:, :latent_size])
+            self.table.weight.copy_(embedding.weight @ weight[:, latent_size:].t() + first.linear.bias)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        maps: Tensor = self.linear(latents, labels).unflatten(1, self.shape)
+        maps: Tensor = (self.linear(latents) + self.table(labels)).unflatten(1, self.shape)
         return maps
 
 
@@ -123,46 +112,36 @@ class FoldedCdcgan(nn.Module):
         return images
 
 
-class LabelledNorms(nn.Module):
-    """The gains and biases of both an RpganGenerator's norms: (batch, z), (batch,) → four of (batch, channels, 1, 1)."""
+class LabelledBlock(nn.Module):
+    """A convolution with the BatchNorm of its LabelledNorm inside it, then the label's gain and bias. NCHW, (batch,) → NCHW."""
 
-    def __init__(self, trained: RpganGenerator) -> None:
+    def __init__(self, convolution: nn.Module, norm: LabelledNorm) -> None:
         super().__init__()
-        norms = (trained.second_norm, trained.third_norm)
-        tables = [table.weight for norm in norms for table in (norm.gain, norm.bias)]
-        self.sizes = [table.shape[1] for table in tables]
+        self.convolution = _with_norm(convolution, norm.norm)
         # Each label's row has the shape that it is multiplied in: it is looked up, and nothing else is done to it.
-        self.table = nn.Parameter(torch.cat(tables, dim=1).detach()[:, :, None, None])
-        self.modulation = trained.modulation
-        if trained.modulation is not None:
-            self.first = LabelledLinear(trained.modulation.first, trained.embedding)
+        self.gain, self.bias = (nn.Parameter(table.weight.detach()[:, :, None, None]) for table in (norm.gain, norm.bias))
 
-    def forward(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        both = self.table.index_select(0, labels)
-        if self.modulation is not None:
-            hidden = self.first(latents, labels).relu()
-            both = both + self.modulation.last(self.modulation.second(hidden).relu())[:, :, None, None]
-        parts: tuple[Tensor, ...] = both.split(self.sizes, dim=1)
-        return parts
+    def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
+        gain, bias = (table.index_select(0, labels) for table in (self.gain, self.bias))
+        changed: Tensor = self.convolution(maps) * gain + bias
+        return changed
 
 
 class FoldedRpgan(nn.Module):
-    """An RpganGenerator without BatchNorm: what is left of its norms are gains and biases."""
+    """An RpganGenerator without BatchNorm."""
 
     def __init__(self, trained: RpganGenerator) -> None:
         super().__init__()
         convolution, norm, _ = trained.first
         self.first = LabelledFirstLayer(FirstLayer(_with_norm(convolution, norm)), trained.embedding)
-        self.norms = LabelledNorms(trained)
-        self.second = _with_norm(trained.second, trained.second_norm.norm)
-        self.third = _with_norm(trained.third, trained.third_norm.norm)
+        self.second = LabelledBlock(trained.second, trained.second_norm)
+        self.third = LabelledBlock(trained.third, trained.third_norm)
         self.last = trained.last
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        second_gain, second_bias, third_gain, third_bias = self.norms(latents, labels)
         maps = self.first(latents, labels).relu()
-        maps = (self.second(maps) * second_gain + second_bias).relu()
-        images: Tensor = self.last((self.third(maps) * third_gain + third_bias).relu())
+        maps = self.second(maps, labels).relu()
+        images: Tensor = self.last(self.third(maps, labels).relu())
         return images
 
 

@@ -19,10 +19,9 @@ from train.errors import ConfigError
 
 RELATIVISTIC = "relativistic"
 _OF_AN_RPGAN = {
-    "modulation_size": "generator has norms with gains and biases",
-    "gradient_penalty": "discriminator is without BatchNorm",
-    "shift": "discriminator is shown images that are moved",
-    "label_loss": "discriminator has a logit for each label",
+    "gradient_penalty": "is without BatchNorm",
+    "shift": "is shown images that are moved",
+    "label_loss": "has a logit for each label",
 }
 
 
@@ -35,10 +34,6 @@ class TrainConfig:
     latent_size: int = field(metadata={"help": "z: length of the generator's input vector"})
     labels: int = field(default=0, metadata={"help": "classes that can be asked for (cdcgan, rpgan); 0: none"})
     label_size: int = field(default=0, metadata={"help": "values that stand for a label beside the latents"})
-    modulation_size: int = field(
-        default=0,
-        metadata={"help": "hidden units that make an rpgan's gains and biases of its latents and label; 0: of the label alone"},
-    )
     projection_size: int = field(default=0, metadata={"help": "features that the discriminator holds against a label"})
     generator_widths: tuple[int, ...] = field(
         metadata={"help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
@@ -137,13 +132,12 @@ class TrainConfig:
         if (self.architecture == "rpgan") != (self.discriminator_loss == RELATIVISTIC):
             # Pairs go through the discriminator together: the other ones have BatchNorm, which must see each half alone.
             raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
-        _require(self, "modulation_size", self.modulation_size >= 0, "0 or more")
         _require(self, "shift", 0 <= self.shift <= 8, "from 0 to 8 pixels")
         _require(self, "label_loss", self.label_loss >= 0, "0 or more")
         _require(self, "label_loss_end", 0 <= self.label_loss_end <= 1, "in [0, 1]")
         for name, reason in _OF_AN_RPGAN.items():
             if getattr(self, name) and self.architecture != "rpgan":
-                raise ConfigError(f"{name} must be 0: only an rpgan's {reason}")
+                raise ConfigError(f"{name} must be 0: only an rpgan's discriminator {reason}")
         wanted = "at least 1 for a cdcgan or rpgan" if self.conditional else "0: only a cdcgan or rpgan takes labels"
         for name in ("labels", "label_size", "projection_size"):
             value = getattr(self, name)
@@ -256,7 +250,6 @@ PRESETS: Mapping[str, TrainConfig] = {
         architecture="rpgan",
         generator_widths=(128, 64, 64),
         discriminator_widths=(64, 128, 384),
-        modulation_size=128,
         norm_init_std=None,
         discriminator_loss=RELATIVISTIC,
         label_loss=0.01,

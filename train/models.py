@@ -7,8 +7,7 @@ every label at once, (batch, labels).
 The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3; the cdcgan adds an embedding of the label
 beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637). The rpgan's generator has
 that embedding and BatchNorm with a gain and a bias for each label (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et al. 2017,
-arXiv:1707.00683), to which its own input adds (self-modulation, Chen et al. 2019, arXiv:1810.01365); its discriminator has the
-projection and no normalisation.
+arXiv:1707.00683); its discriminator has the projection and no normalisation.
 """
 
 from __future__ import annotations
@@ -139,10 +138,7 @@ class CdcganDiscriminator(nn.Module):
 
 
 class LabelledNorm(nn.Module):
-    """BatchNorm without weights of its own, then a gain and a bias for each label, and what else is to be added to them.
-
-    ``maps`` (batch, channels, h, w), ``labels`` (batch,), ``added`` (batch, 2 × channels) to gains and biases, or None.
-    """
+    """BatchNorm without weights of its own, then a gain and a bias for each label: (batch, channels, h, w), (batch,)."""
 
     def __init__(self, labels: int, channels: int) -> None:
         super().__init__()
@@ -152,35 +148,16 @@ class LabelledNorm(nn.Module):
         nn.init.ones_(self.gain.weight)
         nn.init.zeros_(self.bias.weight)
 
-    def forward(self, maps: Tensor, labels: Tensor, added: Tensor | None) -> Tensor:
+    def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
         gain, bias = self.gain(labels), self.bias(labels)  # TorchScript knows no generator expressions
-        if added is not None:
-            added_gain, added_bias = added.chunk(2, dim=1)
-            gain, bias = gain + added_gain, bias + added_bias
         changed: Tensor = self.norm(maps) * gain[:, :, None, None] + bias[:, :, None, None]
         return changed
-
-
-class SelfModulation(nn.Module):
-    """What a generator's input adds to the gains and biases of its norms: (batch, z + label size) → (batch, outputs)."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, outputs)
-        nn.init.normal_(self.last.weight, std=0.01)  # at first the gains and biases are the labels' alone, nearly
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        added: Tensor = self.last(self.second(self.first(inputs).relu()).relu())
-        return added
 
 
 class RpganGenerator(nn.Module):
     """z and an embedding of the label → 7×7 → 14×14 → a 3×3 convolution there → 28×28; ReLU between, tanh.
 
-    What the label makes of the first maps is in the embedding; the norms after it are ``LabelledNorm``, to whose gains and
-    biases ``SelfModulation`` adds, if there is one.
+    What the label makes of the first maps is in the embedding; the norms after it are ``LabelledNorm``.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -198,22 +175,11 @@ class RpganGenerator(nn.Module):
         self.third_norm = LabelledNorm(config.labels, third)
         self.second_activation, self.third_activation = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.last = nn.Sequential(nn.ConvTranspose2d(third, 1, 4, stride=2, padding=1), nn.Tanh())
-        self.of_second = 2 * second  # of what is added, the second norm's
-        self.modulation: SelfModulation | None = None
-        if config.modulation_size:
-            inputs = config.latent_size + config.label_size
-            self.modulation = SelfModulation(inputs, config.modulation_size, 2 * (second + third))
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (batch, z), (batch,) → (batch, 1, 28, 28) in [-1, 1]
-        inputs = torch.cat((latents, self.embedding(labels)), dim=1)
-        to_second: Tensor | None = None
-        to_third: Tensor | None = None
-        if self.modulation is not None:
-            added = self.modulation(inputs)
-            to_second, to_third = added[:, : self.of_second], added[:, self.of_second :]
-        maps = self.first(inputs[:, :, None, None])
-        maps = self.second_activation(self.second_norm(self.second(maps), labels, to_second))
-        images: Tensor = self.last(self.third_activation(self.third_norm(self.third(maps), labels, to_third)))
+        maps = self.first(torch.cat((latents, self.embedding(labels)), dim=1)[:, :, None, None])
+        maps = self.second_activation(self.second_norm(self.second(maps), labels))
+        images: Tensor = self.last(self.third_activation(self.third_norm(self.third(maps), labels)))
         return images
 
 

@@ -54,8 +54,6 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
         ("rpgan", {"gradient_penalty": -1.0}, "gradient_penalty must be 0 or more"),
         ("cdcgan", {"label_loss": 0.1}, "label_loss must be 0: only an rpgan's discriminator has a logit for each label"),
         ("cdcgan", {"shift": 1}, "shift must be 0: only an rpgan's discriminator is shown images that are moved"),
-        ("cdcgan", {"modulation_size": 8}, "modulation_size must be 0: only an rpgan's generator has norms with gains"),
-        ("rpgan", {"modulation_size": -1}, "modulation_size must be 0 or more"),
         ("rpgan", {"label_loss_end": 1.5}, r"label_loss_end must be in \[0, 1\]"),
         ("rpgan", {"shift": 9}, "shift must be from 0 to 8 pixels"),
         ("rpgan", {"label_loss": -0.1}, "label_loss must be 0 or more"),
@@ -89,12 +87,6 @@ def test_config_survives_json() -> None:
     for config in PRESETS.values():
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in config.to_json().items()}
         assert TrainConfig.from_json(listed) == config
-
-
-def test_a_run_from_before_self_modulation_is_read_as_one_without() -> None:
-    values = preset("rpgan").to_json()
-    del values["modulation_size"]
-    assert TrainConfig.from_json(values) == preset("rpgan").replace({"modulation_size": 0})
 
 
 def test_unknown_and_missing_fields_are_refused() -> None:
