@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -396,6 +398,27 @@ def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkey
     said[0] = "Invalid rank for input"
     with pytest.raises(RuntimeError, match="Invalid rank"):
         engine.compute(draw(1, 0, 2, 64))
+
+
+@pytest.mark.parametrize(("last_line", "said"), [("del memory", "released"), ("", "")])
+def test_page_locks_are_not_undone_at_the_interpreters_end_but_before(last_line: str, said: str) -> None:
+    """The modules that this takes are gone by then."""
+    script = f"""
+import os
+import numpy as np
+from serve.engine.device_buffers import PairedMemory
+from tests.host_device import HostDevice
+
+class Heard(HostDevice):
+    def unlock_pages(self, array, write=os.write):
+        write(1, b"released")
+
+memory = PairedMemory(Heard(), 0)
+memory.add("latents", np.zeros(4, np.float32))
+{last_line}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
 
 def test_what_an_engine_holds_is_released_once() -> None:
