@@ -16,7 +16,7 @@ from torchvision.datasets import MNIST
 from serve.client import DigitClient
 from serve.dataset import shards as shard_writing
 from serve.dataset.command import main
-from serve.dataset.filter import Judge
+from serve.dataset.filter import Judge, filtered_digits
 from serve.dataset.header import Dataset, read_header
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.provider import EngineOptions
@@ -297,7 +297,16 @@ def test_a_filter_keeps_what_the_judge_reads_as_its_label(filtered: Path, shared
 
 
 @pytest.mark.parametrize("shards", [2, pytest.param(7, marks=pytest.mark.long)])
-def test_shards_of_a_filtered_data_set_are_its_bytes(shards: int, filtered: Path, tmp_path: Path) -> None:
+def test_shards_of_a_filtered_data_set_are_its_bytes(
+    shards: int, filtered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def recorded(*arguments: Any) -> Any:
+        asked.append(arguments[3].start)
+        return filtered_digits(*arguments)
+
+    monkeypatch.setattr(shard_writing, "filtered_digits", recorded)
     for shard in reversed(range(shards)):
         assert main([*FILTERED, f"--out={tmp_path}", f"--shards={shards}", f"--shard={shard}"]) == 0
     assert (
@@ -305,6 +314,8 @@ def test_shards_of_a_filtered_data_set_are_its_bytes(shards: int, filtered: Path
         == (filtered / "part-00000-of-00001.pixels").read_bytes()
     )
     assert np.array_equal(indices_of(tmp_path), indices_of(filtered))
+    # Most processors give the same bytes whatever is run together: so that all do, blocks begin where any shard's begin.
+    assert {start % shard_writing.TASK for start in asked} == {0}
     assert main(["join", f"--out={tmp_path}"]) == 0
     shown = ((indices_of(tmp_path) - 100 - np.arange(1500)) // 1500 + 1).sum()
     assert read_header(tmp_path).refused_share == pytest.approx(1 - 1500 / shown)
