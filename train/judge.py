@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint, write_atomically
 from train.data import Mnist
+from train.device import mixed
 from train.errors import QualityError
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def train_judge(
             for _ in range(epochs):
                 for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                     images = moved(pixels[chosen].unsqueeze(1).float() / 255)
-                    with torch.autocast(device.type, torch.bfloat16):
+                    with mixed(device):
                         logits = judge(images)
                     loss = cross_entropy(logits.float(), labels[chosen])
                     optimizer.zero_grad()

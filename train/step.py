@@ -9,6 +9,7 @@ arXiv:1912.04958, appendix B).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from train import losses
 from train.capture import Batch, CapturedStep, Recording
 from train.config import RELATIVISTIC, TrainConfig
+from train.device import mixed
 from train.parallel import Ranks
 
 SHIFTED_SHARE = 0.5
@@ -207,10 +209,8 @@ class Step:
         pixels = (along + down)[:, :, None] % side * side + (along + right)[:, None, :] % side
         return images.flatten(1).gather(1, pixels.flatten(1)).view_as(images)
 
-    def _autocast(self) -> torch.autocast:
-        # Without the cache of cast weights: a captured step would go on with the weights of its first run.
-        mixed = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return mixed(self.device) if self.config.precision == "bf16" else nullcontext()
 
 
 def _decayed(value: float, end: float, done: float) -> float:

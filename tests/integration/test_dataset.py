@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shards", [2, 7, 64])
+@pytest.mark.parametrize("shards", [2, 7, pytest.param(64, marks=pytest.mark.long)])
 def test_shards_joined_are_the_uninterrupted_run(shards: int, uninterrupted: Path, tmp_path: Path) -> None:
     for shard in reversed(range(shards)):
         write(tmp_path, shards, shard)

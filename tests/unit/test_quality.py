@@ -104,17 +104,20 @@ def test_a_moved_image_is_itself_a_little_further_on() -> None:
     assert float(weights.min()) > 0.6, "nothing is pushed out of the picture"
 
 
-def test_the_judge_learns_and_training_it_leaves_the_callers_chance_alone(subset: Path) -> None:
+def test_the_judge_learns(subset: Path, judges: list[judge.Judge]) -> None:
+    data = load_mnist(subset)
+    features, probabilities = judges[0].read(data.test_images)
+    assert (features.shape, probabilities.shape) == ((64, 128), (64, 10))
+    assert torch.allclose(probabilities.sum(1), torch.ones(64), atol=1e-5)
+    assert judges[0].accuracy(data.train_images, data.train_labels) > 0.8, "thirty looks at 256 digits"
+
+
+def test_training_a_judge_leaves_the_callers_chance_alone(subset: Path) -> None:
     data = load_mnist(subset)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30)
-    assert torch.equal(torch.get_rng_state(), before)
-    features, probabilities = first.read(data.test_images)
-    assert (features.shape, probabilities.shape) == ((64, 128), (64, 10))
-    assert torch.allclose(probabilities.sum(1), torch.ones(64), atol=1e-5)
-    assert first.accuracy(data.train_images, data.train_labels) > 0.8, "thirty looks at 256 digits"
     short, again = (judge.train_judge(data.train_images, data.train_labels, CPU, epochs=2) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(short.read(data.test_images)[0], again.read(data.test_images)[0]), "the same seed, the same judge"
 
 
@@ -150,13 +153,17 @@ class Copying(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def evaluator() -> Evaluator:
+def judges() -> list[judge.Judge]:
     data = load_mnist(SUBSET)
-    first, second = (
+    return [
         judge.train_judge(data.train_images, data.train_labels, CPU, epochs=30, network=network, what=None)
         for network in (judge.Judge, judge.SecondJudge)
-    )
-    return Evaluator(data, first, second, CPU, samples=64, scored=256, scores=2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluator(judges: list[judge.Judge]) -> Evaluator:
+    return Evaluator(load_mnist(SUBSET), *judges, CPU, samples=64, scored=256, scores=2)
 
 
 def small_run(tmp_path: Path, name: str) -> Any:
