@@ -194,7 +194,7 @@ def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
         rpc.ended("OK", 0.01)
 
     def batch() -> None:
-        model.batch(1, 0, 0.0001, 0.001)
+        model.batch(1, 1, 0.0001, 0.001)
 
     used_s = measure(server, Load(server.target, "mlp", 1, seconds, 64)).cpu_s
     images, batches = (server.metric(f"digits_batch_images_{name}", model="mlp") for name in ("sum", "count"))

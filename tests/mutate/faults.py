@@ -146,7 +146,7 @@ FAULTS = [
     Fault("liveness never fails", "serve/runtime/health.py", "without_slots_s > WITHOUT_SLOTS_S:", "without_slots_s > 1e9:", RUNTIME),
     Fault("a background task dies of its first error", "serve/runtime/background.py", "        except Exception:\n", "        except ZeroDivisionError:\n", RUNTIME),
     # observability
-    Fault("padding is not counted", METRICS, "if bucket > images:", "if False:", WIRING),
+    Fault("padding is not counted", METRICS, "padding(sum(buckets) - sum(images))", "padding(0)", WIRING),
     Fault("dropped rows are counted as one", METRICS, "self._dropped(reason).inc(images)", "self._dropped(reason).inc()", WIRING),
     Fault("digits are counted as requests", METRICS, "images_in(encoding)(images)", "images_in(encoding)(1)", WIRING),
     Fault("a gauge keeps a released model", METRICS, "            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model\n", "", MODEL),
@@ -166,6 +166,7 @@ FAULTS = [
     Fault("what a filter refuses depends on the shard", "serve/dataset/shards.py", "else TASK", "else BATCH", DATASET),
     Fault("a filter forgets whose label is in turn", "serve/dataset/header.py", "[given % len(self.labels)]", "[indices % len(self.labels)]", DATASET),
     Fault("a filtered digit's index is the one that it was refused at", "serve/dataset/filter.py", "made[: len(others)][good], others[good]", "made[: len(others)][good], given[good]", DATASET),
+    Fault("a value on a bucket's bound is counted above it", "serve/observability/histogram.py", "searchsorted(values)", "searchsorted(values, \"right\")", "tests/unit/test_histogram.py"),
     # train
     Fault("real and fake are swapped", STEP, "discriminator_loss(real_logits.float(), fake_logits.float(),", "discriminator_loss(fake_logits.float(), real_logits.float(),", REFERENCE),
     Fault("fakes are judged with the real images' labels", STEP, "self.trained_discriminator(fake, *labels)", "self.trained_discriminator(fake, *real[1:])", REFERENCE),

@@ -77,6 +77,7 @@ def test_every_call_is_observed_once() -> None:
     labels = {"grpc_type": "unary", "grpc_service": "a.B", "grpc_method": "Generate"}
     handled = metrics.registry.get_sample_value("grpc_server_handled_total", labels | {"grpc_code": "OK"})
     assert handled == metrics.registry.get_sample_value("grpc_server_started_total", labels) == THREADS * TURNS
+    assert metrics.registry.get_sample_value("grpc_server_handling_seconds_count", labels) == THREADS * TURNS
 
 
 def test_images_in_flight_are_counted_and_bounded_and_requests_paced() -> None:
