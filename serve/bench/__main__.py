@@ -171,12 +171,17 @@ def under_load(server: Started, seconds: float) -> dict[str, float]:
 
 
 def overload(seconds: float) -> dict[str, Any]:
-    """dcgan, 64 digits a request: at capacity, and three times as many requests as it can answer."""
+    """dcgan, 64 digits a request: at capacity, three times as many requests as it can answer, and at capacity again.
+
+    The machine's own pace changes within seconds: what the middle one is held against is measured on both sides of it.
+    """
     say("overload: three times the capacity")
     with started(*SERVER, f"--max-queue-images={OVERLOAD_QUEUE}", f"--max-count={OVERLOAD_QUEUE}") as server:
-        capacity = by_python(Load(server.target, "dcgan", 64, seconds, 16))
-        flood = by_python(Load(server.target, "dcgan", 64, seconds, rate=3 * capacity.requests_per_s, deadline_s=5))
-    return {"capacity": asdict(capacity), "three_times": asdict(flood)}
+        at_capacity = partial(by_python, Load(server.target, "dcgan", 64, seconds, 16))
+        before = at_capacity()
+        flood = by_python(Load(server.target, "dcgan", 64, seconds, rate=3 * before.requests_per_s, deadline_s=5))
+        after = at_capacity()
+    return {"capacity": [asdict(before), asdict(after)], "three_times": asdict(flood)}
 
 
 def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
@@ -230,13 +235,17 @@ def idle_percent(server: Started) -> float:
 
 def overload_targets(rounds: list[dict[str, Any]]) -> list[Target]:
     """What three times the capacity may do to those who are accepted and those who are not."""
-    pairs = [(seen["capacity"], seen["three_times"]) for seen in rounds]
+    floods = [seen["three_times"] for seen in rounds]
     known = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+
+    def of_capacity(seen: dict[str, Any], figure: str) -> float:
+        return float(seen["three_times"][figure] / np.mean([capacity[figure] for capacity in seen["capacity"]]))
+
     return [
-        Target("3 × capacity: rejections' p99, ms", [flood["refused_p99_s"] * 1e3 for _, flood in pairs], 20, at_most=True),
-        Target("3 × capacity: accepted p99 / at capacity", [b["p99_s"] / a["p99_s"] for a, b in pairs], 2, at_most=True),
-        Target("3 × capacity: goodput / capacity", [b["requests_per_s"] / a["requests_per_s"] for a, b in pairs], 0.9),
-        Target("3 × capacity: other refusals", [len(set(flood["codes"]) - known) for _, flood in pairs], 0, at_most=True),
+        Target("3 × capacity: rejections' p99, ms", [flood["refused_p99_s"] * 1e3 for flood in floods], 20, at_most=True),
+        Target("3 × capacity: accepted p99 / at capacity", [of_capacity(seen, "p99_s") for seen in rounds], 2, at_most=True),
+        Target("3 × capacity: goodput / capacity", [of_capacity(seen, "requests_per_s") for seen in rounds], 0.9),
+        Target("3 × capacity: other refusals", [len(set(flood["codes"]) - known) for flood in floods], 0, at_most=True),
     ]
 
 
