@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         held: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return held
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot say: fp32 then
     return any(capabilities.get(name, False) for name in BF16_OF_CPUS)
 
 

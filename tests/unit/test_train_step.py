@@ -139,6 +139,11 @@ def test_a_processor_has_bf16_if_its_instructions_do(
     assert has_bf16(CPU) is held
 
 
+def test_a_processor_whose_instructions_are_not_known_does_not_have_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert has_bf16(CPU) is False
+
+
 def test_a_gpu_that_imitates_bf16_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert has_bf16(torch.device("cuda")) is False
