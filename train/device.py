@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 
 from train.errors import ConfigError, DeviceError
-
-log = logging.getLogger(__name__)
 
 BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # as torch.cpu.get_capabilities names them; the last one is ARM's
 
@@ -35,14 +32,9 @@ def prepare_machine(device: str, threads: int) -> torch.device:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Let CUDA's matrix units round to TF32, or not. Raises DeviceError for ``tf32`` without CUDA.
-
-    ``bf16`` is up to who computes, by ``mixed``; here the user is told where it is not taken.
-    """
+    """Let CUDA's matrix units round to TF32, or not. Raises DeviceError for ``tf32`` without CUDA."""
     if precision == "tf32" and device.type != "cuda":
         raise DeviceError("--precision tf32 is CUDA's; on the CPU there are fp32 and bf16")
-    if precision == "bf16" and not has_bf16(device):
-        log.warning("bf16 is not among the instructions of this %s, and slow without: fp32 is used", device.type.upper())
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 

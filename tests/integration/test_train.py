@@ -206,6 +206,17 @@ def wait_for_losses(parent: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_it_is_said_once_that_bf16_is_not_to_be_had(held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": held})
+    flags = ["--precision=bf16", "--steps=1", f"--runs-dir={tmp_path}", f"--data-dir={SUBSET}", "--device=cpu"]
+    done = in_process(main, "mlp", *SMALL["mlp"], *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("bf16 is not among the instructions of this CPU: fp32 is used") == (not held)
+    config = json.loads((only_run(tmp_path, "mlp") / "config.json").read_text())
+    assert (config["config"]["precision"], config["provenance"]["bf16"]) == ("bf16", held)
+
+
 def test_resuming_refuses_other_numbers_and_passes_over_runs_that_saved_nothing(tmp_path: Path) -> None:
     """Issue: a run folder without a checkpoint blocked --resume for ever."""
     done = train_here("mlp", tmp_path, *SMALL["mlp"], "--precision=tf32")
