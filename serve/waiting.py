@@ -108,18 +108,19 @@ class RefCount:
     def __init__(self) -> None:
         self.calls = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def enter(self) -> bool:
         """Count a call. False when it is closed."""
-        with self._changed:
+        with self._lock:  # and not the condition, whose own entering and leaving are calls in Python
             if self._closed:
                 return False
             self.calls += 1
             return True
 
     def leave(self) -> None:
-        with self._changed:
+        with self._lock:
             self.calls -= 1
             if self._closed and not self.calls:
                 self._changed.notify_all()
