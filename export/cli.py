@@ -32,6 +32,7 @@ from serve.models.repository import read_bundle
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import DEFAULT_PRESET, PRESETS
 from train.data import DEFAULT_DATA_DIR, load_mnist
+from train.device import limit_threads
 from train.errors import TrainError
 from train.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
 from train.judge import BATCH as JUDGE_BATCH
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bare = not given or (given[0].startswith("-") and given[0] not in ("-h", "--help"))
     flags = build_parser().parse_args(["run", *given] if bare else given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    limit_threads()
     try:
         return COMMANDS[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:

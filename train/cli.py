@@ -133,7 +133,9 @@ def _add_data_flag(command: argparse.ArgumentParser) -> None:
 
 def _add_machine_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    command.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice, within a container's CPU quota"
+    )
 
 
 def _activations(flags: argparse.Namespace) -> int:

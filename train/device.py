@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from serve.config.cores import usable_cores
 from train.errors import ConfigError, DeviceError
 
 BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # as torch.cpu.get_capabilities names them; the last one is ARM's
@@ -23,12 +24,22 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def prepare_machine(device: str, threads: int) -> torch.device:
-    """Set the CPU threads, 0 for PyTorch's choice, and choose the device. Raises ConfigError or DeviceError."""
+    """Set the CPU threads, 0 for what ``limit_threads`` leaves, and choose the device. Raises ConfigError or DeviceError."""
     if threads < 0:
         raise ConfigError(f"--threads must be 0 or more, got {threads}")
     if threads:
         torch.set_num_threads(threads)
+    else:
+        limit_threads()
     return choose_device(device)
+
+
+def limit_threads() -> None:
+    """Use no more CPU threads than the container's quota has cores. PyTorch has one for each core that it sees.
+
+    Threads that are throttled keep the others waiting, and those spin meanwhile.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def set_precision(precision: str, device: torch.device) -> None:

@@ -11,11 +11,11 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cores(cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUPS) -> int:
-    """Cores of the affinity mask, or of the smallest CPU quota that applies if that is less; at least 1.
+    """Cores of the affinity mask, all where there is none; or of the smallest CPU quota that applies if that is less; at least 1.
 
     A quota of two and a half cores counts as two: one thread more would be throttled together with the others.
     """
-    affinity = len(os.sched_getaffinity(0))
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     return max(1, min([affinity, *(int(quota) for quota in _quotas(cgroup_root, own_cgroups))]))
 
 

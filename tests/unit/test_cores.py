@@ -48,6 +48,12 @@ def test_cores_are_the_least_of_affinity_and_quotas(
     assert usable_cores(*cgroups(tmp_path, own, files)) == cores
 
 
+def test_where_there_is_no_affinity_all_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert usable_cores(*cgroups(tmp_path, "", {})) == 10
+
+
 def test_a_narrow_affinity_bounds_a_wide_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
     assert usable_cores(*cgroups(tmp_path, "0::/\n", {"cpu.max": "400000 100000"})) == 1

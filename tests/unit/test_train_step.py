@@ -13,7 +13,7 @@ from tests.host_device import ReplayedByHand
 from train.capture import WARM_UP_STEPS, Batch, CapturedStep
 from train.checkpoint import create_run
 from train.config import preset
-from train.device import has_bf16, set_precision
+from train.device import set_precision
 from train.errors import ConfigError, DeviceError
 from train.loop import Trainer
 
@@ -115,33 +115,6 @@ def test_bf16_follows_the_losses_of_fp32(trainer_for: Callable[..., Trainer], mo
 def test_bf16_is_fp32_on_a_processor_without_it(trainer_for: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.device.has_bf16", lambda device: False)
     assert train(trainer_for("bf16")) == train(trainer_for())
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "held"),
-    [
-        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
-        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
-        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
-        ({"architecture": "arm64", "neon": True, "bf16": True}, True),
-        ({"architecture": "arm64", "neon": True}, False),
-    ],
-)
-def test_a_processor_has_bf16_if_its_instructions_do(
-    capabilities: dict[str, object], held: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert has_bf16(CPU) is held
-
-
-def test_a_processor_whose_instructions_are_not_known_does_not_have_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert has_bf16(CPU) is False
-
-
-def test_a_gpu_that_imitates_bf16_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert has_bf16(torch.device("cuda")) is False
 
 
 def test_tf32_is_refused_without_cuda(trainer_for: Callable[..., Trainer]) -> None:
