@@ -59,14 +59,6 @@ def has_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in BF16_OF_CPUS)
 
 
-def mixed(device: torch.device) -> torch.autocast:
-    """Mixed precision in bf16 where the device has it, else nothing.
-
-    Without the cache of cast weights: a captured step would go on with the weights of its first run.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device), cache_enabled=False)
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Device name, threads and versions, for a run's records."""
     on_cuda = device.type == "cuda"

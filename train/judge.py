@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint, write_atomically
 from train.data import Mnist
-from train.device import mixed
+from train.device import has_bf16
 from train.errors import QualityError
 
 log = logging.getLogger(__name__)
@@ -142,12 +142,13 @@ def train_judge(
         optimizer = torch.optim.AdamW(judge.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
         pixels, labels = pixels.to(device), labels.to(device)
+        mixed = has_bf16(device)
         judge.train()
         with tqdm(total=epochs * batches, desc=what or network.name, unit="step", mininterval=1, disable=what is None) as bar:
             for _ in range(epochs):
                 for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                     images = moved(pixels[chosen].unsqueeze(1).float() / 255)
-                    with mixed(device):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                         logits = judge(images)
                     loss = cross_entropy(logits.float(), labels[chosen])
                     optimizer.zero_grad()

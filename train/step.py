@@ -9,7 +9,6 @@ arXiv:1912.04958, appendix B).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from train import losses
 from train.capture import Batch, CapturedStep, Recording
 from train.config import RELATIVISTIC, TrainConfig
-from train.device import mixed
+from train.device import has_bf16
 from train.parallel import Ranks
 
 SHIFTED_SHARE = 0.5
@@ -42,6 +41,7 @@ class Step:
         self.config = config
         self.device = example[0].device
         self.ranks = ranks
+        self.mixed = config.precision == "bf16" and has_bf16(self.device)
         self.generator, self.discriminator = generator, discriminator
         self.trained_generator = ranks.wrap(generator)
         self.trained_discriminator = ranks.wrap(discriminator)
@@ -209,8 +209,9 @@ class Step:
         pixels = (along + down)[:, :, None] % side * side + (along + right)[:, None, :] % side
         return images.flatten(1).gather(1, pixels.flatten(1)).view_as(images)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return mixed(self.device) if self.config.precision == "bf16" else nullcontext()
+    def _autocast(self) -> torch.autocast:
+        # Without the cache of cast weights: a captured step would go on with the weights of its first run.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=False)
 
 
 def _decayed(value: float, end: float, done: float) -> float:

@@ -229,7 +229,7 @@ FAULTS = [
     Fault("runs are not waited for though they are wrong", "serve/engine/cuda_engine.py", "if problem := self._problem(samples) or self._problem(samples):", "if problem := None:", ENGINE),
     Fault("an old driver is taken", "serve/engine/driver.py", "version.value < LEAST_VERSION", "version.value < 0", "tests/integration/test_cuda_start.py"),
     Fault("a container's quota is not looked at in training", "train/device.py", "min(torch.get_num_threads(), usable_cores())", "torch.get_num_threads()", "tests/unit/test_train_device.py"),
-    Fault("bf16 is taken where it is imitated", "train/device.py", "enabled=has_bf16(device)", "enabled=True", "tests/unit/test_train_step.py"),
+    Fault("bf16 is taken where it is imitated", STEP, "and has_bf16(self.device)", "and True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", STEP, "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
 ]  # fmt: skip
