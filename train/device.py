@@ -53,14 +53,13 @@ def set_precision(precision: str, device: torch.device) -> None:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16. PyTorch imitates them where not: here at 13 times the time of fp32."""
     if device.type == "cuda":
-        held: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-        return held
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot say: fp32 then
     return any(capabilities.get(name, False) for name in BF16_OF_CPUS)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device name, threads and versions, for a run's records."""
+    """Device name, threads, whether it has bf16, and versions, for a run's records."""
     on_cuda = device.type == "cuda"
     return {
         "device": device.type,

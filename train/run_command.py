@@ -18,7 +18,7 @@ from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import TrainConfig, parse_field, preset
 from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
-from train.device import describe, has_bf16, prepare_machine, set_precision
+from train.device import describe, prepare_machine, set_precision
 from train.errors import CheckpointError, ConfigError
 from train.loop import Trainer
 from train.parallel import Ranks, joined, own_device
@@ -63,7 +63,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     if folder is not None:
         trainer.load_state(latest_checkpoint(run))
     if ranks.first:
-        if run.config.precision == "bf16" and not has_bf16(device):
+        if run.config.precision == "bf16" and not trainer.update.mixed:
             print(f"bf16 is not among the instructions of this {device.type.upper()}: fp32 is used", file=sys.stderr)
         print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
     try:

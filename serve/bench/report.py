@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from serve.config.cores import usable_cores
 from serve.engine.onnx_runtime import ort
 
 ENOUGH = 0.8  # the share of rounds that must meet a target: four of five
@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
     packages = ("grpcio", "numpy", "uvloop")
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         # ONNX Runtime's distribution is called otherwise on some platforms.
         "versions": {"onnxruntime": ort.__version__} | {package: version(package) for package in packages},

@@ -383,6 +383,17 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return in_process(main, *arguments)
 
 
+def test_exporting_keeps_to_the_containers_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("train.device.usable_cores", lambda: 1)
+    torch.set_num_threads(2)
+    try:
+        assert main(["verify", str(BUNDLED_DIR / "mlp" / "1")]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_verify_repeats_the_check_and_sees_a_tampered_bundle(bundles: Path) -> None:
     done = cli("verify", str(bundles / "mlp" / "1"))
     assert done.returncode == 0, done.stderr
