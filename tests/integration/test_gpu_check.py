@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_without_a_gpu_it_says_so_and_exits_three(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)  # training in every precision takes minutes when the machine is busy
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in CHECKS])
 def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
-    outcome = CHECKS[name](TWIN)
+    # Every call of the slowest model must end within the measurement, on a busy machine too.
+    outcome = CHECKS[name](replace(TWIN, seconds=2.0) if name == "served" else TWIN)
     assert outcome.figures
     assert all(target.met for target in outcome.fixed), outcome
     if name == "served":
