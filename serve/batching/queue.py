@@ -1,9 +1,10 @@
 """Who goes next: a bounded queue of tickets, counted in images. Not thread-safe; the batcher holds the lock.
 
 Order is weighted fair queuing (Demers, Keshav & Shenker 1989) with equal weights: virtual time is the images that each
-waiting ticket would have been given had all been served alike; a ticket starts at the virtual time of its arrival, and
-the ticket that would finish its next chunk first goes first. So a caller of one digit goes into the very next batch
-however long the others' requests are, and a long request cannot starve, because virtual time moves past it.
+waiting ticket would have been given had all been served alike; a ticket starts at the virtual time of its arrival, less
+what it leaves of one batch to others, and the ticket that would finish its next chunk first goes first. So a caller of one
+digit goes into the very next batch however long the others' requests are, and a long request cannot starve, because virtual
+time moves past it.
 
 Two priorities: interactive first; bulk fills what is left of a batch, and every eighth batch begins with bulk. Each has the
 whole bound for itself, so that neither can fill the queue against the other.
@@ -126,7 +127,7 @@ class FairQueue:
         self.callers += 1
         level.images += count
         level.tickets += 1
-        ticket.tag = level.virtual
+        ticket.tag = level.virtual - max(0, self._quantum - count)
         self._enter(level, ticket)
 
     def discard(self, ticket: Ticket) -> int:

@@ -67,6 +67,7 @@ FAULTS = [
     Fault("the indices beyond the stream's end are taken", CORE, "if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:", "if start > INDEX_LIMIT:", SERVE),
     # batching
     Fault("first come, first served", QUEUES, "[ticket.tag + min(waiting, self._quantum), waiting,", "[0.0, 0,", QUEUE),
+    Fault("one digit waits for chunks about to be finished", QUEUES, "level.virtual - max(0, self._quantum - count)", "level.virtual", QUEUE),
     Fault("expired rows are run", QUEUES, "ticket.deadline <= now:", "ticket.deadline <= 0:", QUEUE),
     Fault("bulk starves", QUEUES, "self._batches_without_bulk >= BULK_TURN - 1", "False", QUEUE),
     Fault("the queue takes twice its bound", QUEUES, "<= self.max_images\n", "<= 2 * self.max_images\n", QUEUE),

@@ -46,6 +46,29 @@ def test_one_digit_behind_thousands_goes_into_the_next_batch() -> None:
     assert shares(queue, BATCH)[0] == (single, 0, 1)
 
 
+def test_one_digit_goes_into_the_next_batch_at_any_time() -> None:
+    """Of long requests in steady state, some are always about to finish a chunk: a digit is not to wait for those."""
+    queue = FairQueue(100_000, BATCH)
+    for batch in range(300):
+        while queue.callers < 16:
+            queue.push(make_ticket(150))
+        single = make_ticket(1)
+        queue.push(single)
+        assert shares(queue, BATCH)[0] == (single, 0, 1), f"batch {batch}"
+
+
+def test_small_requests_take_no_more_than_their_share_from_a_long_one() -> None:
+    queue = FairQueue(100_000, BATCH)
+    long = make_ticket(4096)
+    queue.push(long)
+    batches = 2000
+    for _ in range(batches):
+        while queue.callers < 1 + 24:
+            queue.push(make_ticket(4))
+        queue.take(BATCH, 0.0)
+    assert long.taken >= batches * BATCH // 25 - 2 * BATCH
+
+
 def test_a_long_request_is_not_starved_by_a_stream_of_single_digits() -> None:
     queue = FairQueue(100_000, BATCH)
     long = make_ticket(64)
