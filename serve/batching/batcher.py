@@ -83,9 +83,11 @@ class Batcher:
             raise
 
     def submit(self, ticket: Ticket) -> None:
-        """Queue a ticket. Raises QueueFullError or UnavailableError, and then nothing was queued."""
+        """Queue a ticket, unless it is cancelled. Raises QueueFullError or UnavailableError; then nothing was queued."""
         ticket.queued_at = now = time.monotonic()
         with self._lock:
+            if ticket.cancelled:  # by another thread, just now
+                return
             if self._closed:
                 raise UnavailableError("the model is being released")
             if not self._slots.live or self.device_lost:

@@ -265,6 +265,20 @@ def test_a_cancelled_row_never_reaches_the_model_and_its_neighbours_do() -> None
     assert not batcher.cancel(neighbour), "it has been delivered"
 
 
+def test_what_is_cancelled_before_it_is_submitted_is_never_queued() -> None:
+    """Another thread may cancel a call that this one is about to submit."""
+    batcher, _, observer = start_batcher()
+    ticket = make_ticket(3)
+    assert batcher.cancel(ticket)
+    batcher.submit(ticket)
+    assert batcher.drain(time.monotonic() + 1) == 0
+    assert batcher.queued_images == 0
+    batcher.submit(other := make_ticket())
+    wait_for(other)
+    batcher.close()
+    assert observer.batches == [1]
+
+
 def test_cancelling_a_running_request_leaves_its_batch_mates_untouched() -> None:
     gate = Gate()
     batcher, delivery, _ = start_batcher(lambda: FakeRunner(gate))
