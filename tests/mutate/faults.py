@@ -74,6 +74,7 @@ FAULTS = [
     Fault("bulk fills the queue against interactive callers", QUEUES, "return self._levels[ticket.priority].images + ticket", "return self.images + ticket", QUEUE),
     Fault("tickets that left stay in the heap", QUEUES, "        level.sweep()\n", "", QUEUE),
     Fault("a cancelled ticket's rows are run", BATCH, "            dropped = self._drop(ticket)\n            if self._no_room:", "            dropped = 0\n            if self._no_room:", f"{BATCHER} {WIRING} -k cancel"),
+    Fault("a ticket that was cancelled first is queued", BATCH, "            if ticket.cancelled:  # by", "            if False:  # by", f"{BATCHER} -k cancel"),
     Fault("the watchdog sleeps", BATCH, "> self.limits.watchdog_s\n", "> 1e9\n", f"{BATCHER} {WIRING} -k hang or hung"),
     Fault("a lost slot is not replaced", BATCH, "        self._slots.replace()\n", "", f"{BATCHER} {WIRING} -k hang or hung or replaced"),
     Fault("a lost slot's callers wait for ever", BATCH, "        self._observer.failed(reason)\n        self._deliver(failed)\n        self._slots", "        self._observer.failed(reason)\n        self._slots", f"{BATCHER} -k hang"),
