@@ -30,9 +30,6 @@ class InFlight:
     def __init__(self) -> None:
         self._calls = RefCount()
 
-    def close(self) -> None:
-        self._calls.close()
-
     def enter(self) -> None:
         """Count a call. Raises DrainingError when it is closed."""
         if not self._calls.enter():
@@ -41,8 +38,8 @@ class InFlight:
     def leave(self) -> None:
         self._calls.leave()
 
-    async def wait_idle(self, timeout_s: float) -> None:
-        """Wait until no call is in flight, or the time is over. It is closed by then."""
+    async def close(self, timeout_s: float) -> None:
+        """Admit no more calls, and wait until none is in flight, or the time is over."""
         await asyncio.to_thread(self._calls.close, time.monotonic() + timeout_s)
 
 

@@ -174,8 +174,7 @@ class Server:
         await self._health.publish()
         await asyncio.sleep(settings.drain_grace_s)
         deadline = time.monotonic() + settings.drain_deadline_s
-        self._in_flight.close()
-        await self._in_flight.wait_idle(settings.drain_deadline_s)
+        await self._in_flight.close(settings.drain_deadline_s)
         leftovers = await self._reconciler.close(max(0.0, deadline - time.monotonic()))
         for task in self._background:
             task.cancel()

@@ -143,7 +143,7 @@ FAULTS = [
     Fault("a stream runs ahead of its reader", CALL, "        await self._done(self._sending(self._core.SendMessageOperation(message, FLAGS)))\n", "        self._call.start_server_batch(self._sending(self._core.SendMessageOperation(message, FLAGS)), _nothing)\n", FRONTS),
     Fault("a call that is watched is watched again at its end", CALL, "            return not watched\n", "            return True\n", FRONTS),
     Fault("a status loses its metadata", CALL, "(trailing or self.trailing, code.value[0]", "(self.trailing, code.value[0]", f"{FRONTS} {WIRING}"),
-    Fault("a stopping server refuses nobody", SERVER, "        self._in_flight.close()\n", "", WIRING),
+    Fault("a stopping server refuses nobody", SERVER, "        await self._in_flight.close(settings.drain_deadline_s)\n", "", WIRING),
     Fault("a stopping server says that it is ready", SERVER, "        self._health.draining = True\n", "", WIRING),
     Fault("liveness never fails", "serve/runtime/health.py", "without_slots_s > WITHOUT_SLOTS_S:", "without_slots_s > 1e9:", RUNTIME),
     Fault("a background task dies of its first error", "serve/runtime/background.py", "        except Exception:\n", "        except ZeroDivisionError:\n", RUNTIME),

@@ -161,9 +161,8 @@ def test_a_drain_waits_for_calls_that_end_in_other_threads() -> None:
     async def scenario() -> None:
         for _ in range(10):
             in_flight.enter()
-        in_flight.close()
         leaving = threading.Thread(target=lambda: [in_flight.leave() for _ in range(10)], daemon=True)
-        waiting = asyncio.ensure_future(in_flight.wait_idle(20))
+        waiting = asyncio.ensure_future(in_flight.close(20))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         leaving.start()
