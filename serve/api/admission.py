@@ -40,7 +40,9 @@ class InFlight:
 
     async def close(self, timeout_s: float) -> None:
         """Admit no more calls, and wait until none is in flight, or the time is over."""
-        await asyncio.to_thread(self._calls.close, time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._calls.close()  # now: the thread may have to wait for another, which a slow reader holds
+        await asyncio.to_thread(self._calls.close, deadline)
 
 
 class DenialLog:
