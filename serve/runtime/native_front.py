@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CALLS_AT_ONCE = 64
 WRITTEN_CHECK_S = 0.02
+FIRST_WAIT_S, MOST_WAIT_S = 0.001, 0.5  # between two tries to send to a caller who has not read enough yet
 RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of: not even grpc-retry-pushback-ms
 DETAILS = tuple[Metadata, str, float | None]  # metadata, peer, seconds that remain
 
@@ -54,11 +55,12 @@ class NativeCall(Call):
 
     async def send(self, message: bytes) -> None:
         """Raises CancelledError when the caller has left."""
-        native, sent = self._native, self._front.stream_try_send(self._id, message)
-        if sent == native.STREAM_FULL:
-            sent_later = await asyncio.to_thread(self._front.stream_send, self._id, message)
-            sent = native.STREAM_SENT if sent_later else native.STREAM_CLOSED
-        if sent == native.STREAM_CLOSED:
+        wait_s = FIRST_WAIT_S
+        # Not ``stream_send``: a few callers who do not read would hold every thread that others wait for.
+        while (sent := self._front.stream_try_send(self._id, message)) == self._native.STREAM_FULL:
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, MOST_WAIT_S)
+        if sent == self._native.STREAM_CLOSED:
             raise asyncio.CancelledError
 
     def end(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> None:

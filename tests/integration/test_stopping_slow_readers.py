@@ -22,6 +22,7 @@ pytestmark = pytest.mark.both_fronts
 
 SLOW_BYTES_PER_S = 800_000
 CHUNK = 16_384
+STREAMS = 40
 
 
 @contextmanager
@@ -81,6 +82,31 @@ def test_an_answer_on_its_way_is_sent_whole_before_the_server_ends(start_server:
     assert len(answer.images[0]) == 4096 * 784
     assert status == 0
     assert "0 requests were cancelled" in log
+
+
+def images_within(seconds: float, server: ServerProcess) -> float:
+    """How many images are generated in that time."""
+    before = server.metric("digits_images_total", model="mlp")
+    time.sleep(seconds)
+    return server.metric("digits_images_total", model="mlp") - before
+
+
+def test_streams_that_nobody_reads_hold_up_neither_others_nor_the_end(start_server: Callable[..., ServerProcess]) -> None:
+    """More of them than the event loop has threads, which pictures, the reading of models and stopping need."""
+    server = start_server("--drain-deadline-s=1")
+    # The client takes no more than it is asked for, or it would read megabytes ahead.
+    with grpc.insecure_channel(server.target, [("grpc.http2.bdp_probe", 0)]) as channel:
+        stub = pb_grpc.DigitGeneratorStub(channel)
+        asked = pb.GenerateStreamRequest(count=1 << 40, model="mlp", seed=1)
+        streams = [stub.GenerateStream(asked, timeout=60) for _ in range(STREAMS)]
+        for stream in streams:
+            next(stream)
+        wait_until(lambda: not images_within(0.5, server))
+        assert server.get("/v1/digits?model=mlp&count=4")[0] == 200
+        began = time.monotonic()
+        status, log = server.terminate()
+        assert time.monotonic() - began < 1 + DRAIN_OVERHEAD_S + 5
+    assert status == 0, log
 
 
 def http_get(server: ServerProcess, path: str) -> socket.socket:
