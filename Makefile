@@ -154,8 +154,8 @@ bench: .venv/.all ## time the server beside its floor and the raw model; writes 
 	@$(BIN)/python -m export plain build/plain
 	@$(BIN)/python -m serve.bench $(ARGS)
 
-bench-peers: .venv/.all ## the general servers beside this one: PyTriton, KServe, MLServer (needs h2load)
-	@$(BIN)/python -m serve.bench.peers
+bench-peers: .venv/.all ## the general servers beside this one: PyTriton, KServe, MLServer (needs h2load; ARGS="--busy 2": with noisy neighbours)
+	@$(BIN)/python -m serve.bench.peers $(ARGS)
 
 bench-instructions: .venv/.all ## count instructions a request by valgrind, beside what is recorded (apt-get installs it; ARGS=--record)
 	@for each in valgrind h2load; do command -v $$each >/dev/null || missing=1; done; \

@@ -18,6 +18,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.02
+
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 
@@ -49,6 +51,12 @@ async def done(work: Work) -> None:
     except asyncio.CancelledError:
         work.cancel()
         raise
+
+
+async def until(holds: Callable[[], bool], deadline: float) -> None:
+    """Wait until something holds, or ``deadline`` (monotonic). For stopping: it is found out up to ``LOOK_S`` late."""
+    while not holds() and time.monotonic() < deadline:  # noqa: ASYNC110  # what changes it is in threads without an event loop
+        await asyncio.sleep(LOOK_S)
 
 
 async def in_thread(function: Callable[ParamsT, ResultT], *arguments: ParamsT.args, **named: ParamsT.kwargs) -> ResultT:
@@ -109,11 +117,10 @@ class RefCount:
         self.calls = 0
         self._closed = False
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
 
     def enter(self) -> bool:
         """Count a call. False when it is closed."""
-        with self._lock:  # and not the condition, whose own entering and leaving are calls in Python
+        with self._lock:
             if self._closed:
                 return False
             self.calls += 1
@@ -122,14 +129,11 @@ class RefCount:
     def leave(self) -> None:
         with self._lock:
             self.calls -= 1
-            if self._closed and not self.calls:
-                self._changed.notify_all()
 
-    def close(self, deadline: float = 0.0) -> None:
-        """Let no more calls in, and wait until the last has left, or ``deadline`` (monotonic)."""
-        with self._changed:
+    def close(self) -> None:
+        """Let no more calls in."""
+        with self._lock:
             self._closed = True
-            self._changed.wait_for(lambda: not self.calls, deadline - time.monotonic())
 
 
 class Deferred(threading.local):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching.batcher import Batcher, Limits
-from serve.batching.queue import Priority, Ticket
+from serve.batching.batcher import Batcher
+from serve.batching.limits import Limits
+from serve.batching.ticket import Priority, Ticket
 from serve.latents import LatentReader, Span
+from serve.waiting import until
 
 LATENT_SIZE = 8
 TIMEOUT_S = 30
@@ -124,6 +128,12 @@ def wait_for(ticket: Ticket) -> Ticket:
     if ticket.error is not None:
         raise ticket.error
     return ticket
+
+
+def drain(batcher: Batcher, seconds: float = TIMEOUT_S) -> int:
+    """Wait until nothing waits or runs, no longer than that, and cut off what is left; returns how many tickets."""
+    asyncio.run(until(lambda: batcher.quiet, time.monotonic() + seconds))
+    return batcher.cut_off()
 
 
 def start_batcher(runner: Callable[[], FakeRunner] = FakeRunner, **limits: float) -> tuple[Batcher, Delivery, RecordingObserver]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from serve.observability.load_report import LoadReports
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.observability.tracing import Tracing
-from serve.waiting import RefCount
+from serve.waiting import RefCount, until
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +39,8 @@ class InFlight:
 
     async def close(self, timeout_s: float) -> None:
         """Admit no more calls, and wait until none is in flight, or the time is over."""
-        deadline = time.monotonic() + timeout_s
-        self._calls.close()  # now: the thread may have to wait for another, which a slow reader holds
-        await asyncio.to_thread(self._calls.close, deadline)
+        self._calls.close()
+        await until(lambda: not self._calls.calls, time.monotonic() + timeout_s)
 
 
 class DenialLog:

@@ -13,7 +13,7 @@ import numpy as np
 from serve.api.admission import Admission, Call
 from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, pack_field
 from serve.api.rpc import RpcTable
-from serve.batching.queue import Priority
+from serve.batching.ticket import Priority
 from serve.core.generate import Core
 from serve.core.request import IMAGES, PIXELS, Addresses, Digits, DigitsRequest, Interpolation, Latents
 from serve.errors import RequestError

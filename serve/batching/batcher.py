@@ -12,33 +12,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
+from serve.batching.limits import Limits
 from serve.batching.linger import Linger
-from serve.batching.queue import Chunk, FairQueue, Part, Ticket
-from serve.batching.slot import Arrays, Observer, Runner, Slot
+from serve.batching.queue import FairQueue
+from serve.batching.slot import Observer, Runner, Slot
 from serve.batching.slots import SlotPool
+from serve.batching.ticket import Arrays, Chunk, Ticket, scatter
 from serve.errors import DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
-
-LEAST_RETRY_S = 0.005
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The batcher's bounds; images, seconds."""
-
-    latent_size: int
-    labels: int  # how many there are to choose from; 0 for an unconditional model
-    max_batch_size: int
-    max_queue_images: int
-    linger_s: float
-    slots: int
-    watchdog_s: float
 
 
 class Batcher:
@@ -60,9 +45,7 @@ class Batcher:
         self._deliver = deliver
         self._observer = observer
         self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)  # nothing waits and nothing runs
         self._queue = FairQueue(limits.max_queue_images, limits.max_batch_size)
-        self._no_room: deque[Ticket] = deque()  # bulk work that waits for a place in the queue
         self._slots = SlotPool(limits.slots, self._start_slot, self._fail_waiting)
         self._idle: list[Slot] = []
         self._lingering: Slot | None = None  # the one idle slot that waits for a batch to fill
@@ -92,12 +75,7 @@ class Batcher:
                 raise UnavailableError("the model is being released")
             if not self._slots.live or self.device_lost:
                 raise UnavailableError("the model has no working slot")
-            if not self._queue.fits(ticket) or (ticket.waits_for_room and self._no_room):
-                if not ticket.waits_for_room:
-                    raise self._queue.refusal(ticket, self._retry_after_s())
-                self._no_room.append(ticket)
-                return
-            self._push(ticket, now)
+            self._queue.push(ticket, self._seconds_per_image / len(self._slots.live))
             self._wake_a_slot(now)
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -109,22 +87,17 @@ class Batcher:
             if ticket.dead or ticket.done == ticket.span.count:
                 return False
             ticket.cancelled = True
-            dropped = self._drop(ticket)
-            if self._no_room:
-                now = time.monotonic()
-                self._admit_waiting(now)
-                self._wake_a_slot(now)
+            dropped = self._queue.discard(ticket)
+            self._wake_a_slot(time.monotonic())  # for what has waited for the room
         if dropped:
             self._observer.dropped(dropped, "cancelled")
         return True
 
-    def drain(self, deadline: float) -> int:
-        """Wait until nothing waits or runs, or ``deadline`` (monotonic); leftovers fail and their number is returned."""
+    def cut_off(self) -> int:
+        """Fail what waits and what runs; returns how many tickets those were."""
         with self._lock:
-            if self._quiet.wait_for(self._is_quiet, deadline - time.monotonic()):
-                return 0
             running = [chunk.ticket for slot in self._slots.live for chunk in slot.batch]
-            failed = self._fail([*self._all_waiting(), *running], UnavailableError("the server stopped first"), "drain")
+            failed = self._fail([*self._queue.tickets(), *running], UnavailableError("the server stopped first"), "drain")
         self._deliver(failed)
         return len(failed)
 
@@ -133,7 +106,7 @@ class Batcher:
         self._slots.close()
         with self._lock:
             self._closed = True
-            failed = self._fail(self._all_waiting(), UnavailableError("the model is being released"), "drain")
+            failed = self._fail(self._queue.tickets(), UnavailableError("the model is being released"), "drain")
             for slot in self._slots.live:
                 slot.wake.notify()
         self._deliver(failed)
@@ -147,14 +120,16 @@ class Batcher:
         """Evict slots that have run one batch for longer than ``watchdog_s``, and replace them."""
         now = time.monotonic()
         with self._lock:
-            stalled = [
-                slot
-                for slot in self._slots.live
-                if slot.busy_since is not None and now - slot.busy_since > self.limits.watchdog_s
-            ]
+            stalled = self._slots.busy_since_before(now - self.limits.watchdog_s)
         for slot in stalled:
             log.error("slot %d has run one batch for over %g s: evicted", slot.number, self.limits.watchdog_s)
             self.evict(slot, EngineError("a run of the model hung"), "hung")
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        with self._lock:  # a batch is for a moment neither
+            return not self._queue.images and not self._running_images
 
     @property
     def live_slots(self) -> int:
@@ -201,7 +176,6 @@ class Batcher:
                 if late:
                     error = ExpiredError("the deadline passed while the request waited")
                     expired = self._fail(late, error, "expired")
-                self._admit_waiting(now)
                 if chunks:
                     slot.batch = chunks
                     slot.busy_since = now
@@ -211,7 +185,6 @@ class Batcher:
                         if first == 0:
                             ticket.queue_seconds = now - ticket.queued_at
                 self._wake_a_slot(now)
-                self._note_quiet()
             if expired:
                 self._deliver(expired)
             if chunks:
@@ -226,13 +199,14 @@ class Batcher:
             chunks, now = slot.batch, time.monotonic()
             if slot.busy_since is not None:
                 self._busy_s += now - slot.busy_since
-            self._release(slot)
+            images = self._release(slot)
             self._linger.note_batch(len(chunks), now)
             if rows is None:
                 tickets = [chunk.ticket for chunk in chunks]
                 finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
             else:
-                finished = self._scatter(chunks, rows, compute_s)
+                finished = scatter(chunks, rows, compute_s)
+                self._seconds_per_image += 0.1 * (compute_s / images - self._seconds_per_image)
                 self._slots.note_success()
         if finished:
             self._deliver(finished)
@@ -263,7 +237,7 @@ class Batcher:
     def _fail_waiting(self) -> None:
         """There is no slot, and there may be none for a while."""
         with self._lock:
-            failed = self._fail(self._all_waiting(), UnavailableError("the model has no working slot"), "failed")
+            failed = self._fail(self._queue.tickets(), UnavailableError("the model has no working slot"), "failed")
         self._deliver(failed)
 
     def _start_slot(self, number: int) -> Slot:
@@ -273,16 +247,6 @@ class Batcher:
         return slot
 
     # All below: the lock is held.
-
-    def _push(self, ticket: Ticket, now: float) -> None:
-        if not self._queue.images:
-            self._linger.note_first(now)
-        self._queue.push(ticket)
-
-    def _admit_waiting(self, now: float) -> None:
-        """Queue the bulk work for which there is room now."""
-        while self._no_room and self._queue.fits(self._no_room[0]):
-            self._push(self._no_room.popleft(), now)
 
     def _wait_for_work(self, slot: Slot) -> float:
         """Wait until there is a batch for this slot, or it is evicted, or the batcher is closed. Returns the time."""
@@ -311,62 +275,23 @@ class Batcher:
         elif self._linger.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
-    def _scatter(self, chunks: list[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:
-        """Give a batch's rows to its tickets; returns those that are complete."""
-        finished = []
-        offset = 0
-        for ticket, first, count in chunks:
-            begin, offset = offset, offset + count
-            if ticket.dead:
-                continue
-            ticket.parts.append(Part(first, {name: array[begin:offset] for name, array in rows.items()}))
-            ticket.compute_seconds += compute_s
-            ticket.done += count
-            if ticket.done == ticket.span.count:
-                finished.append(ticket)
-        self._seconds_per_image += 0.1 * (compute_s / offset - self._seconds_per_image)
-        return finished
-
-    def _release(self, slot: Slot) -> None:
-        self._running_images -= sum(chunk.count for chunk in slot.batch)
+    def _release(self, slot: Slot) -> int:
+        """Take a slot's batch from it; returns its images."""
+        images = sum(chunk.count for chunk in slot.batch)
+        self._running_images -= images
         self._working -= 1
         slot.batch = []
         slot.busy_since = None
-        self._note_quiet()
+        return images
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
         """Mark tickets failed and drop their waiting rows; returns those that were not dead already."""
         failed = [ticket for ticket in dict.fromkeys(tickets) if not ticket.dead]
         for ticket in failed:
             ticket.error = error
-            if dropped := self._drop(ticket):
+            if dropped := self._queue.discard(ticket):
                 self._observer.dropped(dropped, reason)
         return failed
-
-    def _drop(self, ticket: Ticket) -> int:
-        """Take a ticket's waiting rows out of the queue, or out of the line before it; returns their number."""
-        dropped = ticket.waiting
-        if ticket.entry is not None:
-            self._queue.discard(ticket)
-        elif ticket in self._no_room:
-            self._no_room.remove(ticket)
-        ticket.taken = ticket.span.count
-        self._note_quiet()
-        return dropped
-
-    def _all_waiting(self) -> list[Ticket]:
-        return [*self._queue.tickets(), *self._no_room]
-
-    def _is_quiet(self) -> bool:
-        return not self._queue.images and not self._running_images and not self._no_room
-
-    def _note_quiet(self) -> None:
-        if self._is_quiet():
-            self._quiet.notify_all()
-
-    def _retry_after_s(self) -> float:
-        """When the queue will probably have been worked off; never so short that a retry is a busy loop."""
-        return max(LEAST_RETRY_S, self._queue.images * self._seconds_per_image / max(1, len(self._slots.live)))
 
 
 def _no_runner() -> Runner:

@@ -16,13 +16,8 @@ class Linger:
     def __init__(self, linger_s: float, max_batch_size: int) -> None:
         self._linger_s = linger_s
         self._max_batch_size = max_batch_size
-        self._waiting_since = 0.0  # when the oldest of what waits was queued, or earlier
         self._crowd = 0  # callers of the last batch that a crowd has shared
         self._crowd_until = 0.0
-
-    def note_first(self, now: float) -> None:
-        """Something has been queued where nothing waited."""
-        self._waiting_since = now
 
     def note_batch(self, callers: int, now: float) -> None:
         """A batch of so many callers has ended: a crowd's are about to ask again."""
@@ -38,7 +33,7 @@ class Linger:
             return 0.0
         if not queue.images:
             return self._crowd_until - now if self._crowd_until > now else None
-        until = self._waiting_since + self._linger_s
+        until = queue.waiting_since + self._linger_s
         if not working:
             if queue.callers >= self._crowd:
                 return 0.0  # all of the crowd are back

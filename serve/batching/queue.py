@@ -7,77 +7,23 @@ digit goes into the very next batch however long the others' requests are, and a
 time moves past it.
 
 Two priorities: interactive first; bulk fills what is left of a batch, and every eighth batch begins with bulk. Each has the
-whole bound for itself, so that neither can fill the queue against the other.
+whole bound for itself, so that neither can fill the queue against the other. Of what does not fit, a ticket that may wait for
+room stands in line before the queue and is not counted.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from collections import deque
 from itertools import count as counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
-from numpy.typing import NDArray
-
+from serve.batching.ticket import Chunk, Priority, Ticket
 from serve.errors import QueueFullError
-from serve.latents import Span
 
 BULK_TURN = 8  # one batch in so many begins with bulk
+LEAST_RETRY_S = 0.005  # never so short that a retry is a busy loop
 FEW_DEAD = 64  # entries of tickets that are gone, before they are swept out of a heap
-
-
-class Priority(IntEnum):
-    """Interactive goes first."""
-
-    INTERACTIVE = 0
-    BULK = 1
-
-
-class Part(NamedTuple):
-    """Rows of a ticket that have come back, from its ``first``-th on: output name → rows, and ``labels`` if it has any."""
-
-    first: int
-    rows: Mapping[str, NDArray[Any]]
-
-
-class Ticket(msgspec.Struct, eq=False):
-    """One caller's request on its way through the batcher, and what came of it. ``caller`` is for whoever delivers it."""
-
-    span: Span
-    outputs: Sequence[str]
-    priority: Priority
-    deadline: float | None  # time.monotonic() after which nobody wants it
-    caller: Any = None
-    waits_for_room: bool = False  # for a place in a full queue, instead of being refused
-    queued_at: float = 0.0
-    tag: float = 0.0  # virtual time at which its next chunk would start
-    entry: list[Any] | None = None  # its place in a heap
-    taken: int = 0  # rows handed to a slot
-    done: int = 0  # rows come back
-    error: Exception | None = None
-    cancelled: bool = False
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
-
-    @property
-    def waiting(self) -> int:
-        """Rows not yet handed out."""
-        return self.span.count - self.taken
-
-    @property
-    def dead(self) -> bool:
-        return self.cancelled or self.error is not None
-
-
-class Chunk(NamedTuple):
-    """``count`` rows of a ticket, from its ``first``-th on: its share of one batch."""
-
-    ticket: Ticket
-    first: int
-    count: int  # type: ignore[assignment]  # tuple's method of that name is not used
 
 
 class _Level:
@@ -105,41 +51,37 @@ class FairQueue:
         self.max_images = max_images
         self.images = 0
         self.callers = 0  # tickets that wait
+        self.waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
         self._quantum = max_batch_size
         self._levels = [_Level() for _ in Priority]
+        self._no_room: deque[Ticket] = deque()
         self._arrivals = counter()
         self._batches_without_bulk = 0
 
-    def fits(self, ticket: Ticket) -> bool:
-        """Whether there is room for a new ticket."""
-        return self._levels[ticket.priority].images + ticket.span.count <= self.max_images
-
-    def refusal(self, ticket: Ticket, retry_after_s: float) -> QueueFullError:
-        """Why a ticket that does not fit is refused."""
-        waiting = self._levels[ticket.priority].images
-        text = f"queue is full: {waiting} of {self.max_images} images wait, {ticket.span.count} more do not fit"
-        return QueueFullError(text, retry_after_s)
-
-    def push(self, ticket: Ticket) -> None:
-        """Queue a new ticket, which must fit."""
-        level, count = self._levels[ticket.priority], ticket.span.count
-        self.images += count
-        self.callers += 1
-        level.images += count
-        level.tickets += 1
-        ticket.tag = level.virtual - max(0, self._quantum - count)
-        self._enter(level, ticket)
+    def push(self, ticket: Ticket, seconds_per_image: float = 0.0) -> None:
+        """Queue a new ticket, or let it wait for room. Raises QueueFullError, which says when to return, when it may not."""
+        if self._fits(ticket) and not (ticket.waits_for_room and self._no_room):
+            self._push(ticket)
+        elif ticket.waits_for_room:
+            self._no_room.append(ticket)
+        else:
+            waiting = self._levels[ticket.priority].images
+            text = f"queue is full: {waiting} of {self.max_images} images wait, {ticket.span.count} more do not fit"
+            raise QueueFullError(text, max(LEAST_RETRY_S, self.images * seconds_per_image))
 
     def discard(self, ticket: Ticket) -> int:
         """Drop a ticket's waiting rows, and the ticket with what it holds; returns how many rows there were."""
-        entry = ticket.entry
-        if entry is None:
-            return 0
-        level, dropped = self._levels[ticket.priority], ticket.waiting
-        entry[3] = ticket.entry = None
-        self._leave(level, ticket, dropped)
-        level.dead += 1
-        level.sweep()
+        dropped, entry = ticket.waiting, ticket.entry
+        ticket.taken = ticket.span.count
+        if entry is not None:
+            level = self._levels[ticket.priority]
+            entry[3] = ticket.entry = None
+            self._leave(level, ticket, dropped)
+            level.dead += 1
+            level.sweep()
+        elif ticket in self._no_room:
+            self._no_room.remove(ticket)
+        self._admit()
         return dropped
 
     def take(self, limit: int, now: float) -> tuple[list[Chunk], list[Ticket]]:
@@ -160,11 +102,32 @@ class FairQueue:
             self._batches_without_bulk = 0
         elif chunks:
             self._batches_without_bulk += 1
+        self._admit()
         return chunks, expired
 
     def tickets(self) -> list[Ticket]:
-        """All tickets with rows that wait, in no order."""
-        return [entry[3] for level in self._levels for entry in level.heap if entry[3] is not None]
+        """All tickets with rows that wait, also for room, in no order."""
+        queued = [entry[3] for level in self._levels for entry in level.heap if entry[3] is not None]
+        return [*queued, *self._no_room]
+
+    def _fits(self, ticket: Ticket) -> bool:
+        return self._levels[ticket.priority].images + ticket.span.count <= self.max_images
+
+    def _admit(self) -> None:
+        """Queue what has waited for room, as far as there is room now."""
+        while self._no_room and self._fits(self._no_room[0]):
+            self._push(self._no_room.popleft())
+
+    def _push(self, ticket: Ticket) -> None:
+        if not self.images:
+            self.waiting_since = ticket.queued_at
+        level, count = self._levels[ticket.priority], ticket.span.count
+        self.images += count
+        self.callers += 1
+        level.images += count
+        level.tickets += 1
+        ticket.tag = level.virtual - max(0, self._quantum - count)
+        self._enter(level, ticket)
 
     def _take_from(self, level: _Level, room: int, now: float, chunks: list[Chunk], expired: list[Ticket]) -> int:
         sharers = max(1, level.tickets)

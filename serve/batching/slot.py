@@ -9,22 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from serve.batching.queue import Chunk
+from serve.batching.ticket import Arrays, Chunk
 from serve.errors import DeviceLostError, EngineError
 from serve.latents import LatentReader, Span
 
 log = logging.getLogger(__name__)
 
 SLOT_THREAD = "model-slot"  # how the threads' names begin
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 class Runner(Protocol):

@@ -42,6 +42,10 @@ class SlotPool:
         since = self._empty_since
         return 0.0 if since is None else time.monotonic() - since
 
+    def busy_since_before(self, moment: float) -> list[Slot]:
+        """The slots that have run one batch since before ``moment`` (monotonic). The batcher's lock is held."""
+        return [slot for slot in self.live if slot.busy_since is not None and slot.busy_since < moment]
+
     def add(self, slot: Slot) -> None:
         """A slot has its engine. The batcher's lock is held."""
         self.live.append(slot)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.access.callers import Account
-from serve.batching.queue import Ticket
+from serve.batching.ticket import Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Latents
 from serve.errors import RequestError
 from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching.queue import Priority
+from serve.batching.ticket import Priority
 from serve.models.model import Model
 
 PIXELS = ("pixels",)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching.batcher import Batcher, Limits
-from serve.batching.queue import Priority, Ticket
+from serve.batching.batcher import Batcher
+from serve.batching.limits import Limits
 from serve.batching.slot import Runner
+from serve.batching.ticket import Priority, Ticket
 from serve.config.cores import usable_cores
 from serve.config.settings import Settings, parse_cuda_options
 from serve.engine.factory import make_engine
@@ -24,7 +25,7 @@ from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
-from serve.waiting import RefCount, deferred, done
+from serve.waiting import RefCount, deferred, done, until
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,9 @@ class Model:
 
     async def release(self, timeout_s: float) -> int:
         """Let the calls under way finish, then end the slots. Returns how many requests the timeout cut off."""
-        deadline = time.monotonic() + timeout_s
-        await asyncio.to_thread(self.in_use.close, deadline)
-        cut_off = await asyncio.to_thread(self.batcher.drain, deadline)
+        self.in_use.close()
+        await until(lambda: not self.in_use.calls and self.batcher.quiet, time.monotonic() + timeout_s)
+        cut_off = self.batcher.cut_off()
         if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
             log.error("%d slots of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
         return cut_off

@@ -85,7 +85,7 @@ class GrpcioFront:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
-        await self._handling.wait(grace_s)
+        await self._handling.wait(deadline)
         ended = self._loop.create_future()
         with self._lock:
             self._shut_down = True

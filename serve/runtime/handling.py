@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Hashable, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from serve.waiting import Steps
+from serve.waiting import Steps, until
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,6 @@ class Handling:
         self._stepped = frozenset() if interceptor else frozenset(stepped)
         self._interceptor = interceptor
         self._at_work: dict[Hashable, asyncio.Task[None] | Steps] = {}
-        self._idle: asyncio.Event | None = None  # of who waits until none is at work
         self._waiting: deque[tuple[Callable[..., object], Sequence[Any]]] = deque()  # for the event loop
         self._woken = False  # whether the event loop knows
         self._loop: asyncio.AbstractEventLoop
@@ -119,13 +118,9 @@ class Handling:
         """The keys of the calls whose handlers have not ended."""
         return list(self._at_work)
 
-    async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until every handler has ended, or the time is over."""
-        self._idle = asyncio.Event()
-        if self._at_work:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._idle.wait()
+    async def wait(self, deadline: float = math.inf) -> None:
+        """Wait until every handler has ended, or ``deadline`` (monotonic)."""
+        await until(lambda: not self._at_work, deadline)
 
     def cancel_all(self) -> None:
         for handler in list(self._at_work.values()):
@@ -167,8 +162,6 @@ class Handling:
             call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")
         finally:
             self._at_work.pop(key, None)
-            if self._idle is not None and not self._at_work:
-                self.later(self._idle.set)
 
     async def _intercepted(self, call: Call, handler: Handler) -> Handler:
         async def found(details: grpc.HandlerCallDetails) -> Handler:

@@ -22,12 +22,11 @@ from serve.config.settings import Settings
 from serve.errors import StartError
 from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
 from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, Call, Handler, Handling, Metadata
-from serve.waiting import deferred
+from serve.waiting import deferred, until
 
 log = logging.getLogger(__name__)
 
 CALLS_AT_ONCE = 64
-WRITTEN_CHECK_S = 0.02
 FIRST_WAIT_S, MOST_WAIT_S = 0.001, 0.5  # between two tries to send to a caller who has not read enough yet
 RESERVED = "grpc-"  # metadata of gRPC's own, which pygrpc-native sends none of: not even grpc-retry-pushback-ms
 DETAILS = tuple[Metadata, str, float | None]  # metadata, peer, seconds that remain
@@ -125,10 +124,9 @@ class NativeFront:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         await self._beside.stop(grace_s)
-        await self._handling.wait(max(0.0, deadline - time.monotonic()))
+        await self._handling.wait(deadline)
         self._handling.cancel_all()
-        while (self._unwritten() or _unsent_bytes(self.port)) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event for it
-            await asyncio.sleep(WRITTEN_CHECK_S)
+        await until(lambda: not self._unwritten() and not _unsent_bytes(self.port), deadline)
         await asyncio.to_thread(self._front.close)
         self._folder.cleanup()
 

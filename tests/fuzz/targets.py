@@ -35,7 +35,8 @@ from serve.api.http import INTERPOLATION as INTERPOLATION_QUERY
 from serve.api.http import read_query
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
-from serve.batching.batcher import Batcher, Limits
+from serve.batching.batcher import Batcher
+from serve.batching.limits import Limits
 from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
 from serve.dataset.header import parse_header

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from serve.api import http_call
-from serve.batching.queue import Priority
+from serve.batching.ticket import Priority
 from serve.errors import DeviceLostError, StartError
 from serve.models.desired_state import Route
 from serve.pb.digits.v1 import control_pb2

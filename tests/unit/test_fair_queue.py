@@ -5,8 +5,11 @@ from __future__ import annotations
 import weakref
 
 import numpy as np
+import pytest
 
-from serve.batching.queue import BULK_TURN, FEW_DEAD, FairQueue, Priority, Ticket
+from serve.batching.queue import BULK_TURN, FEW_DEAD, FairQueue
+from serve.batching.ticket import Priority, Ticket
+from serve.errors import QueueFullError
 from serve.latents import Span
 from tests.fake_runner import make_ticket
 
@@ -115,11 +118,9 @@ def test_bulk_is_never_starved_for_good() -> None:
 def test_the_bound_counts_images_and_refuses_whole_requests() -> None:
     queue = FairQueue(10, BATCH)
     queue.push(make_ticket(8))
-    assert not queue.fits(make_ticket(3))
-    refused = queue.refusal(make_ticket(3), 0.25)
-    assert str(refused) == "queue is full: 8 of 10 images wait, 3 more do not fit"
-    assert refused.retry_after_s == 0.25
-    assert queue.fits(make_ticket(2))
+    with pytest.raises(QueueFullError, match=r"^queue is full: 8 of 10 images wait, 3 more do not fit$") as refused:
+        queue.push(make_ticket(3), seconds_per_image=0.25)
+    assert refused.value.retry_after_s == 8 * 0.25
     queue.push(make_ticket(2))
     assert queue.images == 10
 
@@ -137,10 +138,11 @@ def test_discarding_frees_room_and_the_rows_never_come_up() -> None:
 def test_each_priority_has_the_whole_bound_for_itself() -> None:
     queue = FairQueue(10, BATCH)
     queue.push(make_ticket(10, priority=Priority.BULK))
-    assert queue.fits(make_ticket(10))
     queue.push(make_ticket(10))
     assert queue.images == 20
-    assert not queue.fits(make_ticket(1))
+    with pytest.raises(QueueFullError) as refused:
+        queue.push(make_ticket(1))
+    assert refused.value.retry_after_s > 0
 
 
 def test_tickets_that_left_are_not_kept_nor_their_latents() -> None:

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from serve.batching.queue import Priority
 from serve.batching.slots import SlotPool
+from serve.batching.ticket import Priority
 from serve.config.settings import Settings
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS, Engine
@@ -99,6 +99,18 @@ def test_a_self_check_that_finds_the_queue_full_is_skipped_and_no_breach() -> No
         assert checks(registry, "skipped") + checks(registry, "passed") == 1
 
     with_model(test, max_queue_images=4096)
+
+
+def test_a_model_is_released_once_what_it_runs_has_come_back() -> None:
+    """Also what no call waits for, as of a self-check."""
+
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        running = asyncio.ensure_future(digits(model, 4096))
+        await asyncio.sleep(0)  # lets it submit
+        assert await model.release(30) == 0
+        assert len(await running) == 4096
+
+    with_model(test)
 
 
 def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None:

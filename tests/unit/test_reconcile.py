@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.batching.queue import Priority
+from serve.batching.ticket import Priority
 from serve.config.settings import Settings
 from serve.engine.session import PIXELS
 from serve.errors import BundleError, LifecycleError, SettingsError, UnknownModelError

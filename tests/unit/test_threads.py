@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -140,19 +139,14 @@ def test_a_model_is_not_released_before_its_last_call_has_left_and_takes_none_af
     for thread in threads:
         thread.start()
     assert begun.wait(20)
-    uses.close(0.0)  # the deadline has passed: it does not wait
+    uses.close()
     assert uses.calls >= 1
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
     assert uses.calls == 1
-    closing = threading.Thread(target=uses.close, args=(time.monotonic() + 60,), daemon=True)
-    closing.start()
-    closing.join(0.05)
-    assert closing.is_alive(), "a call is still there"
     uses.leave()
-    closing.join(20)
-    assert not closing.is_alive()
+    assert not uses.calls
 
 
 def test_a_drain_waits_for_calls_that_end_in_other_threads() -> None:
@@ -200,7 +194,7 @@ def test_a_look_at_the_catalog_sees_a_change_whole() -> None:
 
 def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_it() -> None:
     retired, replacement = fake_model(1), fake_model(2)
-    retired.in_use.close(0.0)
+    retired.in_use.close()
     found = iter((retired, replacement))
     catalog = SimpleNamespace(find=lambda *_: next(found))
     model, span = Core(cast(Any, catalog), 16, 16)._begin(DigitsRequest(rows=Addresses(7, 0, 1)))

@@ -3,11 +3,13 @@
 Each peer is installed from the package index into a venv of its own below build/peers and serves the bundled model's
 ONNX file (folded, uint8 output) as its documentation shows; the Open Inference Protocol request carries the latents.
 Load by h2load, in alternating rounds (``serve.bench.rounds``): all servers run, those whose turn it is not are idle. A peer
-that the index does not give, or that does not start, is named with the reason.
+that the index does not give, or that does not start, is named with the reason. ``--busy N`` lets N other processes compute
+all the while, as a noisy neighbour would.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -71,6 +73,9 @@ class PeerError(Exception):
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve.bench.peers", description=__doc__)
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that compute all the while")
+    neighbours = parser.parse_args().busy
     if H2LOAD is None:
         print("error: h2load is missing; install nghttp2-client (Debian) or nghttp2", file=sys.stderr)
         return 2
@@ -78,6 +83,8 @@ def main() -> int:
     measured: Rounds = {}
     for model in LATENT_SIZES:
         with ExitStack() as stack:
+            for _ in range(neighbours):
+                stack.enter_context(busy())
             servers: dict[str, Started] = {}
             for name, flags in US.items():
                 servers[name] = stack.enter_context(started("serve", "--grpc-port=0", "--http-port=0", *flags))
@@ -92,6 +99,16 @@ def main() -> int:
     print(f"onnxruntime: {versions}")
     write(OUT, {"onnxruntime": versions, "measured": measured}, [])
     return 0
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """A process that computes without end."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def in_rounds(model: str, name: str, servers: Mapping[str, Started]) -> dict[str, list[Sample]]:

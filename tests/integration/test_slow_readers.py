@@ -1,4 +1,4 @@
-"""Answers on their way out when the server stops: slow readers get theirs, those who do not read hold nobody up."""
+"""Callers who read slowly, late or not at all: they get their answers whole, and hold up neither others nor the end."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ pytestmark = pytest.mark.both_fronts
 SLOW_BYTES_PER_S = 800_000
 CHUNK = 16_384
 STREAMS = 40
+CHUNKS = 100
+NO_READING_AHEAD = [("grpc.http2.bdp_probe", 0)]  # it would be megabytes
 
 
 @contextmanager
@@ -91,11 +93,21 @@ def images_within(seconds: float, server: ServerProcess) -> float:
     return server.metric("digits_images_total", model="mlp") - before
 
 
+def test_a_stream_that_is_read_late_comes_whole_and_in_order(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    with grpc.insecure_channel(server.target, NO_READING_AHEAD) as channel:
+        asked = pb.GenerateStreamRequest(count=256 * CHUNKS, model="mlp", seed=1)
+        stream = pb_grpc.DigitGeneratorStub(channel).GenerateStream(asked, timeout=60)
+        first = next(stream)
+        wait_until(lambda: not images_within(0.5, server))
+        assert server.metric("digits_images_total", model="mlp") < asked.count, "it does not run ahead of its reader"
+        assert [(answer.start, answer.count) for answer in (first, *stream)] == [(256 * n, 256) for n in range(CHUNKS)]
+
+
 def test_streams_that_nobody_reads_hold_up_neither_others_nor_the_end(start_server: Callable[..., ServerProcess]) -> None:
     """More of them than the event loop has threads, which pictures, the reading of models and stopping need."""
     server = start_server("--drain-deadline-s=1")
-    # The client takes no more than it is asked for, or it would read megabytes ahead.
-    with grpc.insecure_channel(server.target, [("grpc.http2.bdp_probe", 0)]) as channel:
+    with grpc.insecure_channel(server.target, NO_READING_AHEAD) as channel:
         stub = pb_grpc.DigitGeneratorStub(channel)
         asked = pb.GenerateStreamRequest(count=1 << 40, model="mlp", seed=1)
         streams = [stub.GenerateStream(asked, timeout=60) for _ in range(STREAMS)]

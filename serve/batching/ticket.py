@@ -1,0 +1,82 @@
+"""What waits and runs in the batcher: a caller's ticket, its share of a batch, and the rows that came back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgspec
+from numpy.typing import NDArray
+
+from serve.latents import Span
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Priority(IntEnum):
+    """Interactive goes first."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+class Part(NamedTuple):
+    """Rows of a ticket that have come back, from its ``first``-th on: output name → rows, and ``labels`` if it has any."""
+
+    first: int
+    rows: Arrays
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """One caller's request on its way through the batcher, and what came of it. ``caller`` is for whoever delivers it."""
+
+    span: Span
+    outputs: Sequence[str]
+    priority: Priority
+    deadline: float | None  # time.monotonic() after which nobody wants it
+    caller: Any = None
+    waits_for_room: bool = False  # for a place in a full queue, instead of being refused
+    queued_at: float = 0.0
+    tag: float = 0.0  # virtual time at which its next chunk would start
+    entry: list[Any] | None = None  # its place in a heap
+    taken: int = 0  # rows handed to a slot
+    done: int = 0  # rows come back
+    error: Exception | None = None
+    cancelled: bool = False
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
+
+    @property
+    def waiting(self) -> int:
+        """Rows not yet handed out."""
+        return self.span.count - self.taken
+
+    @property
+    def dead(self) -> bool:
+        return self.cancelled or self.error is not None
+
+
+class Chunk(NamedTuple):
+    """``count`` rows of a ticket, from its ``first``-th on: its share of one batch."""
+
+    ticket: Ticket
+    first: int
+    count: int  # type: ignore[assignment]  # tuple's method of that name is not used
+
+
+def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:
+    """Give a batch's ``rows``, in the order of its ``chunks``, to the tickets; returns those that are complete."""
+    finished = []
+    offset = 0
+    for ticket, first, count in chunks:
+        begin, offset = offset, offset + count
+        if ticket.dead:
+            continue
+        ticket.parts.append(Part(first, {name: array[begin:offset] for name, array in rows.items()}))
+        ticket.compute_seconds += compute_s
+        ticket.done += count
+        if ticket.done == ticket.span.count:
+            finished.append(ticket)
+    return finished
