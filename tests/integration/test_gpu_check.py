@@ -29,7 +29,7 @@ TWIN = Plan(
     device=HostDevice,
 )  # fmt: skip
 
-SLOW = ("served", "training", "compiled_training", "wire")
+QUICK = ("strictness", "parity", "graphs", "releases")
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has a GPU")
@@ -42,7 +42,7 @@ def test_without_a_gpu_it_says_so_and_exits_three(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)  # training in every precision takes minutes when the machine is busy
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in CHECKS])
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in CHECKS])
 def test_a_check_runs_and_holds_on_the_cpu(name: str) -> None:
     # Every call of the slowest model must end within the measurement, on a busy machine too.
     outcome = CHECKS[name](replace(TWIN, seconds=2.0) if name == "served" else TWIN)

@@ -182,7 +182,7 @@ def test_a_run_saves_its_last_step_whatever_the_interval(tmp_path: Path) -> None
 def test_a_signal_saves_and_the_same_command_with_resume_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     """Issue: Ctrl-C saved nothing, and the advice it gave failed."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = [*SMALL["mlp"], "--epochs=45", "--checkpoint-every=45", "--report-every=25"]
+    flags = [*SMALL["mlp"], "--epochs=30", "--checkpoint-every=30", "--report-every=25"]
     process = subprocess.Popen(command("mlp", broken, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     wait_for_losses(broken / "mlp", process)
@@ -190,8 +190,8 @@ def test_a_signal_saves_and_the_same_command_with_resume_goes_on(number: signal.
     _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130, said
     stopped = final_state(only_run(broken, "mlp"))["step"]
-    assert 0 < stopped < 270
-    assert f"stopped at step {stopped} of 270 and saved; add --resume to the same command" in said
+    assert 0 < stopped < 180
+    assert f"stopped at step {stopped} of 180 and saved; add --resume to the same command" in said
     done = train_here("mlp", broken, *flags, "--resume")
     assert done.returncode == 0, done.stderr
     assert train_here("mlp", whole, *flags).returncode == 0
