@@ -125,7 +125,7 @@ FAULTS = [
     Fault("two processes may share the port", FRONT, '("grpc.so_reuseport", 0)', '("grpc.so_reuseport", 1)', FRONTS),
     Fault("a large request is taken", FRONT, '            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),\n', '            ("grpc.max_receive_message_length", -1),\n', FRONTS),
     Fault("what comes while stopping is answered", FRONT, "        if self._stopping:\n", "        if False:\n", FRONTS),
-    Fault("a stream's answer for which there is no room is lost", "serve/runtime/native_front.py", "== self._native.STREAM_FULL:", "== -1:", "tests/integration/test_slow_readers.py -k late"),
+    Fault("a stream's answer for which there is no room is lost", "serve/runtime/native_front.py", "== self._native.STREAM_FULL:", "== -1:", "tests/integration/test_slow_readers.py --all -k late"),
     Fault("what comes while stopping is cut off", FRONT, "        await self._handling.wait(deadline)\n", "", FRONTS),
     Fault("stopping waits for ever", FRONT, "            self._server.cancel_all_calls()\n", "", FRONTS),
     Fault("who has left is computed for", HANDLING, "    def leave(self, key: Hashable) -> None:\n", "    def leave(self, key: Hashable) -> None:\n        return\n", FRONTS),
