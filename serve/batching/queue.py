@@ -35,6 +35,7 @@ class _Level:
         self.tickets = 0
         self.images = 0
         self.dead = 0
+        self.no_room: deque[Ticket] = deque()  # not in the heap, and not counted
 
     def sweep(self) -> None:
         """Drop the entries of tickets that left, once they are the larger part."""
@@ -54,33 +55,31 @@ class FairQueue:
         self.waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
         self._quantum = max_batch_size
         self._levels = [_Level() for _ in Priority]
-        self._no_room: deque[Ticket] = deque()
         self._arrivals = counter()
         self._batches_without_bulk = 0
 
     def push(self, ticket: Ticket, seconds_per_image: float = 0.0) -> None:
         """Queue a new ticket, or let it wait for room. Raises QueueFullError, which says when to return, when it may not."""
-        if self._fits(ticket) and not (ticket.waits_for_room and self._no_room):
-            self._push(ticket)
+        level = self._levels[ticket.priority]
+        if self._fits(level, ticket) and not (ticket.waits_for_room and level.no_room):
+            self._push(level, ticket)
         elif ticket.waits_for_room:
-            self._no_room.append(ticket)
+            level.no_room.append(ticket)
         else:
-            waiting = self._levels[ticket.priority].images
-            text = f"queue is full: {waiting} of {self.max_images} images wait, {ticket.span.count} more do not fit"
+            text = f"queue is full: {level.images} of {self.max_images} images wait, {ticket.span.count} more do not fit"
             raise QueueFullError(text, max(LEAST_RETRY_S, self.images * seconds_per_image))
 
     def discard(self, ticket: Ticket) -> int:
         """Drop a ticket's waiting rows, and the ticket with what it holds; returns how many rows there were."""
-        dropped, entry = ticket.waiting, ticket.entry
+        dropped, entry, level = ticket.waiting, ticket.entry, self._levels[ticket.priority]
         ticket.taken = ticket.span.count
         if entry is not None:
-            level = self._levels[ticket.priority]
             entry[3] = ticket.entry = None
             self._leave(level, ticket, dropped)
             level.dead += 1
             level.sweep()
-        elif ticket in self._no_room:
-            self._no_room.remove(ticket)
+        elif ticket in level.no_room:
+            level.no_room.remove(ticket)
         self._admit()
         return dropped
 
@@ -108,20 +107,21 @@ class FairQueue:
     def tickets(self) -> list[Ticket]:
         """All tickets with rows that wait, also for room, in no order."""
         queued = [entry[3] for level in self._levels for entry in level.heap if entry[3] is not None]
-        return [*queued, *self._no_room]
+        return [*queued, *(ticket for level in self._levels for ticket in level.no_room)]
 
-    def _fits(self, ticket: Ticket) -> bool:
-        return self._levels[ticket.priority].images + ticket.span.count <= self.max_images
+    def _fits(self, level: _Level, ticket: Ticket) -> bool:
+        return level.images + ticket.span.count <= self.max_images
 
     def _admit(self) -> None:
         """Queue what has waited for room, as far as there is room now."""
-        while self._no_room and self._fits(self._no_room[0]):
-            self._push(self._no_room.popleft())
+        for level in self._levels:
+            while level.no_room and self._fits(level, level.no_room[0]):
+                self._push(level, level.no_room.popleft())
 
-    def _push(self, ticket: Ticket) -> None:
+    def _push(self, level: _Level, ticket: Ticket) -> None:
         if not self.images:
             self.waiting_since = ticket.queued_at
-        level, count = self._levels[ticket.priority], ticket.span.count
+        count = ticket.span.count
         self.images += count
         self.callers += 1
         level.images += count

@@ -71,7 +71,7 @@ FAULTS = [
     Fault("expired rows are run", QUEUES, "ticket.deadline <= now:", "ticket.deadline <= 0:", QUEUE),
     Fault("bulk starves", QUEUES, "self._batches_without_bulk >= BULK_TURN - 1", "False", QUEUE),
     Fault("the queue takes twice its bound", QUEUES, "<= self.max_images\n", "<= 2 * self.max_images\n", QUEUE),
-    Fault("bulk fills the queue against interactive callers", QUEUES, "return self._levels[ticket.priority].images + ticket", "return self.images + ticket", QUEUE),
+    Fault("bulk fills the queue against interactive callers", QUEUES, "return level.images + ticket", "return self.images + ticket", QUEUE),
     Fault("tickets that left stay in the heap", QUEUES, "            level.sweep()\n", "", QUEUE),
     Fault("a cancelled ticket's rows are run", BATCH, "            dropped = self._queue.discard(ticket)\n            self._wake", "            dropped = 0\n            self._wake", f"{BATCHER} {WIRING} -k cancel"),
     Fault("a ticket that was cancelled first is queued", BATCH, "            if ticket.cancelled:  # by", "            if False:  # by", f"{BATCHER} -k cancel"),

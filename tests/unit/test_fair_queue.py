@@ -145,6 +145,17 @@ def test_each_priority_has_the_whole_bound_for_itself() -> None:
     assert refused.value.retry_after_s > 0
 
 
+def test_bulk_that_waits_for_room_is_not_before_what_the_other_priority_has_room_for() -> None:
+    queue = FairQueue(10, BATCH)
+    for _ in range(2):
+        queue.push(make_ticket(10, priority=Priority.BULK, waits_for_room=True))
+    stream = make_ticket(5, waits_for_room=True)
+    queue.push(stream)
+    assert queue.images == 15
+    assert shares(queue, 5) == [(stream, 0, 5)]
+    assert [queue.take(BATCH, 0.0)[0][0].count for _ in range(2)] == [10, 10]
+
+
 def test_tickets_that_left_are_not_kept_nor_their_latents() -> None:
     """Issue: 2,000 pairs of submit and cancel left 2,000 entries alive, up to 4 MB each."""
     queue = FairQueue(1 << 20, BATCH)
