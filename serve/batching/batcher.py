@@ -1,7 +1,7 @@
 """Dynamic batching: slots take what waits, run it, and hand the rows back. Knows no transport and no ONNX Runtime.
 
-An idle slot takes what is queued at once, up to ``max_batch_size`` images; a batch that is not full waits for company for a
-while, but only where company is likely (``serve.batching.linger``).
+When a slot takes what waits, and how much of it, is the affair of ``serve.batching.policy``; who goes first, of
+``serve.batching.queue``.
 
 A failure stays with its batch: a run that raises fails the callers of that batch and nobody else; one that hangs past
 ``watchdog_s``, or whose thread dies, does so too, and its slot is replaced.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from serve.batching.limits import Limits
-from serve.batching.linger import Linger
+from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
 from serve.batching.slot import Observer, Runner, Slot
 from serve.batching.slots import SlotPool
@@ -52,8 +52,7 @@ class Batcher:
         self._working = 0
         self._running_images = 0
         self._busy_s = 0.0
-        self._linger = Linger(limits.linger_s, limits.max_batch_size)
-        self._seconds_per_image = 0.0
+        self._policy = BatchPolicy(limits.linger_s, limits.max_batch_size)
         self._closed = False
         self.device_lost: str | None = None  # why nothing can be run in this process any more
 
@@ -75,7 +74,7 @@ class Batcher:
                 raise UnavailableError("the model is being released")
             if not self._slots.live or self.device_lost:
                 raise UnavailableError("the model has no working slot")
-            self._queue.push(ticket, self._seconds_per_image / len(self._slots.live))
+            self._queue.push(ticket, self._policy.seconds_per_image / len(self._slots.live))
             self._wake_a_slot(now)
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -172,7 +171,7 @@ class Batcher:
                 now = self._wait_for_work(slot)
                 if slot.evicted or (self._closed and not self._queue.images):
                     return None
-                chunks, late = self._queue.take(self.limits.max_batch_size, now)
+                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._slots.live) - self._working), now)
                 if late:
                     error = ExpiredError("the deadline passed while the request waited")
                     expired = self._fail(late, error, "expired")
@@ -200,13 +199,13 @@ class Batcher:
             if slot.busy_since is not None:
                 self._busy_s += now - slot.busy_since
             images = self._release(slot)
-            self._linger.note_batch(len(chunks), now)
+            self._policy.note_batch(len(chunks), now)
             if rows is None:
                 tickets = [chunk.ticket for chunk in chunks]
                 finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
             else:
                 finished = scatter(chunks, rows, compute_s)
-                self._seconds_per_image += 0.1 * (compute_s / images - self._seconds_per_image)
+                self._policy.note_run(images, compute_s)
                 self._slots.note_success()
         if finished:
             self._deliver(finished)
@@ -254,7 +253,7 @@ class Batcher:
             now = time.monotonic()
             if slot.evicted or self._closed:
                 return now
-            wait_s = self._linger.left_s(self._queue, self._working, now)
+            wait_s = self._policy.left_s(self._queue, self._working, now)
             if wait_s is not None and wait_s <= 0:
                 return now
             if wait_s is not None and self._lingering is None:
@@ -272,7 +271,7 @@ class Batcher:
         if self._lingering is None:
             if self._idle:
                 self._idle[-1].wake.notify()
-        elif self._linger.left_s(self._queue, self._working, now) == 0:
+        elif self._policy.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
     def _release(self, slot: Slot) -> int:

@@ -58,6 +58,11 @@ class FairQueue:
         self._arrivals = counter()
         self._batches_without_bulk = 0
 
+    @property
+    def lone(self) -> Ticket | None:
+        """The only ticket that waits, if there is no other."""
+        return self.tickets()[0] if self.callers == 1 else None
+
     def push(self, ticket: Ticket, seconds_per_image: float = 0.0) -> None:
         """Queue a new ticket, or let it wait for room. Raises QueueFullError, which says when to return, when it may not."""
         level = self._levels[ticket.priority]

@@ -82,7 +82,10 @@ FAULTS = [
     Fault("rows go to the wrong callers", "serve/batching/ticket.py", "array[begin:offset] for", "array[:count] for", BATCHER),
     Fault("a batch's failure is nobody's", BATCH, "EngineError(\"a run of the model failed\"), \"failed\")", "EngineError(\"a run of the model failed\"), \"failed\")[:0]", f"{BATCHER} -k raises --timeout=60"),
     Fault("replacements are tried without a pause", "serve/batching/slots.py", "0.0 if losses <= 1 else", "0.0 if losses <= 1000 else", BATCHER),
-    Fault("a batch waits however full it is", "serve/batching/linger.py", "if queue.images >= self._max_batch_size:", "if False:", BATCHER),
+    Fault("a lone caller's rows are left to one slot", "serve/batching/policy.py", "if queue.callers != 1:", "if True:", BATCHER),
+    Fault("what many wait for is shared out as if one did", "serve/batching/policy.py", "if queue.callers != 1:", "if False:", BATCHER),
+    Fault("a lone caller's rest waits for company", "serve/batching/policy.py", "and lone.taken:", "and False:", BATCHER),
+    Fault("a batch waits however full it is", "serve/batching/policy.py", "if queue.images >= self._max_batch_size:", "if False:", BATCHER),
     Fault("pixels of the next batch overwrite a labelled one's labels", "serve/batching/slot.py", "feeds[\"labels\"].copy()", "feeds[\"labels\"]", "tests/unit/test_batcher.py tests/unit/test_engine.py tests/integration/test_labels.py"),
     # access
     Fault("ModelInfer is open to all", OIP, "pb.ModelInferRequest, self.model_infer, stepped=True)", "pb.ModelInferRequest, self.model_infer, stepped=True, scope=\"open\")", AUTHORISATION),

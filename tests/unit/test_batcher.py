@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from serve.batching import slots as slots_module
 from serve.batching.batcher import Batcher
-from serve.batching.linger import CROWD_CALLERS
+from serve.batching.policy import CROWD_CALLERS, LEAST_SHARE_S
 from serve.batching.ticket import Priority, Ticket
 from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
 from serve.latents import Span, draw, draw_span
@@ -169,6 +169,63 @@ def test_a_hung_slot_holds_nobody_up_while_others_are_idle() -> None:
     assert batcher.busy_slots == 1
     gate.open()
     wait_for(hung)
+    batcher.close()
+
+
+def slow_run(latents: NDArray[np.float32]) -> None:
+    time.sleep(2 * len(latents) * LEAST_SHARE_S)
+
+
+def test_a_lone_callers_rows_are_shared_out_to_the_idle_slots_where_that_is_worth_a_run() -> None:
+    batcher, _, observer = start_batcher(lambda: FakeRunner(slow_run), slots=3, linger_s=TIMEOUT_S)
+    batcher.submit(first := make_ticket(16))
+    wait_for(first)
+    assert observer.batches == [16], "nothing is known of the model yet"
+    for count, shares in ((2, [1, 1]), (9, [3, 3, 3]), (16, [5, 5, 6])):
+        observer.batches.clear()
+        batcher.submit(ticket := make_ticket(count, seed=count))
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+        assert drain(batcher) == 0
+        assert sorted(observer.batches) == shares
+    batcher.close()
+
+
+def test_a_quick_models_rows_are_not_shared_out() -> None:
+    batcher, _, observer = start_batcher(slots=3)
+    for _ in range(2):
+        batcher.submit(ticket := make_ticket(16))
+        wait_for(ticket)
+    batcher.close()
+    assert observer.batches == [16, 16]
+
+
+def test_what_several_wait_for_is_not_shared_out() -> None:
+    gate = Gate()
+    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), slots=2, linger_s=TIMEOUT_S)
+    held = [make_ticket(16, seed) for seed in range(2)]
+    for ticket in held:
+        batcher.submit(ticket)
+    wait_until(lambda: batcher.busy_slots == 2)
+    time.sleep(0.05)  # so that a row is worth a run
+    tickets = [make_ticket(4, seed) for seed in range(3)]
+    for ticket in tickets:
+        batcher.submit(ticket)
+    gate.open()
+    for ticket in (*held, *tickets):
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert drain(batcher) == 0
+    batcher.close()
+    assert sorted(observer.batches) == [12, 16, 16]
+
+
+def test_a_lone_callers_rest_does_not_wait_for_company() -> None:
+    gate = Gate()
+    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), slots=2, linger_s=TIMEOUT_S)
+    batcher.submit(ticket := make_ticket(20))
+    wait_until(lambda: batcher.busy_slots == 2)
+    assert batcher.running_images == 20
+    gate.open()
+    assert rows_of(wait_for(ticket)) == expected_rows(ticket)
     batcher.close()
 
 
