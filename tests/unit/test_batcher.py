@@ -172,17 +172,20 @@ def test_a_hung_slot_holds_nobody_up_while_others_are_idle() -> None:
     batcher.close()
 
 
-def slow_run(latents: NDArray[np.float32]) -> None:
-    time.sleep(2 * len(latents) * LEAST_SHARE_S)
-
-
 def test_a_lone_callers_rows_are_shared_out_to_the_idle_slots_where_that_is_worth_a_run() -> None:
-    batcher, _, observer = start_batcher(lambda: FakeRunner(slow_run), slots=3, linger_s=TIMEOUT_S)
+    together = threading.Barrier(1)
+
+    def before(latents: NDArray[np.float32]) -> None:
+        time.sleep(2 * len(latents) * LEAST_SHARE_S)
+        together.wait(TIMEOUT_S)
+
+    batcher, _, observer = start_batcher(lambda: FakeRunner(before), slots=3, linger_s=TIMEOUT_S)
     batcher.submit(first := make_ticket(16))
     wait_for(first)
     assert observer.batches == [16], "nothing is known of the model yet"
     for count, shares in ((2, [1, 1]), (9, [3, 3, 3]), (16, [5, 5, 6])):
         observer.batches.clear()
+        together = threading.Barrier(len(shares))
         batcher.submit(ticket := make_ticket(count, seed=count))
         assert rows_of(wait_for(ticket)) == expected_rows(ticket)
         assert drain(batcher) == 0
