@@ -22,7 +22,7 @@ from serve.models.repository import Bundle
 # A batch should not hold others up for longer than this: it is the wait of a caller who comes a moment too late.
 # Beyond it batches gain nothing on a CPU: 16 images a run were as fast as 256 for the dcgan.
 BATCH_SECONDS = 0.005
-LARGEST = {"cpu": 64, "cuda": 1024}
+LARGEST = {"cpu": 64, "cuda": 4096}
 ROUNDS = 20
 
 

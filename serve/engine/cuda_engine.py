@@ -69,10 +69,9 @@ class CudaEngine(Engine):
         """As ``Engine.assemble``. What the device draws has its labels after ``run``, and its latents never."""
         if self._drawing is None or any(span.explicit is not None for span in spans):
             return super().assemble(reader, spans, count)
-        feeds = self.allocate(count)
-        self._drawing.fill(spans, feeds.get("labels"))
-        self._drawn = feeds
-        return feeds
+        self._drawing.fill(spans)
+        self._drawn = self.allocate(count)
+        return self._drawn
 
     def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, NDArray[Any]]:
         """As ``Engine.run``, for at most ``largest`` rows. The arrays returned are never written again."""
@@ -80,7 +79,7 @@ class CudaEngine(Engine):
         bucket = self.bucket(count)
         drawing = self._drawing if feeds is self._drawn else None
         self._drawn = None
-        inputs = [name for name in self._buffers.inputs if drawing is None or name != "latents"]
+        inputs = self._buffers.inputs if drawing is None else ()
         for name in inputs:
             host = self._buffers.host[name]
             if feeds[name].ctypes.data != host.ctypes.data:
@@ -179,9 +178,8 @@ class CudaEngine(Engine):
                 if self.manifest.labels:
                     spans[0] = Span(1, 0, 1, None, np.array([highest]), truncation)
                 expected = {name: array.copy() for name, array in self.assemble(reader, spans, bucket).items()}
-                got = self.allocate(bucket)
-                drawing.fill(spans, got.get("labels"))
-                self._buffers.upload([name for name in got if name != "latents"], bucket)
+                got = self.blank(bucket)
+                drawing.fill(spans)
                 self._draw(drawing, bucket)
                 self._buffers.fetch("latents", bucket)
                 self._device.wait(self._stream)

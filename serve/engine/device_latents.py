@@ -1,6 +1,6 @@
 """Latents drawn where the model runs: the kernel of ``latents.cu``, put into the engine's stream before the run.
 
-What goes to the device for a row are its seed, its index and its truncation, 20 bytes, in place of all its latents.
+What goes to the device for a row are its seed, its index, its label and its truncation, 32 bytes, in place of all its latents.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
 from serve.engine.device_buffers import PairedMemory
@@ -17,8 +16,9 @@ from serve.latents import FIRST_KNOT, FRACTION_BITS, Span, blocks_per_row, knots
 
 SOURCE = Path(__file__).with_name("latents.cu")
 FUNCTION = "draw"
-# What the kernel takes, in this order: of each row, and of all.
-ROWS = {"seeds": np.uint64, "indices": np.uint64, "tails": np.float32}
+# What the kernel takes: of each row, one copy for a batch; and of all.
+ROWS = "rows"
+ROW = np.dtype([("seed", np.uint64), ("index", np.uint64), ("label", np.int64), ("tail", np.float32)], align=True)
 TABLES = ("knots", "slopes")
 OF_THE_STREAM = -1  # in place of a label: the one that the row itself has
 
@@ -34,31 +34,30 @@ class DeviceLatents:
         self._latent_size, self._labels = latent_size, labels
         self._blocks = blocks_per_row(latent_size + (labels > 0))
         self._memory = PairedMemory(device, stream)
-        for name, kind in ROWS.items():
-            self._memory.add(name, np.zeros(largest, kind))
+        self._memory.add(ROWS, np.zeros((largest, ROW.itemsize), np.uint8))
+        self._rows = self._memory.host[ROWS].view(ROW)[:, 0]
         for name, table in zip(TABLES, knots_and_slopes(), strict=True):
             self._memory.add(name, table.copy())
             self._memory.upload([name], len(table))
 
-    def fill(self, spans: Sequence[Span], labels: NDArray[np.int64] | None) -> None:
-        """Note which rows are wanted, one span's after another's, and in ``labels`` (rows,) those that callers named."""
-        host = self._memory.host
+    def fill(self, spans: Sequence[Span]) -> None:
+        """Note which rows are wanted, one span's after another's."""
         row = 0
         for span in spans:
-            rows = slice(row, row + span.count)
-            host["seeds"][rows] = span.seed
-            host["indices"][rows] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
-            host["tails"][rows] = tail_beyond(span.truncation) if span.truncation else 0.0
-            if labels is not None:
-                labels[rows] = OF_THE_STREAM if span.labels is None else span.labels
+            rows = self._rows[row : row + span.count]
+            rows["seed"] = span.seed
+            rows["index"] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
+            rows["label"] = OF_THE_STREAM if span.labels is None else span.labels
+            rows["tail"] = tail_beyond(span.truncation) if span.truncation else 0.0
             row += span.count
 
     def launch(self, rows: int, latents: int, labels: int) -> None:
-        """Put the drawing of the first ``rows`` rows into the stream; ``latents`` and ``labels`` are device addresses, or 0."""
+        """Put the drawing of the first ``rows`` rows into the stream; ``latents`` and ``labels`` are device addresses, the
+        latter 0 for a model without them."""
         memory = self._memory
-        memory.upload(ROWS, rows)
+        memory.upload([ROWS], rows)
         sizes = (rows, self._latent_size, self._blocks, self._labels)
-        addresses = (*map(memory.address, (*ROWS, *TABLES)), latents, labels)
+        addresses = (*map(memory.address, (ROWS, *TABLES)), latents, labels)
         memory.device.launch(self._kernel, rows * self._blocks, (*sizes, *addresses), memory.stream)
 
     def release(self) -> None:

@@ -58,32 +58,40 @@ DEVICE float normal(u32 word, float tail, const float *knots, const float *slope
     return FLOAT_OF(BITS_OF(scaled + knots[index]) | (word & 0x80000000u));
 }
 
-/* Thread ``number``: block ``number % blocks`` of row ``number / blocks``. A label that is not below 0 is kept. */
-DEVICE void draw_block(u64 number, u64 size, u64 blocks, u64 labels, const u64 *seeds, const u64 *indices, const float *tails,
-                       const float *knots, const float *slopes, float *latents, long long *chosen) {
+/* What is wanted of a row: ROW in device_latents.py. A label below 0 is drawn. */
+typedef struct {
+    u64 seed, index;
+    long long label;
+    float tail;
+} Row;
+
+/* Thread ``number``: block ``number % blocks`` of row ``number / blocks``. */
+DEVICE void draw_block(u64 number, u64 size, u64 blocks, u64 labels, const Row *wanted, const float *knots, const float *slopes,
+                       float *latents, long long *chosen) {
     const u64 row = number / blocks, block = number % blocks;
+    const Row own = wanted[row];
     u64 word[4];
-    const u64 base = indices[row] * blocks, low = base + block + 1;  /* numpy steps the counter before it draws */
-    const u64 high = HIGH(indices[row], blocks) + (low < base);
-    philox(low, high, seeds[row], word);
+    const u64 base = own.index * blocks, low = base + block + 1;  /* numpy steps the counter before it draws */
+    const u64 high = HIGH(own.index, blocks) + (low < base);
+    philox(low, high, own.seed, word);
     for (int part = 0; part < 8; part++) {
         const u64 column = block * 8 + part;
         const u32 half = (u32)(word[part / 2] >> (part % 2 * 32));
         if (column < size)
-            latents[row * size + column] = normal(half, tails[row], knots, slopes);
-        else if (column == size && labels && chosen[row] < 0)
-            chosen[row] = (long long)((u64)half * labels >> 32);
+            latents[row * size + column] = normal(half, own.tail, knots, slopes);
+        else if (column == size && labels)
+            chosen[row] = own.label < 0 ? (long long)((u64)half * labels >> 32) : own.label;
     }
 }
 
-KERNEL void draw(u64 rows, u64 size, u64 blocks, u64 labels, const u64 *seeds, const u64 *indices, const float *tails,
-                 const float *knots, const float *slopes, float *latents, long long *chosen) {
+KERNEL void draw(u64 rows, u64 size, u64 blocks, u64 labels, const Row *wanted, const float *knots, const float *slopes,
+                 float *latents, long long *chosen) {
 #ifdef __CUDACC__
     const u64 number = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (number < rows * blocks)
-        draw_block(number, size, blocks, labels, seeds, indices, tails, knots, slopes, latents, chosen);
+        draw_block(number, size, blocks, labels, wanted, knots, slopes, latents, chosen);
 #else
     for (u64 number = 0; number < rows * blocks; number++)
-        draw_block(number, size, blocks, labels, seeds, indices, tails, knots, slopes, latents, chosen);
+        draw_block(number, size, blocks, labels, wanted, knots, slopes, latents, chosen);
 #endif
 }

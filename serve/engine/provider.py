@@ -21,6 +21,7 @@ CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # As ONNX Runtime's CUDA provider writes it: "CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=...".
 CUDA_FAILURE = re.compile(r"CUDA failure (\d+): ([^;\n]+)")
+FILLS_A_GPU = 512  # rows from which on a run takes as long as it has rows
 PROVIDER_NAMES = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER}
 
 
@@ -42,14 +43,14 @@ class EngineOptions:
         return self.pad_to_powers or self.provider == "cuda"
 
     def bucket(self, count: int, largest: int) -> int:
-        """The rows that are computed for a batch of ``count``, at most ``largest``: on CUDA 1, 8, 64, 512, 4096.
+        """The rows that are computed for a batch of ``count``, at most ``largest``: on CUDA 1, 8, 64, 512, 1024, 2048, 4096.
 
         There a bucket costs memory, time to capture and a convolution plan of its own, which is made anew whenever the size
         changes outside a graph (onnxruntime #23006), and a few hundred rows more cost a GPU next to nothing.
         """
         if not self.padded:
             return count
-        bits = 3 if self.provider == "cuda" else 1
+        bits = 3 if self.provider == "cuda" and count <= FILLS_A_GPU else 1
         return min(largest, 1 << -(-(count - 1).bit_length() // bits) * bits)
 
 

@@ -58,7 +58,7 @@ def test_the_kernels_source_draws_the_hosts_bits(latent_size: int, labels: int) 
         expected, expected_labels = np.empty((rows, latent_size), np.float32), np.empty(rows, np.int64)
         LatentReader(latent_size, labels).fill(expected, spans, expected_labels if labels else None)
         latents, chosen = np.full((rows, latent_size), np.nan, np.float32), np.full(rows, -7, np.int64)
-        drawing.fill(spans, chosen if labels else None)
+        drawing.fill(spans)
         drawing.launch(rows, latents.ctypes.data, chosen.ctypes.data if labels else 0)
         assert latents.tobytes() == expected.tobytes()
         if labels:
@@ -73,7 +73,7 @@ def test_every_tail_of_the_table_is_looked_up_as_on_the_host() -> None:
     device = HostDevice()
     drawing = DeviceLatents(device, 1 << 16, 64, 0, device.open_stream())
     latents = np.empty((1 << 16, 64), np.float32)
-    drawing.fill([Span(9, 0, 1 << 16)], None)
+    drawing.fill([Span(9, 0, 1 << 16)])
     drawing.launch(1 << 16, latents.ctypes.data, 0)
     assert np.array_equal(latents.view(np.uint32), draw(9, 0, 1 << 16, 64).view(np.uint32))
     assert np.abs(latents).max() > 5
@@ -121,7 +121,7 @@ class Wrong(HostDevice):
     def launch(self, kernel: Any, threads: int, arguments: Sequence[int], stream: int) -> None:
         super().launch(kernel, threads, arguments, stream)
         rows, size = arguments[:2]
-        last = ctypes.c_uint32.from_address(arguments[9] + 4 * (rows * size - 1))
+        last = ctypes.c_uint32.from_address(arguments[-2] + 4 * (rows * size - 1))
         last.value ^= 1
 
 

@@ -338,7 +338,9 @@ def test_a_run_whose_answer_comes_too_late_is_found_and_waited_for(
     assert not late
 
 
-@pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 8), (8, 8), (9, 64), (65, 512), (513, 4096), (4096, 4096)])
+@pytest.mark.parametrize(
+    ("count", "bucket"), [(1, 1), (2, 8), (8, 8), (9, 64), (65, 512), (513, 1024), (1025, 2048), (4096, 4096)]
+)
 def test_cuda_has_few_buckets(count: int, bucket: int) -> None:
     assert EngineOptions(provider="cuda").bucket(count, 4096) == bucket
     assert EngineOptions(provider="cuda").bucket(count, 100) == min(bucket, 100)
