@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, packed
+from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, pack_field
 from serve.api.rpc import RpcTable
 from serve.batching.ticket import Priority
 from serve.core.generate import Core
@@ -167,7 +167,7 @@ async def _encode(digits: Digits, image_format: pb.ImageFormat, call: Call) -> b
     own = pb.GenerateResponse(seed=digits.seed, start=digits.start, count=digits.count, labels=labels)
     shared = _same_for_all(manifest.name, manifest.version, manifest.height, manifest.width, image_format)
     timing = TIMING.pack(TIMING_KEY, TIMING.size - 2, QUEUE_KEY, digits.queue_seconds, COMPUTE_KEY, digits.compute_seconds)
-    response = await packed(shared + own.SerializeToString() + timing, IMAGES_KEY, entries)
+    response = pack_field(shared + own.SerializeToString() + timing, IMAGES_KEY, entries)
     call.encoded(digits, time.perf_counter() - started)
     return response
 

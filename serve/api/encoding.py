@@ -15,10 +15,6 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from serve.waiting import in_thread
-
-# From here on ``bytes.join`` lets other threads have the interpreter, and sending takes as long as a GPU's batch.
-LARGE_BYTES = 1 << 20
 FIXED_64, LENGTH_DELIMITED = 1, 2  # protobuf wire types
 LITTLE_ENDIAN = sys.byteorder == "little"
 
@@ -36,13 +32,6 @@ def pack_field(head: bytes, key: bytes, entries: Sequence[Sequence[Piece]]) -> b
     for entry in entries:
         pieces += (key, _varint(sum(map(len, entry))), *entry)
     return b"".join(pieces)
-
-
-async def packed(head: bytes, key: bytes, entries: Sequence[Sequence[Piece]]) -> bytes:
-    """As ``pack_field``; what is large in a thread of its own, which goes on to send it: the model's computes meanwhile."""
-    if sum(len(piece) for entry in entries for piece in entry) < LARGE_BYTES:
-        return pack_field(head, key, entries)
-    return await in_thread(pack_field, head, key, entries)
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:

@@ -15,7 +15,7 @@ from google.protobuf import empty_pb2
 from numpy.typing import NDArray
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import LARGE_BYTES, Piece, as_bytes, field_key, pack_field, packed_varints
+from serve.api.encoding import Piece, as_bytes, field_key, pack_field, packed_varints
 from serve.api.rpc import RpcTable, parse
 from serve.api.status import refusal
 from serve.api.tensors import (
@@ -161,7 +161,7 @@ class OpenInferenceService:
         check_parameters(name for holder in holders for name in holder.parameters)
         parsed = to_request(request.model_name, request.model_version, read_inputs(request), names, call.deadline)
         digits = await self._core.generate(parsed, call.account)
-        if digits.count * 784 <= (LARGE_BYTES if request.raw_input_contents else MANY_VALUES):
+        if request.raw_input_contents or digits.count * 784 <= MANY_VALUES:
             return _encode(request, digits, names, call)
         return await in_thread(_encode, request, digits, names, call)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import threading
 
 import numpy as np
 import pytest
@@ -12,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.api import encoding
 from serve.api.digits_v1 import IMAGES_KEY
-from serve.api.encoding import LARGE_BYTES, as_bytes, field_key, pack_field, packed, packed_varints
+from serve.api.encoding import as_bytes, field_key, pack_field, packed_varints
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2
 from serve.pictures import to_grid, to_png
@@ -23,24 +20,9 @@ from serve.pictures import to_grid, to_png
 @given(entries=st.lists(st.lists(st.binary(max_size=300), max_size=3), max_size=5))
 def test_packed_entries_parse_as_the_repeated_field(entries: list[list[bytes]]) -> None:
     head = pb.GenerateResponse(model="dcgan", version=3, seed=0, count=9)
-    parsed = pb.GenerateResponse.FromString(pack_field(head.SerializeToString(), IMAGES_KEY, entries))
+    packed = pb.GenerateResponse.FromString(pack_field(head.SerializeToString(), IMAGES_KEY, entries))
     head.images.extend(b"".join(pieces) for pieces in entries)
-    assert parsed == head
-
-
-@pytest.mark.parametrize(("missing", "threads"), [(1, 1), (0, 2)])
-def test_what_is_large_is_packed_in_a_thread_of_its_own(missing: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that it came in is a slot's, which has a model to run."""
-    entries = [[b"x" * (LARGE_BYTES // 2 - missing), b"y" * (LARGE_BYTES // 2)]]
-    expected, seen = pack_field(b"head", IMAGES_KEY, entries), {threading.get_ident()}
-
-    def pack(*arguments: object) -> bytes:
-        seen.add(threading.get_ident())
-        return pack_field(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(encoding, "pack_field", pack)
-    assert asyncio.run(packed(b"head", IMAGES_KEY, entries)) == expected  # type: ignore[arg-type]
-    assert len(seen) == threads
+    assert packed == head
 
 
 def test_a_slice_of_the_output_is_taken_as_it_lies() -> None:
