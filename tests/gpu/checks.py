@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from export.generator import torch_form
 from export.graphs.to_fp16 import to_fp16
@@ -57,6 +58,7 @@ WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
 PIXELS_BYTES = 784
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
 LOOKED_AT = 16  # runs from one look at their pixels to the next
+OPTION_SIZES = (1, 8, 64, 1024, 4096)
 ALGORITHMS = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 
 
@@ -282,23 +284,25 @@ def releases(plan: Plan) -> Outcome:
 
 
 def provider_options(plan: Plan) -> Outcome:
-    """Digits a second at the largest bucket under each of the CUDA provider's options, beside the defaults'."""
-    if plan.provider != "cuda":
-        return Outcome({"skipped": "these are the CUDA provider's"})
-    choices = [{"cudnn_conv_algo_search": name} for name in ALGORITHMS]
+    """Digits a second by batch size under each of the CUDA provider's options, beside the defaults', and how far their images
+    are from those."""
+    choices: list[dict[str, str]] = [{"cudnn_conv_algo_search": name} for name in ALGORITHMS]
     choices += [{"prefer_nhwc": "1"}, {"use_tf32": "1"}, {"tunable_op_enable": "1", "tunable_op_tuning_enable": "1"}]
+    sizes = [size for size in OPTION_SIZES if size <= plan.largest]
     figures: dict[str, Any] = {}
     for model in MODELS:
-        default = engine_of(model, plan)
-        default.warm()
-        base = _run_s(default, plan.largest, plan)
-        figures[model] = {"default": plan.largest / base}
-        for choice in choices:
-            name = ",".join(f"{key}={value}" for key, value in choice.items())
+        expected: NDArray[np.float32] | None = None
+        figures[model] = {}
+        for choice in ({}, *choices):
+            name = ",".join(f"{key}={value}" for key, value in choice.items()) or "default"
             try:
-                engine = engine_of(model, plan, cuda_options=choice)
+                engine = engine_of(model, plan, cuda_graphs=plan.graphs, cuda_options=choice)
                 engine.warm()
-                figures[model][name] = plan.largest / _run_s(engine, plan.largest, plan)
+                rows = draw_span(Span(SEED, 0, sizes[-1]), engine.manifest.latent_size, engine.manifest.labels)
+                images = engine.compute(*rows, PIXELS_AND_IMAGES)["images"]
+                expected = images if expected is None else expected
+                rates = {size: size / _run_s(engine, size, plan) for size in sizes}
+                figures[model][name] = {"per_s": rates, "apart": float(np.abs(images - expected).max())}
             except Exception as error:  # an option this machine cannot take is a finding, not a failure
                 figures[model][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return Outcome(figures)
