@@ -19,6 +19,9 @@ comma := ,
 # An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
+# Tests, a file's in one process: most of them wait for a server's start.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
@@ -82,11 +85,11 @@ build/triton-client/.ready: | $(BIN)/python
 	@touch $@
 
 test: .venv/.all build/triton-client/.ready ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: .venv/.all build/triton-client/.ready ## run the tests with the long ones, over both transports, and print what they cover
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --all $(ARGS)
+	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
 
 mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md
