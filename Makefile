@@ -132,7 +132,7 @@ image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TA
 deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
 	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
-	$(BIN)/python -m pytest tests/deploy $(ARGS)
+	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)
 
 sbom: build/integrations/.ready ## write what the images install as CycloneDX: build/sbom-serve-cpu.json, -gpu, -train
 	@for each in serve-cpu:serve:cpu serve-gpu:serve:gpu:cuda train:train; do \

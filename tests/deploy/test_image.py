@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grpc
 import pytest
@@ -45,10 +46,10 @@ pytestmark = pytest.mark.timeout(900)
 class Engine:
     """podman and buildah with a storage of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runroot: str) -> None:
         (folder / "containers.conf").write_text(CONFIGURATION)
         self._environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
-        self._storage = ["--storage-driver=vfs", f"--root={folder / 'root'}", f"--runroot={folder / 'run'}"]
+        self._storage = ["--storage-driver=vfs", f"--root={folder / 'root'}", f"--runroot={runroot}"]
 
     def command(self, name: str, *arguments: str) -> list[str]:
         return [tool(name), *self._storage, *arguments]
@@ -71,10 +72,17 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def runroot() -> Iterator[str]:
+    """A folder whose path podman takes: of at most 50 characters."""
+    with TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, runroot: str) -> Iterator[Engine]:
     """An engine that holds the built image."""
     folder = tmp_path_factory.mktemp("image")
-    engine = Engine(folder)
+    engine = Engine(folder, runroot)
     sources = [str(path) for path in Path("/etc/apt/sources.list.d").glob("debian.sources")]
     release = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.MULTILINE)
     assert release, "the base is made by mmdebstrap, which takes a Debian"
