@@ -23,6 +23,7 @@ from serve.models.repository import Bundle
 # Beyond it batches gain nothing on a CPU: 16 images a run were as fast as 256 for the dcgan.
 BATCH_SECONDS = 0.005
 LARGEST = {"cpu": 64, "cuda": 4096}
+WORTH = 0.9  # of the most images a second; on a GPU a larger batch may make fewer (docs/decisions/0012-cuda.md)
 ROUNDS = 20
 
 
@@ -50,8 +51,11 @@ def time_batches(bundle: Bundle, provider: Provider) -> list[Timing]:
 
 
 def choose(timings: list[Timing]) -> int:
-    """The largest size whose run takes at most ``BATCH_SECONDS``; 1 if none does."""
-    return max((timing.size for timing in timings if timing.run_s <= BATCH_SECONDS), default=1)
+    """The largest size whose run takes at most ``BATCH_SECONDS`` and makes about as many images a second as any such; 1 if
+    none does."""
+    short = [timing for timing in timings if timing.run_s <= BATCH_SECONDS]
+    best = max((timing.size / timing.run_s for timing in short), default=0.0)
+    return max((timing.size for timing in short if timing.size / timing.run_s >= WORTH * best), default=1)
 
 
 def write(bundle: Bundle, provider: Provider, size: int) -> Path:

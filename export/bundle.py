@@ -51,7 +51,7 @@ EAGER = "eager"
 TORCHSCRIPT = "torchscript"
 GOLDEN_SEED, GOLDEN_COUNT = 20_260_101, 8
 PREVIEW_SEED, PREVIEW_SIDE = 0, 8
-# As ``python -m export batch-size`` measured them on the bundled models, on a GPU for the mlp.
+# What ``python -m export batch-size`` chooses for the bundled models; the mlp's on CUDA by the times of docs/measurements.md.
 BATCH_SIZES = {"mlp": {"cpu": 64, "cuda": 4096}, "dcgan": {"cpu": 8}, "cdcgan": {"cpu": 8}, "rpgan": {"cpu": 8}}
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 

@@ -207,7 +207,8 @@ def _batch_size(flags: argparse.Namespace) -> int:
     for timing in timings:
         print(f"{timing.size:6d}  {timing.run_s * 1e3:15.3f}  {timing.size / timing.run_s:15,.0f}")
     size = batch_size.choose(timings)
-    print(f"{size}: the largest within {batch_size.BATCH_SECONDS * 1e3:g} ms")
+    least = f"{batch_size.WORTH:.0%} of the most images a second"
+    print(f"{size}: the largest within {batch_size.BATCH_SECONDS * 1e3:g} ms that makes {least}")
     if flags.write:
         print(batch_size.write(bundle, flags.provider, size))
     return 0

@@ -138,19 +138,35 @@ def test_the_lock_files_name_no_host() -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", text)
 
 
+CHOSEN = r"^(\d+): the largest within 5 ms that makes 90% of the most images a second$"
+
+
 def test_batch_size_times_a_bundle_and_writes_what_it_finds_where_asked(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "ROUNDS", 1)
     bundle = bundles / "mlp" / "1"
     before = (bundle / "manifest.json").read_text()
     told = in_process(export_main, "batch-size", str(bundle))
     assert told.returncode == 0, told.stderr
-    [size] = re.findall(r"^(\d+): the largest within 5 ms$", told.stdout, re.MULTILINE)
+    [size] = re.findall(CHOSEN, told.stdout, re.MULTILINE)
     assert int(size) in {1 << power for power in range(7)}
     assert (bundle / "manifest.json").read_text() == before
     written = in_process(export_main, "batch-size", str(bundle), "--write")
     assert written.returncode == 0, written.stderr
-    [size] = re.findall(r"^(\d+): the largest within 5 ms$", written.stdout, re.MULTILINE)
+    [size] = re.findall(CHOSEN, written.stdout, re.MULTILINE)
     assert read_bundle(bundle).manifest.batch_sizes["cpu"] == int(size)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "size"),
+    [
+        ({1: 0.061, 512: 0.148, 1024: 0.206, 4096: 0.552}, 4096),
+        ({1: 0.105, 512: 0.769, 1024: 1.586, 2048: 4.736, 4096: 10.345}, 1024),  # 2048 take three times as long
+        ({1: 0.5, 8: 4.2, 16: 8.1}, 8),
+        ({1: 7.0}, 1),
+    ],
+)
+def test_the_batch_size_that_is_chosen_is_short_and_loses_no_images(milliseconds: dict[int, float], size: int) -> None:
+    assert batch_size.choose([batch_size.Timing(count, run / 1e3) for count, run in milliseconds.items()]) == size
 
 
 def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ FAULTS = [
     Fault("a full queue is UNAVAILABLE", "serve/api/status.py", "QueueFullError: (Code.RESOURCE_EXHAUSTED, 429)", "QueueFullError: (Code.UNAVAILABLE, 503)", f"tests/unit/test_status.py {WIRING}"),
     Fault("digits over Open Inference are not counted", OIP, "    call.encoded(digits, time.perf_counter() - started)\n", "", WIRING),
     Fault("Open Inference is always ready", OIP, "ready=self._ready()", "ready=True", WIRING),
+    Fault("a batch size is chosen though it makes fewer images", "export/batch_size.py", ">= WORTH * best", ">= 0.0 * best", "tests/integration/test_commands.py"),
     Fault("the device is not told which label is wanted", "serve/engine/device_latents.py", "OF_THE_STREAM if span.labels is None else span.labels", "OF_THE_STREAM", DEVICE_LATENTS),
     Fault("typed values over 127 are cut", "serve/api/encoding.py", "two = flat > 0x7F", "two = flat > 0xFF", "tests/unit/test_encode.py"),
     Fault("a repeated HTTP parameter's last value counts", "serve/api/http.py", "        if name in values:\n", "        if False:\n", "tests/integration/test_http_api.py"),
