@@ -34,6 +34,10 @@ class Timing:
     size: int
     run_s: float
 
+    @property
+    def images_per_s(self) -> float:
+        return self.size / self.run_s
+
 
 def time_batches(bundle: Bundle, provider: Provider) -> list[Timing]:
     """Time every power of two, by turns: the fastest run of many is what the machine can do when nothing disturbs it."""
@@ -54,8 +58,8 @@ def choose(timings: list[Timing]) -> int:
     """The largest size whose run takes at most ``BATCH_SECONDS`` and makes about as many images a second as any such; 1 if
     none does."""
     short = [timing for timing in timings if timing.run_s <= BATCH_SECONDS]
-    best = max((timing.size / timing.run_s for timing in short), default=0.0)
-    return max((timing.size for timing in short if timing.size / timing.run_s >= WORTH * best), default=1)
+    best = max((timing.images_per_s for timing in short), default=0.0)
+    return max((timing.size for timing in short if timing.images_per_s >= WORTH * best), default=1)
 
 
 def write(bundle: Bundle, provider: Provider, size: int) -> Path:

@@ -205,7 +205,7 @@ def _batch_size(flags: argparse.Namespace) -> int:
     timings = batch_size.time_batches(bundle, flags.provider)
     print("images  fastest run, ms  images a second")
     for timing in timings:
-        print(f"{timing.size:6d}  {timing.run_s * 1e3:15.3f}  {timing.size / timing.run_s:15,.0f}")
+        print(f"{timing.size:6d}  {timing.run_s * 1e3:15.3f}  {timing.images_per_s:15,.0f}")
     size = batch_size.choose(timings)
     least = f"{batch_size.WORTH:.0%} of the most images a second"
     print(f"{size}: the largest within {batch_size.BATCH_SECONDS * 1e3:g} ms that makes {least}")
