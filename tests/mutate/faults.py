@@ -164,6 +164,7 @@ FAULTS = [
     Fault("the kernel forgets the counter's carry", "serve/engine/latents.cu", " + (low < base);", ";", DEVICE_LATENTS),
     Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu", "own.label < 0 ?", "own.label < 1ll << 62 ?", DEVICE_LATENTS),
     Fault("the kernel truncates nothing", "serve/engine/latents.cu", "if (tail != 0.0f) {", "if (tail < 0.0f) {", DEVICE_LATENTS),
+    Fault("the trap among cuDNN's searches is offered", "serve/config/settings.py", '("EXHAUSTIVE", "HEURISTIC")', '("EXHAUSTIVE", "HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
     Fault("the device is not told which label is wanted", "serve/engine/device_latents.py", "OF_THE_STREAM if span.labels is None else span.labels", "OF_THE_STREAM", DEVICE_LATENTS),
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py", "problem = self._drawing_problem(drawing, LatentReader(*shape))", "problem = None", DEVICE_LATENTS),
     Fault("a thread keeps the capture mode that forbids what it does", "serve/engine/cuda.py", '    if of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures"):\n', "    if False:\n", "tests/unit/test_cuda_calls.py"),

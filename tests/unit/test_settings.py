@@ -110,6 +110,10 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--max-queue-delay-us=0", "--max-queue-delay-us is no setting any more: use --linger-us"),
         ("--cuda-options=speed=1", "--cuda-options: 'speed' is unknown; there are use_tf32, prefer_nhwc"),
         ("--cuda-options=use_tf32=2", "--cuda-options: use_tf32 must be one of 0, 1, got '2'"),
+        (
+            "--cuda-options=cudnn_conv_algo_search=DEFAULT",
+            "--cuda-options: cudnn_conv_algo_search must be one of EXHAUSTIVE, HEURISTIC, got 'DEFAULT'",
+        ),
         ("--cuda-graphs=on", "--cuda-graphs on needs --provider cuda, and it is auto"),
         ("--front=native", "--front native cannot serve --max-connection-age-s 300: give 0, or use --front grpcio"),
         ("--front=quic", "--front must be one of grpcio, native, got 'quic'"),
