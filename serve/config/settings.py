@@ -78,7 +78,7 @@ class Settings:
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
         "auto",
-        "what batches are padded to; auto: powers of 8 on CUDA, nothing on the CPU; powers: on the CPU too, of 2",
+        "what batches are padded to; auto: on CUDA 1, 8, 64, 512 and powers of two above, on the CPU nothing; powers: of two",
         choices=("auto", "powers"),
     )
     cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))

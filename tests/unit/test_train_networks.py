@@ -11,7 +11,7 @@ from torch import nn
 from train.activations import record
 from train.config import preset
 from train.losses import discriminator_loss, generator_loss
-from train.models import build_discriminator, build_generator
+from train.models import PointConvTranspose2d, build_discriminator, build_generator
 
 
 def parameters(module: nn.Module) -> int:
@@ -69,6 +69,20 @@ def test_the_label_reaches_both_networks_of_a_conditional_preset(name: str) -> N
         assert len(discriminator(images)[0].unique()) == 10
     else:
         assert not torch.allclose(discriminator(images, ones), discriminator(images, twos))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_transposed_convolution_of_points_is_pytorchs_own(bias: bool, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = PointConvTranspose2d(5, 3, (4, 2), bias=bias).to(memory_format=layout)
+    points, slopes = torch.randn(6, 5, 1, 1, requires_grad=True), torch.randn(6, 3, 4, 2)
+    given = [points, layer.weight, *([layer.bias] if bias else [])]
+    maps = layer(points)
+    expected = nn.functional.conv_transpose2d(points, layer.weight, layer.bias)
+    torch.testing.assert_close(maps, expected)
+    for own, pytorchs in zip(torch.autograd.grad(maps, given, slopes), torch.autograd.grad(expected, given, slopes), strict=True):
+        torch.testing.assert_close(own, pytorchs)
 
 
 def test_dcgan_weights_start_as_the_notebook_draws_them() -> None:
