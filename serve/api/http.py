@@ -34,6 +34,7 @@ PAGE_FILES = {
 }
 
 FORMATS = {"json": "png", "png": "png_grid"}  # as the query has it → the encoding
+LABELS_IN_HEADER = 1024  # clients and proxies take some 4 to 8 KiB of headers
 # Parameter → how its text is read. Numbers in 64 bits are text in the answers: JavaScript has no such numbers.
 WHOLE, REAL, TEXT = "a whole number", "a number", "text"
 # Python's own readers take more for a number than anybody means: 1_000, digits of other scripts, nan.
@@ -165,7 +166,7 @@ def _picture(digits: Digits, png: bytes) -> web.Response:
     address = {"Digits-Model": f"{manifest.name}/{manifest.version}", "Digits-Start": str(digits.start)}
     if digits.seed is not None:
         address["Digits-Seed"] = str(digits.seed)
-    if digits.labels is not None:
+    if digits.labels is not None and digits.count <= LABELS_IN_HEADER:
         address["Digits-Labels"] = ",".join(map(str, digits.labels))
     return web.Response(body=png, content_type="image/png", headers=address)
 

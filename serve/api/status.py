@@ -26,6 +26,9 @@ from serve.errors import (
 
 log = logging.getLogger(__name__)
 
+# A text goes over gRPC as metadata, of which clients take 8 KiB: of more they make RESOURCE_EXHAUSTED, whatever the status.
+MOST_CHARACTERS = 2000
+
 Code = grpc.StatusCode
 
 STATUS: dict[type[Exception], tuple[grpc.StatusCode, int]] = {
@@ -62,4 +65,6 @@ def refusal(error: Exception) -> Refusal:
         else:
             log.error("error %s", error_id, exc_info=error)
         return Refusal(Code.INTERNAL, 500, f"internal error {error_id}; the server's log has more")
-    return Refusal(*known, str(error), error.retry_after_s if isinstance(error, BusyError) else None)
+    text = str(error)
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
+    return Refusal(*known, text, error.retry_after_s if isinstance(error, BusyError) else None)

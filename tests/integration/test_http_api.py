@@ -67,6 +67,13 @@ def test_png_is_one_picture_with_the_address_in_its_headers(shared_server: Serve
     assert get(shared_server, "/v1/digits?seed=5&count=6&labels=2&format=png")[2] == body
 
 
+def test_a_pictures_headers_are_none_too_long_for_clients_and_proxies(shared_server: ServerProcess) -> None:
+    few, many = (get(shared_server, f"/v1/digits?seed=5&count={count}&format=png") for count in (1024, 1025))
+    assert len(few[1]["Digits-Labels"].split(",")) == 1024
+    assert "Digits-Labels" not in many[1]
+    assert sum(len(name) + len(value) + 4 for name, value in few[1].items()) < 4096
+
+
 def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(shared_server: ServerProcess) -> None:
     answer = json.loads(get(shared_server, "/v1/digits?model=mlp&seed=1")[2])
     assert [digit["label"] for digit in answer["digits"]] == [None]

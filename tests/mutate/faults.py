@@ -183,6 +183,8 @@ FAULTS = [
     Fault("the discriminator's gradients pile up", STEP, "        self.discriminator_optimizer.zero_grad()\n        discriminator_loss.backward()\n        self.discriminator_optimizer.step()\n\n        noise", "        discriminator_loss.backward()\n        self.discriminator_optimizer.step()\n\n        noise", REFERENCE),
     Fault("the generator's gradients pile up", STEP, "        self.generator_optimizer.zero_grad()\n        # Only", "        # Only", REFERENCE),
     Fault("the first layer's maps are turned", "train/models.py", "self.weight.permute(0, 2, 3, 1)", "self.weight.permute(0, 3, 2, 1)", "tests/unit/test_train_networks.py"),
+    Fault("a status has a text of any length", "serve/api/status.py", "if len(text) <= MOST_CHARACTERS else", "if text else", "tests/unit/test_status.py"),
+    Fault("a picture has headers of any length", "serve/api/http.py", " and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
     Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
     Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
     Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),

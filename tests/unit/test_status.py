@@ -26,6 +26,14 @@ def test_a_domain_error_keeps_its_text(error: Exception, code: grpc.StatusCode, 
     assert refusal(error) == (code, http_status, str(error), None)
 
 
+def test_a_text_is_none_too_long_for_a_grpc_client() -> None:
+    versions = ", ".join(str(10**17 + number) for number in range(5000))
+    text = refusal(errors.UnknownModelError(f"model 'mlp' has no version 1; there are {versions}")).text
+    assert text.startswith("model 'mlp' has no version 1; there are 100000000000000000, 1")
+    assert text.endswith(" …")
+    assert len(text.encode()) < 4096
+
+
 def test_a_full_queue_says_when_to_come_back() -> None:
     assert refusal(errors.QueueFullError("full", 0.25)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "full", 0.25)
 
