@@ -11,6 +11,7 @@ A checkpoint alone decides what a resumed run does; losses.npy and the pictures 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -167,10 +168,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write beside and rename: after a crash at any moment the old content or the whole new one is there."""
+    content = io.BytesIO()
+    write(content)  # in memory: of a full disk PyTorch's own writing makes an error that names nothing
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            write(stream)
+            stream.write(content.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
         Path(scratch).chmod(0o644)

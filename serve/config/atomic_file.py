@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
@@ -22,3 +25,21 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
+
+
+@contextlib.contextmanager
+def replacing(paths: Sequence[Path]) -> Iterator[Sequence[IO[bytes]]]:
+    """A block that writes files: at its end they take the places of ``paths``, in that order; if it raises, they are gone."""
+    beside = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(each.open("wb")) for each in beside]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for each, path in zip(beside, paths, strict=True):
+            each.replace(path)
+    finally:
+        for each in beside:
+            each.unlink(missing_ok=True)

@@ -49,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say_unlabelled(read_header(flags.out))
             return 0
         _write(flags)
-    except (ServeError, OSError) as error:
+    except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full, a folder that may not be written to
+        where = error.filename or flags.out
+        print(f"error: {where}: {error.strerror or error}; make room there, or name another --out", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.config.atomic_file import replacing
 from serve.dataset.header import Dataset, read_header, write_header
 from serve.errors import SettingsError
 
@@ -83,17 +84,15 @@ def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
     raw.mkdir(parents=True, exist_ok=True)
     test = dataset.count // TEST_SHARE
     digit = dataset.height * dataset.width
-    written = []
-    for kind, skip, count in (("train", 0, dataset.count - test), ("t10k", dataset.count - test, test)):
-        images, labels = raw / f"{kind}-images-idx3-ubyte", raw / f"{kind}-labels-idx1-ubyte"
-        with images.open("wb") as file:
-            file.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
-            _copy(parts, skip * digit, count * digit, file)
-        with labels.open("wb") as file:
-            file.write(struct.pack(">2I", LABELS_MAGIC, count))
-            file.writelines(label_bytes(folder, dataset, skip, count))
-        written += [images, labels]
-    return written
+    paths = [raw / f"{kind}-{what}-ubyte" for kind in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
+    ranges = ((0, dataset.count - test), (dataset.count - test, test))
+    with replacing(paths) as files:
+        for (skip, count), images, labels in zip(ranges, files[::2], files[1::2], strict=True):
+            images.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
+            _copy(parts, skip * digit, count * digit, images)
+            labels.write(struct.pack(">2I", LABELS_MAGIC, count))
+            labels.writelines(label_bytes(folder, dataset, skip, count))
+    return paths
 
 
 def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
@@ -103,7 +102,7 @@ def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
     """
     path = folder / "digits.npz"
     shape = (dataset.count, dataset.height, dataset.width)
-    with zipfile.ZipFile(path, "w") as archive:
+    with replacing([path]) as (whole,), zipfile.ZipFile(whole, "w") as archive:
         with archive.open("images.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.config.atomic_file import replacing
 from serve.dataset.filter import Judge, filtered_digits
 from serve.dataset.header import Dataset, agree
 from serve.engine.factory import make_engine
@@ -96,22 +96,11 @@ def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator
         return path
     # The pixels last: where they are, the shard is whole.
     targets = [dataset.indices_file(folder, shard), path] if dataset.filter else [path]
-    beside = [each.with_name(f".{each.name}.{os.getpid()}") for each in targets]
-    try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(each.open("wb")) for each in beside]
-            for digits in _with_progress(generator.digits(dataset, first, count), count):
-                files[-1].write(digits.pixels.data)
-                if digits.indices is not None:
-                    files[0].write(digits.indices.astype("<i8").data)
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for each, target in zip(beside, targets, strict=True):
-            each.replace(target)
-    finally:
-        for each in beside:
-            each.unlink(missing_ok=True)
+    with replacing(targets) as files:
+        for digits in _with_progress(generator.digits(dataset, first, count), count):
+            files[-1].write(digits.pixels.data)
+            if digits.indices is not None:
+                files[0].write(digits.indices.astype("<i8").data)
     return path
 
 

@@ -22,6 +22,7 @@ from serve.engine.cuda_engine import CudaEngine
 from serve.engine.provider import EngineOptions
 from serve.errors import GoldenError
 from serve.manifest import BUNDLED_DIR, Manifest
+from tests.full_disk import files_of_at_most
 from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
@@ -171,6 +172,30 @@ def test_joining_names_the_shard_that_is_missing(tmp_path: Path, capsys: pytest.
     write(tmp_path, 2, 1)
     assert main(["join", f"--out={tmp_path}"]) == 2
     assert "part-00000-of-00002.pixels is missing or not whole; write it with --shard 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("file_format", "left"), [("idx", 3_000), ("idx", 60_000), ("npz", 60_000)])
+def test_joining_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    file_format: str, left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", "--model=mlp", "--provider=cpu", "--count=100", f"--out={tmp_path}"]) == 0
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with files_of_at_most(left):
+        assert main(["join", f"--format={file_format}", f"--out={tmp_path}"]) == 2
+    assert re.fullmatch(
+        rf"error: {tmp_path}.*: File too large; make room there, or name another --out\n", capsys.readouterr().err
+    )
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_shard_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with files_of_at_most(3_000):
+        assert main(["write", "--model=mlp", "--provider=cpu", "--count=100", f"--out={tmp_path}"]) == 2
+    assert re.fullmatch(rf"error: {tmp_path}: File too large; make room there, or name another --out\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 
 def test_shards_cover_the_tape_without_gap_or_overlap() -> None:

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
+from tests.full_disk import files_of_at_most
 from train import report
 from train.checkpoint import create_run, save_checkpoint
 from train.cli import main
@@ -427,6 +428,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkey
     assert done.stderr.strip().splitlines()[-1].startswith("error: No space left on device; what was saved before is kept")
     assert final_state(only_run(tmp_path, "mlp"))["step"] == 0
     assert not list((only_run(tmp_path, "mlp") / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("size", [1, 5_000, 399_000])
+def test_a_checkpoint_that_does_not_fit_is_an_error_of_the_disks(size: int, tmp_path: Path) -> None:
+    run = create_run(tmp_path, preset("mlp"), {"data": {}})
+    with files_of_at_most(size), pytest.raises(OSError, match="File too large"):
+        save_checkpoint(run, 1, {"weights": torch.zeros(100_000)})
+    assert not list((run.folder / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
