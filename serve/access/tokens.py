@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from serve.config.atomic_file import replace_file
+from serve.config.atomic_file import locked, replace_file
 from serve.config.command_line import OneLineParser
 from serve.config.file_state import file_state
 from serve.errors import SettingsError, UnauthenticatedError
@@ -146,31 +146,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Add a token to a file or remove one. Returns the exit status; an error is one line on stderr."""
     flags = _parser().parse_args(arguments)
     try:
-        tokens = _read(flags.file) if flags.file.exists() else {}
-        if flags.action == "add":
-            if flags.name in tokens:
-                raise SettingsError(f"{flags.file} has a token {flags.name!r} already; remove it first")
-            presented = f"{flags.name}.{secrets.token_urlsafe(SECRET_BYTES)}"
-            entry = {
-                "name": flags.name,
-                "sha256": hashlib.sha256(presented.encode()).hexdigest(),
-                "scopes": flags.scopes.split(","),
-                "expires": flags.expires,
-                "images": flags.images,
-                "requests_per_s": flags.requests_per_s,
-            }
-            tokens[flags.name] = _parse_entry(msgspec.json.encode(entry), "the new token")
-            _write(flags.file, tokens)
-            print(presented)
-        else:
-            if flags.name not in tokens:
-                raise SettingsError(f"{flags.file} has no token {flags.name!r}; there are {', '.join(tokens) or 'none'}")
-            del tokens[flags.name]
-            _write(flags.file, tokens)
-    except (SettingsError, OSError) as error:
+        with locked(flags.file.parent):
+            _change(flags)
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {flags.file} cannot be written ({error.strerror}); name another file", file=sys.stderr)
+        return 2
     return 0
+
+
+def _change(flags: argparse.Namespace) -> None:
+    tokens = _read(flags.file) if flags.file.exists() else {}
+    if flags.action == "add":
+        if flags.name in tokens:
+            raise SettingsError(f"{flags.file} has a token {flags.name!r} already; remove it first")
+        presented = f"{flags.name}.{secrets.token_urlsafe(SECRET_BYTES)}"
+        entry = {
+            "name": flags.name,
+            "sha256": hashlib.sha256(presented.encode()).hexdigest(),
+            "scopes": flags.scopes.split(","),
+            "expires": flags.expires,
+            "images": flags.images,
+            "requests_per_s": flags.requests_per_s,
+        }
+        tokens[flags.name] = _parse_entry(msgspec.json.encode(entry), "the new token")
+        _write(flags.file, tokens)
+        print(presented)
+    else:
+        if flags.name not in tokens:
+            raise SettingsError(f"{flags.file} has no token {flags.name!r}; there are {', '.join(tokens) or 'none'}")
+        del tokens[flags.name]
+        _write(flags.file, tokens)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,9 @@
-"""Files written whole or not at all: beside, and renamed into place."""
+"""Files written whole or not at all, beside and renamed into place; and one process at a time that reads and rewrites one."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,18 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A block that one process or thread at a time is in, of those that ask for the same folder. Raises OSError without one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: as good as it can be had
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from serve.config.atomic_file import replace_file
+from serve.config.atomic_file import locked, replace_file
 from serve.config.file_state import file_state
 from serve.config.version_policy import VersionPolicy, parse_policy
 from serve.errors import LifecycleError, SettingsError
@@ -161,19 +161,23 @@ class ServingFile:
         try:
             handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE_NAME}-")
         except OSError as error:
-            raise LifecycleError(f"{self.path} cannot be written ({error.strerror}); change it where it comes from") from None
+            raise self._unwritable(error) from None
         os.close(handle)
         Path(temporary).unlink()
 
     def write(self, state: ServingState) -> None:
         """Replace the file. Raises LifecycleError as ``prepare`` does."""
-        self.prepare()
         content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
         try:
-            replace_file(self.path, content, 0o644)
+            with locked(self.path.parent):  # another replica's change is made before this one's look at the file, or after it
+                self.prepare()
+                replace_file(self.path, content, 0o644)
         except OSError as error:
-            raise LifecycleError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
+            raise self._unwritable(error) from None
         self._seen, self._missing, self.state = file_state(self.path), False, state
+
+    def _unwritable(self, error: OSError) -> LifecycleError:
+        return LifecycleError(f"{self.path} cannot be written ({error.strerror}); change it where it comes from, or make room")
 
     def _read(self) -> ServingState:
         try:

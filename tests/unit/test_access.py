@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import string
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,26 @@ def test_a_revoked_token_is_out_at_once_and_a_damaged_file_changes_nothing(
     assert reloads == ["ok", "failed", "failed"]
     assert "the tokens stay as they were" in caplog.text
     assert second not in caplog.text
+
+
+def test_tokens_that_are_added_at_the_same_time_are_all_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = tokens_module._write
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)  # others have read the file by then, if they may
+        honest(*given)
+
+    monkeypatch.setattr(tokens_module, "_write", slowly)
+    names = [f"caller-{number}" for number in range(4)]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda name: main(["add", str(path), "--name", name]), names)) == [0] * 4
+    assert set(parse_tokens(path.read_bytes(), "here")) == set(names)
+
+
+def test_a_tokens_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "nowhere" / "tokens.json"
+    assert main(["add", str(path), "--name=jobs"]) == 2
+    assert capsys.readouterr().err == f"error: {path} cannot be written (No such file or directory); name another file\n"
 
 
 def test_the_command_line_refuses_doubles_and_strangers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,10 @@ import gc
 import json
 import os
 import shutil
+import time
 import weakref
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from serve.batching.ticket import Priority
+from serve.config.atomic_file import locked
 from serve.config.settings import Settings
 from serve.engine.session import PIXELS
 from serve.errors import BundleError, LifecycleError, SettingsError, UnknownModelError
@@ -519,6 +522,18 @@ def test_what_cannot_be_written_is_refused_by_name_and_changes_nothing(
         assert it.served() == [1, 2]
 
     with_replica(meanwhile, models, versions="1")
+
+
+def test_two_replicas_that_write_at_the_same_time_do_not_undo_each_others_change(tmp_path: Path) -> None:
+    file = ServingFile(tmp_path / "serving.json")
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path):
+            writing = pool.submit(file.write, parse_serving_state(b'{"models": {"mlp": {"versions": [1]}}}', "here"))
+            time.sleep(0.2)
+            file.path.write_text('{"models": {"dcgan": {"versions": [1]}}}')
+        with pytest.raises(LifecycleError, match="has been changed by somebody else just now"):
+            writing.result()
+    assert set(ServingFile(file.path).state.models) == {"dcgan"}
 
 
 def test_the_bundled_models_are_not_changed() -> None:
