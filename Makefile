@@ -19,6 +19,9 @@ comma := ,
 # An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
+# Of several `make` at once one sets up and the others wait: two pips in one .venv break each other's work. macOS has no flock.
+LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
+
 # Tests, a file's in one process: most of them wait for a server's start.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
@@ -35,18 +38,17 @@ setup: .venv/.all ## install everything: training, export, serving, checks
 setup-serve: .venv/.serve ## install what serving needs, and nothing of training
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(LOCKED) '[ -x $@ ] || { set -x; $(PYTHON) -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
 
 .venv/.serve: pyproject.toml | $(BIN)/python
-	@echo "installing what serving needs into .venv: $(if $(CUDA),3 GB,0.4 GB), and that once"
-	$(BIN)/python -m pip install --editable '.$(if $(CUDA),[$(CUDA)])'
-	@touch $@
+	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
+		echo "installing what serving needs into .venv: $(if $(CUDA),3 GB,0.4 GB), and that once"; \
+		$(BIN)/python -m pip install --editable ".$(if $(CUDA),[$(CUDA)])" && touch $@; }'
 
 .venv/.all: pyproject.toml | $(BIN)/python
-	@echo "installing everything into .venv: 6 GB, mostly PyTorch; some minutes, and that once"
-	$(BIN)/python -m pip install --editable '.[train,dev$(if $(CUDA),$(comma)$(CUDA))]'
-	@touch .venv/.serve $@
+	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
+		echo "installing everything into .venv: 6 GB, mostly PyTorch; some minutes, and that once"; \
+		$(BIN)/python -m pip install --editable ".[train,dev$(if $(CUDA),$(comma)$(CUDA))]" && touch .venv/.serve $@; }'
 
 serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (ARGS="--models-dir models")
 	@$(BIN)/python -m serve $(ARGS)

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from serve.config.atomic_file import replace_file
+from serve.config.atomic_file import locked, replace_file
 from serve.errors import SettingsError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, draw_span, in_turn
 
@@ -104,8 +104,9 @@ def write_header(folder: Path, dataset: Dataset) -> None:
 def agree(folder: Path, dataset: Dataset) -> None:
     """The folder belongs to one data set: the first shard says which, the others must be of the same."""
     header = folder / HEADER_FILE
-    if not header.exists():
-        write_header(folder, dataset)
+    with locked(folder):  # a job's shards all begin at once
+        if not header.exists():
+            write_header(folder, dataset)
     there = read_header(folder)
     for name in (each for each in Dataset.__struct_fields__ if each != "refused_share"):
         found, wanted = getattr(there, name), getattr(dataset, name)

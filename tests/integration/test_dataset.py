@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import pytest
 from torchvision.datasets import MNIST
 
 from serve.client import DigitClient
+from serve.config.atomic_file import locked
 from serve.dataset import shards as shard_writing
 from serve.dataset.command import main
 from serve.dataset.filter import Judge, filtered_digits
-from serve.dataset.header import Dataset, read_header
+from serve.dataset.header import Dataset, agree, read_header, write_header
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.provider import EngineOptions
-from serve.errors import GoldenError
+from serve.errors import GoldenError, SettingsError
 from serve.manifest import BUNDLED_DIR, Manifest
 from tests.full_disk import files_of_at_most
 from tests.host_device import HostDevice
@@ -196,6 +199,19 @@ def test_a_shard_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
         assert main(["write", "--model=mlp", "--provider=cpu", "--count=100", f"--out={tmp_path}"]) == 2
     assert re.fullmatch(rf"error: {tmp_path}: File too large; make room there, or name another --out\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_of_shards_that_begin_at_once_the_first_says_what_the_data_set_is(tmp_path: Path) -> None:
+    about = {"model": "mlp", "version": 1, "digest": "ab", "start": 0, "height": 28, "width": 28, "latent_size": 64, "classes": 0}
+    first, second = (Dataset(**about, count=10, shards=2, seed=seed) for seed in (1, 2))
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path):
+            agreeing = pool.submit(agree, tmp_path, second)
+            time.sleep(0.2)
+            write_header(tmp_path, first)
+        with pytest.raises(SettingsError, match="holds a data set with seed 1, not 2"):
+            agreeing.result()
+    assert read_header(tmp_path).seed == 1
 
 
 def test_shards_cover_the_tape_without_gap_or_overlap() -> None:

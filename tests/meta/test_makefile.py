@@ -1,0 +1,45 @@
+"""What ``make`` does by itself: setting up, also when it is asked for it twice at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Stands for an interpreter: makes an environment with itself in it, and takes its time to install.
+INTERPRETER = """#!/bin/sh
+case "$*" in
+"-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo venv >> log ;;
+*--editable*) echo "begin" >> log; sleep 0.5; echo "end" >> log ;;
+esac
+"""
+
+
+def test_several_at_once_set_up_once_and_wait_for_it(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    python = tmp_path / "python"
+    python.write_text(INTERPRETER)
+    python.chmod(0o755)
+    command = ["make", "setup-serve", f"PYTHON={python}"]
+    makes = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [make.wait(60) for make in makes] == [0] * 4
+    assert (tmp_path / "log").read_text().split() == ["venv", "begin", "end"]
+    assert (tmp_path / ".venv" / ".serve").exists()
+    subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "log").read_text().split() == ["venv", "begin", "end", "begin", "end"]
+
+
+def test_what_could_not_be_installed_is_tried_again(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(INTERPRETER.replace('echo "end" >> log', "exit 3"))
+    python.chmod(0o755)
+    command = ["make", "setup-serve", f"PYTHON={python}"]
+    for _ in range(2):
+        assert subprocess.run(command, cwd=tmp_path, check=False, capture_output=True).returncode == 2
+    assert (tmp_path / "log").read_text().split() == ["venv", "begin", "begin"]
