@@ -25,7 +25,7 @@ from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
-from serve.config.command_line import OneLineParser
+from serve.config.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
@@ -78,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     live = commands.add_parser("watch", help="compare a running server with PyTorch, again and again")
     add_flags(live)
     live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
-    live.add_argument("--interval-s", type=float, default=30.0, help="time between two comparisons (default: 30)")
+    live.add_argument("--interval-s", type=within(0.1, 86400.0), default=30.0, help="time between two comparisons (default: 30)")
     live.add_argument("--metrics-host", default="127.0.0.1", help="address of /metrics (default: 127.0.0.1)")
-    live.add_argument("--metrics-port", type=int, default=9090, help="port of /metrics (default: 9090)")
+    live.add_argument("--metrics-port", type=within(0, 65535), default=9090, help="port of /metrics (default: 9090)")
     live.add_argument("--once", action="store_true", help="compare once, print a table, exit 1 on a breach")
     return parser
 
@@ -163,7 +163,7 @@ def _plain(flags: argparse.Namespace) -> int:
 
 def _watch(flags: argparse.Namespace) -> int:
     access = access_from(flags)
-    with DigitClient(flags.target, access=access) as client:
+    with DigitClient(flags.target, access=access, wait_for_server=not flags.once) as client:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:

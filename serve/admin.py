@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
-from serve.config.command_line import OneLineParser
+from serve.config.command_line import INT63, TIMEOUT_S, OneLineParser, run_command
 from serve.errors import SettingsError
 from serve.pb.digits.v1 import control_pb2 as pb
 from serve.pb.digits.v1 import control_pb2_grpc as pb_grpc
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except grpc.RpcError as error:
         print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
         return 1
-    except (SettingsError, ValueError) as error:  # protobuf refuses a value before anything is sent
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(as_table(response))
@@ -87,15 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
         add_flags(action)
-        action.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 120)")
+        action.add_argument("--timeout", type=TIMEOUT_S, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 120)")
         action.add_argument("model", help="model name", default="", nargs="?" if name == "status" else None)
         if name in ("load", "unload", "set-default"):
-            action.add_argument("--version", type=int, default=0, help="its version (default: 0, see control.proto)")
+            action.add_argument("--version", type=INT63, default=0, help="its version (default: 0, see control.proto)")
         if name == "set-default":
-            action.add_argument("--canary", type=int, default=0, help="version that gets --share of the seeds")
+            action.add_argument("--canary", type=INT63, default=0, help="version that gets --share of the seeds")
             action.add_argument("--share", type=float, default=0.0, help="over 0 and under 1")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

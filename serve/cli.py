@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from serve.batching.slot import SLOT_THREAD
+from serve.config.command_line import drop_output
 from serve.config.settings import Settings, from_arguments
 from serve.errors import StartError
 from serve.observability.logs import configure
@@ -41,8 +42,11 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
     for line in _banner(server, ports, settings):
         if settings.log_format == "json":
             log.info(line)
-        else:
+            continue
+        try:
             print(line, flush=True)
+        except BrokenPipeError:  # nobody reads on: no reason not to serve
+            drop_output()
 
 
 def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:

@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:  # a disk that is full, a folder that has gone
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; what was saved before is kept: make room and resume", file=sys.stderr)

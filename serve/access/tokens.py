@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from serve.config.atomic_file import locked, replace_file
-from serve.config.command_line import OneLineParser
+from serve.config.command_line import OneLineParser, run_command, within
 from serve.config.file_state import file_state
 from serve.errors import SettingsError, UnauthenticatedError
 
@@ -147,17 +147,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         with locked(flags.file.parent):
-            _change(flags)
+            presented = _change(flags)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {flags.file} cannot be written ({error.strerror}); name another file", file=sys.stderr)
         return 2
+    if presented:
+        print(presented)
     return 0
 
 
-def _change(flags: argparse.Namespace) -> None:
+def _change(flags: argparse.Namespace) -> str | None:
+    """Change the file; returns the token that was added."""
     tokens = _read(flags.file) if flags.file.exists() else {}
     if flags.action == "add":
         if flags.name in tokens:
@@ -173,12 +176,12 @@ def _change(flags: argparse.Namespace) -> None:
         }
         tokens[flags.name] = _parse_entry(msgspec.json.encode(entry), "the new token")
         _write(flags.file, tokens)
-        print(presented)
-    else:
-        if flags.name not in tokens:
-            raise SettingsError(f"{flags.file} has no token {flags.name!r}; there are {', '.join(tokens) or 'none'}")
-        del tokens[flags.name]
-        _write(flags.file, tokens)
+        return presented
+    if flags.name not in tokens:
+        raise SettingsError(f"{flags.file} has no token {flags.name!r}; there are {', '.join(tokens) or 'none'}")
+    del tokens[flags.name]
+    _write(flags.file, tokens)
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scopes", default="generate", help=f"joined by commas: {', '.join(SCOPES)} (default: generate)")
     parser.add_argument("--expires", help="when it ends, as 2027-01-31T00:00:00+00:00 (default: never)")
     parser.add_argument("--images", type=int, help="images in flight, instead of --caller-images; 0: no limit")
-    parser.add_argument("--requests-per-s", type=float, help="instead of --caller-requests-per-s; 0: no limit")
+    parser.add_argument("--requests-per-s", type=within(0.0, 1e6), help="instead of --caller-requests-per-s; 0: no limit")
     return parser
 
 
@@ -216,4 +219,4 @@ def _write(path: Path, tokens: Mapping[str, Token]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from serve.client.command import main
+from serve.config.command_line import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.diagnosis import described
-from serve.config.command_line import OneLineParser
+from serve.config.command_line import INT63, TIMEOUT_S, UINT32, OneLineParser, within
 from serve.errors import SettingsError
+from serve.latents import SEED_LIMIT
 from serve.pictures import to_grid, to_png
 
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except grpc.RpcError as error:
         print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
         return 1
-    except (SettingsError, ValueError) as error:  # protobuf refuses a value before anything is sent
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -55,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: cannot write {flags.out} ({error.strerror}); name another file with --out", file=sys.stderr)
         return 1
-    print(as_text(digits.pixels, columns=5))
+    with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
+        print(as_text(digits.pixels, columns=5))
     print(
         f"{flags.out}: {len(digits.pixels)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
         f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
@@ -66,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.client", description="Ask a server for digits.")
     add_flags(parser)
-    parser.add_argument("--count", type=int, default=25, help="how many digits (default: 25)")
-    parser.add_argument("--seed", type=int, help="seed of the stream of digits (default: the server draws one)")
-    parser.add_argument("--start", type=int, default=0, help="index of the first digit (default: 0)")
-    parser.add_argument("--digit", type=int, nargs="+", default=(), help="which digit: one for all, or one for each")
+    parser.add_argument("--count", type=UINT32, default=25, help="how many digits (default: 25)")
+    seeds = within(0, SEED_LIMIT - 1)
+    parser.add_argument("--seed", type=seeds, help="seed of the stream of digits (default: the server draws one)")
+    parser.add_argument("--start", type=INT63, default=0, help="index of the first digit (default: 0)")
+    parser.add_argument("--digit", type=UINT32, nargs="+", default=(), help="which digit: one for all, or one for each")
     parser.add_argument("--truncation", type=float, default=0.0, help="no latent value beyond it (default: 0, none)")
     parser.add_argument("--model", default="", help="model name (default: the server's)")
-    parser.add_argument("--version", type=int, default=0, help="model version (default: the model's)")
-    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
+    parser.add_argument("--version", type=INT63, default=0, help="model version (default: the model's)")
+    parser.add_argument("--timeout", type=TIMEOUT_S, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write (default: digits.png)")
     return parser
 

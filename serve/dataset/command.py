@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:  # a disk that is full, a folder that may not be written to
         where = error.filename or flags.out
         print(f"error: {where}: {error.strerror or error}; make room there, or name another --out", file=sys.stderr)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +23,14 @@ from PIL import Image
 
 from export import batch_size
 from export.cli import main as export_main
+from serve.client import DigitClient
+from serve.client.command import main as client_main
 from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
+from tests.server_process import ServerProcess
 from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
 from train.config import preset
@@ -37,6 +43,85 @@ def python(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
     )
+
+
+@pytest.fixture
+def nobody_reads() -> Iterator[int]:
+    """A pipe whose reader has left, to write to."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve.access.tokens add {folder}/tokens.json --name jobs",
+        "serve.admin status --target {target}",
+        "serve.client --target {target} --out {folder}/digits.png",
+        "serve.dataset write --count 1 --provider cpu --out {folder}/digits",
+        f"export verify {BUNDLED_DIR}/mlp/1",
+        "train list --runs-dir {folder}",
+    ],
+)
+def test_a_reader_who_has_left_ends_a_command_without_complaint(
+    command: str, buffered: bool, nobody_reads: int, shared_server: ServerProcess, tmp_path: Path
+) -> None:
+    create_run(tmp_path, preset("mlp"), {})
+    arguments = command.format(target=shared_server.target, folder=tmp_path).split()
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], stdout=nobody_reads, stderr=subprocess.PIPE,
+        timeout=60, check=False, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_server_whose_output_nobody_reads_serves_all_the_same(nobody_reads: int, tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/grpc"
+    command = [sys.executable, "-m", "serve", f"--host={target}", "--http-port=0", "--provider=cpu"]
+    with subprocess.Popen(command, stdout=nobody_reads, stderr=subprocess.PIPE, cwd=ROOT, text=True) as server:
+        with DigitClient(target) as client:
+            assert len(client.generate(2, seed=1).pixels) == 2
+        server.terminate()
+        assert "Error" not in server.communicate(timeout=60)[1]
+    assert server.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--seed=-1", "argument --seed: must be from 0 to 18446744073709551615, got -1"),
+        ("--seed=18446744073709551616", "argument --seed: must be from 0 to 18446744073709551615, got 18446744073709551616"),
+        ("--count=many", "argument --count: invalid whole number value: 'many'"),
+        ("--timeout=0", "argument --timeout: must be from 0.001 to 86400.0, got 0"),
+        ("--timeout=nan", "argument --timeout: must be from 0.001 to 86400.0, got nan"),
+        ("--timeout=soon", "argument --timeout: invalid number value: 'soon'"),
+        ("--digit=-7", "argument --digit: must be from 0 to 4294967295, got -7"),
+    ],
+)
+def test_a_number_out_of_bounds_is_named_by_its_flag(flag: str, complaint: str) -> None:
+    done = in_process(client_main, flag)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {complaint} (see python -m serve.client --help)\n"
+
+
+def test_digits_come_to_a_terminal_without_braille_as_a_picture(shared_server: ServerProcess, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serve.client", "--target", shared_server.target, "--out", str(tmp_path / "digits.png")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/digits.png: 25 digits by rpgan/1, seed ")
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.size == (140, 140)
+
+
+def test_one_look_of_the_watch_says_at_once_that_nobody_answers() -> None:
+    done = in_process(export_main, "watch", "--once", "--target=localhost:1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: localhost:1: UNAVAILABLE: nobody answers at localhost:1 ")
 
 
 def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> None:
