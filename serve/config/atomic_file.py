@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
+
+LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
@@ -30,11 +34,17 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A block that one process or thread at a time is in, of those that ask for the same folder. Raises OSError without one."""
+    """A block that one process or thread at a time is in, of those that ask for the same folder.
+
+    Raises OSError without such a folder, or when another stays in its block for longer than ``LOCK_WAIT_S``.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: as good as it can be had
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not _has_locked(handle):
+            if time.monotonic() > deadline:
+                raise OSError(errno.EAGAIN, f"another process has locked {folder}")
+            time.sleep(LOOK_S)
         yield
     finally:
         os.close(handle)
@@ -56,3 +66,13 @@ def replacing(paths: Sequence[Path]) -> Iterator[Sequence[IO[bytes]]]:
     finally:
         for each in beside:
             each.unlink(missing_ok=True)
+
+
+def _has_locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: as good as it can be had
+        return True
+    return True

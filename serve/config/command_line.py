@@ -44,8 +44,8 @@ TIMEOUT_S = within(0.001, 86400.0)
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Be a command line's process. SIGTERM ends it by an exception, so that what is half-written is taken away.
 
-    Without a handler the kernel drops the signal for process 1, as which a command runs in a container. A reader who has
-    left, ``head`` for one, ends it without complaint.
+    Without a handler the kernel drops the signal for process 1, as which a command runs in a container. Ctrl-C, and a reader
+    who has left (``head`` for one), end it without complaint.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_BY_SIGNAL + signal.SIGTERM))
     try:
@@ -53,6 +53,8 @@ def run_command(main: Callable[[], int]) -> NoReturn:
             status = main()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = ENDED_BY_SIGNAL + signal.SIGINT
     except BrokenPipeError:
         drop_output()
         status = ENDED_BY_SIGNAL + signal.SIGPIPE

@@ -114,12 +114,12 @@ class Server:
 
     async def _start(self) -> Ports:
         settings = self._settings
+        for number in (signal.SIGTERM, signal.SIGINT):  # also while models are loaded: then it stops after that
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         certificates, tokens = self._certificates(), self._tokens()
         check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
         limits = (settings.caller_images, settings.caller_requests_per_s)
         accounts = Accounts(tokens, *limits, is_loopback(settings.host))

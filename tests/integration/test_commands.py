@@ -62,8 +62,8 @@ def nobody_reads() -> Iterator[int]:
         "serve.admin status --target {target}",
         "serve.client --target {target} --out {folder}/digits.png",
         "serve.dataset write --count 1 --provider cpu --out {folder}/digits",
-        f"export verify {BUNDLED_DIR}/mlp/1",
-        "train list --runs-dir {folder}",
+        pytest.param(f"export verify {BUNDLED_DIR}/mlp/1", marks=pytest.mark.long),  # they take their time to load torch
+        pytest.param("train list --runs-dir {folder}", marks=pytest.mark.long),
     ],
 )
 def test_a_reader_who_has_left_ends_a_command_without_complaint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,13 +79,16 @@ def test_a_shard_that_is_killed_is_not_there_and_repeats_its_bytes(tmp_path: Pat
     assert part.read_bytes() == (again / part.name).read_bytes()
 
 
-def test_a_shard_that_sigterm_ends_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_shard_that_a_signal_ends_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     """As process 1 of a container too, where a signal without a handler is dropped."""
     flags = ["write", "--model=dcgan", "--provider=cpu", "--count=80000", f"--out={tmp_path}"]
-    with subprocess.Popen([sys.executable, "-m", "serve.dataset", *flags], stdout=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-m", "serve.dataset", *flags], **pipes) as process:
         wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".part-*")))
-        process.terminate()
-    assert process.returncode == 143
+        process.send_signal(number)
+        assert process.communicate()[1] == b""
+    assert process.returncode == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 

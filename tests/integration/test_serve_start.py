@@ -20,6 +20,7 @@ from serve.api.http_port import usable_host
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
+from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
 
 
@@ -189,6 +190,23 @@ def test_with_json_logs_all_that_is_said_is_json(start_server: Callable[..., Ser
     out, log = server.process.communicate(timeout=60)
     assert out == ""
     assert all(json.loads(line) for line in log.splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_loaded_stops_it_in_order(number: signal.Signals, tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED_DIR / "mlp", tmp_path / "mlp")
+    for version in range(2, 13):
+        add_version(tmp_path, "mlp", version)
+    flags = [f"--models-dir={tmp_path}", "--versions=latest:12", "--grpc-port=0", "--http-port=0", "--provider=cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "serve", *flags], **pipes) as process:
+        while "is loaded" not in process.stderr.readline():
+            pass
+        process.send_signal(number)
+        log = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert "stopped; 0 requests were cancelled" in log
+    assert "Traceback" not in log
 
 
 def test_a_second_signal_ends_it_at_once_and_without_a_trace(start_server: Callable[..., ServerProcess]) -> None:

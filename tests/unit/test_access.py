@@ -20,6 +20,7 @@ from serve.access import tokens as tokens_module
 from serve.access.callers import Account, Accounts, Caller, peer_address
 from serve.access.tls import TlsFiles
 from serve.access.tokens import TokenFile, main, parse_tokens
+from serve.config import atomic_file
 from serve.errors import CallerLimitError, ForbiddenError, SettingsError, UnauthenticatedError
 
 SHA = "ab" * 32
@@ -115,6 +116,16 @@ def test_tokens_that_are_added_at_the_same_time_are_all_there(path: Path, monkey
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(lambda name: main(["add", str(path), "--name", name]), names)) == [0] * 4
     assert set(parse_tokens(path.read_bytes(), "here")) == set(names)
+
+
+def test_a_tokens_file_that_another_process_keeps_locked_is_one_line(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_file, "LOCK_WAIT_S", 0.1)
+    with atomic_file.locked(path.parent):
+        assert main(["add", str(path), "--name=jobs"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {path} cannot be written (another process has locked {path.parent}); name another file\n"
 
 
 def test_a_tokens_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
