@@ -27,6 +27,7 @@ from serve.bench.load import H2LOAD, Load, Result, by_python, closed
 from serve.bench.process import Started, started
 from serve.bench.report import Target, machine, print_targets, runs_per_second, say, write
 from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, rates, ratios, row
+from serve.config.command_line import OneLineParser, within
 from serve.engine.onnx_runtime import ort
 from serve.latents import LatentReader, Span
 from serve.observability.metrics import Metrics, ModelMetrics, RpcMetrics
@@ -250,11 +251,11 @@ def overload_targets(rounds: list[dict[str, Any]]) -> list[Target]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Measure the server beside its bounds.")
+    parser = OneLineParser(prog="python -m serve.bench", description="Measure the server beside its bounds.")
     parser.add_argument("--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports")
-    parser.add_argument("--seconds", type=int, default=3, help="length of each measurement (default: 3)")
+    parser.add_argument("--seconds", type=within(1, 600), default=3, help="length of each measurement (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
     text = "watch memory over some hundred thousand requests"
     parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help=text)
     return parser

@@ -5,7 +5,6 @@ Both run at once and are measured by turns (``serve.bench.rounds``). The other c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from serve.bench.load import Load
 from serve.bench.process import started
 from serve.bench.report import spread
 from serve.bench.rounds import ROUNDS, alternate, costs_us, measure, rates, ratios
+from serve.config.command_line import OneLineParser, within
 
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu")
 LOADS = (("mlp", 1, 1), ("mlp", 1, 8), ("mlp", 1, 64), ("mlp", 64, 16), ("dcgan", 1, 64), ("dcgan", 64, 16))
@@ -21,10 +21,10 @@ LOADS = (("mlp", 1, 1), ("mlp", 1, 8), ("mlp", 1, 64), ("mlp", 64, 16), ("dcgan"
 
 def main() -> int:
     """Print a line for each kind of load."""
-    parser = argparse.ArgumentParser(prog="python -m serve.bench.versus", description="Compare with another checkout.")
+    parser = OneLineParser(prog="python -m serve.bench.versus", description="Compare with another checkout.")
     parser.add_argument("other", type=Path, help="folder of the other checkout")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement (default: 2)")
+    parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
+    parser.add_argument("--seconds", type=within(0.1, 600.0), default=2.0, help="length of each measurement (default: 2)")
     flags = parser.parse_args()
     print("model  digits  in flight  requests a second, this / other  processor time a request, this / other")
     with started("serve", *FLAGS) as this, started("serve", *FLAGS, checkout=flags.other) as other:

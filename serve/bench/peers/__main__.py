@@ -9,7 +9,6 @@ all the while, as a noisy neighbour would.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from serve.bench.load import H2LOAD, Load, by_h2load
 from serve.bench.process import Started, started
 from serve.bench.report import say, spread, write
 from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, ratios
+from serve.config.command_line import OneLineParser, within
 from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.pb.inference import open_inference_pb2 as pb
@@ -73,8 +73,8 @@ class PeerError(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve.bench.peers", description=__doc__)
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that compute all the while")
+    parser = OneLineParser(prog="python -m serve.bench.peers", description=__doc__)
+    parser.add_argument("--busy", type=within(0, 1024), default=0, metavar="N", help="processes that compute all the while")
     neighbours = parser.parse_args().busy
     if H2LOAD is None:
         print("error: h2load is missing; install nghttp2-client (Debian) or nghttp2", file=sys.stderr)
