@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except grpc.RpcError as error:
         print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
         return 1
-    except SettingsError as error:
+    except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(as_table(response))

@@ -108,6 +108,13 @@ def test_a_number_out_of_bounds_is_named_by_its_flag(flag: str, complaint: str) 
     assert done.stderr == f"error: {complaint} (see python -m serve.client --help)\n"
 
 
+def test_a_name_that_is_no_text_is_one_line() -> None:
+    done = in_process(client_main, "--model=\udcff")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_digits_come_to_a_terminal_without_braille_as_a_picture(shared_server: ServerProcess, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "serve.client", "--target", shared_server.target, "--out", str(tmp_path / "digits.png")]
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
