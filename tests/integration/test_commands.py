@@ -164,9 +164,11 @@ def test_bench_train_times_every_preset() -> None:
 def test_export_plain_writes_each_presets_graph_as_the_exporter_leaves_it(tmp_path: Path) -> None:
     done = in_process(export_main, "plain", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    for model in ("mlp", "dcgan"):
+    for model, transposed in (("mlp", 0), ("dcgan", 4)):
         path = tmp_path / f"{model}.onnx"
-        assert "Round" not in {node.op_type for node in onnx.load(path).graph.node}, "the generator alone, as it was trained"
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        assert "Round" not in operators, "the generator alone, as it was trained"
+        assert operators.count("ConvTranspose") == transposed
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         for count in (1, 3):
             latents = draw(7, 0, count, read_bundle(BUNDLED_DIR / model / "1").manifest.latent_size)
