@@ -195,6 +195,7 @@ FAULTS = [
     Fault("a flag's number has no bounds", "serve/config/command_line.py", "if not low <= value <= high:", "if False:", "tests/integration/test_commands.py -k bounds"),
     Fault("a server stops when nobody reads what it prints", "serve/cli.py", "            drop_output()", "            raise", "tests/integration/test_commands.py -k nobody_reads"),
     Fault("a lock is waited for without end", "serve/config/atomic_file.py", "time.monotonic() > deadline", "False", "tests/unit/test_access.py -k locked"),
+    Fault("Ctrl-C is complained of", "serve/config/command_line.py", "    except KeyboardInterrupt:\n        status = ENDED_BY_SIGNAL + signal.SIGINT\n", "", "tests/integration/test_dataset.py -k signal"),
     Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
     Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
     Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),
