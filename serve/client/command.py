@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.diagnosis import described
-from serve.config.command_line import INT63, TIMEOUT_S, UINT32, OneLineParser, within
+from serve.config.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser
 from serve.errors import SettingsError
-from serve.latents import SEED_LIMIT
 from serve.pictures import to_grid, to_png
 
 
@@ -70,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.client", description="Ask a server for digits.")
     add_flags(parser)
     parser.add_argument("--count", type=UINT32, default=25, help="how many digits (default: 25)")
-    seeds = within(0, SEED_LIMIT - 1)
-    parser.add_argument("--seed", type=seeds, help="seed of the stream of digits (default: the server draws one)")
+    parser.add_argument("--seed", type=UINT64, help="seed of the stream of digits (default: the server draws one)")
     parser.add_argument("--start", type=INT63, default=0, help="index of the first digit (default: 0)")
     parser.add_argument("--digit", type=UINT32, nargs="+", default=(), help="which digit: one for all, or one for each")
     parser.add_argument("--truncation", type=float, default=0.0, help="no latent value beyond it (default: 0, none)")

@@ -6,10 +6,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,18 +19,8 @@ LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
     """Replace a file, or make it, with these permissions. Raises OSError, and then it is as it was and nothing is left beside."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    with replacing([path], mode) as (file,):
+        file.write(content)
 
 
 @contextlib.contextmanager
@@ -51,21 +42,29 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(paths: Sequence[Path]) -> Iterator[Sequence[IO[bytes]]]:
-    """A block that writes files: at its end they take the places of ``paths``, in that order; if it raises, they are gone."""
-    beside = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
+def replacing(paths: Sequence[Path], mode: int | None = None) -> Iterator[Sequence[IO[bytes]]]:
+    """A block that writes files: at its end they take the places of ``paths``, in that order; if it raises, they are gone.
+
+    With a ``mode`` these are their permissions, and until then they are for their owner alone.
+    """
+    # Not by the process's number: in containers that share a volume it is 1 for all.
+    beside = [path.with_name(f".{path.name}-{secrets.token_hex(8)}") for path in paths]
+    opener = partial(os.open, mode=0o666 if mode is None else 0o600)
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(each.open("wb")) for each in beside]
+            files = [stack.enter_context(open(each, "xb", opener=opener)) for each in beside]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
         for each, path in zip(beside, paths, strict=True):
             each.replace(path)
     finally:
         for each in beside:
-            each.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                each.unlink()
 
 
 def _has_locked(handle: int) -> bool:
@@ -74,5 +73,5 @@ def _has_locked(handle: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks: as good as it can be had
-        return True
+        pass
     return True

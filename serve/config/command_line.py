@@ -37,7 +37,8 @@ def within(low: NumberT, high: NumberT) -> Callable[[str], NumberT]:
     return read
 
 
-UINT32, INT63 = within(0, (1 << 32) - 1), within(0, (1 << 63) - 1)  # a message's counts and labels; its versions and indices
+# A message's counts and labels; its versions and indices; its seeds.
+UINT32, INT63, UINT64 = within(0, (1 << 32) - 1), within(0, (1 << 63) - 1), within(0, (1 << 64) - 1)
 TIMEOUT_S = within(0.001, 86400.0)
 
 

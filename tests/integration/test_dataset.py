@@ -17,7 +17,7 @@ import pytest
 from torchvision.datasets import MNIST
 
 from serve.client import DigitClient
-from serve.config.atomic_file import locked
+from serve.config.atomic_file import locked, replacing
 from serve.dataset import shards as shard_writing
 from serve.dataset.command import main
 from serve.dataset.filter import Judge, filtered_digits
@@ -204,6 +204,16 @@ def test_a_shard_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
         assert main(["write", "--model=mlp", "--provider=cpu", "--count=100", f"--out={tmp_path}"]) == 2
     assert re.fullmatch(rf"error: {tmp_path}: File too large; make room there, or name another --out\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_processes_of_the_same_number_do_not_write_into_each_others_files(tmp_path: Path) -> None:
+    """Containers that share a volume have the number 1 each; here one process stands for both."""
+    path = tmp_path / "part"
+    with replacing([path]) as (one,), replacing([path]) as (other,):
+        one.write(b"one")
+        other.write(b"other")
+    assert path.read_bytes() == b"one", "the last to end"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_of_shards_that_begin_at_once_the_first_says_what_the_data_set_is(tmp_path: Path) -> None:

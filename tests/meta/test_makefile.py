@@ -17,13 +17,19 @@ esac
 """
 
 
-def test_several_at_once_set_up_once_and_wait_for_it(tmp_path: Path) -> None:
+def fresh_clone(folder: Path, interpreter: str) -> Path:
+    """As much of a clone as setting up looks at; returns the interpreter."""
     for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    os.utime(tmp_path / "pyproject.toml", (0, 0))
-    python = tmp_path / "python"
-    python.write_text(INTERPRETER)
+        shutil.copy(ROOT / name, folder)
+    os.utime(folder / "pyproject.toml", (0, 0))
+    python = folder / "python"
+    python.write_text(interpreter)
     python.chmod(0o755)
+    return python
+
+
+def test_several_at_once_set_up_once_and_wait_for_it(tmp_path: Path) -> None:
+    python = fresh_clone(tmp_path, INTERPRETER)
     command = ["make", "setup-serve", f"PYTHON={python}"]
     makes = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)]
     assert [make.wait(60) for make in makes] == [0] * 4
@@ -34,11 +40,7 @@ def test_several_at_once_set_up_once_and_wait_for_it(tmp_path: Path) -> None:
 
 
 def test_what_could_not_be_installed_is_tried_again(tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / "python"
-    python.write_text(INTERPRETER.replace('echo "end" >> log', "exit 3"))
-    python.chmod(0o755)
+    python = fresh_clone(tmp_path, INTERPRETER.replace('echo "end" >> log', "exit 3"))
     command = ["make", "setup-serve", f"PYTHON={python}"]
     for _ in range(2):
         assert subprocess.run(command, cwd=tmp_path, check=False, capture_output=True).returncode == 2
