@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Reason = Callable[[], str | None]
 ReasonOf = Callable[[str | None], str | None]
 
+LONGEST_LINE = 32 * 1024  # bytes of a request's first line: 4,096 labels take half of it where their commas are sent as %2C
 HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, from the connection's start or the answer before
 MOST_CONNECTIONS = 512
 OPEN_TO_EVERY_NAME = re.compile(r"/metrics|/healthz|/readyz(/[^/]+)?")  # asked by address, by those who watch
@@ -161,7 +162,8 @@ async def start_http(
     app.middlewares.extend((connections.note_requests, _as_json, _named(names)))
     app.on_response_prepare.append(_without_banner)
     logging.getLogger("aiohttp.server").addFilter(_is_our_fault)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=cleanup_s)
+    bounds: dict[str, Any] = {"shutdown_timeout": cleanup_s, "max_line_size": LONGEST_LINE}
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, **bounds)
     await runner.setup()
     try:
         await Site(runner, usable_host(host), port, connections).start()

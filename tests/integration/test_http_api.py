@@ -74,6 +74,14 @@ def test_a_pictures_headers_are_none_too_long_for_clients_and_proxies(shared_ser
     assert sum(len(name) + len(value) + 4 for name, value in few[1].items()) < 4096
 
 
+@pytest.mark.parametrize("comma", [",", "%2C"])
+def test_every_digit_of_the_largest_answer_can_be_asked_for_by_its_label(shared_server: ServerProcess, comma: str) -> None:
+    labels = [index % 10 for index in range(4096)]
+    status, _, body = get(shared_server, f"/v1/digits?seed=5&count=4096&labels={comma.join(map(str, labels))}")
+    assert status == 200, body
+    assert [digit["label"] for digit in json.loads(body)["digits"]] == labels
+
+
 def test_an_unconditional_model_has_no_labels_and_an_interpolation_no_seed(shared_server: ServerProcess) -> None:
     answer = json.loads(get(shared_server, "/v1/digits?model=mlp&seed=1")[2])
     assert [digit["label"] for digit in answer["digits"]] == [None]
