@@ -162,8 +162,9 @@ async def start_http(
     app.middlewares.extend((connections.note_requests, _as_json, _named(names)))
     app.on_response_prepare.append(_without_banner)
     logging.getLogger("aiohttp.server").addFilter(_is_our_fault)
-    bounds: dict[str, Any] = {"shutdown_timeout": cleanup_s, "max_line_size": LONGEST_LINE}
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, **bounds)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=cleanup_s, max_line_size=LONGEST_LINE
+    )
     await runner.setup()
     try:
         await Site(runner, usable_host(host), port, connections).start()
