@@ -72,7 +72,7 @@ class Trainer:
         self.update = Step(config, self.generator, self.discriminator, example, ranks=ranks, recording=recording)
         self.grid_inputs = self._fixed_inputs(config.grid_images)
         self.step = 0
-        self.seconds = 0.0  # of training, up to the last save, all starts together
+        self.seconds = 0.0  # of training, up to the last save or the end, all starts together
         self._timed_at = time.monotonic()
         self._plotted_at = 0.0  # time.monotonic()
         self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
@@ -241,10 +241,13 @@ class Trainer:
         self._check_finite()
         if not self.ranks.first:
             return
-        now = time.monotonic()
-        self.seconds, self._timed_at = self.seconds + now - self._timed_at, now
+        self._count_time()
         save_checkpoint(self.run, self.step, self.state())
         self._write_losses(plot=True)
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._timed_at = self.seconds + now - self._timed_at, now
 
     def _write_losses(self, plot: bool = False) -> None:
         """Write the losses so far, and draw them if that is not too long ago: a plot takes as long as several steps."""
@@ -273,6 +276,7 @@ class Trainer:
     def _finish(self, seconds: float, steps: int) -> None:
         if not self.ranks.first:
             return
+        self._count_time()  # the last save took some as well
         self._write_losses(plot=True)
         pictures = sorted(self.run.pictures.glob("fake-*.png"))
         if pictures:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from serve.dataset.command import main as dataset_main
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
 from train import judge
+from train.checkpoint import latest_checkpoint, open_run, save_checkpoint
 from train.cli import main
 
 SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
@@ -123,9 +126,17 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     [run] = folders(tmp_path)
     assert "unfinished: 6 steps in" in " ".join(Page((run / "report.html").read_text()).text)
     monkeypatch.undo()
+    before = latest_checkpoint(open_run(run))["seconds"]
+
+    def slow_save(*arguments: Any) -> Path:
+        time.sleep(0.3)
+        return save_checkpoint(*arguments)
+
+    monkeypatch.setattr("train.loop.save_checkpoint", slow_save)
     assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
+    assert result["seconds"] == pytest.approx(before + result["seconds_since_last_start"], abs=0.15), "the last save's time too"
 
 
 @pytest.mark.long
