@@ -196,8 +196,10 @@ class Node:
         self.sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"] / FASTER
         self.settings = settings_of(rendered("overlays/cpu"), container)
         self.lag_s = lag_s
-        self.endpoints: set[str] = set()
-        self.ending: set[str] = set()
+        # By pod, not by address: the port of one that has ended may be given to the next.
+        self.endpoints: set[ServerProcess] = set()
+        self.ending: set[ServerProcess] = set()
+        self.last_probes: dict[ServerProcess, str] = {}
         self._stop = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         self.port = self._listener.getsockname()[1]
@@ -207,32 +209,35 @@ class Node:
         """A pod, and its probing; returns once it is an endpoint."""
         grace = self.settings.drain_grace_s / FASTER
         pod = ServerProcess("--instances=1", f"--drain-grace-s={grace}", f"--drain-deadline-s={self.settings.drain_deadline_s}")
-        threading.Thread(target=self._probe, args=(pod.target,), daemon=True).start()
-        wait_until(lambda: pod.target in self.endpoints)
+        threading.Thread(target=self._probe, args=(pod,), daemon=True).start()
+        wait_until(lambda: pod in self.endpoints, lambda: (self.last_probes, pod.get("/readyz"), pod.get("/metrics")))
         return pod
 
     def end_pod(self, pod: ServerProcess) -> tuple[int, str]:
         """As at a roll: preStop, SIGTERM, and meanwhile the news on its way."""
-        self.ending.add(pod.target)
-        threading.Timer(self.lag_s, self.endpoints.discard, [pod.target]).start()
+        self.ending.add(pod)
+        threading.Timer(self.lag_s, self.endpoints.discard, [pod]).start()
         time.sleep(self.sleep_s)
         return pod.terminate()
 
-    def _probe(self, target: str) -> None:
+    def _probe(self, pod: ServerProcess) -> None:
         bad = 0
-        with grpc.insecure_channel(target) as channel:
+        with grpc.insecure_channel(pod.target) as channel:
             health = health_pb2_grpc.HealthStub(channel)
-            while not self._stop.is_set() and target not in self.ending:  # what is ending leaves by the news of it
+            while not self._stop.is_set() and pod not in self.ending:  # what is ending leaves by the news of it
                 try:
                     asked = health_pb2.HealthCheckRequest(service=self.service)
-                    good = health.Check(asked, timeout=1).status == health_pb2.HealthCheckResponse.SERVING
-                except grpc.RpcError:
-                    good = False
+                    status = health.Check(asked, timeout=1).status
+                    said = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+                except grpc.RpcError as error:
+                    said = f"{error.code().name}: {error.details()}"
+                self.last_probes[pod] = said
+                good = said == "SERVING"
                 bad = 0 if good else bad + 1
                 if good:
-                    self.endpoints.add(target)
+                    self.endpoints.add(pod)
                 elif bad >= self.failures_allowed:
-                    self.endpoints.discard(target)
+                    self.endpoints.discard(pod)
                 self._stop.wait(self.period_s)
 
     def _accept(self) -> None:
@@ -241,7 +246,7 @@ class Node:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            host, _, port = random.choice(sorted(self.endpoints)).rpartition(":")
+            host, _, port = random.choice(list(self.endpoints)).target.rpartition(":")
             try:
                 pod = socket.create_connection((host, int(port)), 1)
             except OSError:
