@@ -42,9 +42,9 @@ from serve.manifest import (
     sha256,
 )
 from serve.models.repository import read_bundle
-from train import evaluate
 from train.checkpoint import RESULT_FILE, Run, final_checkpoint
 from train.config import TrainConfig
+from train.evaluation import evaluate
 from train.models import trained_generator
 
 EAGER = "eager"

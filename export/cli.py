@@ -35,9 +35,9 @@ from train.config import DEFAULT_PRESET, PRESETS
 from train.data import DEFAULT_DATA_DIR, load_mnist
 from train.device import limit_threads
 from train.errors import TrainError
-from train.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
-from train.judge import BATCH as JUDGE_BATCH
-from train.judge import JUDGE_FOLDER, kept_judge
+from train.evaluation.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
+from train.evaluation.judge import BATCH as JUDGE_BATCH
+from train.evaluation.judge import JUDGE_FOLDER, kept_judge
 from train.models import PointConvTranspose2d, build_generator
 
 

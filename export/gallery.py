@@ -24,11 +24,12 @@ from torch import Tensor
 from export.errors import ExportError
 from export.generator import served_generator, torch_form
 from serve.latents import Span, draw_span, slerp
-from train import activations, quality
 from train.checkpoint import Run, latest_checkpoint
 from train.data import Mnist
+from train.evaluation import quality
 from train.models import trained_generator
-from train.report import save_grid
+from train.pictures import save_grid
+from train.reports import activations
 
 SEED = 7
 COLUMNS = 12

@@ -29,9 +29,9 @@ from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomicall
 from train.config import DEFAULT_PRESET, preset
 from train.data import Mnist, load_mnist
 from train.device import choose_device, describe
-from train.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.judge import training_seconds
-from train.run_page import embedded, rendered
+from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
+from train.evaluation.judge import training_seconds
+from train.reports.run_page import embedded, rendered
 
 EPOCHS = 8
 SCORE_EPOCHS = 3

@@ -4,7 +4,7 @@ models/<name>/<version>/
     model.onnx     inputs and outputs as ``Manifest.inputs`` and ``Manifest.outputs`` list them, each with a batch axis first
     model.ts       the same function as TorchScript
     parity.json    eager, TorchScript and ONNX Runtime compared
-    quality.json   its digits judged beside real ones (train/evaluate.py); not in every bundle
+    quality.json   its digits judged beside real ones (train/evaluation/evaluate.py); not in every bundle
     preview.png    what it makes
     manifest.json  everything below, with the SHA-256 of every other file
 """

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from train.cli import main
-from train.parallel import leave
+from train.trainer.parallel import leave
 
 if __name__ == "__main__":
     if "WORLD_SIZE" not in os.environ:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from train.capture import Batch, CudaRecording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
 from train.device import describe
-from train.loop import Trainer
+from train.trainer.capture import Batch, CudaRecording
+from train.trainer.loop import Trainer
 
 WARM_UP_STEPS = 5
 STEPS_BETWEEN_LOOKS = 5  # a look waits for the device

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 
-from train import activations, bench, evaluate, overview, reference
+from train import bench
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig
 from train.data import DEFAULT_DATA_DIR, load_mnist, read_dataset
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
-from train.judge import BATCH as JUDGE_BATCH
-from train.judge import JUDGE_FOLDER
+from train.evaluation import evaluate
+from train.evaluation.judge import BATCH as JUDGE_BATCH
+from train.evaluation.judge import JUDGE_FOLDER
+from train.reports import activations, overview, reference
+from train.reports.run_page import write_page
 from train.run_command import NEWEST, train
-from train.run_page import write_page
 
 
 class _OneLineParser(argparse.ArgumentParser):

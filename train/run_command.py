@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from train import activations
-from train.capture import CudaRecording
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import TrainConfig, parse_field, preset
 from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
 from train.errors import CheckpointError, ConfigError
-from train.loop import Trainer
-from train.parallel import Ranks, joined, own_device
-from train.run_page import write_page
+from train.reports import activations
+from train.reports.run_page import write_page
+from train.trainer.capture import CudaRecording
+from train.trainer.loop import Trainer
+from train.trainer.parallel import Ranks, joined, own_device
 
 NEWEST = "newest"
 AUTO = "auto"

@@ -16,7 +16,7 @@ from serve.dataset.filter import PIXELS, PROBABILITIES
 from serve.dataset.filter import Judge as ExportedJudge
 from serve.errors import SettingsError
 from train.data import Mnist
-from train.judge import Judge
+from train.evaluation.judge import Judge
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
 

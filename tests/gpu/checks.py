@@ -46,10 +46,10 @@ from serve.models.repository import Bundle, read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from train.bench import measure, milliseconds_per_step
-from train.capture import CudaRecording, Recording
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
-from train.loop import Trainer
+from train.trainer.capture import CudaRecording, Recording
+from train.trainer.loop import Trainer
 
 MODELS = ("mlp", "dcgan", "cdcgan", "rpgan")
 IN_PROCESS = {"mlp": 2.0, "dcgan": 1.0}  # millions of digits a second

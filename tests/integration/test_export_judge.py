@@ -16,7 +16,7 @@ from serve.dataset.filter import Judge as ExportedJudge
 from tests.command_lines import in_process
 from train.checkpoint import write_atomically
 from train.data import load_mnist
-from train.judge import Judge, judge_file
+from train.evaluation.judge import Judge, judge_file
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 from serve.dataset.command import main as dataset_main
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
-from train import judge
 from train.checkpoint import latest_checkpoint, open_run, save_checkpoint
 from train.cli import main
+from train.evaluation import judge
 
 SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
 MACHINE = [f"--data-dir={SUBSET}", "--device=cpu", "--threads=1"]
@@ -120,7 +120,7 @@ def test_every_run_has_a_page_that_needs_no_server(runs: Path) -> None:
 
 
 def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.loop.Trainer._stop_agreed", lambda trainer: trainer.step == 6)
+    monkeypatch.setattr("train.trainer.loop.Trainer._stop_agreed", lambda trainer: trainer.step == 6)
     done = in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 130
     [run] = folders(tmp_path)
@@ -132,7 +132,7 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
         time.sleep(0.3)
         return save_checkpoint(*arguments)
 
-    monkeypatch.setattr("train.loop.save_checkpoint", slow_save)
+    monkeypatch.setattr("train.trainer.loop.save_checkpoint", slow_save)
     assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"

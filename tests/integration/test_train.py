@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
 from tests.full_disk import files_of_at_most
-from train import report
+from train import pictures
 from train.checkpoint import create_run, save_checkpoint
 from train.cli import main
 from train.config import preset
 from train.errors import DivergedError
-from train.loop import Trainer
+from train.trainer.loop import Trainer
 
 TIMEOUT_S = 170
 SMALL = {
@@ -358,7 +358,7 @@ def test_the_first_picture_is_of_the_untrained_generator(tmp_path: Path) -> None
     untrained = copy.deepcopy(trainer.generator).eval()
     trainer.fit()
     with torch.no_grad():
-        report.save_grid((untrained(*trainer.grid_inputs) + 1) / 2, 8, tmp_path / "expected.png")
+        pictures.save_grid((untrained(*trainer.grid_inputs) + 1) / 2, 8, tmp_path / "expected.png")
     assert (trainer.run.pictures / "fake-00000000.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert trainer.log_points[0][0] == 0
 

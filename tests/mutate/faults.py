@@ -20,7 +20,7 @@ MODEL = "tests/unit/test_model.py"
 RECONCILE = "tests/unit/test_reconcile.py"
 RUNTIME = "tests/unit/test_runtime.py"
 DEVICE_LATENTS = "tests/unit/test_device_latents.py"
-STEP = "train/step.py"
+STEP = "train/trainer/step.py"
 DATASET = "tests/integration/test_dataset.py"
 REFERENCE = "tests/unit/test_train_reference.py"
 TRAIN = "tests/integration/test_train.py"
@@ -45,7 +45,7 @@ class Fault(NamedTuple):
 CORE, QUEUES, BATCH = "serve/core/generate.py", "serve/batching/queue.py", "serve/batching/batcher.py"
 CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "serve/access/tls.py"
 OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.py", "serve/api/rpc.py", "serve/api/admission.py"
-METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/loop.py"
+METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/trainer/loop.py"
 FRONT, CALL, HANDLING = "serve/runtime/grpcio_front.py", "serve/runtime/grpcio_call.py", "serve/runtime/handling.py"
 WAITING = "serve/waiting.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
@@ -200,8 +200,8 @@ FAULTS = [
     Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
     Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
     Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),
-    Fault("the generator wants to be found out", "train/losses.py", "torch.ones_like(fake_logits))", "torch.zeros_like(fake_logits))", REFERENCE),
-    Fault("the mean of the losses is their sum", "train/losses.py", "return total / 2 if joined_by == \"mean\" else total", "return total", REFERENCE),
+    Fault("the generator wants to be found out", "train/trainer/losses.py", "torch.ones_like(fake_logits))", "torch.zeros_like(fake_logits))", REFERENCE),
+    Fault("the mean of the losses is their sum", "train/trainer/losses.py", "return total / 2 if joined_by == \"mean\" else total", "return total", REFERENCE),
     Fault("the learning rate does not decay", LOOP, "                self.update.decay(self.step / self.total_steps)\n", "", f"{TRAIN} -k decays"),
     Fault("a resumed run draws the first noise again", STEP, "        self.noise.set_state(state[\"noise\"])\n", "", f"{TRAIN} -k signal"),
     Fault("a signal saves nothing", LOOP, "if due or last or stopping:", "if due or last:", f"{TRAIN} -k signal"),
@@ -216,13 +216,13 @@ FAULTS = [
     Fault("closing an engine fails with a lost device", "serve/engine/device_buffers.py", "            with suppress(EngineError):\n                self.device.unlock_pages", "            if True:\n                self.device.unlock_pages", ENGINE),
     Fault("a missing library of CUDA's is no refusal", "serve/engine/provider.py", "        load_libraries()\n", "", "tests/unit/test_cuda_calls.py"),
     Fault("the label loss weighs nothing", STEP, "labels) * self.label_weight", "labels) * 0", REFERENCE),
-    Fault("real digits are judged with other shares of the labels", "train/evaluate.py", "order[labels[order] == label][:count] for label", "order[labels[order] == 9 - label][:count] for label", "tests/unit/test_quality.py"),
+    Fault("real digits are judged with other shares of the labels", "train/evaluation/evaluate.py", "order[labels[order] == label][:count] for label", "order[labels[order] == 9 - label][:count] for label", "tests/unit/test_quality.py"),
     Fault("the penalty is as light as if it came every step", STEP, "self.config.gradient_penalty * self.config.penalty_every", "self.config.gradient_penalty", REFERENCE),
     Fault("the penalty looks at real images alone", STEP, "points = torch.cat((images, fake)).requires_grad_()", "points = torch.cat((images, images)).requires_grad_()", REFERENCE),
     Fault("a gradient in another memory layout", STEP, "torch.empty_like(parameter).copy_(self.ranks.mean(gradient))", "self.ranks.mean(gradient)", REFERENCE),
-    Fault("the second judge is the first", "train/evaluate.py", "self._compared(self._second, self._second.read(samples), labels)", "self._compared(self._judge, read, labels)", "tests/unit/test_quality.py"),
-    Fault("every classifier has the same seed", "train/evaluate.py", "train_judge(pixels, labels, device, epochs, seed,", "train_judge(pixels, labels, device, epochs, 0,", "tests/unit/test_quality.py"),
-    Fault("the best digits are drawn as the worst", "train/evaluate.py", "order[:SHOWN]), (\"best.png\", order.flip(0)[:SHOWN])", "order.flip(0)[:SHOWN]), (\"best.png\", order[:SHOWN])", "tests/unit/test_quality.py"),
+    Fault("the second judge is the first", "train/evaluation/evaluate.py", "self._compared(self._second, self._second.read(samples), labels)", "self._compared(self._judge, read, labels)", "tests/unit/test_quality.py"),
+    Fault("every classifier has the same seed", "train/evaluation/evaluate.py", "train_judge(pixels, labels, device, epochs, seed,", "train_judge(pixels, labels, device, epochs, 0,", "tests/unit/test_quality.py"),
+    Fault("the best digits are drawn as the worst", "train/evaluation/evaluate.py", "order[:SHOWN]), (\"best.png\", order.flip(0)[:SHOWN])", "order.flip(0)[:SHOWN]), (\"best.png\", order[:SHOWN])", "tests/unit/test_quality.py"),
     # export
     Fault("a label's gain is added", GENERATOR, "self.convolution(maps) * gain + bias", "self.convolution(maps) + gain + bias", EXPORT),
     Fault("pixels are cut, not rounded", GENERATOR, "torch.round(images * 255.0)", "torch.floor(images * 255.0)", EXPORT),

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import SUBSET
-from train import evaluate, judge, quality
 from train.checkpoint import create_run, save_checkpoint
 from train.config import preset
 from train.data import load_mnist
 from train.errors import QualityError
-from train.evaluate import Evaluator, parse_floors, table
+from train.evaluation import evaluate, judge, quality
+from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from train.activations import record
 from train.config import preset
-from train.losses import discriminator_loss, generator_loss
 from train.models import PointConvTranspose2d, build_discriminator, build_generator
+from train.reports.activations import record
+from train.trainer.losses import discriminator_loss, generator_loss
 
 
 def parameters(module: nn.Module) -> int:

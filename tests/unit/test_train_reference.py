@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from train.checkpoint import create_run
 from train.config import TrainConfig, preset
-from train.loop import Trainer
+from train.trainer.loop import Trainer
 
 IMAGES, BATCH, EPOCHS = 44, 8, 3
 SMALL = {

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.host_device import ReplayedByHand
-from train.capture import WARM_UP_STEPS, Batch, CapturedStep
 from train.checkpoint import create_run
 from train.config import preset
 from train.device import set_precision
 from train.errors import ConfigError, DeviceError
-from train.loop import Trainer
+from train.trainer.capture import WARM_UP_STEPS, Batch, CapturedStep
+from train.trainer.loop import Trainer
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -105,7 +105,7 @@ def test_the_graph_reads_its_own_copy_of_the_batch() -> None:
 
 
 def test_bf16_follows_the_losses_of_fp32(trainer_for: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.step.has_bf16", lambda device: True)
+    monkeypatch.setattr("train.trainer.step.has_bf16", lambda device: True)
     full, mixed = torch.tensor(train(trainer_for())), torch.tensor(train(trainer_for("bf16")))
     assert not torch.equal(full, mixed)
     assert (full - mixed).abs().max() < 0.05
@@ -113,7 +113,7 @@ def test_bf16_follows_the_losses_of_fp32(trainer_for: Callable[..., Trainer], mo
 
 
 def test_bf16_is_fp32_on_a_processor_without_it(trainer_for: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.step.has_bf16", lambda device: False)
+    monkeypatch.setattr("train.trainer.step.has_bf16", lambda device: False)
     assert train(trainer_for("bf16")) == train(trainer_for())
 
 

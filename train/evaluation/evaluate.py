@@ -18,14 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train import quality
 from train.checkpoint import Run, latest_checkpoint, write_json
 from train.config import TrainConfig
 from train.data import Mnist
 from train.errors import QualityError
-from train.judge import EPOCHS, LABELS, Judge, SecondJudge, judge_file, kept_judge, train_judge, training_seconds
+from train.evaluation import quality
+from train.evaluation.judge import EPOCHS, LABELS, Judge, SecondJudge, judge_file, kept_judge, train_judge, training_seconds
 from train.models import trained_generator
-from train.report import save_grid
+from train.pictures import save_grid
 
 QUALITY_FILE = "quality.json"
 SAMPLES = 10_000

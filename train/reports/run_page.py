@@ -12,8 +12,8 @@ import jinja2
 
 from train.checkpoint import RESULT_FILE, Run, write_atomically
 from train.config import PRESETS, TrainConfig
-from train.evaluate import COLUMNS, QUALITY_FILE, shown
-from train.overview import read_json, state_of, training_of
+from train.evaluation.evaluate import COLUMNS, QUALITY_FILE, shown
+from train.reports.overview import read_json, state_of, training_of
 
 PAGE_FILE = "report.html"
 TEMPLATE = Path(__file__).with_suffix(".html")

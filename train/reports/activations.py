@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.errors import ConfigError
 from train.models import IMAGE_SIZE, trained_generator
-from train.report import save_grid
+from train.pictures import save_grid
 
 SAMPLES = 36
 MOSAIC_SIDE = 8  # 64 filters: all of a DCGAN's last hidden layer, the first 64 of the others

@@ -21,14 +21,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from train import report
-from train.capture import Batch, Recording
 from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
 from train.device import set_precision
 from train.errors import DivergedError, StoppedError
 from train.models import build_discriminator, build_generator
-from train.parallel import Ranks
-from train.step import Step
+from train.pictures import grid_array, plot_losses, save_grid, save_losses, save_time_lapse
+from train.trainer.capture import Batch, Recording
+from train.trainer.parallel import Ranks
+from train.trainer.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -233,9 +233,9 @@ class Trainer:
             fakes = self._to_unit(shown(*self.grid_inputs))
         shown.train()
         reals = self._to_unit(real[: self.config.grid_images])
-        report.save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
-        report.save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
-        board.add_image("fakes", report.grid_array(fakes, self.config.grid_columns), self.step, dataformats="HW")
+        save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
+        save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
+        board.add_image("fakes", grid_array(fakes, self.config.grid_columns), self.step, dataformats="HW")
 
     def _save(self) -> None:
         self._check_finite()
@@ -254,9 +254,9 @@ class Trainer:
         if not self.log_points:
             return
         losses = np.array(self.log_points, dtype=np.float64)
-        report.save_losses(losses, self.run.folder)
+        save_losses(losses, self.run.folder)
         if plot or time.monotonic() - self._plotted_at > PLOT_EVERY_S:
-            report.plot_losses(losses, self.run.folder)
+            plot_losses(losses, self.run.folder)
             self._plotted_at = time.monotonic()
 
     def _check_finite(self) -> None:
@@ -280,7 +280,7 @@ class Trainer:
         self._write_losses(plot=True)
         pictures = sorted(self.run.pictures.glob("fake-*.png"))
         if pictures:
-            report.save_time_lapse(pictures, self.run.folder / "fakes.gif")
+            save_time_lapse(pictures, self.run.folder / "fakes.gif")
         result = {
             "step": self.step,
             "generator_loss": self.log_points[-1][1] if self.log_points else None,

@@ -12,7 +12,7 @@ import numpy as np
 from train.checkpoint import CONFIG_FILE, LOSSES_FILE, RESULT_FILE, Run, how_to_train, open_run
 from train.config import DEFAULT_PRESET
 from train.errors import CheckpointError
-from train.evaluate import COLUMNS, QUALITY_FILE, UNKNOWN, markdown, shown
+from train.evaluation.evaluate import COLUMNS, QUALITY_FILE, UNKNOWN, markdown, shown
 
 LISTED = ("label_accuracy", "frechet_distance", "recall", "classification_accuracy_score")  # of the quality, in a list
 

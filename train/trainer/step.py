@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from train import losses
-from train.capture import Batch, CapturedStep, Recording
 from train.config import RELATIVISTIC, TrainConfig
 from train.device import has_bf16
-from train.parallel import Ranks
+from train.trainer import losses
+from train.trainer.capture import Batch, CapturedStep, Recording
+from train.trainer.parallel import Ranks
 
 SHIFTED_SHARE = 0.5
 LARGEST_LOGIT_DIFFERENCE = 60.0  # its exponential is still a float32
