@@ -129,14 +129,14 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     before = latest_checkpoint(open_run(run))["seconds"]
 
     def slow_save(*arguments: Any) -> Path:
-        time.sleep(0.3)
+        time.sleep(2)
         return save_checkpoint(*arguments)
 
     monkeypatch.setattr("train.trainer.loop.save_checkpoint", slow_save)
     assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["seconds"] >= result["seconds_since_last_start"], "both starts together"
-    assert result["seconds"] == pytest.approx(before + result["seconds_since_last_start"], abs=0.15), "the last save's time too"
+    assert result["seconds"] == pytest.approx(before + result["seconds_since_last_start"], abs=1), "the last save's time too"
 
 
 @pytest.mark.long

@@ -244,6 +244,8 @@ FAULTS = [
     Fault("a kernel without IPv6 is asked for it", "serve/api/http_port.py", "and not socket.has_dualstack_ipv6()", "and False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", LOOP, "return self.step % self.steps_per_epoch % self.config.report_every == 0", "return self.step % self.config.report_every == 0", REFERENCE),
     Fault("a mean's window is one batch too long", LOOP, "self.log_points[-1][0] if self.log_points else -1", "self.log_points[-1][0] if self.log_points else 0", REFERENCE),
+    Fault("the last save is not in a run's time", LOOP, "        self._count_time()  # the last save took some as well\n", "", "tests/integration/test_runs.py -k stopped"),
+    Fault("a URL has as little room as aiohttp gives it", "serve/api/http_port.py", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
     # CUDA, by its stand-ins
     Fault("a lost device leaves its model ready", "serve/models/model.py", " and self.batcher.device_lost is None", "", WIRING),
     Fault("a lost device's process goes on", SERVER, "if model.batcher.device_lost and not self.device_lost:", "if False:", WIRING),
