@@ -1,6 +1,6 @@
-"""The batch size that a bundle asks for: measured here, written into its manifest, the same on every machine that serves it.
+"""Measures the batch size that a bundle asks for and writes it into the manifest; it is then the same on every machine.
 
-A server that timed its own runs at start would settle on what the machine's other work left it: replicas would differ for
+If servers measured it at start, it would depend on the machine's other work, and replicas would differ for
 as long as they live.
 """
 

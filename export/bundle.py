@@ -1,4 +1,4 @@
-"""From a finished run to a published bundle: exported, compared, written beside, renamed into place."""
+"""Publishes a finished run as a bundle: exported, compared with PyTorch, written beside its place, renamed into it."""
 
 from __future__ import annotations
 

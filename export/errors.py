@@ -1,4 +1,4 @@
-"""What export reports to a person: one line that names the thing and the way out."""
+"""The errors of export: one line that names the problem and the way out."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Pictures of what a generator can do, by address: so everything shown can be asked of the server that serves it.
+"""Pictures of a generator's digits, by address, so that a server can be asked for everything that they show.
 
 digits.png          a row for each label (of an unconditional model: the first digits of a seed)
 styles.png          a row for each latent vector, with every label in turn
 truncation.png      the same addresses from truncation 0.2 to none
 interpolation.png   from one address to the next on the arc between their latent vectors
 neighbours.png      generated digits, and below each the three training images nearest to it
-worst.png best.png  of 10,000 digits, those whose labels the judge is least and most sure of, if the run was judged
-layer1.png …        what each layer makes of one sample
-training.gif        the same latents through the training
+worst.png best.png  of 10,000 digits, those whose labels the judge is least and most confident of, if the run was evaluated
+layer1.png …        the activations of each layer for one sample
+training.gif        the same latents in the course of training
 """
 
 from __future__ import annotations

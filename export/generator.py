@@ -1,9 +1,9 @@
 """The generator as it is served: latents in, and labels for a conditional one; ``images`` in [0, 1] and ``pixels`` out,
 whatever range it was trained in.
 
-``fold`` rewrites it for speed without changing the function: BatchNorm goes into the layer before it, and a transposed
-convolution over a single position is the matrix product that it is. A label's part of that product is looked up, and so are
-its gains and biases.
+``fold`` makes it faster without changing the function: BatchNorm is folded into the layer before it, and a transposed
+convolution over a single position becomes a matrix product. A label's part of that product, its gains and its biases are
+looked up in tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Do eager PyTorch, TorchScript and ONNX Runtime compute the same function? Names, axes, shapes, values, in that order.
+"""Checks that eager PyTorch, TorchScript and ONNX Runtime compute the same: names, axes, shapes, values, in that order.
 
-ONNX Runtime runs through ``serve.engine.session.Engine``: the session that is compared is the session that serves.
+ONNX Runtime runs through ``serve.engine.session.Engine``, the same session that serves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From nothing to a served model by one command: train, score, export, serve, ask, and a page of what came of it.
+"""The whole pipeline in one command: train, score, export, serve, request digits, and write a report.
 
-Each step is the command that a user would type, all but the score, whose classifier has a shorter training than in
-``python -m train evaluate``. What labels the digits have is read by the bundled judge.
+Each stage is the command that a user would type, except for the score, whose classifier has a shorter training than in
+``python -m train evaluate``. The bundled judge measures how many digits match their labels.
 """
 
 from __future__ import annotations

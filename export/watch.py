@@ -1,8 +1,8 @@
-"""A live server against PyTorch, for as long as it runs: ``python -m export watch --target HOST:PORT``.
+"""Compares a live server with PyTorch for as long as it runs: ``python -m export watch --target HOST:PORT``.
 
-Asks for random addresses and for explicit latents as FLOAT32, runs the same rows through the bundle's TorchScript, and
-exports the largest difference. It is a process of its own: the server stays free of torch, and a server that is wrong
-cannot vouch for itself.
+Requests random addresses and explicit latents as FLOAT32, runs the same rows through the bundle's TorchScript, and
+exports the largest difference as a metric. It is a separate process, so that the server needs no torch, and because a faulty
+server cannot check itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Administer a running server: which versions it serves, and where requests go that name none.
+"""Administer a running server: which versions it serves, and which one answers requests that name none.
 
     python -m serve.admin status
     python -m serve.admin load mlp --version 4            # beside the others
@@ -7,7 +7,7 @@
     python -m serve.admin rollback mlp
     python -m serve.admin unload mlp --version 3
 
-Where the server asks for tokens, one with the scope admin is needed (``--token-file``).
+If the server requires tokens, use one with the scope admin (``--token-file``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The server's command line: settings in, a running server and a few lines on what it serves out."""
+"""The server's command line: reads the settings, runs the server and prints what it serves."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What can go wrong, in the domain's own words: nothing here knows of gRPC or ONNX Runtime.
+"""The errors of the domain. They know nothing of gRPC or ONNX Runtime.
 
-``serve.api.status`` holds the one table from these to status codes; ``serve.cli`` prints a StartError as one line.
+``serve.api.status`` has the table from these to status codes; ``serve.cli`` prints a StartError as one line.
 """
 
 from __future__ import annotations

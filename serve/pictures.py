@@ -1,4 +1,4 @@
-"""Digits as PNG pictures: one each, or all on one sheet."""
+"""Digits as PNG pictures: one per digit, or a grid of all."""
 
 from __future__ import annotations
 

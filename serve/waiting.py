@@ -1,6 +1,6 @@
-"""What a handler waits for, whether an event loop runs the handler or the threads in which that ends (``Steps``).
+"""How handlers wait: on the event loop, or without one, continued by the thread that ends what they wait for (``Steps``).
 
-Handlers are coroutines either way. Without an event loop a call changes threads once inside the server, and not three times
+Handlers are coroutines in both cases. Without an event loop a call changes threads once inside the server instead of three times
 (docs/decisions/0013-completion-queue.md).
 """
 

@@ -1,4 +1,4 @@
-"""``python -m train PRESET`` trains; ``activations``, ``compare`` and ``bench`` look at what came of it."""
+"""``python -m train PRESET`` trains; ``activations``, ``compare`` and ``bench`` show results."""
 
 from __future__ import annotations
 

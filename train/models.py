@@ -1,11 +1,11 @@
-"""The networks of both systems: generators and discriminators, built from a TrainConfig. Nothing about training.
+"""The networks of all presets: generators and discriminators, built from a TrainConfig. Knows nothing of training.
 
 Every generator maps ``latents`` (batch, z) to images (batch, 1, 28, 28) in its own range: [0, 1] after a sigmoid
 (mlp), [-1, 1] after a tanh (the others). Every discriminator maps such images to logits (batch,). The cdcgan's
-networks and the rpgan's generator take ``labels`` int64 (batch,) as their second argument; the rpgan's discriminator answers for
-every label at once, (batch, labels).
+networks and the rpgan's generator take ``labels`` int64 (batch,) as their second argument; the rpgan's discriminator returns
+logits for all labels, (batch, labels).
 The DCGAN follows Radford, Metz & Chintala 2016 (arXiv:1511.06434), section 3; the cdcgan adds an embedding of the label
-beside the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637). The rpgan's generator has
+to the latents, and to its discriminator the projection of Miyato & Koyama 2018 (arXiv:1802.05637). The rpgan's generator has
 that embedding and BatchNorm with a gain and a bias for each label (Dumoulin et al. 2017, arXiv:1610.07629; de Vries et al. 2017,
 arXiv:1707.00683); its discriminator has the projection and no normalisation.
 """

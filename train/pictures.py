@@ -1,6 +1,6 @@
-"""What a person looks at: picture grids, the loss curves and the time-lapse. Knows no network and no loop.
+"""Picture grids, loss curves and the time-lapse of a run. Knows no network and no loop.
 
-Images arrive as float tensors (n, 1, height, width) in [0, 1].
+Images are float tensors (n, 1, height, width) in [0, 1].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m train <preset>``: a run begun or taken up again, by one process or several, and stopped by signals."""
+"""``python -m train <preset>``: starts or resumes a run, in one process or several, and stops it on signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The served generator as an ONNX graph, by PyTorch's dynamo exporter, checked before anyone relies on it."""
+"""Exports the served generator as an ONNX graph with PyTorch's dynamo exporter, and checks the graph."""
 
 from __future__ import annotations
 

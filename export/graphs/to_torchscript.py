@@ -1,4 +1,4 @@
-"""The served generator as frozen TorchScript: for consumers of libtorch, and as a second witness in parity."""
+"""The served generator as frozen TorchScript: for users of libtorch, and as a second implementation for the parity check."""
 
 from __future__ import annotations
 

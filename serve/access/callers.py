@@ -1,4 +1,4 @@
-"""Callers: who a call is from, what they may do, and how much of it at once. Safe to call from any thread."""
+"""Callers: identity, scopes and limits of whoever makes a call. Safe to call from any thread."""
 
 from __future__ import annotations
 

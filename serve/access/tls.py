@@ -1,6 +1,6 @@
-"""TLS for the gRPC port: PEM files, checked before they are used, and read anew when they change.
+"""TLS for the gRPC port: PEM files, checked before use and reloaded when they change.
 
-Renewed certificates are taken up at the next handshake; connections that stand keep theirs. gRPC's TLS is 1.2 or newer.
+A renewed certificate is used from the next handshake on; open connections keep the old one. gRPC's TLS is 1.2 or newer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every call goes through, whichever transport it came by and whichever thread it is in: admitted, counted, timed."""
+"""Admission: what every call passes through on every transport, in any thread. It is admitted, counted and timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``digits.v1.DigitGenerator``: messages into requests, and what came of them into messages."""
+"""``digits.v1.DigitGenerator``: converts messages into requests, and results into messages."""
 
 from __future__ import annotations
 

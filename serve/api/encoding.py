@@ -1,8 +1,8 @@
-"""From rows to a response's bytes. Large payloads are copied once: out of the model's output, into the message.
+"""Encodes rows as a response's bytes. Large payloads are copied once: from the model's output into the message.
 
 A serialised protobuf message followed by further serialised fields is the message with those fields set
-(https://protobuf.dev/programming-guides/encoding, "Last One Wins" and concatenation), so the small fields are
-serialised by protobuf and the rows are appended as they lie in memory.
+(https://protobuf.dev/programming-guides/encoding, "Last One Wins" and concatenation). So the small fields are
+serialised by protobuf, and the rows are appended as they are in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Digits over HTTP, read-only: ``GET /v1/digits``, ``/v1/interpolation`` and ``/v1/status``, and the page that asks for them.
+"""Digits over HTTP, read-only: ``GET /v1/digits``, ``/v1/interpolation`` and ``/v1/status``, and the page that uses them.
 
-Query parameters are the fields of ``digits.v1``'s requests; ``format`` is ``json`` or ``png``. Whoever leaves before the
-answer is there takes the request along.
+Query parameters are the fields of ``digits.v1``'s requests; ``format`` is ``json`` or ``png``. When a client disconnects before
+the answer is ready, its request is cancelled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Around every HTTP handler that answers for a model: admitted, timed, its errors in JSON. Knows no API."""
+"""Wraps every HTTP handler that answers for a model: admission, timing, errors in JSON. Knows no API."""
 
 from __future__ import annotations
 

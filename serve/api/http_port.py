@@ -1,6 +1,7 @@
-"""The HTTP port itself: /metrics, /healthz and /readyz; how many connections, how long a head may take, whose names it has.
+"""The HTTP port: /metrics, /healthz and /readyz; limits on connections and on request heads; which host names it accepts.
 
-aiohttp bounds a head's size and not its time, and takes connections until there are no descriptors left, gRPC's included.
+aiohttp limits the size of a request's head but not its time, and accepts connections until no descriptors are left, not even for
+gRPC.
 """
 
 from __future__ import annotations

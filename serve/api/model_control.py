@@ -1,4 +1,4 @@
-"""``digits.v1.ModelControl``, and the Open Inference Protocol's repository extension: two protocols for one administration."""
+"""``digits.v1.ModelControl`` and the Open Inference Protocol's repository extension: two protocols for one administration."""
 
 from __future__ import annotations
 

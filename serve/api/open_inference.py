@@ -1,6 +1,6 @@
-"""``inference.GRPCInferenceService``: the Open Inference Protocol v2 over gRPC. Its tensors: ``serve.api.tensors``.
+"""``inference.GRPCInferenceService``: the Open Inference Protocol v2 over gRPC. ``serve.api.tensors`` has its tensors.
 
-Values come as raw bytes or as typed contents; a raw request gets a raw answer.
+Values are sent as raw bytes or as typed contents; a raw request gets a raw answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The Open Inference Protocol v2 over HTTP: ``/v2/…`` in JSON, tensors in JSON or, by the binary extension, as raw bytes.
+"""The Open Inference Protocol v2 over HTTP: ``/v2/…`` in JSON, with tensors in JSON or, by the binary extension, as raw bytes.
 
-With ``Inference-Header-Content-Length`` the body is so many bytes of JSON, then the raw tensors that have ``binary_data_size``;
-an output with ``binary_data``, or all of a request with ``binary_data_output``, comes back so. The tensors: serve.api.tensors.
+With ``Inference-Header-Content-Length`` the body starts with that many bytes of JSON, followed by the raw tensors that have
+``binary_data_size``; outputs with ``binary_data``, or all outputs with ``binary_data_output``, are returned the same way.
+``serve.api.tensors`` has the tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Around every gRPC method: request bytes in, response bytes out. Knows grpcio's context, and no service.
+"""Wraps every gRPC method: request bytes in, response bytes out. Knows grpcio's context, but no service.
 
-Handlers take and give bytes: a request that does not parse is then the caller's INVALID_ARGUMENT and not, as grpcio has
-it by itself, the server's INTERNAL.
+Handlers take and return bytes, so that a request that cannot be parsed is INVALID_ARGUMENT. grpcio itself would answer
+INTERNAL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one table from what can go wrong to status codes, of gRPC and of HTTP."""
+"""The table from errors to status codes, for gRPC and HTTP."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The Open Inference Protocol's tensors: what a request may give and ask for, whichever form of the protocol it came in.
+"""The Open Inference Protocol's tensors: which ones a request may contain and ask for, over gRPC and HTTP.
 
-A request gives ``latents`` FP32 [n, z], or ``count`` INT32 [1], with ``seed`` UINT64 [1] (else it is drawn), ``start`` UINT64
-[1] and ``truncation`` FP32 [1] or without; and to a conditional model ``labels`` INT64 [1] or [n], which latents need and
-addresses have of their own. It asks for ``pixels`` UINT8 [n, 28, 28], ``images`` FP32 [n, 1, 28, 28] and, of a conditional model,
-``labels`` INT64 [n], or for nothing and gets ``pixels``.
+A request contains ``latents`` FP32 [n, z], or ``count`` INT32 [1] with optional ``seed`` UINT64 [1] (default: random), ``start``
+UINT64 [1] and ``truncation`` FP32 [1]. For a conditional model it may contain ``labels`` INT64 [1] or [n]; they are required with
+latents, while addresses have labels of their own. It can ask for ``pixels`` UINT8 [n, 28, 28] (the default), ``images`` FP32
+[n, 1, 28, 28] and, of a conditional model, ``labels`` INT64 [n].
 """
 
 from __future__ import annotations

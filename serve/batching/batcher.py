@@ -1,10 +1,9 @@
-"""Dynamic batching: slots take what waits, run it, and hand the rows back. Knows no transport and no ONNX Runtime.
+"""Dynamic batching: slots take waiting tickets, run them as a batch, and return the rows. Knows no transport and no ONNX Runtime.
 
-When a slot takes what waits, and how much of it, is the affair of ``serve.batching.policy``; who goes first, of
-``serve.batching.queue``.
+``serve.batching.policy`` decides when a slot takes a batch and how large it is, ``serve.batching.queue`` in which order.
 
-A failure stays with its batch: a run that raises fails the callers of that batch and nobody else; one that hangs past
-``watchdog_s``, or whose thread dies, does so too, and its slot is replaced.
+A failure affects only its batch: if a run raises, hangs for longer than ``watchdog_s``, or its thread dies, the callers of that
+batch fail and no others. After a hang or a dead thread the slot is replaced.
 """
 
 from __future__ import annotations

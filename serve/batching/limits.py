@@ -1,4 +1,4 @@
-"""What a batcher is given, and what bounds it."""
+"""The settings and limits of a batcher."""
 
 from __future__ import annotations
 

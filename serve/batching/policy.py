@@ -1,8 +1,8 @@
-"""When a slot takes its next batch, and how many images. Not thread-safe; the batcher holds the lock.
+"""Decides when a slot takes its next batch, and how many images. Not thread-safe; the batcher holds the lock.
 
-What waits is taken at once, up to ``max_batch_size`` images; a batch that is not full lingers for company while another slot
-works, or after a batch that a crowd has shared, until as many callers are back: never longer than ``linger_s``, and never for
-a lone caller. A lone caller's rows are shared out to the idle slots.
+Waiting images are taken at once, up to ``max_batch_size``. A batch that is not full lingers for more while another slot works;
+after a batch shared by many callers, it lingers until as many callers are back. It never lingers for longer than ``linger_s``,
+and never for a lone caller, whose rows are split over the idle slots.
 """
 
 from __future__ import annotations

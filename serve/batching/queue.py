@@ -1,14 +1,14 @@
-"""Who goes next: a bounded queue of tickets, counted in images. Not thread-safe; the batcher holds the lock.
+"""A bounded, fair queue of tickets, counted in images. Not thread-safe; the batcher holds the lock.
 
-Order is weighted fair queuing (Demers, Keshav & Shenker 1989) with equal weights: virtual time is the images that each
-waiting ticket would have been given had all been served alike; a ticket starts at the virtual time of its arrival, less
-what it leaves of one batch to others, and the ticket that would finish its next chunk first goes first. So a caller of one
-digit goes into the very next batch however long the others' requests are, and a long request cannot starve, because virtual
+The order is weighted fair queuing (Demers, Keshav & Shenker 1989) with equal weights. Virtual time is the number of images that
+each waiting ticket would have been given if all had been served equally. A ticket starts at the virtual time of its arrival, less
+the part of a batch that it leaves to others, and the ticket whose next chunk would finish first is served first. So a request for
+one digit is in the very next batch however long the other requests are, and a long request cannot starve, because virtual
 time moves past it.
 
-Two priorities: interactive first; bulk fills what is left of a batch, and every eighth batch begins with bulk. Each has the
-whole bound for itself, so that neither can fill the queue against the other. Of what does not fit, a ticket that may wait for
-room stands in line before the queue and is not counted.
+There are two priorities: interactive first; bulk fills the rest of a batch, and every eighth batch begins with bulk. Each
+priority has the whole limit for itself, so that neither can fill the queue against the other. If a ticket does not fit but may
+wait for room, it waits in a line before the queue and is not counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One slot: a thread that runs batches through an engine until there are no more.
+"""A slot: a thread that runs batches through an engine until there are no more.
 
-A CUDA session must stay with one thread, so the thread makes, uses and drops its engine. Which batch comes next and what
-becomes of the rows is the batcher's affair.
+A CUDA session must stay in one thread, so the thread creates, uses and drops its engine. The batcher decides which batch is next
+and what happens with the rows.
 """
 
 from __future__ import annotations

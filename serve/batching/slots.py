@@ -1,4 +1,4 @@
-"""The slots of one model: started together, and replaced for ever, with a back-off, when they hang or die."""
+"""The slots of one model: started together; slots that hang or die are replaced, with a back-off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What waits and runs in the batcher: a caller's ticket, its share of a batch, and the rows that came back."""
+"""Tickets, the callers' requests in the batcher; chunks, their shares of a batch; and parts, the rows that came back."""
 
 from __future__ import annotations
 

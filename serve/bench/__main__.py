@@ -1,10 +1,10 @@
-"""``make bench``: the server, by each of its transports, beside the raw model and the bare gRPC server, in alternating rounds.
+"""``make bench``: compares the server, with each transport, with the raw model and a bare gRPC server, in alternating rounds.
 
 *raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is one
-grpc.aio server that answers a ready-made response of the same size. Every target is a ratio of two figures of the same
+grpc.aio server that sends a ready-made response of the same size. Every target is a ratio of two figures of the same
 round (``serve.bench.rounds``), since absolute times mean little on a shared machine.
 
-What was tried, and what it gave, is in docs/decisions/0004-single-digits.md and 0009-fronts.md.
+docs/decisions/0004-single-digits.md and 0009-fronts.md record what was tried.
 """
 
 from __future__ import annotations

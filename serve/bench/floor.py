@@ -1,4 +1,4 @@
-"""The floor: a grpc.aio server that answers a ready-made response and does nothing else, on the server's own event loop."""
+"""The floor: a grpc.aio server that sends a ready-made response and does nothing else, on the same kind of event loop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What each hop of a request costs, one by one and in process: ``python -m serve.bench.hops``. A single digit of the mlp.
+"""Measures each hop of a request in process: ``python -m serve.bench.hops``. Requests for a single mlp digit.
 
-Medians of many repetitions, so that a busy machine moves the figures and seldom their order. The changes of thread are the
-difference between a request through the batcher and the sum of what the batcher's slot does.
+The figures are medians of many repetitions; a busy machine changes them, but seldom their order. The cost of thread changes is
+the difference between a request through the batcher and the sum of what the batcher's slot does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""``make bench-instructions``: user-space instructions a request, by valgrind's callgrind; no neighbour moves them.
+"""``make bench-instructions``: counts user-space instructions per request with callgrind; busy neighbours do not change them.
 
-A fixed number of single digits of the mlp, 64 in flight, after a warm-up; of all threads, the model's own included. Printed
-beside what is recorded in ``instructions.json``, which ``--record`` writes anew. Valgrind runs one thread at a time and
-has no AVX-512: the figures are for comparing with each other, not for times.
+It counts a fixed number of single mlp digits, 64 in flight, after a warm-up, in all threads, including the model's own. The
+result is printed beside the recorded one in ``instructions.json``, which ``--record`` rewrites. Valgrind runs one thread at a
+time and has no AVX-512: the figures can be compared with each other but say nothing about times.
 """
 
 from __future__ import annotations

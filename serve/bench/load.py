@@ -1,7 +1,7 @@
-"""Load on a server: by h2load where it is installed, else by callers in Python, always in a process of their own.
+"""Generates load: with h2load where it is installed, otherwise with callers in Python, always in a process of its own.
 
-h2load (nghttp2) sends real gRPC and costs little, but knows only HTTP; for codes, deadlines and open loops the Python
-callers are used. ``python -m serve.bench.load JSON`` is their process.
+h2load (nghttp2) sends real gRPC and costs little, but knows only HTTP; the Python callers are used for status codes, deadlines
+and open loops. ``python -m serve.bench.load JSON`` is their process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server under test as a process: started with its own command line, ended when the block is left."""
+"""A server under test as a process: started with its own command line, stopped at the end of the ``with`` block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured figures beside their targets: for the terminal and as JSON."""
+"""Prints measured figures beside their targets, and writes them as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Servers beside each other: every round measures each of them once, in turning order, and a ratio is of one round.
+"""Compares servers in rounds: each round measures every server once, in rotating order, and ratios are within a round.
 
-Rates drift by a third within minutes on shared machines: what was measured minutes apart cannot be compared. Beside the rate
-stands the processor time of a request (user and system, all threads and child processes of the server, the load generator
-not counted), which a noisy neighbour moves less.
+Rates drift by a third within minutes on shared machines, so figures measured minutes apart cannot be compared. Besides the rate,
+the processor time per request is measured (user and system, all threads and child processes of the server, without the load
+generator), which a noisy neighbour changes less.
 """
 
 from __future__ import annotations

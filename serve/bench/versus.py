@@ -1,6 +1,6 @@
-"""This checkout's server beside another's, round by round: ``python -m serve.bench.versus ../before --rounds 8``.
+"""Compares this checkout's server with another checkout's: ``python -m serve.bench.versus ../before --rounds 8``.
 
-Both run at once and are measured by turns (``serve.bench.rounds``). The other checkout is run by this one's interpreter.
+Both run at once and are measured in turn (``serve.bench.rounds``). This checkout's interpreter runs the other one too.
 """
 
 from __future__ import annotations

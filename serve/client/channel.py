@@ -1,4 +1,4 @@
-"""Channels to a server: which options, which certificates, which token. For the clients and tools that call one."""
+"""Channels to a server: their options, certificates and tokens. For the client and for tools that call a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small typed client: numpy arrays out, a deadline on every call, retries by gRPC's own service config.
+"""A small typed client: returns numpy arrays, sets a deadline on every call, and retries through gRPC's own service config.
 
     with DigitClient("localhost:50051") as client:
         digits = client.generate(count=25, seed=7)

@@ -1,4 +1,4 @@
-"""The client's command line: asks a server for digits, writes a picture and prints them."""
+"""The client's command line: requests digits from a server, writes a picture and prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why nobody could be reached, in plain words: gRPC tells of the last address it tried, and not what the others said."""
+"""Explains why no server could be reached: gRPC reports only the last address that it tried."""
 
 from __future__ import annotations
 

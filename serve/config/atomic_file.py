@@ -1,4 +1,4 @@
-"""Files written whole or not at all, beside and renamed into place; and one process at a time that reads and rewrites one."""
+"""Writes files atomically, beside the target and renamed into place; and locks a file while it is read and rewritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command line has: complaints of one line, no abbreviated flags, numbers within bounds, and an end that cleans up."""
+"""What all command lines share: one-line errors, no abbreviated flags, bounded numbers, and a clean end."""
 
 from __future__ import annotations
 

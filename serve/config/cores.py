@@ -1,4 +1,4 @@
-"""How many processor cores this process may use: its affinity, and the CPU quota of its container."""
+"""How many processor cores this process may use, according to its affinity and its container's CPU quota."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a file has changed, as far as its time, size and inode tell. Links are followed: Kubernetes swaps those."""
+"""Detects whether a file has changed, by time, size and inode. Follows links, because Kubernetes replaces those."""
 
 from __future__ import annotations
 

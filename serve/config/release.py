@@ -1,4 +1,4 @@
-"""Which release this is, also where it runs from a checkout that was never installed."""
+"""The release of this program, also when it runs from a checkout that was never installed."""
 
 from __future__ import annotations
 

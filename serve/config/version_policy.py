@@ -1,4 +1,4 @@
-"""Version policies: which of a model's versions are served, where nothing else was said. ``--versions`` is parsed here."""
+"""Version policies, as in ``--versions``: which versions of a model are served unless the desired state names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way of a request: find the model, check, hold against the caller's limit, run, give back. Knows no transport."""
+"""Answers a request: find the model, check, count against the caller's limit, run, return. Knows no transport."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two records: what a request asks for, whatever transport it came by, and what was made of it."""
+"""The two records of the core: a request, whichever transport it came by, and its result."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which digits a data set for training keeps: those that a judge reads as their labels, at least so surely.
+"""The filter of data sets for training: keeps the digits that a judge reads as their label with at least a given confidence.
 
-A digit that is refused gives way to the one ``count`` indices further in the same stream, and that one to the next, so that
-a data set of so many digits has so many. What is kept is a function of the address alone: the judge is asked about whole
-blocks of the stream, whichever shard a digit falls into.
+A rejected digit is replaced by the one ``count`` indices later in the same stream, and so on, so that the data set has the
+requested size. Which digits are kept is a function of the address alone: the judge reads whole blocks of the stream, whichever
+shard a digit falls into.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``dataset.json``: what a data set is of, which of its digits a shard holds, and their rows."""
+"""``dataset.json``: how a data set was made, and which of its digits a shard contains."""
 
 from __future__ import annotations
 

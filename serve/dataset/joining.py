@@ -1,4 +1,4 @@
-"""Shards joined into files that others read: MNIST's idx files, or one for numpy."""
+"""Joins shards into files in common formats: MNIST's idx files, or one npz file for numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard of a data set: its digits made by several threads, and written whole or not at all."""
+"""Writes a shard of a data set: several threads generate its digits, and the file is written atomically."""
 
 from __future__ import annotations
 

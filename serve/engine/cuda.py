@@ -1,7 +1,6 @@
-"""What of CUDA ONNX Runtime's Python interface lacks: streams, page-locked memory, copies into it, kernels, memory in use.
+"""The parts of CUDA that ONNX Runtime's Python interface lacks: streams, page-locked memory, copies, kernels, memory in use.
 
-By NVIDIA's own bindings, which come with the ``cuda`` extra and are imported only where there is a GPU to use. Knows no
-session.
+Uses NVIDIA's own bindings, which come with the ``cuda`` extra and are imported only if there is a GPU. Knows no session.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The engine on CUDA: fixed buffers, batches padded to buckets, one captured graph for each bucket, all in one stream.
+"""The engine on CUDA: fixed buffers, batches padded to buckets, one captured graph per bucket, all in one stream.
 
-A batch's way in, its run and its way out are put into the engine's own stream one after the other, and waited for once: two
-engines on a device keep each other busy and do not wait for each other. An engine belongs to the thread that made it: CUDA graphs
+The copies and the run of a batch are put into the engine's own stream, in order, with one wait at the end. So two
+engines on a device keep it busy without waiting for each other. An engine belongs to the thread that made it: CUDA graphs
 cannot be replayed from several threads (onnxruntime #18806).
 """
 

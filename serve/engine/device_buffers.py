@@ -1,4 +1,4 @@
-"""Fixed memory that a session's inputs and outputs are bound to: page-locked on the host, with a buffer on the device each."""
+"""Fixed memory for a session's inputs and outputs: page-locked buffers on the host, each with a buffer on the device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Latents drawn where the model runs: the kernel of ``latents.cu``, put into the engine's stream before the run.
+"""Draws latents on the device: the kernel of ``latents.cu``, put into the engine's stream before the run.
 
-What goes to the device for a row are its seed, its index, its label and its truncation, 32 bytes, in place of all its latents.
+Only a row's seed, index, label and truncation are copied to the device, 32 bytes instead of all its latents.
 """
 
 from __future__ import annotations

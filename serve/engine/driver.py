@@ -1,4 +1,4 @@
-"""Whether NVIDIA's driver has a device that CUDA 13 can use, asked of the driver itself. Needs no package of CUDA's.
+"""Checks whether NVIDIA's driver has a device that CUDA 13 can use. Asks the driver itself and needs no CUDA package.
 
 ``cuDriverGetVersion``, ``cuInit`` and ``cuDeviceGetCount`` of the CUDA driver API answer without a context.
 """

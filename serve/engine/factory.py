@@ -1,4 +1,4 @@
-"""The engine for a provider: the one place where they are told apart."""
+"""Creates the engine for a provider. No other module distinguishes the providers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The golden check: the samples that eager PyTorch made at export, beside what a session makes of the same inputs."""
+"""The golden check: compares the output of a session with samples that eager PyTorch computed at export."""
 
 from __future__ import annotations
 

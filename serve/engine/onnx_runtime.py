@@ -1,7 +1,7 @@
-"""ONNX Runtime with its telemetry off. Whatever uses it takes it from here.
+"""Imports ONNX Runtime with its telemetry turned off. All other modules import it from here.
 
-From 1.29 on its wheels report sessions to its maker unless this variable is set before they are loaded. A server of ours
-calls nobody; whoever wants that sets the variable to 0.
+From version 1.29 on its wheels report sessions to the maker unless this variable is set before the import. A server of ours
+contacts nobody; set the variable to 0 to turn telemetry on.
 """
 
 from __future__ import annotations

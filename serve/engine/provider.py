@@ -1,4 +1,4 @@
-"""Where models run: the execution provider, settled for this machine, and how a session runs on it."""
+"""Chooses the execution provider for this machine, and holds the options with which sessions run on it."""
 
 from __future__ import annotations
 

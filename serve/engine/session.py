@@ -1,7 +1,7 @@
-"""One ONNX Runtime session and the runs through it: arrays in, arrays out. Knows neither the queue nor a transport.
+"""An ONNX Runtime session and its runs: arrays in, arrays out. Knows neither the queue nor a transport.
 
-Export's parity check runs through this very class, so what is proven there is what serves here. Names, types and shapes of
-the arrays are those of ``Manifest.inputs`` and ``Manifest.outputs``.
+Export's parity check runs through this class too, so it checks exactly what is served. ``Manifest.inputs`` and
+``Manifest.outputs`` have the names, types and shapes of the arrays.
 """
 
 from __future__ import annotations

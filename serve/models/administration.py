@@ -1,7 +1,7 @@
-"""What an administrator asks for, turned into changes of the desired state. For the event loop's thread alone.
+"""Turns an administrator's requests into changes of the desired state. For the event loop's thread alone.
 
-A change is tried on this replica first, and written when it has worked: the file never asks for what could not be loaded
-here. The other replicas take it up when they look at the file.
+A change is first made on this replica and written only if that works, so the file never asks for what could not be loaded
+here. The other replicas follow when they read the file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The models that are being served, by name and version, and who answers when a request leaves either open.
+"""The models that are served, by name and version, and which of them answers when a request leaves either open.
 
-Looked up by any thread and changed by the event loop's: a change makes new tables, so a look sees all of it or nothing of it.
+Read by any thread, changed by the event loop's thread: a change makes new tables, so a reader sees all of it or nothing.
 """
 
 from __future__ import annotations

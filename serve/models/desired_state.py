@@ -1,4 +1,4 @@
-"""The desired state: one JSON file that says which versions of a model are served, and who answers by default.
+"""The desired state: a JSON file that says which versions of a model are served, and which one is the default.
 
     {"schema_version": 1, "models": {
         "mlp": {"versions": [1, 2], "route": {"default": 1, "canary": 2, "canary_share": 0.05}},
@@ -6,9 +6,9 @@
         "cdcgan": {"versions": []}
     }}
 
-The file outlives the process and is the same for every replica that reads it. A model that it does not name, or whose
-``versions`` it leaves out, follows ``--versions``; without a ``route`` the highest version answers. ``previous`` holds the
-routes before the current one, newest last, for a rollback.
+The file outlives the process and is the same for every replica that reads it. A model that is not in it, or has no ``versions``
+there, follows ``--versions``; without a ``route`` the highest version answers. ``previous`` has the earlier routes, newest last,
+for a rollback.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Versions from the repository into models, and a memory of those that could not be loaded.
+"""Loads versions from the repository as models, and remembers those that failed.
 
-Nothing here decides what is served. Reading, checking and warming happen in a thread; the event loop goes on.
+It does not decide what is served. Reading, checking and warming up happen in a thread, so the event loop goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Makes what is served follow the desired state and the models folder, while requests are answered.
+"""Makes the served models follow the desired state and the models folder, while requests are answered.
 
-A version comes in beside what is there: read and checked by digest, run against its golden samples, warmed, and only then
-put into the catalog, between two requests. What it replaces answers the calls it has and is released. Whatever fails on
-the way leaves everything as it was; the reason is in the log, the status and the metrics. A version, or the file, counts as
-changed or gone once two looks agree. For the event loop's thread alone.
+A new version is read and its digests verified, checked against its golden samples, warmed up, and only then put into the
+catalog, atomically. The version that it replaces finishes the calls it has and is released. If a step fails, nothing
+changes; the reason is in the log, the status and the metrics. A change or removal of a version, or of the file, takes effect
+once two polls in a row agree on it. For the event loop's thread alone.
 """
 
 from __future__ import annotations

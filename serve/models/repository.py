@@ -1,7 +1,7 @@
-"""Bundles on disk: found, read whole, checked against their own digests. Knows no session.
+"""Bundles on disk: finds them, reads them whole, and verifies their digests. Knows no session.
 
-A bundle is read into memory once; what is served is what was checked, whatever happens to the folder afterwards.
-Symbolic links are followed as long as they stay inside the repository (Kubernetes mounts are made of them).
+A bundle is read into memory once, so the verified bytes are the ones served, whatever happens to the folder afterwards.
+Symbolic links are followed if they stay inside the repository (Kubernetes mounts consist of them).
 """
 
 from __future__ import annotations

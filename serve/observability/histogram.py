@@ -1,4 +1,4 @@
-"""Histograms that take many values at once: prometheus_client's own takes each by itself, in a microsecond."""
+"""Histograms that take many values at once: prometheus_client's own takes one at a time, at a microsecond each."""
 
 from __future__ import annotations
 

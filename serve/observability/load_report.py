@@ -1,7 +1,7 @@
-"""How loaded this process is, as an ORCA load report that ends each answer: clients that weigh replicas by it send a slow
-one less (gRFC A51, https://github.com/grpc/proposal/blob/master/A51-custom-backend-metrics.md; A58 is the policy).
+"""ORCA load reports at the end of each answer, by which clients send fewer calls to a busy replica
+(gRFC A51, https://github.com/grpc/proposal/blob/master/A51-custom-backend-metrics.md; A58 is the client's policy).
 
-Knows no transport. ``message OrcaLoadReport`` is of ``xds/data/orca/v3/orca_load_report.proto``.
+Knows no transport. ``message OrcaLoadReport`` is in ``xds/data/orca/v3/orca_load_report.proto``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The log on stderr: for a person, or one JSON object a line for machines, with the request it belongs to."""
+"""The log on stderr: text, or one JSON object per line, with the id of the request that a line belongs to."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every metric the server has, in one place, on an injected registry. Histograms throughout, never summaries:
-their buckets can be added up over replicas.
+"""All metrics of the server, on an injected registry. Histograms, never summaries, because their buckets can be added up over
+replicas.
 
 gRPC's metrics have the ecosystem's usual names; the service's own begin with ``digits_``. Children are looked up once,
 not per request: a look-up costs more than the increment.

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans: a request, and in it queue, compute and encode. Off, and free, without an endpoint to send them to.
+"""OpenTelemetry spans of a request and of its phases: queue, compute, encode. Off, at no cost, unless an endpoint is set.
 
-The request's own span, with the caller's W3C context from the metadata, is the maintained gRPC instrumentation's; the
-phases are made afterwards from the times that the server takes anyway. ``OTEL_EXPORTER_OTLP_ENDPOINT`` turns it on; the
-other ``OTEL_`` variables hold as OpenTelemetry's documentation says.
+The maintained gRPC instrumentation makes the request's span, with the caller's W3C context from the metadata; the
+phases are added afterwards from times that the server takes anyway. ``OTEL_EXPORTER_OTLP_ENDPOINT`` turns it on; the
+other ``OTEL_`` variables work as in OpenTelemetry's documentation.
 """
 
 from __future__ import annotations

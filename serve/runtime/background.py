@@ -1,4 +1,4 @@
-"""Tasks that go on beside the requests. One that raises is logged, counted and run again: none dies unnoticed."""
+"""Background tasks. A task that raises is logged, counted and run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gRPC port, by the transport that ``--front`` names; what every transport is given, and what it gives back."""
+"""The interface between the server and its gRPC transports, and the choice of one by ``--front``."""
 
 from __future__ import annotations
 

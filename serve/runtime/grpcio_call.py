@@ -1,4 +1,4 @@
-"""One call by grpcio's core: what its operations are for a request, an answer, a status."""
+"""A call on grpcio's core: reads requests, sends answers and the status."""
 
 from __future__ import annotations
 

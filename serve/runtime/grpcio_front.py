@@ -1,7 +1,7 @@
-"""The gRPC port by grpcio's core, without ``grpc.aio``: the core's events come in a thread, and calls are begun there.
+"""The gRPC port on grpcio's core, without ``grpc.aio``: one thread receives the core's events and begins calls.
 
-``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). The classes of ``cygrpc``
-are those that grpcio's own blocking server is written with, but grpcio promises nothing about them: hence ``_core``.
+``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). grpcio's own blocking server
+uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence ``_core``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A call's handler, run to its end, on the event loop or without it; the same for both transports of gRPC."""
+"""Runs a call's handler, with or without the event loop. Both gRPC transports use it."""
 
 from __future__ import annotations
 

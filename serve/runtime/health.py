@@ -1,9 +1,9 @@
-"""What the server says of itself: alive, ready, and serving which models. gRPC's health protocol and the HTTP probes share it.
+"""Liveness and readiness, of the server and of each model, for gRPC's health protocol and the HTTP probes.
 
-Ready means that a request can be answered: some model is, and the process does not drain. So says the service's name over
-gRPC and ``/readyz`` over HTTP. ``""`` is SERVING when all models are ready and the default is among them,
-``<service>/<model>`` and ``/readyz/<model>`` when that one is, and ``liveness`` and ``/healthz`` as long as the process need
-not be restarted, draining or not.
+Ready means that a request can be answered: some model is ready, and the process is not draining. That is the status of the
+service's name over gRPC and of ``/readyz`` over HTTP. ``""`` is SERVING when all models are ready, including the default;
+``<service>/<model>`` and ``/readyz/<model>`` when that model is; ``liveness`` and ``/healthz`` as long as the process needs no
+restart, draining or not.
 """
 
 from __future__ import annotations

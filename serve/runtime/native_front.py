@@ -1,8 +1,8 @@
-"""The gRPC port by pygrpc-native: HTTP/2 and gRPC in Rust, outside the interpreter lock. The extra ``native``.
+"""The gRPC port on pygrpc-native: HTTP/2 and gRPC in Rust, outside the interpreter lock. The extra ``native``.
 
-Calls come in batches from a thread of their own and are answered by the same method tables as with grpcio. Health and
-reflection are a grpcio server's on a Unix socket behind it. What it cannot do is refused by ``Settings``; where it behaves
-otherwise than grpcio is in docs/serving.md, why it is like this in docs/decisions/0009-fronts.md.
+A thread of its own receives calls in batches; the same method tables as with grpcio answer them. Health and
+reflection are handled by a grpcio server behind it, on a Unix socket. ``Settings`` refuses what it cannot do; docs/serving.md has
+the differences from grpcio, docs/decisions/0009-fronts.md the reasons.
 """
 
 from __future__ import annotations

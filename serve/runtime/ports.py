@@ -1,4 +1,4 @@
-"""Whether the ports can be had, before the models are loaded that would be served on them."""
+"""Checks that the ports are free before the models are loaded."""
 
 from __future__ import annotations
 

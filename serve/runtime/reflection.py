@@ -1,4 +1,4 @@
-"""gRPC server reflection in both of its versions: the same messages under two names, of which grpcio has the older only."""
+"""gRPC server reflection, v1 and v1alpha: the same messages under two names, of which grpcio has only the older."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's life: start, run, stop. On SIGTERM: say NOT_SERVING, wait for clients to notice, refuse, finish, release."""
+"""The server: start, run, stop. On SIGTERM: report NOT_SERVING, wait for clients to notice, refuse new calls, finish, release."""
 
 from __future__ import annotations
 

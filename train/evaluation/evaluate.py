@@ -1,10 +1,10 @@
-"""A run's quality: 10,000 of its digits judged beside the MNIST test set, and real digits judged in the same way.
+"""Evaluates a run: compares 10,000 of its digits with the MNIST test set, and real digits in the same way.
 
-Labels that can be asked for are asked for as often as the test set has them, and the real digits are chosen so as well: with
-other shares of the labels two sets of features differ though every digit in them were real.
+For conditional generators, the labels have the test set's frequencies, and so have the real digits: with
+other label frequencies two sets of features would differ even if all digits were real.
 
-What comes of it is written into the run's folder: ``quality.json``, which export carries into the bundle, and the digits whose
-labels the judge is least and most sure of, ``worst.png`` and ``best.png``.
+The results are written into the run's folder: ``quality.json``, which export copies into the bundle, and the digits of whose
+labels the judge is least and most confident, ``worst.png`` and ``best.png``.
 """
 
 from __future__ import annotations

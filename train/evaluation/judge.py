@@ -1,8 +1,8 @@
-"""The classifiers that judge generated digits: small convolutional networks, trained on real ones and kept.
+"""The judges of generated digits: small convolutional classifiers, trained on real digits and kept on disk.
 
 A judge's last hidden layer is the feature space in which sets of digits are compared. The first judge's network and training,
-on a generator's digits, give the classification accuracy score. The second judge is of another architecture and drawn from
-another seed: it says whether what the first one likes is liked by it alone, and nothing is chosen or filtered by it.
+applied to a generator's digits, give the classification accuracy score. The second judge has another architecture and another
+seed: it shows whether a result depends on the first judge, and is never used to choose or filter anything.
 """
 
 from __future__ import annotations

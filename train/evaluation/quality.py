@@ -1,4 +1,4 @@
-"""How good a set of digits is, in numbers. Everything here is a function of arrays; who makes the digits is not known.
+"""Quality figures of a set of digits, as functions of arrays. Knows no generator.
 
 Fréchet distance: Heusel et al. 2017 (arXiv:1706.08500), here in the judge's feature space instead of Inception's.
 Precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991), k = 3. Classification accuracy score: Ravuri & Vinyals 2019

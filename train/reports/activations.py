@@ -1,4 +1,4 @@
-"""Inside a generator: what each layer makes of 36 latents, and one sample's activations as mosaics."""
+"""The activations inside a generator: of each layer for 36 latents, and of one sample as mosaics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side, as tables: all that a folder holds, and any of them by what they were set to and what came of it."""
+"""Tables of runs: all runs of a folder, and the settings and results of several runs side by side."""
 
 from __future__ import annotations
 

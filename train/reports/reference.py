@@ -1,4 +1,4 @@
-"""The MLP notebook's own loss table, and a run's losses beside it: ``python -m train compare``."""
+"""The MLP notebook's own loss table, compared with a run's losses: ``python -m train compare``."""
 
 from __future__ import annotations
 

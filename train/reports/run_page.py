@@ -1,4 +1,4 @@
-"""A run as one page, ``report.html`` in its folder: settings, losses, digits over time, quality, time. Opens without a server."""
+"""A run's ``report.html``: settings, losses, digits over time, quality and time on one page that opens without a server."""
 
 from __future__ import annotations
 

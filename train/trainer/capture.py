@@ -1,7 +1,7 @@
-"""A training step as one CUDA graph: recorded once, replayed for every batch of the usual size.
+"""A training step as a CUDA graph: captured once, replayed for every batch of the usual size.
 
 At these sizes a step is hundreds of kernels that take microseconds each, and launching them one by one takes longer than
-they do. What the graph cannot hold, the last batch of an epoch if it is smaller, runs as it always did.
+they run. A smaller last batch of an epoch does not fit the graph and runs without it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The training loop: batches, log points, checkpoints, resuming. Knows no command line; what it saves, others write.
+"""The training loop: batches, log points, checkpoints, resuming. Knows no command line; ``train.checkpoint`` writes the files.
 
-What makes a resumed run end with the same bits: the order of the images is a pure function of (seed, epoch), every
-other random draw comes from one generator whose state is in the checkpoint, and sums since the last log point are too.
-Bit equality is promised on the CPU with an equal thread count, not on CUDA, where some kernels are not deterministic.
+A resumed run ends with the same bits because the order of the images is a pure function of (seed, epoch), every
+other random draw comes from one generator whose state is in the checkpoint, and the sums since the last log point are too.
+Bit equality is guaranteed on the CPU with an equal thread count, not on CUDA, where some kernels are not deterministic.
 """
 
 from __future__ import annotations

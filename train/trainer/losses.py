@@ -1,7 +1,7 @@
-"""The adversarial losses on logits, apart from any loop: Goodfellow et al. 2014, section 3, in the non-saturating form, and the
+"""The adversarial losses, as functions of logits: Goodfellow et al. 2014, section 3, in the non-saturating form, and the
 relativistic pairing loss (Jolicoeur-Martineau 2018, arXiv:1807.00734; with R1 and R2, Huang et al. 2025, arXiv:2501.05441).
 
-Sigmoid and binary cross-entropy are joined in one numerically stable function of the logit.
+Sigmoid and binary cross-entropy are one numerically stable function of the logit.
 """
 
 from __future__ import annotations

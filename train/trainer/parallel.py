@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 -m train dcgan
 
-``batch_size`` is each process's own. What makes the losses those of one process with a batch as large as all theirs:
-gradients are averaged (DistributedDataParallel), BatchNorm's statistics are taken over all of them, and every process
-draws the whole batch's noise and uses its rows.
+``batch_size`` is that of each process. The losses equal those of one process with the whole batch:
+gradients are averaged (DistributedDataParallel), BatchNorm's statistics are taken over all processes, and every process
+draws the whole batch's noise and uses its own rows.
 """
 
 from __future__ import annotations

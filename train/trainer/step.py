@@ -1,9 +1,9 @@
-"""One step of both networks on a batch: what is drawn, which losses, which gradients, both optimizers. Knows no run.
+"""A training step of both networks on a batch: random draws, losses, gradients, both optimizers. Knows no run.
 
 The two notebooks' step is ``alternating``: the discriminator on real images and fakes, then the generator on fakes of its own.
-The rpgan's is ``simultaneous``: its discriminator has no BatchNorm, so that an image's gradient is its own affair, and one
-backward pass through it serves both networks. Every few steps a gradient penalty comes on top ("lazy", Karras et al. 2020,
-arXiv:1912.04958, appendix B).
+The rpgan's is ``simultaneous``: its discriminator has no BatchNorm, so an image's gradient does not depend on the other images,
+and one backward pass through it serves both networks. Every few steps a gradient penalty is added ("lazy" regularization, Karras
+et al. 2020, arXiv:1912.04958, appendix B).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""``make bench-peers``: this server, by each of its transports, and the general ones: the same graph, the same request bytes.
+"""``make bench-peers``: compares this server, with each transport, with general model servers on the same graph and requests.
 
 Each peer is installed from the package index into a venv of its own below build/peers and serves the bundled model's
 ONNX file (folded, uint8 output) as its documentation shows; the Open Inference Protocol request carries the latents.
-Load by h2load, in alternating rounds (``serve.bench.rounds``): all servers run, those whose turn it is not are idle. A peer
-that the index does not give, or that does not start, is named with the reason. ``--busy N`` lets N other processes compute
-all the while, as a noisy neighbour would.
+h2load generates the load, in alternating rounds (``serve.bench.rounds``): all servers run, and all but the one measured are idle.
+A peer that cannot be installed or does not start is reported with the reason. With ``--busy N``, N other processes compute
+meanwhile, as noisy neighbours do.
 """
 
 from __future__ import annotations
