@@ -59,13 +59,13 @@ generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the
 train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan|rpgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
-activations: .venv/.all ## draw what happens inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
+activations: .venv/.all ## draw the activations inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
 	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
 
 runs: .venv/.all ## list all runs: state, steps, time, quality
 	@$(BIN)/python -m train list $(ARGS)
 
-compare: .venv/.all ## the newest mlp run's losses beside the notebook's (RUNS="runs/... runs/..." for two runs side by side)
+compare: .venv/.all ## compare the newest mlp run's losses with the notebook's (RUNS="runs/... runs/...": compare these runs)
 	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(RUN))
 
 evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
@@ -78,7 +78,7 @@ export: .venv/.all ## export the newest finished run of each preset into models/
 	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))
 	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-speedrun: .venv/.all ## from nothing to a served model: train shortly, score, export, serve, ask; a page in build/speedrun (ARGS="--epochs 4")
+speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
 	@$(BIN)/python -m export speedrun $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
@@ -89,7 +89,7 @@ build/triton-client/.ready: | $(BIN)/python
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready ## run the tests with the long ones, over both transports, and print what they cover
+test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, with both transports, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
@@ -97,14 +97,14 @@ test-all: .venv/.all build/triton-client/.ready ## run the tests with the long o
 mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md
 	@$(BIN)/python -m tests.mutate $(ARGS)
 
-page-test: .venv/.all ## try the page in a headless Chromium (apt-get installs it where it is missing)
+page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs it where it is missing)
 	@if ! command -v chromium >/dev/null && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends chromium >/dev/null; fi
 	$(BIN)/python -m pytest tests/page $(ARGS)
 
-fuzz: .venv/.all ## a million odd inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
+fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## all that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
 	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.
@@ -131,7 +131,7 @@ image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TA
 	--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(if $(BASE),--build-arg BASE=$(BASE)) -t $$name $(ARGS) . && \
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
-deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## prove deploy/ by the platform's own tools (apt-get installs what is missing)
+deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
 	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)
@@ -155,14 +155,14 @@ check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/meta
 
-bench: .venv/.all ## time the server beside its floor and the raw model; writes build/bench.json
+bench: .venv/.all ## compare the server with a bare gRPC server and the raw model; writes build/bench.json
 	@$(BIN)/python -m export plain build/plain
 	@$(BIN)/python -m serve.bench $(ARGS)
 
-bench-peers: .venv/.all ## the general servers beside this one: PyTriton, KServe, MLServer (needs h2load; ARGS="--busy 2": with noisy neighbours)
+bench-peers: .venv/.all ## compare with general model servers: PyTriton, KServe, MLServer (needs h2load; ARGS="--busy 2": with noisy neighbours)
 	@$(BIN)/python -m serve.bench.peers $(ARGS)
 
-bench-instructions: .venv/.all ## count instructions a request by valgrind, beside what is recorded (apt-get installs it; ARGS=--record)
+bench-instructions: .venv/.all ## count instructions per request with valgrind, beside the recorded figures (apt-get installs it; ARGS=--record)
 	@for each in valgrind h2load; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends valgrind nghttp2-client >/dev/null; fi
 	@$(BIN)/python -m serve.bench.instructions $(ARGS)

@@ -40,14 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, defaults in PRESETS.items():
         _add_preset(commands, name, defaults)
-    view = commands.add_parser("activations", help="draw what happens inside a generator")
+    view = commands.add_parser("activations", help="draw the activations inside a generator")
     view.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
-    listed = commands.add_parser("list", help="every run: how far it has come, how long it took, how good it is")
-    table = commands.add_parser("compare", help="runs side by side; without any, an mlp run's losses beside the notebook's")
+    listed = commands.add_parser("list", help="list all runs: progress, time, quality")
+    table = commands.add_parser("compare", help="compare runs; without any, an mlp run's losses with the notebook's")
     table.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="two run folders, or more")
     table.add_argument("--run", type=Path, help="whose losses stand beside the notebook's (default: the newest mlp run's)")
-    page = commands.add_parser("report", help="write a run's one-page report anew: report.html in its folder")
+    page = commands.add_parser("report", help="write report.html in a run's folder again")
     page.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     judged = commands.add_parser(
         "evaluate", help="judge 10,000 digits of a run, of the newest finished run of each preset, or of a data set"

@@ -52,19 +52,19 @@ class Settings:
     )
     versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
     serving_file: Path | None = _setting(
-        None, "which versions are served, beyond --versions; followed as it changes (default: serving.json in the models folder)"
+        None, "JSON file of the desired state: versions and routes of models (default: serving.json in the models folder)"
     )
     single_model: bool = _setting(False, "the models folder holds the versions of one model, as KServe lays it out")
     wait_for_models: bool = _setting(False, "start without a usable model too, and serve what the folder will hold")
-    poll_interval_s: float = _setting(5.0, "time between two looks at the models folder and that file", low=0.05, high=86400)
+    poll_interval_s: float = _setting(5.0, "interval between polls of the models folder and of that file", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
-    front: str = _setting("grpcio", "what carries gRPC; native: faster, an extra, without TLS", choices=("grpcio", "native"))
-    tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; read anew when it changes")
+    front: str = _setting("grpcio", "gRPC transport; native: faster, needs an extra, no TLS", choices=("grpcio", "native"))
+    tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; reloaded when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
     tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
     insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
-    tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; read anew when it changes (serve.access.tokens)")
+    tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; reloaded when it changes (serve.access.tokens)")
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
@@ -74,7 +74,7 @@ class Settings:
         "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
         " loopback, else every name)",
     )
-    page: bool = _setting(True, "answer with a page to look at, and digits at /v1/digits, on the HTTP port")
+    page: bool = _setting(True, "serve a web page, and digits at /v1/digits, on the HTTP port")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
         "auto",
@@ -90,13 +90,13 @@ class Settings:
     max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
     linger_us: int = _setting(
         5000,
-        "how long a batch that is not full waits for company, at most, while others are served",
+        "longest time that a batch that is not full waits for more requests while others run",
         low=0,
         high=1_000_000,
     )
     max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
     max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
-    watchdog_s: float = _setting(30.0, "a run longer than this is given up and its thread replaced", low=0.05, high=3600)
+    watchdog_s: float = _setting(30.0, "a run that takes longer fails, and its instance is replaced", low=0.05, high=3600)
     self_check_interval_s: float = _setting(
         60.0, "time between two golden checks through the batcher; 0: never", low=0, high=86400
     )

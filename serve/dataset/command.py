@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--start", type=int, default=0, help="index of the data set's first digit (default: 0)")
     write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
     index = os.environ.get(INDEX_VARIABLE, "0")
-    write.add_argument("--shard", type=int, default=index, help=f"which one this is (default: ${INDEX_VARIABLE}, or 0)")
+    write.add_argument("--shard", type=int, default=index, help=f"the shard to write (default: ${INDEX_VARIABLE}, or 0)")
     write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
     write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the stream's own)")
     write.add_argument(
@@ -144,13 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="CONFIDENCE",
-        help="keep what a judge reads as its label at least so surely; later digits take the others' places (default: 0, all)",
+        help="keep only digits whose label the judge gives this probability or more; later ones replace others (default: 0)",
     )
     write.add_argument("--judge", type=Path, default=BUNDLED_JUDGE, help="the judge's file (default: the bundled one)")
-    write.add_argument("--version", type=int, default=0, help="its version (default: the highest)")
+    write.add_argument("--version", type=int, default=0, help="model version (default: the highest)")
     write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
     write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
-    text = f"runs side by side (default, 0: as many as cores, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
+    text = f"concurrent runs (default, 0: one per core, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
     write.add_argument("--threads", type=int, default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
     join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
