@@ -153,7 +153,7 @@ class Settings:
     def _check_native(self) -> None:
         """Refuse what pygrpc-native cannot do, or not safely."""
         if self.tls_cert is not None:
-            raise SettingsError("--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it")
+            raise SettingsError("--front native cannot serve --tls-cert: use --front grpcio, or terminate TLS in a proxy")
         if self.host.startswith(UNIX):
             raise SettingsError(f"--front native cannot serve --host {self.host}: give an address, or use --front grpcio")
         if not is_loopback(self.host):

@@ -127,7 +127,9 @@ def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
 
 def test_the_native_front_refuses_tls() -> None:
     flags = ["--front=native", "--max-connection-age-s=0", "--tls-cert=a.pem", "--tls-key=a.key"]
-    with pytest.raises(SettingsError, match="--front native cannot serve --tls-cert: use --front grpcio, or end TLS before it"):
+    with pytest.raises(
+        SettingsError, match="--front native cannot serve --tls-cert: use --front grpcio, or terminate TLS in a proxy"
+    ):
         from_arguments(flags, {})
 
 
