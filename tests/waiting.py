@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WAIT_S = 60
+WAIT_S = 30
 POLL_S = 0.01
 MOST_A_POLL_S = 0.1  # of a poll's time that counts: a machine that is paused for a minute has not waited for one
 

@@ -1,4 +1,4 @@
-"""Creates the engine for a provider. No other module distinguishes the providers."""
+"""Creates the engine for a provider."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ class Node:
         grace = self.settings.drain_grace_s / FASTER
         pod = ServerProcess("--instances=1", f"--drain-grace-s={grace}", f"--drain-deadline-s={self.settings.drain_deadline_s}")
         threading.Thread(target=self._probe, args=(pod,), daemon=True).start()
-        wait_until(lambda: pod in self.endpoints, lambda: (self.last_probes, pod.get("/readyz"), pod.get("/metrics")))
+        wait_until(lambda: pod in self.endpoints, lambda: f"({self.last_probes.get(pod)}; exit status {pod.process.poll()})")
         return pod
 
     def end_pod(self, pod: ServerProcess) -> tuple[int, str]:

@@ -1,1 +1,1 @@
-"""What a person reads of runs: tables, a page, pictures of a generator's layers."""
+"""Reports on runs: tables, a page, pictures of a generator's layers."""

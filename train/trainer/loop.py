@@ -94,8 +94,8 @@ class Trainer:
         """Train to the last epoch. Raises DivergedError, and the last good checkpoint stands untouched; or StoppedError."""
         if self.step == 0:
             self._save()
-        self._timed_at = started = time.monotonic()
-        first_step = self.step
+        self._timed_at = time.monotonic()
+        first_step, seconds_before = self.step, self.seconds
         quiet = not self.ranks.first
         with (
             nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step) as board,
@@ -128,7 +128,7 @@ class Trainer:
                     break  # with --steps, within an epoch
                 if stopping:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
-        self._finish(time.monotonic() - started, self.step - first_step)
+        self._finish(first_step, seconds_before)
 
     def _stop_agreed(self) -> bool:
         """Whether to stop after this step; several processes look every few steps whether any of them is to."""
@@ -273,7 +273,8 @@ class Trainer:
         low, high = self.config.pixel_range
         return (images - low) / (high - low)
 
-    def _finish(self, seconds: float, steps: int) -> None:
+    def _finish(self, first_step: int, seconds_before: float) -> None:
+        """Write what came of the run; the two are its step and ``seconds`` as this start found them."""
         if not self.ranks.first:
             return
         self._count_time()  # the last save took some as well
@@ -286,8 +287,8 @@ class Trainer:
             "generator_loss": self.log_points[-1][1] if self.log_points else None,
             "discriminator_loss": self.log_points[-1][2] if self.log_points else None,
             "seconds": round(self.seconds, 1),
-            "seconds_since_last_start": round(seconds, 1),
-            "steps_since_last_start": steps,
+            "seconds_since_last_start": round(self.seconds - seconds_before, 1),
+            "steps_since_last_start": self.step - first_step,
         }
         write_json(self.run.folder / RESULT_FILE, result)
 
