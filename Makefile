@@ -157,15 +157,15 @@ check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
 
 bench: .venv/.all ## compare the server with a bare gRPC server and the raw model; writes build/bench.json
 	@$(BIN)/python -m export plain build/plain
-	@$(BIN)/python -m serve.bench $(ARGS)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 bench-peers: .venv/.all ## compare with general model servers: PyTriton, KServe, MLServer (needs h2load; ARGS="--busy 2": with noisy neighbours)
-	@$(BIN)/python -m serve.bench.peers $(ARGS)
+	@$(BIN)/python -m tests.bench.peers $(ARGS)
 
 bench-instructions: .venv/.all ## count instructions per request with valgrind, beside the recorded figures (apt-get installs it; ARGS=--record)
 	@for each in valgrind h2load; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends valgrind nghttp2-client >/dev/null; fi
-	@$(BIN)/python -m serve.bench.instructions $(ARGS)
+	@$(BIN)/python -m tests.bench.instructions $(ARGS)
 
 bench-train: .venv/.all ## time the training steps on this machine
 	@$(BIN)/python -m train bench $(ARGS)

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from export.errors import ExportError
-from serve.config.atomic_file import replace_file
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions, Provider
+from serve.files import replace_file
 from serve.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from serve.models.repository import Bundle
 

@@ -26,7 +26,7 @@ from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
-from serve.config.command_line import OneLineParser, within
+from serve.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle

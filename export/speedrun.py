@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from export.errors import ExportError
-from serve.bench.process import started
+from export.server_process import started
 from serve.client import DigitClient
 from serve.dataset.filter import Judge
 from serve.pictures import to_grid, to_png

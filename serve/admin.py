@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
-from serve.config.command_line import INT63, TIMEOUT_S, OneLineParser, run_command
+from serve.command_line import INT63, TIMEOUT_S, OneLineParser, run_command
 from serve.errors import SettingsError
 from serve.pb.digits.v1 import control_pb2 as pb
 from serve.pb.digits.v1 import control_pb2_grpc as pb_grpc

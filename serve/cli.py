@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from serve.batching.slot import SLOT_THREAD
-from serve.config.command_line import drop_output
-from serve.config.settings import Settings, from_arguments
+from serve.command_line import drop_output
 from serve.errors import StartError
 from serve.observability.logs import configure
-from serve.runtime.front import address, join
-from serve.runtime.server import Ports, Server, serve
+from serve.ports.front import address, join
+from serve.server import Ports, Server, serve
+from serve.settings import Settings, from_arguments
 
 log = logging.getLogger(__name__)
 

@@ -30,16 +30,6 @@ def bundles(tmp_path: Path) -> Path:
     return copy
 
 
-# What carries gRPC: by name, the environment that a server needs for it. A test marked ``both_fronts`` runs over each.
-FRONTS = {"grpcio": {}, "native": {"DIGITS_FRONT": "native", "DIGITS_MAX_CONNECTION_AGE_S": "0"}}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.get_closest_marker("both_fronts") and "front" in metafunc.fixturenames:
-        values = ["grpcio", pytest.param("native", marks=pytest.mark.long)]
-        metafunc.parametrize("front", values, indirect=True, scope="session")
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the long tests too")
 
@@ -54,19 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
-@pytest.fixture(scope="session")
-def front(request: pytest.FixtureRequest) -> str:
-    """What carries gRPC in the servers that a test starts: grpcio."""
-    return getattr(request, "param", "grpcio")
-
-
 @pytest.fixture
-def start_server(front: str) -> Iterator[Callable[..., ServerProcess]]:
+def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Starts server processes with the given flags on free ports, and ends them when the test is over."""
     running: list[ServerProcess] = []
 
     def start(*flags: str, environment: Mapping[str, str] | None = None) -> ServerProcess:
-        running.append(ServerProcess(*flags, environment={**FRONTS[front], **(environment or {})}))
+        running.append(ServerProcess(*flags, environment=environment))
         return running[-1]
 
     yield start
@@ -75,8 +59,8 @@ def start_server(front: str) -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture(scope="session")
-def shared_server(front: str) -> Iterator[ServerProcess]:
+def shared_server() -> Iterator[ServerProcess]:
     """One server with the defaults, for tests that leave it as it was."""
-    server = ServerProcess(environment=FRONTS[front])
+    server = ServerProcess()
     yield server
     server.kill()

@@ -14,14 +14,14 @@ import aiohttp
 import grpc
 import pytest
 
-from serve.bench.process import sample_sum
-from serve.config.settings import Settings
 from serve.models import model as model_module
 from serve.models.model import Model
 from serve.pb.digits.v1 import control_pb2_grpc as control_grpc
 from serve.pb.digits.v1 import digits_pb2_grpc as digits_grpc
 from serve.pb.inference import open_inference_pb2_grpc as inference_grpc
-from serve.runtime.server import Ports, Server
+from serve.server import Ports, Server
+from serve.settings import Settings
+from tests.bench.process import sample_sum
 
 TIMEOUT_S = 30.0
 HONEST_MAKE_ENGINE = model_module.make_engine

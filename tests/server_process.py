@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve.bench.process import sample_sum
+from tests.bench.process import sample_sum
 
 SERVE = ("-m", "serve")
 START_TIMEOUT_S = 60

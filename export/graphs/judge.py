@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from export.errors import ExportError
 from export.graphs.to_onnx import exported
-from serve.config.atomic_file import replace_file
 from serve.dataset.filter import PIXELS, PROBABILITIES
 from serve.dataset.filter import Judge as ExportedJudge
 from serve.errors import SettingsError
+from serve.files import replace_file
 from train.data import Mnist
 from train.evaluation.judge import Judge
 

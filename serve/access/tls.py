@@ -14,8 +14,8 @@ from pathlib import Path
 
 import grpc
 
-from serve.config.file_state import FileState, file_state
 from serve.errors import SettingsError
+from serve.files import FileState, file_state
 
 log = logging.getLogger(__name__)
 

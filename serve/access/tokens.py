@@ -26,10 +26,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from serve.config.atomic_file import locked, replace_file
-from serve.config.command_line import OneLineParser, run_command, within
-from serve.config.file_state import file_state
+from serve.command_line import OneLineParser, run_command, within
 from serve.errors import SettingsError, UnauthenticatedError
+from serve.files import file_state, locked, replace_file
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ import time
 
 import grpc
 
-from serve.access.callers import Account, Accounts, Caller, Scope
+from serve.access.identity import Account, Accounts, Caller, Scope
 from serve.api.status import Refusal, refusal
 from serve.core.request import Digits
 from serve.errors import DrainingError, ServeError
-from serve.observability.load_report import LoadReports
 from serve.observability.logs import current_request_id
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.observability.tracing import Tracing
+from serve.ports.load_report import LoadReports
 from serve.waiting import RefCount, until
 
 log = logging.getLogger(__name__)

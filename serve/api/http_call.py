@@ -12,7 +12,7 @@ from typing import TypeAlias
 import grpc
 from aiohttp import web
 
-from serve.access.callers import Caller, Scope
+from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
 from serve.api.status import Refusal
 from serve.errors import ExpiredError

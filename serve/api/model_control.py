@@ -9,8 +9,8 @@ from serve.api.admission import Admission, Call
 from serve.api.rpc import RpcTable
 from serve.errors import RequestError
 from serve.models.administration import Administration
-from serve.models.desired_state import Route
 from serve.models.reconcile import VersionStatus
+from serve.models.serving_file import Route
 from serve.pb.digits.v1 import control_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
 

@@ -32,13 +32,13 @@ from serve.api.tensors import (
     shapes_of,
     to_request,
 )
-from serve.config.release import release
 from serve.core.generate import Core
 from serve.core.request import Digits
 from serve.errors import RequestError, ServeError, UnsupportedError
 from serve.models.model import Model
 from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
+from serve.settings import release
 from serve.waiting import in_thread
 
 SERVICE = "inference.GRPCInferenceService"

@@ -17,7 +17,7 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
-from serve.access.callers import Scope
+from serve.access.identity import Scope
 from serve.api.admission import Admission, Call
 from serve.api.encoding import as_bytes
 from serve.api.http_call import Handler, guarded
@@ -35,10 +35,10 @@ from serve.api.tensors import (
     shapes_of,
     to_request,
 )
-from serve.config.release import release
 from serve.core.generate import Core
 from serve.core.request import Digits
 from serve.errors import RequestError, UnavailableError
+from serve.settings import release
 
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from serve.access.callers import Caller, Scope
+from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
 from serve.errors import RequestError
-from serve.observability.load_report import METADATA_KEY
 from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
+from serve.ports.load_report import METADATA_KEY
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.client.command import main
-from serve.config.command_line import run_command
+from serve.command_line import run_command
 
 if __name__ == "__main__":
     run_command(main)

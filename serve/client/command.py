@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.diagnosis import described
-from serve.config.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser
+from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser
 from serve.errors import SettingsError
 from serve.pictures import to_grid, to_png
 

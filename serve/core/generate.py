@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.access.callers import Account
+from serve.access.identity import Account
 from serve.batching.ticket import Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Latents
 from serve.errors import RequestError

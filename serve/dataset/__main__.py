@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.config.command_line import run_command
+from serve.command_line import run_command
 from serve.dataset.command import main
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from serve.config.atomic_file import locked, replace_file
 from serve.errors import SettingsError
+from serve.files import locked, replace_file
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, draw_span, in_turn
 
 HEADER_FILE = "dataset.json"

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.config.atomic_file import replacing
 from serve.dataset.header import Dataset, read_header, write_header
 from serve.errors import SettingsError
+from serve.files import replacing
 
 UNKNOWN_LABEL = 255
 LABELS_AT_ONCE = 1 << 16

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.config.atomic_file import replacing
 from serve.dataset.filter import Judge, filtered_digits
 from serve.dataset.header import Dataset, agree
 from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
+from serve.files import replacing
 from serve.models.repository import Bundle
 
 BATCH = 64  # rows of one run; index 0 of the stream begins one

@@ -12,8 +12,8 @@ from functools import partial
 import msgspec
 
 from serve.errors import BundleError, LifecycleError
-from serve.models.desired_state import HISTORY, ModelState, Route
 from serve.models.reconcile import Reconciler, VersionStatus
+from serve.models.serving_file import HISTORY, ModelState, Route
 
 
 class Administration:

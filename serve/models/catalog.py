@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from serve.config.settings import DEFAULT_MODEL
 from serve.errors import UnknownModelError
-from serve.models.desired_state import Route
 from serve.models.model import Model
+from serve.models.serving_file import Route
+from serve.settings import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from serve.config.settings import Settings
 from serve.engine.cuda import memory_in_use_bytes, memory_total_bytes
 from serve.engine.provider import Provider, choose_provider
 from serve.errors import BundleError, DigestError, GoldenError, ProviderError
 from serve.models.model import Model, open_model
 from serve.models.repository import Fingerprint, Repository
 from serve.observability.metrics import Metrics
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from serve.batching.batcher import Batcher
 from serve.batching.limits import Limits
 from serve.batching.slot import Runner
 from serve.batching.ticket import Priority, Ticket
-from serve.config.cores import usable_cores
-from serve.config.settings import Settings, parse_cuda_options
+from serve.engine.cores import usable_cores
 from serve.engine.factory import make_engine
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
@@ -25,6 +24,7 @@ from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
+from serve.settings import Settings, parse_cuda_options
 from serve.waiting import RefCount, deferred, done, until
 
 log = logging.getLogger(__name__)

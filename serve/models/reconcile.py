@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serve.config.settings import Settings
-from serve.config.version_policy import parse_policies
 from serve.errors import BundleError, ProviderError, SettingsError
 from serve.models.catalog import Catalog
-from serve.models.desired_state import Route, ServingFile
 from serve.models.loader import Loader
 from serve.models.model import Model
 from serve.models.repository import Fingerprint, Repository, Scan
+from serve.models.serving_file import Route, ServingFile
+from serve.models.version_policy import parse_policies
 from serve.observability.metrics import Metrics
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 

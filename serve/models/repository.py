@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.config.version_policy import is_version
 from serve.errors import BundleError, DigestError
 from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, QUALITY_FILE, Manifest, parse_manifest, sha256
+from serve.models.version_policy import is_version
 
 MAX_FILE_BYTES = 1 << 30
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from serve.config.settings import Settings, from_arguments
+from serve.settings import Settings, from_arguments
 from tests.deploy.tools import run
 
 DEPLOY = Path("deploy")

@@ -18,10 +18,10 @@ import yaml
 
 from serve.api.digits_v1 import SERVICE
 from serve.client.channel import DEFAULT_TARGET
-from serve.config.settings import Settings, env_name
 from serve.errors import SettingsError
-from serve.runtime.health import LIVENESS
-from serve.runtime.server import DRAIN_OVERHEAD_S
+from serve.ports.health import LIVENESS
+from serve.server import DRAIN_OVERHEAD_S
+from serve.settings import Settings, env_name
 from tests.deploy.manifests import DEPLOY, Object, containers, pod_specs, pod_templates, settings_of
 from tests.deploy.server_rules import quantity
 
@@ -36,7 +36,7 @@ SECRETS = {
     "digits-parity-watch-tls": {"tls.crt", "tls.key", "ca.crt"},
     "digits-parity-watch-token": {"token"},
 }
-# Resident memory of the server by instances, in MiB: ``python -m serve.bench.memory``, table in deploy/README.md.
+# Resident memory of the server by instances, in MiB: ``python -m tests.bench.memory``, table in deploy/README.md.
 MEMORY_MIB, MEMORY_MIB_PER_INSTANCE, HEADROOM = 180, 6, 2.0
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from yarl import URL
 
-from serve.access.callers import Accounts, Caller
+from serve.access.identity import Accounts, Caller
 from serve.access.tokens import TokenFile, parse_tokens
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
@@ -37,7 +37,6 @@ from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.batching.batcher import Batcher
 from serve.batching.limits import Limits
-from serve.config.settings import DEFAULT_MODEL, Settings
 from serve.core.generate import Core
 from serve.dataset.header import parse_header
 from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
@@ -45,13 +44,14 @@ from serve.latents import SEED_LIMIT, LatentReader, Span
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
-from serve.models.desired_state import ServingFile, parse_serving_state
 from serve.models.model import Model, wake_callers
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository, read_bundle
+from serve.models.serving_file import ServingFile, parse_serving_state
 from serve.observability.metrics import Metrics, ModelMetrics
 from serve.pb.digits.v1 import control_pb2, digits_pb2
 from serve.pb.inference import open_inference_pb2
+from serve.settings import DEFAULT_MODEL, Settings
 from train.data import read_idx
 from train.errors import DataError
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from serve.bench.report import Target, print_targets, say, write
 from serve.engine.provider import choose_provider
 from serve.errors import ProviderError
+from tests.bench.report import Target, print_targets, say, write
 from tests.gpu.checks import CHECKS, Plan
 
 NO_GPU = 3

@@ -29,9 +29,6 @@ from export.generator import torch_form
 from export.graphs.to_fp16 import to_fp16
 from export.graphs.to_torchscript import load_torchscript
 from serve.api.encoding import as_bytes, field_key, pack_field
-from serve.bench.load import Load, by_python
-from serve.bench.process import Started, started
-from serve.bench.report import Target, runs_per_second
 from serve.engine import cuda
 from serve.engine.cuda import Device
 from serve.engine.cuda_engine import CudaEngine, _graph_id
@@ -45,6 +42,9 @@ from serve.models.model import batch_size
 from serve.models.repository import Bundle, read_bundle
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from tests.bench.load import Load, by_python
+from tests.bench.process import Started, started
+from tests.bench.report import Target, runs_per_second
 from train.bench import measure, milliseconds_per_step
 from train.checkpoint import create_run
 from train.config import PRESETS, TrainConfig
@@ -360,7 +360,7 @@ def wire(plan: Plan) -> Outcome:
     answer's size, and what our own copy into the message takes beside it."""
     by_count = {}
     for count in (plan.count // 16, plan.count // 4, plan.count):
-        with started("serve.bench.floor", str(count * PIXELS_BYTES + 64)) as floor:
+        with started("tests.bench.floor", str(count * PIXELS_BYTES + 64)) as floor:
             by_count[count] = _digits_per_s(floor.target, "", replace(plan, count=count))
     rows = [np.zeros((plan.largest, 28, 28), np.uint8)] * max(1, plan.count // plan.largest)
     packed = (
@@ -384,7 +384,7 @@ def served(plan: Plan) -> Outcome:
             aims.append(Target(f"{model}: served / the lesser of raw and wire", rate / bound, 0.8))
             aims.append(Target(f"{model}: digits a second, millions", rate / 1e6, 1))
         one = by_python(Load(server.target, "mlp", 1, plan.seconds)).p50_s
-    with started("serve.bench.floor", "832") as floor:
+    with started("tests.bench.floor", "832") as floor:
         bare = by_python(Load(floor.target, "", 1, plan.seconds)).p50_s
     figures["one_digit"] = {"p50_s": one, "floor_p50_s": bare}
     aims.append(Target("one digit unloaded: p50 beyond the floor's, ms", (one - bare) * 1e3, 0.5, at_most=True))

@@ -181,7 +181,7 @@ def test_the_benchmark_measures_every_case_and_writes_every_target(tmp_path: Pat
     plain, out = tmp_path / "plain", tmp_path / "bench.json"
     assert python("export", "plain", str(plain)).returncode == 0
     flags = [f"--plain={plain}", f"--out={out}", "--rounds=1", "--seconds=1", "--no-soak"]
-    done = python("serve.bench", *flags, timeout_s=500)
+    done = python("tests.bench", *flags, timeout_s=500)
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     for case in ("mlp, 1 digit, alone", "dcgan, 64 digits, 16 in flight"):

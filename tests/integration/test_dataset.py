@@ -17,7 +17,6 @@ import pytest
 from torchvision.datasets import MNIST
 
 from serve.client import DigitClient
-from serve.config.atomic_file import locked, replacing
 from serve.dataset import shards as shard_writing
 from serve.dataset.command import main
 from serve.dataset.filter import Judge, filtered_digits
@@ -25,6 +24,7 @@ from serve.dataset.header import Dataset, agree, read_header, write_header
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.provider import EngineOptions
 from serve.errors import GoldenError, SettingsError
+from serve.files import locked, replacing
 from serve.manifest import BUNDLED_DIR, Manifest
 from tests.full_disk import files_of_at_most
 from tests.host_device import HostDevice

@@ -18,8 +18,6 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.both_fronts
-
 
 def test_sigterm_finishes_what_was_accepted_and_exits_zero(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--instances=1", "--max-batch-size=8", "--drain-deadline-s=120")  # longer than a test waits

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.bench.report import Target
+from tests.bench.report import Target
 from tests.gpu import bundle, checks
 from tests.gpu.__main__ import no_gpu, run
 from tests.gpu.checks import CHECKS, Outcome, Plan

@@ -23,8 +23,6 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.both_fronts
-
 NO_RETRIES = CHANNEL_OPTIONS[1:]
 
 
@@ -180,7 +178,7 @@ def test_rows_that_nobody_waits_for_any_more_are_counted_and_never_run(start_ser
 
 
 def test_overload_is_refused_at_once_with_pushback_and_the_rest_is_served(
-    start_server: Callable[..., ServerProcess], front: str
+    start_server: Callable[..., ServerProcess],
 ) -> None:
     server = start_server("--instances=1", "--max-queue-images=256", "--max-count=256")
     outcomes: list[tuple[str, float]] = []
@@ -194,8 +192,7 @@ def test_overload_is_refused_at_once_with_pushback_and_the_rest_is_served(
             except grpc.RpcError as error:
                 outcomes.append((error.code().name, time.perf_counter() - started))
                 pushback = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
-                # pygrpc-native cannot send it: docs/serving.md has what else differs.
-                assert (pushback is not None) == (front == "grpcio")
+                assert pushback is not None
                 assert 1 <= int(pushback or 1) < 10_000
                 return
             row = np.frombuffer(answer.images[0], np.uint8).reshape(64, 28, 28)

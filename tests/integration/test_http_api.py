@@ -286,7 +286,7 @@ def test_what_is_no_http_leaves_no_trace_in_the_log(start_server: Callable[..., 
 def test_half_open_connections_are_ended_and_take_no_descriptors_from_grpc() -> None:
     """Issue: 1,500 half-open connections were held, and with 256 descriptors 400 of them took gRPC down."""
     few = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); sys.argv = ['serve', *sys.argv[1:]]"
-    slow = "import serve.api.http_port as port; port.HEAD_TIMEOUT_S = 1.5"
+    slow = "import serve.ports.http_port as port; port.HEAD_TIMEOUT_S = 1.5"
     program = f"{few}; {slow}; import runpy; runpy.run_module('serve', run_name='__main__')"
     server = ServerProcess(module=("-c", program))
     try:

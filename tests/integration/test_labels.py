@@ -20,8 +20,6 @@ from serve.pb.inference import open_inference_pb2_grpc as oip_grpc
 from tests.comparing import apart
 from tests.server_process import ServerProcess
 
-pytestmark = pytest.mark.both_fronts
-
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 Z = 100
 

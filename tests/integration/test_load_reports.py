@@ -14,14 +14,14 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from prometheus_client import CollectorRegistry
 
-from serve.access.callers import Accounts
+from serve.access.identity import Accounts
 from serve.api.admission import Admission, Call, InFlight
 from serve.api.rpc import RpcTable
 from serve.client.channel import SERVICE_CONFIG
-from serve.observability.load_report import METADATA_KEY, REFRESH_S, Load, LoadReports, encoded
 from serve.observability.metrics import Metrics
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from serve.ports.load_report import METADATA_KEY, REFRESH_S, Load, LoadReports, encoded
 from tests.server_process import ServerProcess
 
 RUN_S, SLOWER = 0.006, 4

@@ -27,8 +27,6 @@ from tests.bundle_copies import add_version, break_golden
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.both_fronts
-
 SWAPS = 50
 
 

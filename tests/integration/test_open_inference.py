@@ -17,8 +17,6 @@ from serve.pb.inference import open_inference_pb2 as pb
 from serve.pb.inference import open_inference_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 
-pytestmark = pytest.mark.both_fronts
-
 
 @pytest.fixture(scope="module")
 def seen(shared_server: ServerProcess, by_triton: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:

@@ -29,8 +29,6 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.both_fronts
-
 MODELS = ("mlp", "dcgan", "cdcgan", "rpgan")
 
 

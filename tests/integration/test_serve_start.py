@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.http_port import usable_host
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
+from serve.ports.http_port import usable_host
 from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
 
@@ -90,13 +90,11 @@ def test_a_port_in_use_is_refused_and_not_shared(flag: str, start_server: Callab
         assert f"{flag} {port} on 127.0.0.1 cannot be had" in start_and_fail(f"{flag}={port}", other)
 
 
-@pytest.mark.both_fronts
 def test_a_second_server_cannot_take_the_firsts_port(start_server: Callable[..., ServerProcess]) -> None:
     first = start_server()
     port = first.target.rpartition(":")[2]
     assert "cannot be had" in start_and_fail(f"--grpc-port={port}", "--http-port=0")
-    native = ("--front=native", "--max-connection-age-s=0")
-    assert "cannot be had" in start_and_fail(f"--grpc-port={port}", "--http-port=0", *native)
+    assert "cannot be had" in start_and_fail(f"--grpc-port={port}", "--http-port=0")
 
 
 def test_the_start_tells_where_it_listens_what_it_serves_and_what_is_next(shared_server: ServerProcess) -> None:

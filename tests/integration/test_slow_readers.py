@@ -9,16 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
-import pytest
 
 from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
-from serve.runtime.server import DRAIN_OVERHEAD_S
+from serve.server import DRAIN_OVERHEAD_S
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.both_fronts
 
 SLOW_BYTES_PER_S = 800_000
 CHUNK = 16_384

@@ -16,8 +16,6 @@ import pytest
 from tests.integration.test_hostile_callers import well_behaved_caller
 from tests.server_process import ServerProcess
 
-pytestmark = pytest.mark.both_fronts
-
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS = 1, 4

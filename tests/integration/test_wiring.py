@@ -17,7 +17,7 @@ import pytest
 from serve.api import http_call
 from serve.batching.ticket import Priority
 from serve.errors import DeviceLostError, StartError
-from serve.models.desired_state import Route
+from serve.models.serving_file import Route
 from serve.pb.digits.v1 import control_pb2
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip

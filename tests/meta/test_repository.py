@@ -59,7 +59,7 @@ def test_the_tree_in_the_docs_is_the_tree() -> None:
         there |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
     assert told <= there, f"docs/layout.md names what is not there: {sorted(told - there)}"
     unlisted = (
-        "serve/bench/",
+        "tests/bench/",
         "serve/bundled/",
         "serve/pb/",
         "serve/observability/",

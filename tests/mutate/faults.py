@@ -43,10 +43,10 @@ class Fault(NamedTuple):
 
 
 CORE, QUEUES, BATCH = "serve/core/generate.py", "serve/batching/queue.py", "serve/batching/batcher.py"
-CALLERS, TOKENS, TLS = "serve/access/callers.py", "serve/access/tokens.py", "serve/access/tls.py"
+CALLERS, TOKENS, TLS = "serve/access/identity.py", "serve/access/tokens.py", "serve/access/tls.py"
 OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.py", "serve/api/rpc.py", "serve/api/admission.py"
-METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/runtime/server.py", "train/trainer/loop.py"
-FRONT, CALL, HANDLING = "serve/runtime/grpcio_front.py", "serve/runtime/grpcio_call.py", "serve/runtime/handling.py"
+METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/server.py", "train/trainer/loop.py"
+FRONT, CALL, HANDLING = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/runtime/handling.py"
 WAITING = "serve/waiting.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
@@ -129,7 +129,6 @@ FAULTS = [
     Fault("two processes may share the port", FRONT, '("grpc.so_reuseport", 0)', '("grpc.so_reuseport", 1)', FRONTS),
     Fault("a large request is taken", FRONT, '            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),\n', '            ("grpc.max_receive_message_length", -1),\n', FRONTS),
     Fault("what comes while stopping is answered", FRONT, "        if self._stopping:\n", "        if False:\n", FRONTS),
-    Fault("a stream's answer for which there is no room is lost", "serve/runtime/native_front.py", "== self._native.STREAM_FULL:", "== -1:", "tests/integration/test_slow_readers.py --all -k late"),
     Fault("what comes while stopping is cut off", FRONT, "        await self._handling.wait(deadline)\n", "", FRONTS),
     Fault("stopping waits for ever", FRONT, "            self._server.cancel_all_calls()\n", "", FRONTS),
     Fault("who has left is computed for", HANDLING, "    def leave(self, key: Hashable) -> None:\n", "    def leave(self, key: Hashable) -> None:\n        return\n", FRONTS),
@@ -152,7 +151,7 @@ FAULTS = [
     Fault("a stopping server refuses nobody", SERVER, "        await self._in_flight.close(settings.drain_deadline_s)\n", "", WIRING),
     Fault("a stopping server says that it is ready", SERVER, "        self._health.draining = True\n", "", WIRING),
     Fault("liveness never fails", "serve/runtime/health.py", "without_slots_s > WITHOUT_SLOTS_S:", "without_slots_s > 1e9:", RUNTIME),
-    Fault("a background task dies of its first error", "serve/runtime/background.py", "        except Exception:\n", "        except ZeroDivisionError:\n", RUNTIME),
+    Fault("a background task dies of its first error", "serve/background.py", "        except Exception:\n", "        except ZeroDivisionError:\n", RUNTIME),
     # observability
     Fault("padding is not counted", METRICS, "padding(sum(buckets) - sum(images))", "padding(0)", WIRING),
     Fault("dropped rows are counted as one", METRICS, "self._dropped(reason).inc(images)", "self._dropped(reason).inc()", WIRING),
@@ -164,7 +163,7 @@ FAULTS = [
     Fault("the kernel forgets the counter's carry", "serve/engine/latents.cu", " + (low < base);", ";", DEVICE_LATENTS),
     Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu", "own.label < 0 ?", "own.label < 1ll << 62 ?", DEVICE_LATENTS),
     Fault("the kernel truncates nothing", "serve/engine/latents.cu", "if (tail != 0.0f) {", "if (tail < 0.0f) {", DEVICE_LATENTS),
-    Fault("the trap among cuDNN's searches is offered", "serve/config/settings.py", '("EXHAUSTIVE", "HEURISTIC")', '("EXHAUSTIVE", "HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
+    Fault("the trap among cuDNN's searches is offered", "serve/settings.py", '("EXHAUSTIVE", "HEURISTIC")', '("EXHAUSTIVE", "HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
     Fault("the device is not told which label is wanted", "serve/engine/device_latents.py", "OF_THE_STREAM if span.labels is None else span.labels", "OF_THE_STREAM", DEVICE_LATENTS),
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py", "problem = self._drawing_problem(drawing, LatentReader(*shape))", "problem = None", DEVICE_LATENTS),
     Fault("a thread keeps the capture mode that forbids what it does", "serve/engine/cuda.py", '    if of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures"):\n', "    if False:\n", "tests/unit/test_cuda_calls.py"),
@@ -186,17 +185,17 @@ FAULTS = [
     Fault("a status has a text of any length", "serve/api/status.py", "if len(text) <= MOST_CHARACTERS else", "if text else", "tests/unit/test_status.py"),
     Fault("a picture has headers of any length", "serve/api/http.py", " and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
     Fault("PyTorch writes checkpoints to the disk itself", "train/checkpoint.py", "stream.write(content.getbuffer())", "write(stream)", f"{TRAIN} -k fit"),
-    Fault("what was half-written stays", "serve/config/atomic_file.py", "                each.unlink()", "                pass", "tests/integration/test_dataset.py -k full_disk"),
-    Fault("joined files are written in their places", "serve/config/atomic_file.py", "path.with_name(f\".{path.name}-{secrets.token_hex(8)}\")", "path", "tests/integration/test_dataset.py -k full_disk"),
-    Fault("two may rewrite a file at the same time", "serve/config/atomic_file.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)", "tests/unit/test_access.py tests/unit/test_reconcile.py -k same_time"),
+    Fault("what was half-written stays", "serve/files.py", "                each.unlink()", "                pass", "tests/integration/test_dataset.py -k full_disk"),
+    Fault("joined files are written in their places", "serve/files.py", "path.with_name(f\".{path.name}-{secrets.token_hex(8)}\")", "path", "tests/integration/test_dataset.py -k full_disk"),
+    Fault("two may rewrite a file at the same time", "serve/files.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)", "tests/unit/test_access.py tests/unit/test_reconcile.py -k same_time"),
     Fault("a token is added beside others' adding", TOKENS, "        with locked(flags.file.parent):\n            presented = _change(flags)", "        presented = _change(flags)", "tests/unit/test_access.py -k same_time"),
-    Fault("a replica undoes another's change", "serve/models/desired_state.py", "            with locked(self.path.parent):", "            if True:", "tests/unit/test_reconcile.py -k same_time"),
-    Fault("a reader who has left is complained of", "serve/config/command_line.py", "        drop_output()\n        status", "        status", "tests/integration/test_commands.py -k reader"),
-    Fault("a flag's number has no bounds", "serve/config/command_line.py", "if not low <= value <= high:", "if False:", "tests/integration/test_commands.py -k bounds"),
+    Fault("a replica undoes another's change", "serve/models/serving_file.py", "            with locked(self.path.parent):", "            if True:", "tests/unit/test_reconcile.py -k same_time"),
+    Fault("a reader who has left is complained of", "serve/command_line.py", "        drop_output()\n        status", "        status", "tests/integration/test_commands.py -k reader"),
+    Fault("a flag's number has no bounds", "serve/command_line.py", "if not low <= value <= high:", "if False:", "tests/integration/test_commands.py -k bounds"),
     Fault("a server stops when nobody reads what it prints", "serve/cli.py", "            drop_output()", "            raise", "tests/integration/test_commands.py -k nobody_reads"),
-    Fault("a lock is waited for without end", "serve/config/atomic_file.py", "time.monotonic() > deadline", "False", "tests/unit/test_access.py -k locked"),
-    Fault("Ctrl-C is complained of", "serve/config/command_line.py", "    except KeyboardInterrupt:\n        status = ENDED_BY_SIGNAL + signal.SIGINT\n", "", "tests/integration/test_dataset.py -k signal"),
-    Fault("two containers write into one file", "serve/config/atomic_file.py", "{secrets.token_hex(8)}", "{os.getpid()}", "tests/integration/test_dataset.py -k same_number"),
+    Fault("a lock is waited for without end", "serve/files.py", "time.monotonic() > deadline", "False", "tests/unit/test_access.py -k locked"),
+    Fault("Ctrl-C is complained of", "serve/command_line.py", "    except KeyboardInterrupt:\n        status = ENDED_BY_SIGNAL + signal.SIGINT\n", "", "tests/integration/test_dataset.py -k signal"),
+    Fault("two containers write into one file", "serve/files.py", "{secrets.token_hex(8)}", "{os.getpid()}", "tests/integration/test_dataset.py -k same_number"),
     Fault("the loop is left in evaluation mode", LOOP, "        shown.train()\n", "", REFERENCE),
     Fault("the average is upside down", LOOP, "(self.averages, self.followed, None)", "(self.followed, self.averages, None)", REFERENCE),
     Fault("every epoch has the same order", LOOP, "self.config.seed * 1_000_003 + epoch)", "self.config.seed * 1_000_003)", REFERENCE),
@@ -239,13 +238,13 @@ FAULTS = [
     Fault("one model's readiness is any's", "serve/runtime/health.py", "self._catalog.names() if model is None else [model]", "self._catalog.names()", RUNTIME),
     Fault("a refusal while draining counts as a fault", ADMISSION, "if isinstance(error, DrainingError):", "if False:", WIRING),
     Fault("load reports are sent to everybody", RPC, "if self._admission.load_reports is not None:", "if True:", LOADS),
-    Fault("a load report has its fields swapped", "serve/observability/load_report.py", "bytes([6 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
-    Fault("a busy process reports that it is idle", "serve/observability/load_report.py", "max(0.0, load.busy_s - self._busy_s)", "max(0.0, self._busy_s - load.busy_s)", LOADS),
-    Fault("a kernel without IPv6 is asked for it", "serve/api/http_port.py", "and not socket.has_dualstack_ipv6()", "and False", "tests/integration/test_serve_start.py -k ipv6"),
+    Fault("a load report has its fields swapped", "serve/ports/load_report.py", "bytes([6 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
+    Fault("a busy process reports that it is idle", "serve/ports/load_report.py", "max(0.0, load.busy_s - self._busy_s)", "max(0.0, self._busy_s - load.busy_s)", LOADS),
+    Fault("a kernel without IPv6 is asked for it", "serve/ports/http_port.py", "and not socket.has_dualstack_ipv6()", "and False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", LOOP, "return self.step % self.steps_per_epoch % self.config.report_every == 0", "return self.step % self.config.report_every == 0", REFERENCE),
     Fault("a mean's window is one batch too long", LOOP, "self.log_points[-1][0] if self.log_points else -1", "self.log_points[-1][0] if self.log_points else 0", REFERENCE),
     Fault("the last save is not in a run's time", LOOP, "        self._count_time()  # the last save took some as well\n", "", "tests/integration/test_runs.py -k stopped"),
-    Fault("a URL has as little room as aiohttp gives it", "serve/api/http_port.py", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
+    Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_port.py", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
     # CUDA, by its stand-ins
     Fault("a lost device leaves its model ready", "serve/models/model.py", " and self.batcher.device_lost is None", "", WIRING),
     Fault("a lost device's process goes on", SERVER, "if model.batcher.device_lost and not self.device_lost:", "if False:", WIRING),

@@ -15,12 +15,12 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.access import callers as callers_module
+from serve import files
+from serve.access import identity as callers_module
 from serve.access import tokens as tokens_module
-from serve.access.callers import Account, Accounts, Caller, peer_address
+from serve.access.identity import Account, Accounts, Caller, peer_address
 from serve.access.tls import TlsFiles
 from serve.access.tokens import TokenFile, main, parse_tokens
-from serve.config import atomic_file
 from serve.errors import CallerLimitError, ForbiddenError, SettingsError, UnauthenticatedError
 
 SHA = "ab" * 32
@@ -121,8 +121,8 @@ def test_tokens_that_are_added_at_the_same_time_are_all_there(path: Path, monkey
 def test_a_tokens_file_that_another_process_keeps_locked_is_one_line(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_file, "LOCK_WAIT_S", 0.1)
-    with atomic_file.locked(path.parent):
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 0.1)
+    with files.locked(path.parent):
         assert main(["add", str(path), "--name=jobs"]) == 2
     said = capsys.readouterr().err
     assert said == f"error: {path} cannot be written (another process has locked {path.parent}); name another file\n"

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.access.callers import Accounts
+from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService

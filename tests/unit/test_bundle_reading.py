@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from serve.config.version_policy import parse_policies
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, choose_provider
 from serve.engine.session import Engine
@@ -24,6 +23,7 @@ from serve.errors import BundleError, ProviderError, SettingsError
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
 from serve.models.model import DEFAULT_BATCH_SIZES, batch_size
 from serve.models.repository import Repository, read_bundle
+from serve.models.version_policy import parse_policies
 
 
 def repository(folder: Path) -> Repository:

@@ -18,15 +18,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health
 
-from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime import grpcio_front, native_front
-from serve.runtime.front import Front, Services, bind
-from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING
+from serve.ports import grpc_port
+from serve.ports.front import Services
+from serve.ports.grpc_port import GrpcPort
+from serve.ports.handling import MAX_REQUEST_BYTES, STOPPING
+from serve.settings import Settings
 from serve.waiting import done
 
 SERVICE = "test.Service"
-NATIVE = Settings(front="native", max_connection_age_s=0, grpc_port=0)
 GRPCIO = Settings(grpc_port=0)
 
 Run = Callable[[Callable[[grpc.aio.Channel], Any]], Any]  # of a coroutine, on the front's event loop
@@ -72,7 +72,7 @@ def services(*, stepped: bool = False, **methods: Any) -> Services:
     return Services([table], health.aio.HealthServicer(), reflection=True, tracing=None)
 
 
-@pytest.fixture(params=[GRPCIO, NATIVE], ids=["grpcio", "native"])
+@pytest.fixture(params=[GRPCIO], ids=["grpcio"])
 def settings(request: pytest.FixtureRequest) -> Settings:
     chosen: Settings = request.param
     return chosen
@@ -93,7 +93,7 @@ def serving(settings: Settings, *, stepped: bool) -> Serving:
 def _serving(settings: Settings, *, stepped: bool = False, **methods: Any) -> Iterator[Run]:
     """A front on an event loop of this thread's; yields what runs a coroutine of a channel on it."""
     with asyncio.Runner() as runner:
-        front: Front = runner.run(_bound(settings, stepped=stepped, **methods))
+        front: GrpcPort = runner.run(_bound(settings, stepped=stepped, **methods))
         runner.run(front.start())
 
         def run(call: Callable[[grpc.aio.Channel], Any]) -> Any:
@@ -108,12 +108,12 @@ def _serving(settings: Settings, *, stepped: bool = False, **methods: Any) -> It
         runner.run(front.stop(5))
 
 
-async def _bound(settings: Settings, *, stepped: bool, **methods: Any) -> Front:
-    return bind(settings, services(stepped=stepped, **methods), None)
+async def _bound(settings: Settings, *, stepped: bool, **methods: Any) -> GrpcPort:
+    return grpc_port.GrpcPort(settings, services(stepped=stepped, **methods), None)
 
 
 @asynccontextmanager
-async def _started(settings: Settings, *, stepped: bool, **methods: Any) -> AsyncIterator[tuple[Front, grpc.aio.Channel]]:
+async def _started(settings: Settings, *, stepped: bool, **methods: Any) -> AsyncIterator[tuple[GrpcPort, grpc.aio.Channel]]:
     """A front that answers, for the test to stop, and a channel to it."""
     front = await _bound(settings, stepped=stepped, **methods)
     await front.start()
@@ -326,26 +326,17 @@ def test_an_answer_that_takes_longer_than_the_grace_is_cut_off(settings: Setting
 
 def test_a_port_is_had_once(settings: Settings) -> None:
     async def scenario() -> None:
-        first = bind(settings, services(), None)
+        first = grpc_port.GrpcPort(settings, services(), None)
         with pytest.raises(StartError, match=f"--grpc-port {first.port} on 127.0.0.1 cannot be had; name another"):
-            bind(dataclasses.replace(settings, grpc_port=first.port), services(), None)
+            grpc_port.GrpcPort(dataclasses.replace(settings, grpc_port=first.port), services(), None)
         await first.start()
         await first.stop(5)
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_what_the_native_front_needs_and_cannot_have_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = Services([], health.aio.HealthServicer(), reflection=False, tracing=object())  # type: ignore[arg-type]
-    with pytest.raises(StartError, match="--front native sends no spans: unset OTEL_EXPORTER_OTLP_ENDPOINT"):
-        native_front.NativeFront(NATIVE, traced)
-    monkeypatch.setitem(__import__("sys").modules, "pygrpc_native", None)
-    with pytest.raises(StartError, match="--front native needs the package pygrpc-native: install the extra native"):
-        native_front.NativeFront(NATIVE, services())
-
-
 def test_a_grpcio_with_another_core_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     core = import_module("grpc._cython.cygrpc")
     monkeypatch.delattr(core, "ReceiveCloseOnServerOperation")
-    with pytest.raises(StartError, match=r"has no ReceiveCloseOnServerOperation; install grpcio 1\.85, or use --front native"):
-        grpcio_front.GrpcioFront(GRPCIO, services(), None)
+    with pytest.raises(StartError, match=r"has no ReceiveCloseOnServerOperation; install grpcio 1\.85"):
+        grpc_port.GrpcPort(GRPCIO, services(), None)

@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 
 from serve.batching.slots import SlotPool
 from serve.batching.ticket import Priority
-from serve.config.settings import Settings
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS, Engine
 from serve.errors import EngineError, UnavailableError
@@ -24,6 +23,7 @@ from serve.manifest import BUNDLED_DIR
 from serve.models.model import Model, open_model, ordered
 from serve.models.repository import read_bundle
 from serve.observability.metrics import Metrics
+from serve.settings import Settings
 
 MLP = BUNDLED_DIR / "mlp" / "1"
 ALL = {"model": "mlp", "version": "1"}

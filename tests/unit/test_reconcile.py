@@ -19,19 +19,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from serve.batching.ticket import Priority
-from serve.config.atomic_file import locked
-from serve.config.settings import Settings
 from serve.engine.session import PIXELS
 from serve.errors import BundleError, LifecycleError, SettingsError, UnknownModelError
+from serve.files import locked
 from serve.latents import Span
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
-from serve.models.desired_state import Route, ServingFile, parse_serving_state
 from serve.models.model import Model, ordered
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
+from serve.models.serving_file import Route, ServingFile, parse_serving_state
 from serve.observability.metrics import Metrics
+from serve.settings import Settings
 from tests.bundle_copies import add_version, break_golden
 
 TIMEOUT_S = 60

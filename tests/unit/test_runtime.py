@@ -12,13 +12,13 @@ from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
 from serve.api.digits_v1 import SERVICE
-from serve.api.http_port import make_app
-from serve.bench import report
+from serve.background import for_each, repeat
 from serve.engine.onnx_runtime import ort
 from serve.models.catalog import Catalog
 from serve.observability.metrics import Metrics
-from serve.runtime.background import for_each, repeat
-from serve.runtime.health import LIVENESS, WITHOUT_SLOTS_S, Health
+from serve.ports.health import LIVENESS, WITHOUT_SLOTS_S, Health
+from serve.ports.http_port import make_app
+from tests.bench import report
 
 Status = health_pb2.HealthCheckResponse
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from serve.config.release import release
-from serve.config.settings import Settings, env_name, flag_name, from_arguments
 from serve.errors import SettingsError
+from serve.settings import Settings, env_name, flag_name, from_arguments, release
 
 # A value other than the default for every setting; a new setting without one fails the first test.
 OTHER: dict[str, Any] = {
@@ -24,7 +23,6 @@ OTHER: dict[str, Any] = {
     "host": "127.0.0.2",
     "http_names": "digits.example.org",
     "grpc_port": 1234,
-    "front": "native",
     "tls_cert": Path("tls.crt"),
     "tls_key": Path("tls.key"),
     "tls_client_ca": Path("ca.crt"),
@@ -63,7 +61,6 @@ WITH: dict[str, list[str]] = {
     "tls_cert": ["tls_key"],
     "tls_key": ["tls_cert"],
     "http_host": ["page"],
-    "front": ["max_connection_age_s"],
     "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
@@ -115,39 +112,13 @@ def test_the_flag_wins_over_the_environment() -> None:
             "--cuda-options: cudnn_conv_algo_search must be one of EXHAUSTIVE, HEURISTIC, got 'DEFAULT'",
         ),
         ("--cuda-graphs=on", "--cuda-graphs on needs --provider cuda, and it is auto"),
-        ("--front=native", "--front native cannot serve --max-connection-age-s 300: give 0, or use --front grpcio"),
-        ("--front=quic", "--front must be one of grpcio, native, got 'quic'"),
+        ("--front=native", "--front is no setting any more: there is one gRPC transport"),
         ("--max-queue-images=100", "--max-count 4096 is over --max-queue-images 100"),
     ],
 )
 def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         from_arguments([flag], {})
-
-
-def test_the_native_front_refuses_tls() -> None:
-    flags = ["--front=native", "--max-connection-age-s=0", "--tls-cert=a.pem", "--tls-key=a.key"]
-    with pytest.raises(
-        SettingsError, match="--front native cannot serve --tls-cert: use --front grpcio, or terminate TLS in a proxy"
-    ):
-        from_arguments(flags, {})
-
-
-def test_the_native_front_reports_no_load() -> None:
-    with pytest.raises(SettingsError, match="--front native ends answers without --load-reports"):
-        from_arguments(["--front=native", "--max-connection-age-s=0", "--load-reports"], {})
-
-
-def test_the_native_front_takes_tcp_alone() -> None:
-    flags = ["--front=native", "--max-connection-age-s=0", "--host=unix:/run/grpc"]
-    with pytest.raises(SettingsError, match="--front native cannot serve --host unix:/run/grpc"):
-        from_arguments(flags, {})
-
-
-def test_the_native_front_stays_on_this_machine() -> None:
-    flags = ["--front=native", "--max-connection-age-s=0", "--host=0.0.0.0", "--insecure"]
-    with pytest.raises(SettingsError, match=r"--front native reads requests of any size and cannot serve --host 0\.0\.0\.0"):
-        from_arguments(flags, {})
 
 
 def test_an_unusable_variable_names_the_variable() -> None:

@@ -12,15 +12,15 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.access.callers import Account, Accounts, Caller
+from serve.access.identity import Account, Accounts, Caller
 from serve.api.admission import InFlight
 from serve.core.generate import Core
 from serve.core.request import Addresses, DigitsRequest
 from serve.errors import CallerLimitError, UnknownModelError
 from serve.models.catalog import Catalog
-from serve.models.desired_state import Route
-from serve.observability.load_report import Load, LoadReports
+from serve.models.serving_file import Route
 from serve.observability.metrics import Metrics, RpcMetrics
+from serve.ports.load_report import Load, LoadReports
 from serve.waiting import RefCount
 
 THREADS = 4
@@ -210,7 +210,7 @@ def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_
 
 
 def test_load_reports_count_the_calls_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.observability.load_report.REFRESH_S", 1e9)
+    monkeypatch.setattr("serve.ports.load_report.REFRESH_S", 1e9)
     reports = LoadReports(lambda: Load(0.0, 1, 0.0))
     assert reports.answered()
     side_by_side(lambda: [reports.answered() for _ in range(TURNS)])

@@ -13,12 +13,11 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from serve.config.command_line import OneLineParser
-from serve.config.release import release
-from serve.config.version_policy import parse_policies
+from serve.command_line import OneLineParser
 from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 
@@ -27,12 +26,8 @@ UNIX = "unix:"  # how a --host begins that is a Unix socket's path
 # What others read, and what Kubernetes sets in every container for a Service called digits or digits-serve.
 NO_SETTINGS = re.compile(r"DIGITS_(TOKEN|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|(\w+_)?PORT(_\w+)?)")
 
-# Settings of earlier releases, and what to do instead.
-RETIRED = {
-    "model_control": "the models folder and --serving-file are always followed; leave it out",
-    "max_queue_delay_us": "use --linger-us",
-    "crowd_rest_us": "use --linger-us",
-}
+# Settings of earlier versions, and what to do instead.
+RETIRED = {"front": "there is one gRPC transport; leave it out (docs/decisions/0014-one-transport.md)"}
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:
@@ -59,7 +54,6 @@ class Settings:
     poll_interval_s: float = _setting(5.0, "interval between polls of the models folder and of that file", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
-    front: str = _setting("grpcio", "gRPC transport; native: faster, needs an extra, no TLS", choices=("grpcio", "native"))
     tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; reloaded when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
     tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
@@ -125,7 +119,6 @@ class Settings:
                 raise SettingsError(f"{flag_name(spec.name)} must be one of {', '.join(meta['choices'])}, got {value!r}")
             if "low" in meta and not meta["low"] <= value <= meta["high"]:
                 raise SettingsError(f"{flag_name(spec.name)} must be from {meta['low']} to {meta['high']}, got {value}")
-        parse_policies(self.versions)
         parse_cuda_options(self.cuda_options)
         if self.cuda_graphs == "on" and self.provider != "cuda":
             raise SettingsError(f"--cuda-graphs on needs --provider cuda, and it is {self.provider}")
@@ -133,8 +126,6 @@ class Settings:
             raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
-        if self.front == "native":
-            self._check_native()
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
         if self.page and not self.insecure and not is_loopback(self.http_host):
@@ -148,24 +139,6 @@ class Settings:
         if self.max_count > self.max_queue_images:
             raise SettingsError(
                 f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
-            )
-
-    def _check_native(self) -> None:
-        """Refuse what pygrpc-native cannot do, or not safely."""
-        if self.tls_cert is not None:
-            raise SettingsError("--front native cannot serve --tls-cert: use --front grpcio, or terminate TLS in a proxy")
-        if self.host.startswith(UNIX):
-            raise SettingsError(f"--front native cannot serve --host {self.host}: give an address, or use --front grpcio")
-        if not is_loopback(self.host):
-            raise SettingsError(
-                f"--front native reads requests of any size and cannot serve --host {self.host}: put a proxy on this machine"
-                " before it, or use --front grpcio"
-            )
-        if self.load_reports:
-            raise SettingsError("--front native ends answers without --load-reports: leave it out, or use --front grpcio")
-        if self.max_connection_age_s:
-            raise SettingsError(
-                f"--front native cannot serve --max-connection-age-s {self.max_connection_age_s:g}: give 0, or use --front grpcio"
             )
 
 
@@ -267,3 +240,11 @@ def _parse(text: str, kind: Any, source: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{source} must be {wanted}, got {text!r}") from None
+
+
+def release() -> str:
+    """The installed distribution's version, or ``source`` when it runs from a checkout that was never installed."""
+    try:
+        return version("digits-serve")
+    except PackageNotFoundError:
+        return "source"

@@ -16,6 +16,8 @@ from typing import IO
 
 LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 
+FileState = tuple[int, int, int] | None  # None: not there
+
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
     """Replace a file, or make it, with these permissions. Raises OSError, and then it is as it was and nothing is left beside."""
@@ -75,3 +77,12 @@ def _has_locked(handle: int) -> bool:
     except OSError:  # a file system without locks: as good as it can be had
         pass
     return True
+
+
+def file_state(path: Path) -> FileState:
+    """Differs from an earlier one when the file has been written, replaced, removed or made."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

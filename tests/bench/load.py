@@ -1,7 +1,7 @@
 """Generates load: with h2load where it is installed, otherwise with callers in Python, always in a process of its own.
 
 h2load (nghttp2) sends real gRPC and costs little, but knows only HTTP; the Python callers are used for status codes, deadlines
-and open loops. ``python -m serve.bench.load JSON`` is their process.
+and open loops. ``python -m tests.bench.load JSON`` is their process.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Resu
 
 def by_python(load: Load) -> Result:
     """The same by Python callers in a process of their own."""
-    command = [sys.executable, "-m", "serve.bench.load", json.dumps(asdict(load))]
+    command = [sys.executable, "-m", "tests.bench.load", json.dumps(asdict(load))]
     return Result(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
 
 

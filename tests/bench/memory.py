@@ -1,11 +1,11 @@
-"""Resident memory by instances: ``python -m serve.bench.memory``. All three bundled models, after load on each of them."""
+"""Resident memory by instances: ``python -m tests.bench.memory``. All three bundled models, after load on each of them."""
 
 from __future__ import annotations
 
 import sys
 
-from serve.bench.load import Load, closed
-from serve.bench.process import started
+from tests.bench.load import Load, closed
+from tests.bench.process import started
 
 INSTANCES = (1, 2, 4, 8, 16, 32, 64)
 MODELS = ("mlp", "dcgan", "cdcgan", "rpgan")

@@ -1,6 +1,6 @@
-"""Compares this checkout's server with another checkout's: ``python -m serve.bench.versus ../before --rounds 8``.
+"""Compares this checkout's server with another checkout's: ``python -m tests.bench.versus ../before --rounds 8``.
 
-Both run at once and are measured in turn (``serve.bench.rounds``). This checkout's interpreter runs the other one too.
+Both run at once and are measured in turn (``tests.bench.rounds``). This checkout's interpreter runs the other one too.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from serve.bench.load import Load
-from serve.bench.process import started
-from serve.bench.report import spread
-from serve.bench.rounds import ROUNDS, alternate, costs_us, measure, rates, ratios
-from serve.config.command_line import OneLineParser, within
+from serve.command_line import OneLineParser, within
+from tests.bench.load import Load
+from tests.bench.process import started
+from tests.bench.report import spread
+from tests.bench.rounds import ROUNDS, alternate, costs_us, measure, rates, ratios
 
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu")
 LOADS = (("mlp", 1, 1), ("mlp", 1, 8), ("mlp", 1, 64), ("mlp", 64, 16), ("dcgan", 1, 64), ("dcgan", 64, 16))
@@ -21,7 +21,7 @@ LOADS = (("mlp", 1, 1), ("mlp", 1, 8), ("mlp", 1, 64), ("mlp", 64, 16), ("dcgan"
 
 def main() -> int:
     """Print a line for each kind of load."""
-    parser = OneLineParser(prog="python -m serve.bench.versus", description="Compare with another checkout.")
+    parser = OneLineParser(prog="python -m tests.bench.versus", description="Compare with another checkout.")
     parser.add_argument("other", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
     parser.add_argument("--seconds", type=within(0.1, 600.0), default=2.0, help="length of each measurement (default: 2)")

@@ -19,32 +19,32 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from serve.access import tls
-from serve.access.callers import Accounts
+from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
 from serve.api.http import HttpApi
-from serve.api.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
-from serve.config.release import release
-from serve.config.settings import Settings, is_loopback
+from serve.background import for_each, repeat
 from serve.core.generate import Core
 from serve.errors import StartError
 from serve.models.administration import Administration
 from serve.models.catalog import Catalog
-from serve.models.desired_state import FILE_NAME, ServingFile
 from serve.models.model import JOIN_S, Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
-from serve.observability.load_report import Load, LoadReports
+from serve.models.serving_file import FILE_NAME, ServingFile
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
-from serve.runtime.background import for_each, repeat
-from serve.runtime.front import Front, Services, address, bind
-from serve.runtime.health import Health
-from serve.runtime.ports import check_ports
+from serve.ports.check import check_ports
+from serve.ports.front import Services, address
+from serve.ports.grpc_port import GrpcPort
+from serve.ports.health import Health
+from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
+from serve.ports.load_report import Load, LoadReports
+from serve.settings import Settings, is_loopback, release
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Server:
         self._in_flight = InFlight()
         self._tracing: Tracing | None = None
         self._background: list[asyncio.Task[None]] = []
-        self._grpc: Front
+        self._grpc: GrpcPort
         self._http: web.AppRunner
         self.catalog = Catalog(settings.default_model)
         self._health = Health(self.catalog)
@@ -132,7 +132,7 @@ class Server:
             *ModelControlService(Administration(self._reconciler)).tables(admission),
         ]
         services = Services(tables, self._health.servicer, settings.reflection, self._tracing)
-        self._grpc = bind(settings, services, certificates)
+        self._grpc = GrpcPort(settings, services, certificates)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:

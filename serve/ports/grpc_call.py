@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from serve.runtime.handling import Call, Handling, Metadata
+from serve.ports.handling import Call, Handling, Metadata
 from serve.waiting import deferred
 
 NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without one, or more

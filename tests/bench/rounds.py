@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 
 from serve.batching.slot import SLOT_THREAD
-from serve.bench.load import WARM_UP_S, Load, Result, closed
-from serve.bench.process import Started
-from serve.bench.report import spread
+from tests.bench.load import WARM_UP_S, Load, Result, closed
+from tests.bench.process import Started
+from tests.bench.report import spread
 
 ROUNDS = 5
 

@@ -2,7 +2,7 @@
 
 Each peer is installed from the package index into a venv of its own below build/peers and serves the bundled model's
 ONNX file (folded, uint8 output) as its documentation shows; the Open Inference Protocol request carries the latents.
-h2load generates the load, in alternating rounds (``serve.bench.rounds``): all servers run, and all but the one measured are idle.
+h2load generates the load, in alternating rounds (``tests.bench.rounds``): all servers run, and all but the one measured are idle.
 A peer that cannot be installed or does not start is reported with the reason. With ``--busy N``, N other processes compute
 meanwhile, as noisy neighbours do.
 """
@@ -28,14 +28,14 @@ import grpc
 import numpy as np
 import psutil
 
-from serve.bench.load import H2LOAD, Load, by_h2load
-from serve.bench.process import Started, started
-from serve.bench.report import say, spread, write
-from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, ratios
-from serve.config.command_line import OneLineParser, within
+from serve.command_line import OneLineParser, within
 from serve.latents import draw
 from serve.manifest import BUNDLED_DIR
 from serve.pb.inference import open_inference_pb2 as pb
+from tests.bench.load import H2LOAD, Load, by_h2load
+from tests.bench.process import Started, started
+from tests.bench.report import say, spread, write
+from tests.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, ratios
 
 HERE = Path(__file__).parent
 FOLDER = Path("build/peers")
@@ -73,7 +73,7 @@ class PeerError(Exception):
 
 
 def main() -> int:
-    parser = OneLineParser(prog="python -m serve.bench.peers", description=__doc__)
+    parser = OneLineParser(prog="python -m tests.bench.peers", description=__doc__)
     parser.add_argument("--busy", type=within(0, 1024), default=0, metavar="N", help="processes that compute all the while")
     neighbours = parser.parse_args().busy
     if H2LOAD is None:

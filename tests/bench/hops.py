@@ -1,4 +1,4 @@
-"""Measures each hop of a request in process: ``python -m serve.bench.hops``. Requests for a single mlp digit.
+"""Measures each hop of a request in process: ``python -m tests.bench.hops``. Requests for a single mlp digit.
 
 The figures are medians of many repetitions; a busy machine changes them, but seldom their order. The cost of thread changes is
 the difference between a request through the batcher and the sum of what the batcher's slot does.
@@ -17,10 +17,9 @@ from typing import Any, cast
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from serve.access.callers import Account, Accounts, Caller
+from serve.access.identity import Account, Accounts, Caller
 from serve.api.admission import Admission, Call, InFlight
 from serve.api.digits_v1 import DigitService
-from serve.config.settings import Settings
 from serve.core.generate import Core
 from serve.core.request import Addresses, DigitsRequest
 from serve.engine.factory import make_engine
@@ -32,6 +31,7 @@ from serve.models.model import open_model
 from serve.models.repository import read_bundle
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.settings import Settings
 from serve.waiting import Steps
 
 REPEATS = 2000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from serve.api.http_port import http_port_taken, usable_host
-from serve.config.settings import UNIX, Settings
-from serve.runtime.front import port_taken
+from serve.ports.front import port_taken
+from serve.ports.http_port import http_port_taken, usable_host
+from serve.settings import UNIX, Settings
 
 
 def check_ports(settings: Settings) -> None:

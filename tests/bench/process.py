@@ -1,12 +1,7 @@
-"""A server under test as a process: started with its own command line, stopped at the end of the ``with`` block."""
+"""A server under measurement: its process and its metrics."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import tempfile
-import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +11,7 @@ from pathlib import Path
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-START_LIMIT_S = 300.0
-TAIL = 2000  # characters of a log
+from export import server_process
 
 
 @dataclass(frozen=True)
@@ -53,32 +47,6 @@ def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:
 
 @contextmanager
 def started(module: str, *arguments: str, checkout: Path | None = None) -> Iterator[Started]:
-    """Run ``python -m module`` until the block is left, of another ``checkout`` if one is named.
-
-    Raises RuntimeError with the last of what it said when it does not start in time.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=checkout) as process,
-    ):
-        too_late = threading.Timer(START_LIMIT_S, process.kill)
-        too_late.start()
-        try:
-            assert process.stdout is not None
-            said = ""
-            for line in process.stdout:
-                said += line
-                if line.startswith("next"):
-                    break
-            address = re.search(r"^gRPC +(\S+)$", said, re.MULTILINE)
-            http = re.search(r"^HTTP +http://(\S+)/metrics", said, re.MULTILINE)
-            too_late.cancel()
-            if address is None:
-                process.wait()
-                errors.seek(0)
-                raise RuntimeError(f"{' '.join(command)} did not start: {errors.read()[-TAIL:].strip()}")
-            yield Started(address[1], http[1] if http else "", psutil.Process(process.pid))
-        finally:
-            too_late.cancel()
-            process.terminate()
+    """As ``export.server_process.started``, to be measured."""
+    with server_process.started(module, *arguments, checkout=checkout) as server:
+        yield Started(server.target, server.http, psutil.Process(server.pid))

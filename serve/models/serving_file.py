@@ -23,11 +23,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from serve.config.atomic_file import locked, replace_file
-from serve.config.file_state import file_state
-from serve.config.version_policy import VersionPolicy, parse_policy
 from serve.errors import LifecycleError, SettingsError
+from serve.files import file_state, locked, replace_file
 from serve.manifest import BUNDLED_DIR, NAME_PATTERN
+from serve.models.version_policy import VersionPolicy, parse_policy
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 *raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is one
 grpc.aio server that sends a ready-made response of the same size. Every target is a ratio of two figures of the same
-round (``serve.bench.rounds``), since absolute times mean little on a shared machine.
+round (``tests.bench.rounds``), since absolute times mean little on a shared machine.
 
 docs/decisions/0004-single-digits.md and 0009-fronts.md record what was tried.
 """
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from serve.bench.load import H2LOAD, Load, Result, by_python, closed
-from serve.bench.process import Started, started
-from serve.bench.report import Target, machine, print_targets, runs_per_second, say, write
-from serve.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, rates, ratios, row
-from serve.config.command_line import OneLineParser, within
+from serve.command_line import OneLineParser, within
 from serve.engine.onnx_runtime import ort
 from serve.latents import LatentReader, Span
 from serve.observability.metrics import Metrics, ModelMetrics, RpcMetrics
+from tests.bench.load import H2LOAD, Load, Result, by_python, closed
+from tests.bench.process import Started, started
+from tests.bench.report import Target, machine, print_targets, runs_per_second, say, write
+from tests.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, rates, ratios, row
 
 RAW_BATCHES = (16, 64, 256)
 ONE_DIGIT_RESPONSE_BYTES = 832
@@ -71,7 +71,7 @@ def main() -> int:
     targets = [Target("normal values a second on one core, millions", figures["normals_per_s"] / 1e6, 20)]
     say(f"{machine()['cpu']}, {machine()['cores']} cores; load by {'h2load' if H2LOAD else 'Python callers (no h2load here)'}")
     with ExitStack() as stack:
-        floor = stack.enter_context(started("serve.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)))
+        floor = stack.enter_context(started("tests.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)))
         servers = {name: stack.enter_context(started(*command)) for name, command in FRONTS.items()}
         for name, server in servers.items():
             figures[f"idle_percent_{name}"] = idle_percent(server)
@@ -251,7 +251,7 @@ def overload_targets(rounds: list[dict[str, Any]]) -> list[Target]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m serve.bench", description="Measure the server beside its bounds.")
+    parser = OneLineParser(prog="python -m tests.bench", description="Measure the server beside its bounds.")
     parser.add_argument("--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports")
     parser.add_argument("--seconds", type=within(1, 600), default=3, help="length of each measurement (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")

@@ -17,11 +17,11 @@ from typing import Any
 import grpc
 
 from serve.access.tls import Certificates
-from serve.config.settings import Settings
 from serve.errors import StartError
-from serve.runtime.front import KEEPALIVE_MS, Services, address, port_taken
-from serve.runtime.grpcio_call import GrpcioCall
-from serve.runtime.handling import MAX_REQUEST_BYTES, STOPPING, CallDetails, Handler, Handling, Metadata
+from serve.ports.front import KEEPALIVE_MS, Services, address, port_taken
+from serve.ports.grpc_call import GrpcioCall
+from serve.ports.handling import MAX_REQUEST_BYTES, STOPPING, CallDetails, Handler, Handling, Metadata
+from serve.settings import Settings
 from serve.waiting import deferred
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ NEEDED = (
 )  # fmt: skip
 
 
-class GrpcioFront:
+class GrpcPort:
     """A bound port. Raises StartError when it cannot be had."""
 
     def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
@@ -192,5 +192,5 @@ def _core() -> Any:
     else:
         missing = ", ".join(name for name in NEEDED if not hasattr(core, name))
     if missing:
-        raise StartError(f"grpcio {grpc.__version__} has no {missing}; install grpcio 1.85, or use --front native")
+        raise StartError(f"grpcio {grpc.__version__} has no {missing}; install grpcio 1.85")
     return core

@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve.bench.load import H2LOAD, METHOD, Load, framed_request
-from serve.bench.report import machine, say
 from serve.manifest import BUNDLED_DIR
+from tests.bench.load import H2LOAD, METHOD, Load, framed_request
+from tests.bench.report import machine, say
 
 RECORD = Path(__file__).with_name("instructions.json")
 WARM_UP, REQUESTS, IN_FLIGHT, CONNECTIONS = 320, 1280, 64, 4
@@ -34,9 +34,8 @@ START_S = 900
 SLOW = ("--linger-us=250000", "--watchdog-s=600", "--self-check-interval-s=0")
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu", *SLOW)
 SUBJECTS = {
-    "floor": ("serve.bench.floor", "832"),
+    "floor": ("tests.bench.floor", "832"),
     "grpcio": ("serve", *FLAGS),
-    "native": ("serve", *FLAGS, "--front=native", "--max-connection-age-s=0"),
 }
 
 
@@ -109,7 +108,7 @@ def dump(process: subprocess.Popen[str]) -> None:
 
 def main() -> int:
     """Print a line for each subject. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m serve.bench.instructions", description="Count instructions a request.")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.instructions", description="Count instructions a request.")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name} anew")
     flags = parser.parse_args()
     if shutil.which("valgrind") is None or H2LOAD is None:

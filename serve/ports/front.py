@@ -1,41 +1,26 @@
-"""The interface between the server and its gRPC transports, and the choice of one by ``--front``."""
+"""What the gRPC port serves, and how its address is written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
-from serve.access.tls import Certificates
 from serve.api.rpc import RpcTable
-from serve.config.settings import UNIX, Settings
 from serve.errors import StartError
 from serve.observability.tracing import Tracing
-from serve.runtime.reflection import add_reflection
+from serve.ports.reflection import add_reflection
+from serve.settings import UNIX, Settings
 
 KEEPALIVE_MS = 30_000
 
 
-class Front(Protocol):
-    """A bound gRPC port."""
-
-    port: int
-
-    async def start(self) -> None:
-        """Answer calls from now on."""
-        ...
-
-    async def stop(self, grace_s: float) -> None:
-        """Accept no more calls, wait until every answer is written, and cut off what is not after ``grace_s``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Services:
-    """What is served on the port, whichever transport carries it."""
+    """What is served on the port."""
 
     tables: Sequence[RpcTable]
     health: health.aio.HealthServicer
@@ -58,17 +43,6 @@ class Services:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.reflection:
             add_reflection({*(table.service for table in self.tables), health.SERVICE_NAME}, server)
-
-
-def bind(settings: Settings, services: Services, certificates: Certificates | None) -> Front:
-    """A port that is bound and not yet started. Raises StartError when it cannot be had."""
-    if settings.front == "native":
-        from serve.runtime.native_front import NativeFront  # noqa: PLC0415  # an extra
-
-        return NativeFront(settings, services)
-    from serve.runtime.grpcio_front import GrpcioFront  # noqa: PLC0415  # only the transport that is used
-
-    return GrpcioFront(settings, services, certificates)
 
 
 def address(settings: Settings, port: int) -> str:

@@ -1,0 +1,1 @@
+"""How fast the server is, beside what bounds it: ``make bench``. See ``tests/bench/__main__.py``."""
