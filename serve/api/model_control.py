@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from serve.api.admission import Admission, Call
 from serve.api.rpc import RpcTable
@@ -27,15 +28,15 @@ class ModelControlService:
     def __init__(self, administration: Administration) -> None:
         self._administration = administration
 
-    def tables(self, admission: Admission) -> list[RpcTable]:
+    def tables(self, admission: Admission, workers: ThreadPoolExecutor) -> list[RpcTable]:
         """The methods of each service, ready for a server."""
-        own = RpcTable(SERVICE, admission)
+        own = RpcTable(SERVICE, admission, workers)
         own.unary("Load", pb.LoadRequest, self.load, scope="admin")
         own.unary("Unload", pb.UnloadRequest, self.unload, scope="admin")
         own.unary("SetDefault", pb.SetDefaultRequest, self.set_default, scope="admin")
         own.unary("Rollback", pb.RollbackRequest, self.rollback, scope="admin")
         own.unary("Status", pb.StatusRequest, self.status, scope="admin")
-        extension = RpcTable(OPEN_INFERENCE, admission)
+        extension = RpcTable(OPEN_INFERENCE, admission, workers)
         extension.unary("RepositoryIndex", oip.RepositoryIndexRequest, self.repository_index, scope="admin")
         extension.unary("RepositoryModelLoad", oip.RepositoryModelLoadRequest, self.repository_load, scope="admin")
         extension.unary("RepositoryModelUnload", oip.RepositoryModelUnloadRequest, self.repository_unload, scope="admin")
@@ -116,7 +117,7 @@ def to_response(statuses: Sequence[VersionStatus]) -> pb.ControlResponse:
 
 def _note(call: Call, what: str, model: str, version: int) -> None:
     """Say in the log who wants what changed; whether it was, the models' own lines tell."""
-    log.info("%s asks to %s %r%s", call.caller, what, model[:64], f", version {version}" if version else "")
+    log.info("%s asks to %s %r%s", call.hold.account.name, what, model[:64], f", version {version}" if version else "")
 
 
 def _name(model: str) -> str:

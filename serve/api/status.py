@@ -10,12 +10,14 @@ import grpc
 
 from serve.errors import (
     BusyError,
+    CallerLeftError,
     CallerLimitError,
     DrainingError,
     EngineError,
     ExpiredError,
     ForbiddenError,
     LifecycleError,
+    OverloadedError,
     QueueFullError,
     RequestError,
     UnauthenticatedError,
@@ -40,6 +42,8 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, int]] = {
     LifecycleError: (Code.FAILED_PRECONDITION, 409),
     QueueFullError: (Code.RESOURCE_EXHAUSTED, 429),
     CallerLimitError: (Code.RESOURCE_EXHAUSTED, 429),
+    OverloadedError: (Code.RESOURCE_EXHAUSTED, 429),
+    CallerLeftError: (Code.CANCELLED, 499),
     UnavailableError: (Code.UNAVAILABLE, 503),
     DrainingError: (Code.UNAVAILABLE, 503),
     ExpiredError: (Code.DEADLINE_EXCEEDED, 504),
