@@ -191,8 +191,13 @@ class GrpcPort:
         """A call has come, or the server is shut down."""
         self._asked -= 1
         self._ask()  # before anything else, which may raise: a port that asks for no calls is deaf
-        if event.success:
+        if not event.success:
+            return
+        try:
             self._accept(GrpcCall(event, self._loop, self._over, self._load_reports))
+        except Exception:
+            log.exception("a call could not be accepted")
+            event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")
 
     def _accept(self, call: GrpcCall) -> None:
         method = self._methods.get(call.method)
@@ -244,6 +249,9 @@ class GrpcPort:
 
     def _begin_task(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
         assert method.task is not None
+        if call.has_left:
+            self._end(call, grpc.StatusCode.CANCELLED, "the caller has left")
+            return
         task = self._tasks[call] = self._loop.create_task(self._answer(call, method.task(call, request)))
         call.when_left(lambda: self._loop.call_soon_threadsafe(task.cancel))
 
