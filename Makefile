@@ -94,7 +94,7 @@ test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones 
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
 
-mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md
+mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md (ARGS=--stale: list those whose place in the code is gone)
 	@$(BIN)/python -m tests.mutate $(ARGS)
 
 page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs it where it is missing)

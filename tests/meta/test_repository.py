@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutate.__main__ import mutate
-from tests.mutate.faults import FAULTS
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 GUIDES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
@@ -95,10 +92,6 @@ def test_every_link_in_the_docs_leads_somewhere_and_every_guide_is_linked() -> N
     assert set(GUIDES) <= linked, f"nothing links to {sorted(set(GUIDES) - linked)}"
 
 
-def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 130
-
-
 def test_rooms_hold_at_most_a_dozen_files() -> None:
     files: dict[str, int] = {}
     for name in tracked():
@@ -107,15 +100,6 @@ def test_rooms_hold_at_most_a_dozen_files() -> None:
             files[folder] = files.get(folder, 0) + 1
     crowded = {folder: count for folder, count in files.items() if count > 12}
     assert not crowded
-
-
-def test_every_planted_fault_still_has_its_place() -> None:
-    assert len(FAULTS) >= 60
-    assert len({fault.what for fault in FAULTS}) == len(FAULTS)
-    for fault in FAULTS:
-        mutate((ROOT / fault.file).read_text(), fault)
-        files = [word for word in fault.tests.partition(" -k ")[0].split() if word.startswith("tests/")]
-        assert all((ROOT / name).exists() for name in files), fault.what
 
 
 def test_make_help_lists_every_target() -> None:
