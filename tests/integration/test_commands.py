@@ -185,7 +185,7 @@ def test_the_benchmark_measures_every_case_and_writes_every_target(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     for case in ("mlp, 1 digit, alone", "dcgan, 64 digits, 16 in flight"):
-        assert {"grpcio", "native"} < written["figures"][case].keys()
+        assert "serve" in written["figures"][case]
     for target in written["targets"]:
         assert target["name"] in done.stdout
 
