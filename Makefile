@@ -89,7 +89,7 @@ build/triton-client/.ready: | $(BIN)/python
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, with both transports, and print their coverage
+test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report

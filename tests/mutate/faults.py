@@ -140,7 +140,7 @@ FAULTS = [
     Fault("what ends after its waiter has left breaks", f"{WAITING}:_wake", "not waiter.done()", "True", THE_WAITING),
     Fault("the first failure ends what was put off", f"{WAITING}:Deferred.__exit__", "except Exception:", "except ZeroDivisionError:", THE_WAITING),
     Fault("a caller's images are counted by two threads at once", f"{CALLERS}:Account._holding", "with self.lock: self.images -= images", "left = self.images; time.sleep(0); self.images = left - images", THREADS),
-    Fault("two threads make two accounts of one caller", f"{CALLERS}:Accounts._account", "with self._lock: account = self._known.get(name)", "if True:\n            account = self._known.get(name); time.sleep(0)", THREADS),
+    Fault("two threads make two accounts of one caller", f"{CALLERS}:Accounts._account", "with self._lock: account = self._known.get(name)", "if True:\n            account = self._known.get(name); time.sleep(0.001)", THREADS),
     Fault("a route is seen half changed", "serve/models/catalog.py:Catalog.find", "versions, route = served.versions, served.route", "versions = served.versions; route = self._served[name].route", THREADS),
     Fault("a handler's error leaves its caller waiting", f"{HANDLING}:Handling._answer", 'call.end(grpc.StatusCode.INTERNAL, "the call could not be answered")', "pass", FRONTS),
     Fault("a call without a request waits for ever", f"{FRONT}:GrpcPort._begin", 'call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")', "pass", FRONTS),
