@@ -16,7 +16,6 @@ import pytest
 
 from serve.models import model as model_module
 from serve.models.model import Model
-from serve.pb.digits.v1 import control_pb2_grpc as control_grpc
 from serve.pb.digits.v1 import digits_pb2_grpc as digits_grpc
 from serve.pb.inference import open_inference_pb2_grpc as inference_grpc
 from serve.server import Ports, Server
@@ -81,7 +80,6 @@ class Running:
         self.ports = ports
         self.orders = orders
         self.digits: Any = digits_grpc.DigitGeneratorStub(channel)
-        self.control: Any = control_grpc.ModelControlStub(channel)
         self.inference: Any = inference_grpc.GRPCInferenceServiceStub(channel)
         self._http = http
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +19,7 @@ from serve.core.generate import Core
 from serve.core.request import IMAGES, PIXELS, Addresses, Digits, DigitsRequest, Interpolation, Latents
 from serve.errors import RequestError
 from serve.models.model import Model
+from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import to_grid, to_png
 from serve.waiting import in_thread
@@ -41,8 +43,9 @@ ENCODINGS = {
 class DigitService:
     """The handlers of ``DigitGenerator``: a message and its call in, the response's bytes out. They raise ServeError."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, status: Callable[[], Sequence[VersionStatus]]) -> None:
         self._core = core
+        self._status = status
 
     def table(self, admission: Admission) -> RpcTable:
         """The methods, ready for a server."""
@@ -52,6 +55,7 @@ class DigitService:
         table.unary("Interpolate", pb.InterpolateRequest, self.interpolate, stepped=True)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
+        table.unary("Status", pb.StatusRequest, self.status)
         return table
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> bytes:
@@ -110,6 +114,13 @@ class DigitService:
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
         ).SerializeToString()
+
+    async def status(self, request: pb.StatusRequest, call: Call) -> bytes:
+        response = pb.StatusResponse()
+        for each in self._status():
+            if request.model in ("", each.model):
+                response.versions.add(**asdict(each) | {"state": pb.VersionState.Value(f"VERSION_STATE_{each.state}")})
+        return response.SerializeToString()
 
     def _summary(self, model: Model) -> pb.ModelSummary:
         name, version = model.manifest.name, model.manifest.version

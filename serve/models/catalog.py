@@ -5,7 +5,7 @@ Read by any thread, changed by the event loop's thread: a change makes new table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from serve.errors import UnknownModelError
@@ -23,19 +23,21 @@ class _Served:
 
 
 class Catalog:
-    """Looks models up. ``default_model`` answers requests that name none, once it is there."""
+    """Looks models up. ``default_model`` answers requests that name none, while it is served; no other takes its place."""
 
     def __init__(self, default_model: str = "") -> None:
-        """``default_model`` '': ``DEFAULT_MODEL`` if it is served, else the first by name."""
-        self._wanted_default = default_model
+        """``default_model`` '': what ``choose_default`` finds."""
+        self._chosen = default_model
         self._served: Mapping[str, _Served] = {}
 
     @property
     def default_model(self) -> str:
-        served = self._served
-        if self._wanted_default or not served or DEFAULT_MODEL in served:
-            return self._wanted_default or DEFAULT_MODEL
-        return min(served)
+        return self._chosen or DEFAULT_MODEL
+
+    def choose_default(self, there: Collection[str]) -> None:
+        """Where no default was named: ``DEFAULT_MODEL`` if it is ``there``, else the first that is served, once and for all."""
+        if not self._chosen and self._served:
+            self._chosen = DEFAULT_MODEL if DEFAULT_MODEL in there else min(self._served)
 
     def put(self, model: Model) -> None:
         """Serve a model; one of the same name and version is served no longer. The first of a name is its default."""

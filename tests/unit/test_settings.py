@@ -101,7 +101,6 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--tls-cert=a.pem", "--tls-cert and --tls-key go together"),
         ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
         ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
-        ("--versions=newest", "--versions: 'newest' is no policy"),
         ("--model-control=poll", "--model-control is no setting any more: the models folder and --serving-file are always"),
         ("--crowd-rest-us=0", "--crowd-rest-us is no setting any more: use --linger-us"),
         ("--max-queue-delay-us=0", "--max-queue-delay-us is no setting any more: use --linger-us"),

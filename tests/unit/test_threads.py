@@ -109,7 +109,7 @@ def test_images_in_flight_are_counted_and_bounded_and_requests_paced() -> None:
 
 
 def test_a_caller_has_one_account() -> None:
-    accounts = Accounts(None, images=5, requests_per_s=0.0, open_admin=False)
+    accounts = Accounts(None, images=5, requests_per_s=0.0)
     seen: set[int] = set()
     kept: list[Account] = []
 
