@@ -94,13 +94,17 @@ def file_state(status: os.stat_result) -> FileState:
 
 def read_regular(path: Path, most_bytes: int, flags: int = 0) -> tuple[bytes, FileState]:
     """A regular file's bytes, and its state as it was opened. Raises OSError, also for anything else, which is not waited for."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags), "rb") as file:
-        status = os.fstat(file.fileno())
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
         if status.st_size > most_bytes:
             raise OSError(errno.EFBIG, f"over {most_bytes} bytes")
-        return file.read(most_bytes), file_state(status)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(most_bytes), file_state(status)
+    finally:
+        os.close(handle)
 
 
 class Watched(Generic[ValueT]):
