@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -191,12 +191,10 @@ class Reconciler:
         if not served:
             return
         if not picked and (wanted.versions == () or not there):
-            self._remove_model(name, self._settings.drain_deadline_s)
+            self._keep(name, (), Route(served[-1]), self._settings.drain_deadline_s)
         elif picked and routed <= set(picked):
-            self._move(name, route or Route(picked[-1]))
-            if isinstance(policy, int) or not set(policy) & set(there) - set(served):  # nothing that is wanted has failed
-                for version in set(served) - set(picked):
-                    self._retire(self.catalog.remove(name, version), self._settings.drain_deadline_s)
+            failed = isinstance(policy, tuple) and set(policy) & set(there) - set(served)  # then nothing is unloaded for it
+            self._keep(name, served if failed else picked, route or Route(picked[-1]), self._settings.drain_deadline_s)
 
     async def _load(self, key: Key, starting: bool) -> None:
         """Load one version beside what is served and put it into the catalog, or note what is wrong with it."""
@@ -245,22 +243,17 @@ class Reconciler:
             task.cancel()
         await asyncio.gather(*self._changing.values(), return_exceptions=True)
         for name in self.catalog.names():
-            self._remove_model(name, timeout_s)
+            self._keep(name, (), self.catalog.route(name), timeout_s)
         await asyncio.gather(*self._draining.values())
         return self._cut_off
 
-    def _move(self, name: str, route: Route) -> None:
-        if route == self.catalog.route(name):
-            return
-        self.catalog.set_route(name, route)
-        canary = f", {route.canary_share:.1%} to version {route.canary}" if route.canary_share else ""
-        log.info("requests for %s that name no version go to version %d%s", name, route.default, canary)
-
-    def _remove_model(self, name: str, timeout_s: float) -> None:
-        versions = self.catalog.versions(name)
-        self.catalog.set_route(name, Route(versions[-1]))
-        for version in versions:
-            self._retire(self.catalog.remove(name, version), timeout_s)
+    def _keep(self, name: str, versions: Collection[int], route: Route, timeout_s: float) -> None:
+        """Change the catalog, and retire what is served no longer."""
+        if versions and route != self.catalog.route(name):
+            canary = f", {route.canary_share:.1%} to version {route.canary}" if route.canary_share else ""
+            log.info("requests for %s that name no version go to version %d%s", name, route.default, canary)
+        for model in self.catalog.keep(name, versions, route):
+            self._retire(model, timeout_s)
 
     def _retire(self, model: Model, timeout_s: float) -> None:
         """Let a model that is out of the catalog finish its calls, beside everything else, and release it."""

@@ -59,11 +59,9 @@ class Repository:
     def __init__(self, models_dir: Path, *, single: bool = False) -> None:
         self.models_dir = models_dir
         self._single = single
-        # What could be read of each path, and what is wrong with the others: at the last scan and at this one.
-        self._before: dict[Path, Any] = {}
-        self._now: dict[Path, Any] = {}
-        self._problems_before: dict[Path, str] = {}
-        self._problems: dict[Path, str] = {}
+        # What could last be read of each path, and what is wrong with it: at the scan before and at this one.
+        self._before: dict[Path, tuple[Any, str]] = {}
+        self._now: dict[Path, tuple[Any, str]] = {}
 
     def scan(self) -> Scan:
         """The complete versions of every model, each with a fingerprint. Raises BundleError without a folder that can be read.
@@ -78,7 +76,6 @@ class Repository:
             reason = "is not a folder" if gone else f"cannot be read ({error.strerror})"
             raise BundleError(f"--models-dir {self.models_dir} {reason}; make export writes one, or leave the flag out") from None
         self._before, self._now = self._now, {}
-        self._problems_before, self._problems = self._problems, {}
         if self._single:
             return self._scan_single()
         names = sorted(entry.name for entry in entries if NAME_PATTERN.fullmatch(entry.name))
@@ -106,15 +103,17 @@ class Repository:
     def _look(self, path: Path, action: Callable[[Path], ReadT]) -> ReadT | None:
         """What an action reads of a path; what it read before where that fails; None where there is nothing."""
         try:
-            self._now[path] = action(path)
+            result = action(path)
+            self._now[path] = result, ""
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR) and not path.is_symlink():
                 return None
-            reason = self._problems[path] = error.strerror or "unreadable"
-            if self._problems_before.get(path) != reason:
-                log.warning("%s cannot be read (%s); it counts as it was before", path, reason)
-            self._now[path] = self._before.get(path)
-        result: ReadT | None = self._now[path]
+            before: ReadT | None
+            before, problem = self._before.get(path, (None, ""))
+            if problem != error.strerror:
+                log.warning("%s cannot be read (%s); it counts as it was before", path, error.strerror)
+            self._now[path] = before, str(error.strerror)
+            return before
         return result
 
     def read(self, name: str, version: int) -> Bundle:

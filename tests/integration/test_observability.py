@@ -95,9 +95,10 @@ def test_json_logs_carry_the_request_and_its_trace(
         "--log-format=json",
         environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint},
     )
-    with grpc.insecure_channel(server.target) as channel, pytest.raises(grpc.RpcError, match="a bearer token is needed"):
-        stub = pb_grpc.DigitGeneratorStub(channel)
-        stub.ListModels(pb.ListModelsRequest(), metadata=(("x-request-id", "ticket-4711"), TRACEPARENT), timeout=30)
+    with grpc.insecure_channel(server.target) as channel:
+        call, ids = pb_grpc.DigitGeneratorStub(channel).ListModels, (("x-request-id", "ticket-4711"), TRACEPARENT)
+        with pytest.raises(grpc.RpcError, match="a bearer token is needed"):
+            call(pb.ListModelsRequest(), metadata=ids, timeout=30)
     status, log = server.terminate()
     assert status == 0
     entries = [json.loads(line) for line in log.splitlines()]

@@ -292,7 +292,7 @@ def test_a_canary_that_is_wrong_makes_its_model_unready(served: Served, models_d
 
     async def test(server: Running) -> None:
         catalog = server.server.catalog
-        catalog.set_route("mlp", Route(1, canary=2, canary_share=0.5))
+        catalog.keep("mlp", (1, 2), Route(1, canary=2, canary_share=0.5))
         assert (await server.get("/readyz"))[0] == 200
         server.orders.breached = {2}
         for model in catalog.models():
@@ -309,7 +309,7 @@ def test_a_canary_that_is_wrong_makes_its_model_unready(served: Served, models_d
                 assert (await call).version == 1
             else:
                 assert (await failure_of(call)).code() is StatusCode.UNAVAILABLE
-        catalog.set_route("mlp", Route(1))
+        catalog.keep("mlp", (1, 2), Route(1))
         assert (await server.get("/readyz"))[0] == 200
 
     served(test, versions="latest:2", poll_interval_s=3600)
@@ -320,7 +320,7 @@ def test_every_protocol_splits_traffic_by_the_same_seeds(served: Served, models_
 
     async def test(server: Running) -> None:
         route = Route(1, canary=2, canary_share=0.5)
-        server.server.catalog.set_route("mlp", route)
+        server.server.catalog.keep("mlp", server.server.catalog.versions("mlp"), route)
         picked = [route.pick(seed) for seed in range(12)]
         assert set(picked) == {1, 2}
         for seed, version in enumerate(picked):

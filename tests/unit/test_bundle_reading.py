@@ -272,7 +272,7 @@ def graph(inputs: list[Any], batch: str | int, latent_size: int = 100, name: str
         (graph(["batch", 64], "batch", latent_size=64), "not latents float32"),
         (graph(["batch", 100], "batch", name="noise"), "not latents float32"),
         (graph([4, 100], 4), "fixed batch axis"),
-        (b"this is no graph", "ONNX Runtime cannot load it"),
+        (b"this is no graph", "its file is no ONNX model"),
         (b"", "ONNX Runtime cannot load it"),
     ],
 )

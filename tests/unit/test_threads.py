@@ -173,10 +173,9 @@ def test_a_look_at_the_catalog_sees_a_change_whole() -> None:
 
     def change() -> None:
         while not stop.is_set():
-            for new, old in ((models[1], models[0]), (models[0], models[1])):
+            for new in reversed(models):
                 catalog.put(new)
-                catalog.set_route("mlp", Route(new.manifest.version))
-                catalog.remove("mlp", old.manifest.version)
+                catalog.keep("mlp", (new.manifest.version,), Route(new.manifest.version))
 
     def look() -> None:
         for _ in range(TURNS):
