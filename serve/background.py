@@ -1,11 +1,14 @@
-"""What runs beside requests: background tasks, which are logged, counted and run again when they raise; and waiting for them."""
+"""What runs beside requests: background tasks, and actions in threads that nobody has to wait for; and waiting for them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TypeVar
 
 from prometheus_client import Counter
@@ -13,12 +16,46 @@ from prometheus_client import Counter
 log = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 LOOK_S = 0.02
 
+DAEMON_THREAD = "daemon"  # how the threads' names begin
+
+
+def in_daemon_thread(name: str, action: Callable[[], ResultT]) -> Future[ResultT]:
+    """Run an action in a thread of its own, which ends with the process if it hangs. It cannot be cancelled."""
+    future: Future[ResultT] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run(inside: Callable[..., ResultT]) -> None:
+        try:
+            result = inside(action)
+        except BaseException as error:  # whoever waits gets it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, args=(copy_context().run,), name=f"{DAEMON_THREAD}-{name}", daemon=True).start()
+    return future
+
+
+async def finished(future: Future[ResultT], limit_s: float, what: str) -> ResultT:
+    """A thread's result. Raises what it raised, or TimeoutError naming ``what`` when it takes too long; it goes on then."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await asyncio.wrap_future(future)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"{what} takes longer than {limit_s:g} s and is given up") from None
+
 
 async def repeat(name: str, interval_s: float, action: Callable[[], Awaitable[None]], failures: Counter) -> None:
-    """Run an action every so often, until cancelled. ``failures`` has the label ``task``."""
+    """Run an action every so often, until cancelled; one that raises is logged, counted and run again.
+
+    ``failures`` has the label ``task``.
+    """
     failures.labels(name)  # born at 0: what Prometheus first sees at 1 has not increased
     while True:
         await asyncio.sleep(interval_s)

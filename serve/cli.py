@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from serve.background import DAEMON_THREAD
 from serve.batching.instance import INSTANCE_THREAD
 from serve.command_line import drop_output
 from serve.errors import StartError
@@ -27,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
         configure(settings.log_level, settings.log_format)
         serve(settings, lambda server, ports: _announce(server, ports, settings))
-        if any(thread.name.startswith(INSTANCE_THREAD) for thread in threading.enumerate()):
-            # A hung run cannot be ended, and ending the interpreter under it would abort the process.
+        if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
+            # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
             sys.stderr.flush()
             os._exit(0)
     except StartError as error:

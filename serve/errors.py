@@ -62,10 +62,6 @@ class ForbiddenError(ServeError):
     denial = "scope"
 
 
-class LifecycleError(ServeError):
-    """A change to what is served that cannot be made: the text says why and what still holds."""
-
-
 class BusyError(ServeError):
     """Try again. ``retry_after_s`` is when a place is likely."""
 

@@ -1,22 +1,30 @@
-"""Writes files atomically, beside the target and renamed into place; and locks a file while it is read and rewritten."""
+"""Files: written whole or not at all, locked while they are rewritten, and read anew when they change."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Generic, Literal, TypeVar
+
+from serve.errors import SettingsError
+
+log = logging.getLogger(__name__)
 
 LOCK_WAIT_S, LOOK_S = 10.0, 0.02
+MOST_BYTES = 1 << 20  # of a file that is watched
 
-FileState = tuple[int, int, int] | None  # None: not there
+FileState = tuple[int, int, int, int]
+ValueT = TypeVar("ValueT")
 
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
@@ -79,10 +87,98 @@ def _has_locked(handle: int) -> bool:
     return True
 
 
-def file_state(path: Path) -> FileState:
-    """Differs from an earlier one when the file has been written, replaced, removed or made."""
+def file_state(status: os.stat_result) -> FileState:
+    """Differs from an earlier one when the file has been written, replaced, or given to others."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+def read_regular(path: Path, most_bytes: int, flags: int = 0) -> tuple[bytes, FileState]:
+    """A regular file's bytes, and its state as it was opened. Raises OSError, also for anything else, which is not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        if status.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"over {most_bytes} bytes")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(most_bytes), file_state(status)
+    finally:
+        os.close(handle)
+
+
+class Watched(Generic[ValueT]):
+    """The ``value`` of files that belong together, read anew when one of them has changed. Not for several threads at once.
+
+    What cannot be read or used changes nothing: it is logged once, and tried again at every look.
+    """
+
+    def __init__(
+        self, flags: Sequence[tuple[str, Path]], parse: Callable[[list[bytes]], ValueT], missing: ValueT | None = None
+    ) -> None:
+        """``flags``: what names each file. ``missing``: the value without a file. Raises SettingsError, as ``parse`` does."""
+        self._flags = flags
+        self._parse = parse
+        self._missing = missing
+        self._seen_missing = False
+        self._problem = ""
+        self._states: list[FileState] | None = None  # at the last reading that succeeded; None: there was no file
+        self.value: ValueT
+        if missing is None or self._look_at() is not None:
+            self._read()
+        else:
+            self.value = missing
+
+    def look(self) -> Literal["ok", "failed"] | None:
+        """Take up a change; None: there is none. One that may be missing is so at the second look: volumes fail."""
+        names = " and ".join(str(path) for _, path in self._flags)
+        try:
+            now = self._look_at()
+            if now is None and self._missing is not None:
+                if self._states is None or not self._seen_missing:
+                    self._seen_missing = True
+                    return None
+                self._states, self.value = None, self._missing
+                log.warning("%s is gone", names)
+                return "ok"
+            self._seen_missing = False
+            if now is not None and now == self._states:
+                self._problem = ""
+                return None
+            self._read()
+        except SettingsError as error:
+            if str(error) != self._problem:
+                log.error("%s: what was read before stays in force", error)
+            self._problem = str(error)
+            return "failed"
+        self._problem = ""
+        log.info("%s read anew", names)
+        return "ok"
+
+    def _look_at(self) -> list[FileState] | None:
+        """The files' states; None when one is not there. Raises SettingsError when that cannot be told."""
+        states = []
+        for flag, path in self._flags:
+            try:
+                states.append(file_state(path.stat()))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                raise _unreadable(flag, path, error) from None
+        return states
+
+    def _read(self) -> None:
+        contents, states = [], []
+        for flag, path in self._flags:
+            try:
+                content, state = read_regular(path, MOST_BYTES)
+            except OSError as error:
+                raise _unreadable(flag, path, error) from None
+            contents.append(content)
+            states.append(state)
+        self.value = self._parse(contents)
+        self._states = states
+
+
+def _unreadable(flag: str, path: Path, error: OSError) -> SettingsError:
+    return SettingsError(f"{flag} {path} cannot be read ({error.strerror})")

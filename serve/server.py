@@ -27,19 +27,17 @@ from serve.access.tokens import TokenFile
 from serve.api.admission import Admission
 from serve.api.digits_v1 import DigitService
 from serve.api.http import HttpApi
-from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
 from serve.background import for_each, repeat
 from serve.core.generate import Core
 from serve.errors import StartError
-from serve.models.administration import Administration
 from serve.models.catalog import Catalog
 from serve.models.model import JOIN_S, Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
-from serve.models.serving_file import FILE_NAME, ServingFile
+from serve.models.serving_file import FILE_NAME, watched_serving_file
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
 from serve.ports.check import check_ports
@@ -92,7 +90,7 @@ class Server:
         self._health = Health(self.catalog)
         self._reconciler = Reconciler(
             Repository(settings.models_dir, single=settings.single_model),
-            ServingFile(settings.serving_file or settings.models_dir / FILE_NAME),
+            watched_serving_file(settings.serving_file or settings.models_dir / FILE_NAME),
             self.catalog,
             settings,
             self._metrics,
@@ -127,9 +125,7 @@ class Server:
         check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
-        # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.
-        limits = (settings.caller_images, settings.caller_requests_per_s)
-        accounts = Accounts(tokens, *limits, is_loopback(settings.host))
+        accounts = Accounts(tokens, settings.caller_images, settings.caller_requests_per_s)
         budget = Budget(settings.max_inflight_mib << 20 or memory_bytes() // 4)
         self._admission = admission = Admission(self._metrics, accounts, budget, self._tracing)
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
@@ -141,7 +137,8 @@ class Server:
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:
             app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
-            app.add_routes(HttpApi(core, admission, address(settings.host, self._grpc.port)).routes())
+            target = address(settings.host, self._grpc.port)
+            app.add_routes(HttpApi(core, admission, target, self._reconciler.status).routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
         )
@@ -153,10 +150,10 @@ class Server:
 
     def _methods(self, core: Core, admission: Admission) -> dict[str, Method]:
         """Every method of the gRPC port, by path."""
+        status = self._reconciler.status
         tables = [
-            DigitService(core).table(admission, self._workers),
-            OpenInferenceService(core, self._health.not_complete, self._metrics).table(admission, self._workers),
-            *ModelControlService(Administration(self._reconciler)).tables(admission, self._workers),
+            DigitService(core, status).table(admission, self._workers),
+            OpenInferenceService(core, self._health.not_complete, self._metrics, status).table(admission, self._workers),
         ]
         methods = {path: method for table in tables for path, method in table.methods.items()} | self._health.methods()
         if self._settings.reflection:

@@ -17,7 +17,6 @@ import pytest
 from serve.batching.batcher import Batcher
 from serve.batching.ticket import Ticket
 from serve.models import model as model_module
-from serve.pb.digits.v1 import control_pb2_grpc as control_grpc
 from serve.pb.digits.v1 import digits_pb2_grpc as digits_grpc
 from serve.pb.inference import open_inference_pb2_grpc as inference_grpc
 from serve.server import Ports, Server
@@ -82,7 +81,6 @@ class Running:
         self.ports = ports
         self.orders = orders
         self.digits: Any = digits_grpc.DigitGeneratorStub(channel)
-        self.control: Any = control_grpc.ModelControlStub(channel)
         self.inference: Any = inference_grpc.GRPCInferenceServiceStub(channel)
         self._http = http
 

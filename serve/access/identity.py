@@ -14,7 +14,7 @@ import msgspec
 from serve.access.tokens import TokenFile
 from serve.errors import CallerLimitError, ForbiddenError, UnauthenticatedError
 
-Scope = Literal["open", "generate", "admin"]
+Scope = Literal["open", "generate"]
 
 SCHEME = "bearer "
 BURST_S = 1.0  # a caller may use up a second's requests at once
@@ -116,11 +116,10 @@ class Account:
 class Accounts:
     """Admits callers by token, or, without a tokens file, all of them, told apart by address."""
 
-    def __init__(self, tokens: TokenFile | None, images: int, requests_per_s: float, open_admin: bool) -> None:
-        """``images`` and ``requests_per_s`` limit each caller; ``open_admin``: without a tokens file, may anyone administer?"""
+    def __init__(self, tokens: TokenFile | None, images: int, requests_per_s: float) -> None:
+        """``images`` and ``requests_per_s`` limit each caller."""
         self._tokens = tokens
         self._limits = (images, requests_per_s)
-        self._open_admin = open_admin
         self._everyone = Account("a caller", 0, 0.0, everyone=True)
         self._known: dict[str, Account] = {}
         self._pruned_at = 0.0
@@ -137,8 +136,6 @@ class Accounts:
         if scope == "open":
             return self._everyone
         if self._tokens is None:
-            if scope == "admin" and not self._open_admin:
-                raise ForbiddenError("model control beyond loopback needs --tokens-file and a token with the scope admin")
             return self._account(caller.address, *self._limits) if any(self._limits) else self._everyone
         token = self._tokens.check(_bearer(caller))
         if scope not in token.scopes:

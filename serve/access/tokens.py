@@ -28,14 +28,13 @@ from msgspec import Meta
 
 from serve.command_line import OneLineParser, run_command, within
 from serve.errors import SettingsError, UnauthenticatedError
-from serve.files import file_state, locked, replace_file
+from serve.files import MOST_BYTES, Watched, locked, read_regular, replace_file
 
 log = logging.getLogger(__name__)
 
-SCOPES = ("generate", "admin")
+FLAG = "--tokens-file"
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 SECRET_BYTES = 32
-MAX_FILE_BYTES = 1 << 20
 MAX_TOKEN_CHARACTERS = 256
 RELOAD_CHECK_S = 0.5
 NO_HASH = "0" * 64
@@ -54,7 +53,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     name: Annotated[str, Meta(pattern=rf"\A{NAME_PATTERN}\Z")]
     sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-    scopes: Annotated[tuple[Literal["generate", "admin"], ...], Meta(min_length=1)]
+    scopes: Annotated[tuple[Literal["generate", "admin"], ...], Meta(min_length=1)]  # admin: of earlier releases, opens nothing
     expires: str | None = None  # ISO 8601 with a time zone
     images: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None  # in flight
     requests_per_s: Annotated[float, Meta(ge=0, le=1e6)] | None = None
@@ -76,11 +75,9 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
 def parse_tokens(content: bytes, where: str) -> dict[str, Token]:
     """Read the file's bytes. Raises SettingsError naming ``where``, the entry and what is wrong; never a hash."""
     try:
-        entries = msgspec.json.decode(content, type=_Document).tokens if len(content) <= MAX_FILE_BYTES else None
+        entries = msgspec.json.decode(content, type=_Document).tokens
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        entries = None
-    if entries is None:
-        raise SettingsError(f'{where} is not JSON of the form {{"tokens": [...]}} and at most {MAX_FILE_BYTES} bytes')
+        raise SettingsError(f'{where} is not JSON of the form {{"tokens": [...]}}') from None
     tokens: dict[str, Token] = {}
     for number, entry in enumerate(entries):
         token = _parse_entry(entry, f"{where}: token {number}")
@@ -95,12 +92,12 @@ class TokenFile:
 
     def __init__(self, path: Path, note_reload: Callable[[str], None] = lambda result: None) -> None:
         """Raises SettingsError. ``note_reload`` gets ``ok`` or ``failed`` at each later reading."""
-        self._path = path
         self._note_reload = note_reload
-        self._state = file_state(path)
-        self._tokens = _read(path)
+        self._tokens = Watched([(FLAG, path)], lambda contents: parse_tokens(contents[0], f"{FLAG} {path}"))
         self._look_again_at = time.monotonic() + RELOAD_CHECK_S
         self._lock = threading.Lock()
+        if any("admin" in token.scopes for token in self._tokens.value.values()):
+            log.warning("%s: the scope admin has no meaning any more; which models are served is a file (docs/models.md)", path)
 
     def check(self, presented: str) -> Token:
         """The entry of a token. Raises UnauthenticatedError with one of the reasons malformed, unknown, expired."""
@@ -108,7 +105,7 @@ class TokenFile:
         name, separator, _ = presented.partition(".")
         if not separator or len(presented) > MAX_TOKEN_CHARACTERS:
             raise UnauthenticatedError("the bearer token is not of the form <name>.<secret>", "malformed")
-        token = self._tokens.get(name)
+        token = self._tokens.value.get(name)
         # The same work whether the name is known or not.
         hashed = hashlib.sha256(presented.encode("utf-8", "replace")).hexdigest()
         if not hmac.compare_digest(hashed, token.sha256 if token else NO_HASH) or token is None:
@@ -124,21 +121,8 @@ class TokenFile:
         with self._lock:
             if now >= self._look_again_at:  # no other thread has looked meanwhile
                 self._look_again_at = now + RELOAD_CHECK_S
-                self._read_if_changed()
-
-    def _read_if_changed(self) -> None:
-        state = file_state(self._path)
-        if state == self._state:
-            return
-        self._state = state
-        try:
-            self._tokens = _read(self._path)
-        except SettingsError as error:
-            log.error("the tokens stay as they were: %s", error)
-            self._note_reload("failed")
-        else:
-            log.info("%s has been read anew: %d tokens", self._path, len(self._tokens))
-            self._note_reload("ok")
+                if result := self._tokens.look():
+                    self._note_reload(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,6 +146,8 @@ def _change(flags: argparse.Namespace) -> str | None:
     """Change the file; returns the token that was added."""
     tokens = _read(flags.file) if flags.file.exists() else {}
     if flags.action == "add":
+        if "admin" in flags.scopes.split(","):
+            raise SettingsError("the scope admin is gone: python -m serve.admin edits the serving file; give --scopes generate")
         if flags.name in tokens:
             raise SettingsError(f"{flags.file} has a token {flags.name!r} already; remove it first")
         presented = f"{flags.name}.{secrets.token_urlsafe(SECRET_BYTES)}"
@@ -188,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("action", choices=("add", "remove"))
     parser.add_argument("file", type=Path, help="the tokens file; made when it is not there")
     parser.add_argument("--name", required=True, help="who the token is for; shown in metrics and logs")
-    parser.add_argument("--scopes", default="generate", help=f"joined by commas: {', '.join(SCOPES)} (default: generate)")
+    parser.add_argument("--scopes", default="generate", help="what it is for: generate, which is the default and all there is")
     parser.add_argument("--expires", help="when it ends, as 2027-01-31T00:00:00+00:00 (default: never)")
     parser.add_argument("--images", type=int, help="images in flight, instead of --caller-images; 0: no limit")
     parser.add_argument("--requests-per-s", type=within(0.0, 1e6), help="instead of --caller-requests-per-s; 0: no limit")
@@ -205,10 +191,9 @@ def _parse_entry(entry: bytes | msgspec.Raw, where: str) -> Token:
 
 def _read(path: Path) -> dict[str, Token]:
     try:
-        content = path.read_bytes()
+        return parse_tokens(read_regular(path, MOST_BYTES)[0], str(path))
     except OSError as error:
-        raise SettingsError(f"--tokens-file {path} cannot be read ({error.strerror})") from None
-    return parse_tokens(content, f"--tokens-file {path}")
+        raise SettingsError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _write(path: Path, tokens: Mapping[str, Token]) -> None:

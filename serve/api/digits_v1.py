@@ -6,9 +6,10 @@ import asyncio
 import json
 import struct
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import asdict
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from serve.core.generate import Core
 from serve.core.request import IMAGES, PIXELS, Addresses, Digits, DigitsRequest, Interpolation, Latents
 from serve.errors import RequestError
 from serve.models.model import Model
+from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import to_grid, to_png
 
@@ -51,8 +53,9 @@ MANY_LABELS = 1024
 class DigitService:
     """The handlers of ``DigitGenerator``. They raise ServeError."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, status: Callable[[], Sequence[VersionStatus]]) -> None:
         self._core = core
+        self._status = status
 
     def table(self, admission: Admission, workers: ThreadPoolExecutor) -> RpcTable:
         """The methods, ready for a port."""
@@ -64,6 +67,7 @@ class DigitService:
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
+        table.unary("Status", pb.StatusRequest, self.status)
         return table
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncGenerator[bytes]:
@@ -105,6 +109,13 @@ class DigitService:
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
         ).SerializeToString()
+
+    async def status(self, request: pb.StatusRequest, call: Call) -> bytes:
+        response = pb.StatusResponse()
+        for each in self._status():
+            if request.model in ("", each.model):
+                response.versions.add(**asdict(each) | {"state": pb.VersionState.Value(f"VERSION_STATE_{each.state}")})
+        return response.SerializeToString()
 
     def _summary(self, model: Model) -> pb.ModelSummary:
         name, version = model.manifest.name, model.manifest.version

@@ -10,7 +10,8 @@ import asyncio
 import base64
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from serve.core.generate import Core
 from serve.core.request import Addresses, Digits, DigitsRequest, Interpolation
 from serve.errors import RequestError
 from serve.latents import SEED_LIMIT
+from serve.models.reconcile import VersionStatus
 from serve.pictures import to_grid, to_png
 from serve.settings import release
 
@@ -52,8 +54,9 @@ LIMITS = {"count": 1 << 32, "steps": 1 << 32, "version": 1 << 63, **dict.fromkey
 class HttpApi:
     """The routes."""
 
-    def __init__(self, core: Core, admission: Admission, grpc_target: str) -> None:
+    def __init__(self, core: Core, admission: Admission, grpc_target: str, status: Callable[[], Sequence[VersionStatus]]) -> None:
         self._core = core
+        self._versions = status
         self._admission = admission
         self._grpc_target = grpc_target
 
@@ -112,7 +115,8 @@ class HttpApi:
             for model in catalog.models()
         ]
         about = {"release": release(), "grpc": self._grpc_target, "default_model": catalog.default_model}
-        return web.json_response({**about, **self._admission.metrics.totals(), "models": models})
+        versions = [asdict(each) for each in self._versions()]
+        return web.json_response({**about, **self._admission.metrics.totals(), "models": models, "versions": versions})
 
 
 def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from serve.core.generate import Core
 from serve.core.request import Digits, DigitsRequest
 from serve.errors import RequestError, ServeError, UnsupportedError
 from serve.models.model import Model
+from serve.models.reconcile import VersionStatus
 from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
 from serve.settings import release
@@ -75,19 +76,30 @@ STATISTICS = {
 # What else Triton's client can call, and why not, or what to do instead.
 _SHARED_MEMORY = "there is no shared memory with callers; send the tensors in the message"
 _SETTINGS = "logs and traces are set when the server starts (--log-level, OTEL_EXPORTER_OTLP_ENDPOINT)"
+_SERVING_FILE = "which versions are served is a file, serving.json (--serving-file); python -m serve.admin edits it"
 _ABOUT_MEMORY = [f"{kind}SharedMemory{what}" for kind in ("System", "Cuda") for what in ("Status", "Register", "Unregister")]
 UNSUPPORTED = {
     **dict.fromkeys(_ABOUT_MEMORY, _SHARED_MEMORY),
     "TraceSetting": _SETTINGS,
     "LogSettings": _SETTINGS,
+    **dict.fromkeys(("RepositoryModelLoad", "RepositoryModelUnload"), _SERVING_FILE),
 }
+# A version's state → what Triton calls it; all else is UNAVAILABLE.
+REPOSITORY_STATES = {"READY": "READY", "LOADING": "LOADING", "DRAINING": "UNLOADING"}
 
 
 class OpenInferenceService:
     """The handlers: a message and its call in, the response's bytes out. They raise ServeError."""
 
-    def __init__(self, core: Core, not_ready: Callable[[], str | None], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        core: Core,
+        not_ready: Callable[[], str | None],
+        metrics: Metrics,
+        status: Callable[[], Sequence[VersionStatus]],
+    ) -> None:
         self._core = core
+        self._status = status
         self._metrics = metrics
         self._not_ready = not_ready
 
@@ -103,6 +115,7 @@ class OpenInferenceService:
         table.bidirectional("ModelStreamInfer", self.model_stream_infer)
         table.unary("ModelConfig", pb.ModelConfigRequest, self.model_config)
         table.unary("ModelStatistics", pb.ModelStatisticsRequest, self.model_statistics)
+        table.unary("RepositoryIndex", pb.RepositoryIndexRequest, self.repository_index)
         for method, instead in UNSUPPORTED.items():
             table.unary(method, empty_pb2.Empty, _refusal(method, instead))
         return table
@@ -169,6 +182,15 @@ class OpenInferenceService:
                 success = stats.inference_stats.success
                 success.count = stats.inference_stats.compute_output.count
                 success.ns = sum(getattr(stats.inference_stats, field).ns for field in STATISTICS)
+        return response.SerializeToString()
+
+    async def repository_index(self, request: pb.RepositoryIndexRequest, call: Call) -> bytes:
+        response = pb.RepositoryIndexResponse()
+        for each in self._status():
+            state = REPOSITORY_STATES.get(each.state, "UNAVAILABLE")
+            if state == "READY" or not request.ready:
+                reason = each.reason or ("unloaded" if each.state == "UNLOADED" else "")
+                response.models.add(name=each.model, version=str(each.version), state=state, reason=reason)
         return response.SerializeToString()
 
     async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:

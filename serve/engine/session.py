@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.golden import check_golden, golden_samples
+from serve.engine.graph import check_graph
 from serve.engine.onnx_runtime import ort
 from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider, described
 from serve.errors import BundleError, ProviderError
@@ -147,6 +148,7 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
             own["user_compute_stream"] = str(chosen.compute_stream)
         providers = [(CUDA_PROVIDER, own)]
     name = f"model {manifest.name}/{manifest.version}"
+    check_graph(model, name)
     try:
         # Without its fallback: it would try the CPU by itself, and complain of that instead of what went wrong.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -5,8 +5,8 @@ Read by any thread, changed by the event loop's thread: a change makes new table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from serve.errors import UnknownModelError
 from serve.models.model import Model
@@ -14,8 +14,7 @@ from serve.models.serving_file import Route
 from serve.settings import DEFAULT_MODEL
 
 
-@dataclass(frozen=True)
-class _Served:
+class _Served(NamedTuple):
     """What is served under one name."""
 
     versions: Mapping[int, Model]
@@ -23,41 +22,36 @@ class _Served:
 
 
 class Catalog:
-    """Looks models up. ``default_model`` answers requests that name none, once it is there."""
+    """Looks models up. ``default_model`` answers requests that name none, while it is served; no other takes its place."""
 
     def __init__(self, default_model: str = "") -> None:
-        """``default_model`` '': ``DEFAULT_MODEL`` if it is served, else the first by name."""
-        self._wanted_default = default_model
+        """``default_model`` '': what ``choose_default`` finds."""
+        self._chosen = default_model
         self._served: Mapping[str, _Served] = {}
 
     @property
     def default_model(self) -> str:
-        served = self._served
-        if self._wanted_default or not served or DEFAULT_MODEL in served:
-            return self._wanted_default or DEFAULT_MODEL
-        return min(served)
+        return self._chosen or DEFAULT_MODEL
+
+    def choose_default(self, there: Collection[str]) -> None:
+        """Where no default was named: ``DEFAULT_MODEL`` if it is ``there``, else the first that is served, once and for all."""
+        if not self._chosen and self._served:
+            self._chosen = DEFAULT_MODEL if DEFAULT_MODEL in there else min(self._served)
 
     def put(self, model: Model) -> None:
         """Serve a model; one of the same name and version is served no longer. The first of a name is its default."""
         name, version = model.manifest.name, model.manifest.version
         before = self._served.get(name) or _Served({}, Route(version))
-        self._change(name, replace(before, versions={**before.versions, version: model}))
+        self._served = {**self._served, name: before._replace(versions={**before.versions, version: model})}
 
-    def remove(self, name: str, version: int) -> Model:
-        """Serve it no longer. The last of a name takes the name with it; a default must have been moved before."""
-        served = self._served[name]
-        versions = dict(served.versions)
-        model = versions.pop(version)
-        assert not versions or not served.route.share(version), "a version with traffic must not be removed"
-        self._change(name, replace(served, versions=versions) if versions else None)
-        return model
-
-    def set_route(self, name: str, route: Route) -> None:
-        """Send the requests that name no version elsewhere. The route's versions must be served."""
-        served = self._served[name]
-        assert route.default in served.versions
-        assert not route.canary or route.canary in served.versions
-        self._change(name, replace(served, route=route))
+    def keep(self, name: str, versions: Collection[int], route: Route) -> list[Model]:
+        """Serve of a model these versions alone, with the route's among them. Returns those that are served no longer."""
+        before = self._served[name].versions
+        kept = {version: before[version] for version in versions}
+        assert not kept or route.versions <= kept.keys(), "a version with traffic must be served"
+        others = {other: each for other, each in self._served.items() if other != name}
+        self._served = {**others, name: _Served(kept, route)} if kept else others
+        return [model for version, model in before.items() if version not in kept]
 
     def find(self, name: str, version: int, seed: Callable[[], int] = lambda: 0) -> Model:
         """The model of that name ('' for the default) and version (0: as the route has it). Raises UnknownModelError.
@@ -99,12 +93,4 @@ class Catalog:
     def ready(self, name: str) -> bool:
         """Whether all versions that answer requests without one do."""
         served = self._served.get(name)
-        return served is not None and all(
-            model.ready
-            for version, model in served.versions.items()
-            if served.route.share(version) or version == served.route.default
-        )
-
-    def _change(self, name: str, served: _Served | None) -> None:
-        others = {other: each for other, each in self._served.items() if other != name}
-        self._served = others if served is None else {**others, name: served}
+        return served is not None and all(served.versions[version].ready for version in served.route.versions)

@@ -1,35 +1,39 @@
 """Loads versions from the repository as models, and remembers those that failed.
 
-It does not decide what is served. Reading, checking and warming up happen in a thread, so the event loop goes on.
+It does not decide what is served. Reading, checking and warming up happen in a thread, so the event loop goes on, and one that
+hangs is given up.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
+from asyncio import CancelledError
 from collections.abc import Collection
-from dataclasses import dataclass
+from concurrent.futures import Future
+from typing import NamedTuple
 
+from serve.background import finished, in_daemon_thread
 from serve.engine.cuda import memory_in_use_bytes, memory_total_bytes
 from serve.engine.provider import Provider, choose_provider
 from serve.errors import BundleError, DigestError, GoldenError, ProviderError
-from serve.models.model import Model, open_model
+from serve.models.model import JOIN_S, Model, open_model
 from serve.models.repository import Fingerprint, Repository
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LOAD_LIMIT_S = 600.0
+
 Key = tuple[str, int]  # model, version
 
 FAILURE_KINDS: dict[type[Exception], str] = {
-    DigestError: "digest", GoldenError: "golden", BundleError: "bundle", ProviderError: "provider",
+    DigestError: "digest", GoldenError: "golden", BundleError: "bundle", ProviderError: "provider", TimeoutError: "overdue",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """Why a version could not be loaded, and how its files looked then."""
 
     reason: str
@@ -49,7 +53,8 @@ class Loader:
 
     async def choose_provider(self) -> None:
         """Settle where models run. Raises ProviderError."""
-        self._provider = await asyncio.to_thread(choose_provider, self._settings.provider)
+        chosen = in_daemon_thread("provider", lambda: choose_provider(self._settings.provider))
+        self._provider = await finished(chosen, LOAD_LIMIT_S, "looking for CUDA")
         if self._provider == "cuda":
             self._metrics.gpu_memory.set_function(memory_in_use_bytes)
             self._metrics.gpu_memory_total.set(memory_total_bytes())
@@ -61,27 +66,30 @@ class Loader:
         log.warning("provider auto: serving on the CPU, because %s", error)
         self._provider = "cpu"
 
-    async def open(self, name: str, version: int, siblings: list[Model]) -> Model | None:
-        """Read, check, warm and start one version; None if it is among the ``siblings`` and has not changed.
-
-        Raises whatever is wrong with it.
-        """
+    async def open(self, key: Key) -> Model:
+        """Read, check, warm and start one version. Raises whatever is wrong with it, and TimeoutError."""
+        name, version = key
         started = time.perf_counter()
-        self.loading.add((name, version))
+
+        def load() -> Model:
+            return open_model(self._repository.read(name, version), self._provider, self._settings, self._metrics)
+
+        self.loading.add(key)
+        loading = in_daemon_thread("load", load)
         try:
-            bundle = await asyncio.to_thread(self._repository.read, name, version)
-            if any(bundle.manifest == sibling.manifest for sibling in siblings):
-                return None
-            model = await asyncio.to_thread(open_model, bundle, self._provider, self._settings, self._metrics)
+            model = await finished(loading, LOAD_LIMIT_S, f"loading {name}/{version}")
+        except (TimeoutError, CancelledError):
+            loading.add_done_callback(_discard)
+            raise
         finally:
-            self.loading.discard((name, version))
-        self.forget_failure((name, version))
+            self.loading.discard(key)
+        self.forget(key)
         self._metrics.model_loads.labels(name, "ok").inc()
         log.info("%s/%d is loaded, in %.2f s", name, version, time.perf_counter() - started)
         return model
 
-    def note_failure(self, key: Key, error: Exception, fingerprint: Fingerprint | None) -> str:
-        """Remember, log and count a failure; returns what may be told of it."""
+    def note_failure(self, key: Key, error: Exception, fingerprint: Fingerprint | None) -> None:
+        """Remember, log and count a failure."""
         name, version = key
         kind = FAILURE_KINDS.get(type(error))
         if kind is None:
@@ -93,22 +101,18 @@ class Loader:
         self.failures[key] = Failure(reason, fingerprint)
         self._metrics.model_loads.labels(name, kind or "unforeseen").inc()
         self._metrics.model_failed.labels(name, str(version)).set(1)
-        return reason
 
-    def forget_failure(self, key: Key) -> None:
+    def forget(self, key: Key) -> None:
         if self.failures.pop(key, None):
             self._metrics.model_failed.remove(key[0], str(key[1]))
 
-    def forget_gone(self, name: str, there: Collection[int]) -> None:
-        """Forget the failures of versions that are in the folder no longer."""
-        for version in self.failures_of(name).keys() - set(there):
-            self.forget_failure((name, version))
+    def forget_all_but(self, name: str, kept: Collection[int] = ()) -> None:
+        """Forget the failures of a model's versions, but for those ``kept``."""
+        for key in [key for key in self.failures if key[0] == name and key[1] not in kept]:
+            self.forget(key)
 
-    def has_failed(self, name: str, version: int, fingerprint: Fingerprint) -> bool:
-        """Whether a version could not be loaded and looks as it did then."""
-        failure = self.failures.get((name, version))
-        return failure is not None and failure.fingerprint == fingerprint
 
-    def failures_of(self, name: str) -> dict[int, Failure]:
-        """By version."""
-        return {version: failure for (model, version), failure in self.failures.items() if model == name}
+def _discard(loading: Future[Model]) -> None:
+    """Release a model that came too late."""
+    if loading.exception() is None:
+        loading.result().batcher.close(JOIN_S)

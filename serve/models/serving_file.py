@@ -14,25 +14,20 @@ for a rollback.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from serve.errors import LifecycleError, SettingsError
-from serve.files import file_state, locked, replace_file
-from serve.manifest import BUNDLED_DIR, NAME_PATTERN
-from serve.models.version_policy import VersionPolicy, parse_policy
-
-log = logging.getLogger(__name__)
+from serve.errors import SettingsError
+from serve.files import Watched
+from serve.manifest import NAME_PATTERN
+from serve.models.version_policy import Policy, parse_policy
 
 FILE_NAME = "serving.json"
+FLAG = "--serving-file"
 SCHEMA_VERSION = 1
-MAX_FILE_BYTES = 1 << 20
 HISTORY = 16  # routes of a model that a rollback can go back through
 
 Version = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
@@ -67,11 +62,11 @@ class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     route: Route | None = None
     previous: tuple[Route, ...] = ()
 
-    def policy(self, otherwise: VersionPolicy) -> VersionPolicy:
+    def policy(self, otherwise: Policy) -> Policy:
         """The version policy; ``otherwise`` where the state has none of its own."""
         if self.versions is None:
             return otherwise
-        return parse_policy(self.versions) if isinstance(self.versions, str) else VersionPolicy(pinned=self.versions)
+        return parse_policy(self.versions) if isinstance(self.versions, str) else self.versions
 
 
 class ServingState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,20 +77,11 @@ class ServingState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def of(self, name: str) -> ModelState:
         """What is wanted of the model of that name."""
-        return self.models.get(name, UNNAMED)
-
-    def with_model(self, name: str, model: ModelState) -> ServingState:
-        """The same with one model's state replaced."""
-        return ServingState(models={**self.models, name: model})
-
-
-UNNAMED = ModelState()
+        return self.models.get(name) or ModelState()
 
 
 def parse_serving_state(content: bytes, where: str) -> ServingState:
     """Read the file's bytes. Raises SettingsError naming ``where`` and the field that is wrong."""
-    if len(content) > MAX_FILE_BYTES:
-        raise SettingsError(f"{where} is over {MAX_FILE_BYTES} bytes")
     try:
         state = msgspec.json.decode(content, type=ServingState)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -116,71 +102,7 @@ def parse_serving_state(content: bytes, where: str) -> ServingState:
     return state
 
 
-class ServingFile:
-    """The file: read anew when it changes, written whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises SettingsError when there is a file and it cannot be used."""
-        self.path = path
-        self._seen = file_state(path)
-        self._missing = self._seen is None
-        self.state = ServingState() if self._seen is None else self._read()
-
-    def look(self) -> str | None:
-        """Take up a change of the file: ``ok``, ``failed`` or None for no change. What cannot be used changes nothing.
-
-        A file that is gone is believed to be gone at the second look: a network volume may fail for a moment.
-        """
-        now = file_state(self.path)
-        if now is None:
-            if self._seen is None or not self._missing:
-                self._missing = True
-                return None
-            self._seen, self.state = None, ServingState()
-            log.warning("%s is gone: every model follows --versions", self.path)
-            return "ok"
-        self._missing = False
-        if now == self._seen:
-            return None
-        self._seen = now
-        try:
-            self.state = self._read()
-        except SettingsError as error:
-            log.error("the desired state stays as it was: %s", error)
-            return "failed"
-        log.info("%s has been read", self.path)
-        return "ok"
-
-    def prepare(self) -> None:
-        """Raises LifecycleError, naming the file and the way out, when a change could not be written or would be lost."""
-        if self.path.parent == BUNDLED_DIR:
-            raise LifecycleError("the bundled models are part of the program: name --models-dir, or --serving-file for changes")
-        if file_state(self.path) != self._seen:
-            raise LifecycleError(f"{self.path} has been changed by somebody else just now; look at the status and try again")
-        try:
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE_NAME}-")
-        except OSError as error:
-            raise self._unwritable(error) from None
-        os.close(handle)
-        Path(temporary).unlink()
-
-    def write(self, state: ServingState) -> None:
-        """Replace the file. Raises LifecycleError as ``prepare`` does."""
-        content = msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n"
-        try:
-            with locked(self.path.parent):  # another replica's change is made before this one's look at the file, or after it
-                self.prepare()
-                replace_file(self.path, content, 0o644)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._seen, self._missing, self.state = file_state(self.path), False, state
-
-    def _unwritable(self, error: OSError) -> LifecycleError:
-        return LifecycleError(f"{self.path} cannot be written ({error.strerror}); change it where it comes from, or make room")
-
-    def _read(self) -> ServingState:
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise SettingsError(f"--serving-file {self.path} cannot be read ({error.strerror})") from None
-        return parse_serving_state(content, f"--serving-file {self.path}")
+def watched_serving_file(path: Path) -> Watched[ServingState]:
+    """The file, read anew when it changes. Raises SettingsError when there is a file and it cannot be used."""
+    where = f"{FLAG} {path}"
+    return Watched([(FLAG, path)], lambda contents: parse_serving_state(contents[0], where), missing=ServingState())

@@ -20,6 +20,7 @@ JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
 WITH_COMPONENTS = {
     "overlays/cpu + components/keda": ("overlays/cpu", "components/keda"),
     "overlays/cpu + components/models-image": ("overlays/cpu", "components/models-image"),
+    "overlays/cpu + components/serving-file": ("overlays/cpu", "components/serving-file"),
     "overlays/gpu + components/gateway": ("overlays/gpu", "components/gateway"),
 }
 FOLDERS = (
@@ -33,6 +34,7 @@ TOGETHER: Mapping[str, Sequence[str]] = {
     "gpu and the parity watch": ("overlays/gpu", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
     "cpu with KEDA": ("overlays/cpu + components/keda", "parity-watch", *EVERYWHERE),
     "gpu behind a gateway": ("overlays/gpu + components/gateway", *EVERYWHERE),
+    "cpu with a serving file": ("overlays/cpu + components/serving-file", *EVERYWHERE),
     "cpu with models from an image": ("overlays/cpu + components/models-image", *EVERYWHERE),
 }
 

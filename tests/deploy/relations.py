@@ -422,8 +422,6 @@ def routes_lead_to_the_service(items: Sequence[Object]) -> Iterator[str]:
             for backend in rule["backendRefs"]:
                 if backend["port"] not in services.get(backend["name"], {}).values():
                     yield f"{title(route)} leads to {backend['name']}:{backend['port']}, which is no Service"
-            if any("ModelControl" in match["method"]["service"] for match in rule["matches"]):
-                yield f"{title(route)} lets administration in from outside"
     for policy in of(items, "BackendTLSPolicy"):
         for target in policy["spec"]["targetRefs"]:
             if target["sectionName"] not in services.get(target["name"], {}):

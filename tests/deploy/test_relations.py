@@ -214,13 +214,6 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         ),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),
-    "administration from outside": (
-        GATEWAY,
-        of(
-            "GRPCRoute",
-            lambda item: item["spec"]["rules"][0]["matches"].append({"method": {"service": "digits.v1.ModelControl"}}),
-        ),
-    ),
 }
 
 

@@ -23,7 +23,6 @@ MEMORY_BEYOND_START_BYTES = 1 << 30
 INPUT_TIMEOUT_S = 20
 MAX_INPUT_BYTES = 4096
 DEFAULT_RUNS = 110_000  # each
-GENTLE_RUNS = 50_000  # for control: it looks at the disk each time
 
 
 def main() -> int:
@@ -42,7 +41,7 @@ def main() -> int:
     total, failed = 0, []
     print("target        inputs  seconds  inputs/s")
     for name in flags.targets or NAMES:
-        runs = flags.runs or (GENTLE_RUNS if name == "control" else DEFAULT_RUNS)
+        runs = flags.runs or DEFAULT_RUNS
         started = time.perf_counter()
         done, log = run_target(name, runs, flags.seed)
         seconds = time.perf_counter() - started

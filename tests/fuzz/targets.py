@@ -33,7 +33,6 @@ from serve.api.digits_v1 import DigitService
 from serve.api.http import DIGITS as DIGITS_QUERY
 from serve.api.http import INTERPOLATION as INTERPOLATION_QUERY
 from serve.api.http import read_query
-from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.batching.batcher import Batcher
 from serve.batching.limits import Limits
@@ -42,14 +41,13 @@ from serve.dataset.header import parse_header
 from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
 from serve.latents import SEED_LIMIT, LatentReader, Span
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
-from serve.models.administration import Administration
 from serve.models.catalog import Catalog
 from serve.models.model import Model, wake_callers
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository, read_bundle
-from serve.models.serving_file import ServingFile, parse_serving_state
+from serve.models.serving_file import parse_serving_state, watched_serving_file
 from serve.observability.metrics import Metrics, ModelMetrics
-from serve.pb.digits.v1 import control_pb2, digits_pb2
+from serve.pb.digits.v1 import digits_pb2
 from serve.pb.inference import open_inference_pb2
 from serve.settings import DEFAULT_MODEL, Settings
 from train.data import read_idx
@@ -125,14 +123,12 @@ class Server:
         settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16)
         metrics = Metrics(CollectorRegistry())
         catalog = Catalog(DEFAULT_MODEL)
-        admission = Admission(metrics, InFlight(), Accounts(None, 0, 0.0, open_admin=True))
+        admission = Admission(metrics, InFlight(), Accounts(None, 0, 0.0))
         core = Core(catalog, settings.max_count, settings.max_count_float32)
-        serving_file = ServingFile(BUNDLED_DIR / "serving.json")  # which is not written: the bundled models are not changed
-        reconciler = Reconciler(Repository(BUNDLED_DIR), serving_file, catalog, settings, metrics)
-        self.digits = DigitService(core).table(admission).methods
-        self.inference = OpenInferenceService(core, lambda: True, metrics).table(admission).methods
-        own, extension = ModelControlService(Administration(reconciler)).tables(admission)
-        self.control = {**own.methods, **extension.methods}
+        serving = watched_serving_file(BUNDLED_DIR / "serving.json")
+        status = Reconciler(Repository(BUNDLED_DIR), serving, catalog, settings, metrics).status
+        self.digits = DigitService(core, status).table(admission).methods
+        self.inference = OpenInferenceService(core, lambda: True, metrics, status).table(admission).methods
         self._loop.run_until_complete(self._open(catalog, metrics))
 
     async def _open(self, catalog: Catalog, metrics: Metrics) -> None:
@@ -325,17 +321,12 @@ DIGITS = {
     "Interpolate": digits_pb2.InterpolateRequest,
     "ListModels": digits_pb2.ListModelsRequest,
     "GetModel": digits_pb2.GetModelRequest,
+    "Status": digits_pb2.StatusRequest,
 }
 INFERENCE = {
     "ModelInfer": open_inference_pb2.ModelInferRequest,
     "ModelMetadata": open_inference_pb2.ModelMetadataRequest,
     "ModelReady": open_inference_pb2.ModelReadyRequest,
-}
-# Load and Unload would read the disk and take the model away; what they check first is what SetDefault checks.
-CONTROL = {
-    "SetDefault": control_pb2.SetDefaultRequest,
-    "Rollback": control_pb2.RollbackRequest,
-    "Status": control_pb2.StatusRequest,
     "RepositoryIndex": open_inference_pb2.RepositoryIndexRequest,
 }
 
@@ -378,7 +369,7 @@ def bearer_target() -> Target:
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-tokens-")) / "tokens.json"
     entry = {"name": "jobs", "sha256": hashlib.sha256(secret.encode()).hexdigest(), "scopes": ["generate"]}
     scratch.write_text(json.dumps({"tokens": [entry]}))
-    accounts = Accounts(TokenFile(scratch), 0, 0.0, open_admin=True)
+    accounts = Accounts(TokenFile(scratch), 0, 0.0)
 
     def target(data: bytes) -> None:
         parts = data[1:].split(b"\0")
@@ -397,10 +388,10 @@ def bearer_target() -> Target:
 
 def make_target(name: str) -> Target:
     """The target of that name. Raises KeyError."""
-    if name in ("digits", "inference", "control"):
+    if name in ("digits", "inference"):
         server = Server()
         table = getattr(server, name)
-        requests: Mapping[str, type[Message]] = {"digits": DIGITS, "inference": INFERENCE, "control": CONTROL}[name]
+        requests: Mapping[str, type[Message]] = {"digits": DIGITS, "inference": INFERENCE}[name]
         return message_target(lambda method, raw: server.call(table[method], raw), requests)
     readers: dict[str, Callable[[], Target]] = {
         "manifest": lambda: json_target(parse_manifest, BundleError, small_manifest()),
@@ -414,7 +405,7 @@ def make_target(name: str) -> Target:
     return readers[name]()
 
 
-NAMES = ("digits", "inference", "control", "manifest", "serving", "tokens", "header", "idx", "query", "bearer")
+NAMES = ("digits", "inference", "manifest", "serving", "tokens", "header", "idx", "query", "bearer")
 
 
 def seeds(name: str) -> Iterable[bytes]:
@@ -442,7 +433,6 @@ def seeds(name: str) -> Iterable[bytes]:
             *steering,
         ],
         "inference": [bytes([pick["ModelInfer"]]) + infer.SerializeToString(), *steering],
-        "control": steering,
         "manifest": [json.dumps(small_manifest()).encode(), *steering],
         "serving": [json.dumps(SERVING).encode(), *steering],
         "tokens": [json.dumps(TOKENS).encode(), *steering],

@@ -153,7 +153,7 @@ def test_answers_end_with_a_report_only_where_it_is_asked_for(wanted: bool) -> N
         return b"answer"
 
     reports = LoadReports(lambda: Load(1.0, 1, 0.0)) if wanted else None
-    accounts = Accounts(None, 0, 0.0, open_admin=True)
+    accounts = Accounts(None, 0, 0.0)
     table = RpcTable("a.B", Admission(Metrics(CollectorRegistry()), InFlight(), accounts, None, reports))
     table.unary("C", pb.GenerateRequest, answer)
     assert asyncio.run(table.methods["C"].unary_unary(b"", Context())) == b"answer"

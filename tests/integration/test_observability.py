@@ -20,7 +20,6 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from serve.errors import SettingsError
 from serve.observability import tracing
 from serve.observability.logs import JsonFormatter, current_request_id
-from serve.pb.digits.v1 import control_pb2, control_pb2_grpc
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
@@ -88,20 +87,24 @@ def test_a_requests_spans_hang_together_and_follow_the_callers_trace(
 
 
 def test_json_logs_carry_the_request_and_its_trace(
-    collecting: Collector, bundles: Path, start_server: Callable[..., ServerProcess]
+    collecting: Collector, tmp_path: Path, start_server: Callable[..., ServerProcess]
 ) -> None:
+    (tmp_path / "tokens.json").write_text('{"tokens": []}')
     server = start_server(
-        f"--models-dir={bundles}", "--log-format=json", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint}
+        f"--tokens-file={tmp_path / 'tokens.json'}",
+        "--log-format=json",
+        environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint},
     )
     with grpc.insecure_channel(server.target) as channel:
-        stub = control_pb2_grpc.ModelControlStub(channel)
-        stub.Unload(control_pb2.UnloadRequest(model="mlp"), metadata=(("x-request-id", "ticket-4711"), TRACEPARENT), timeout=30)
+        call, ids = pb_grpc.DigitGeneratorStub(channel).ListModels, (("x-request-id", "ticket-4711"), TRACEPARENT)
+        with pytest.raises(grpc.RpcError, match="a bearer token is needed"):
+            call(pb.ListModelsRequest(), metadata=ids, timeout=30)
     status, log = server.terminate()
     assert status == 0
     entries = [json.loads(line) for line in log.splitlines()]
     assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
-    [released] = [entry for entry in entries if entry["message"] == "mlp/1 is released"]
-    assert (released["request_id"], released["trace_id"]) == ("ticket-4711", TRACE_ID)
+    [denied] = [entry for entry in entries if entry["message"].startswith("denied: ")]
+    assert (denied["request_id"], denied["trace_id"]) == ("ticket-4711", TRACE_ID)
     assert all("request_id" not in entry for entry in entries if entry["message"].startswith("stop"))
 
 

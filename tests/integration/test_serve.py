@@ -256,7 +256,6 @@ def test_reflection_describes_every_service_with_its_methods(shared_server: Serv
     assert (
         {
             "digits.v1.DigitGenerator",
-            "digits.v1.ModelControl",
             "inference.GRPCInferenceService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1.ServerReflection",
@@ -265,7 +264,14 @@ def test_reflection_describes_every_service_with_its_methods(shared_server: Serv
         == names
         <= methods.keys()
     )
-    assert methods["digits.v1.DigitGenerator"] == {"Generate", "GenerateStream", "Interpolate", "ListModels", "GetModel"}
+    assert methods["digits.v1.DigitGenerator"] == {
+        "Generate",
+        "GenerateStream",
+        "Interpolate",
+        "ListModels",
+        "GetModel",
+        "Status",
+    }
     assert "ModelInfer" in methods["inference.GRPCInferenceService"]
 
 

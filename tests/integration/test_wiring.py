@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import struct
 import time
@@ -18,7 +19,6 @@ from serve.api import http_call
 from serve.batching.ticket import Priority
 from serve.errors import DeviceLostError, StartError
 from serve.models.serving_file import Route
-from serve.pb.digits.v1 import control_pb2
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
 from tests.bundle_copies import add_version
@@ -292,7 +292,7 @@ def test_a_canary_that_is_wrong_makes_its_model_unready(served: Served, models_d
 
     async def test(server: Running) -> None:
         catalog = server.server.catalog
-        catalog.set_route("mlp", Route(1, canary=2, canary_share=0.5))
+        catalog.keep("mlp", (1, 2), Route(1, canary=2, canary_share=0.5))
         assert (await server.get("/readyz"))[0] == 200
         server.orders.breached = {2}
         for model in catalog.models():
@@ -309,7 +309,7 @@ def test_a_canary_that_is_wrong_makes_its_model_unready(served: Served, models_d
                 assert (await call).version == 1
             else:
                 assert (await failure_of(call)).code() is StatusCode.UNAVAILABLE
-        catalog.set_route("mlp", Route(1))
+        catalog.keep("mlp", (1, 2), Route(1))
         assert (await server.get("/readyz"))[0] == 200
 
     served(test, versions="latest:2", poll_interval_s=3600)
@@ -320,7 +320,7 @@ def test_every_protocol_splits_traffic_by_the_same_seeds(served: Served, models_
 
     async def test(server: Running) -> None:
         route = Route(1, canary=2, canary_share=0.5)
-        server.server.catalog.set_route("mlp", route)
+        server.server.catalog.keep("mlp", server.server.catalog.versions("mlp"), route)
         picked = [route.pick(seed) for seed in range(12)]
         assert set(picked) == {1, 2}
         for seed, version in enumerate(picked):
@@ -359,17 +359,28 @@ CALLS_OF_THREE: dict[str, Callable[[Running], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"), [({}, None), ({"host": "0.0.0.0", "insecure": True}, StatusCode.PERMISSION_DENIED)]
-)
-def test_administration_without_tokens_is_for_loopback_alone(
-    settings: dict[str, Any], expected: grpc.StatusCode | None, served: Served
-) -> None:
+def test_status_is_the_same_over_grpc_and_http_and_is_what_is_served(served: Served) -> None:
     async def test(server: Running) -> None:
-        call = server.control.Status(control_pb2.StatusRequest())
-        if expected is None:
-            assert len((await call).versions) == 1
-        else:
-            assert (await failure_of(call)).code() is expected
+        [own] = (await server.digits.Status(pb.StatusRequest())).versions
+        [listed] = json.loads((await server.get("/v1/status"))[1])["versions"]
+        [model] = server.server.catalog.models()
+        as_json = {field.name: getattr(own, field.name) for field in own.DESCRIPTOR.fields}
+        assert listed == as_json | {"state": "READY"}
+        assert own.state == pb.VERSION_STATE_READY
+        assert (own.model, own.version) == (model.manifest.name, model.manifest.version)
+        assert (own.digest, own.traffic_share) == (model.bundle.digest, 1.0)
+        assert (own.calls, own.queued_images, own.reason) == (0, 0, "")
+        assert not (await server.digits.Status(pb.StatusRequest(model="other"))).versions
 
-    served(test, **settings)
+        async def calls() -> int:
+            return (await server.digits.Status(pb.StatusRequest())).versions[0].calls
+
+        server.orders.hold()
+        try:
+            waiting = asyncio.ensure_future(server.digits.Generate(pb.GenerateRequest(count=3)))
+            await until(calls, lambda seen: seen == 1)
+        finally:
+            server.orders.release()
+        await waiting
+
+    served(test)

@@ -19,9 +19,10 @@ from serve import files
 from serve.access import identity as callers_module
 from serve.access import tokens as tokens_module
 from serve.access.identity import Account, Accounts, Caller, peer_address
-from serve.access.tls import TlsFiles
+from serve.access.tls import Certificates, TlsFiles
 from serve.access.tokens import TokenFile, main, parse_tokens
 from serve.errors import CallerLimitError, ForbiddenError, SettingsError, UnauthenticatedError
+from serve.files import Watched
 
 SHA = "ab" * 32
 
@@ -47,9 +48,9 @@ def always_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_token_is_let_in_and_the_file_holds_no_trace_of_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    token = add(path, capsys, "--name=jobs", "--scopes=generate,admin", "--images=5000")
+    token = add(path, capsys, "--name=jobs", "--images=5000")
     entry = TokenFile(path).check(token)
-    assert (entry.name, entry.scopes, entry.images) == ("jobs", ("generate", "admin"), 5000)
+    assert (entry.name, entry.scopes, entry.images) == ("jobs", ("generate",), 5000)
     assert token.partition(".")[2] not in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
 
@@ -100,7 +101,7 @@ def test_a_revoked_token_is_out_at_once_and_a_damaged_file_changes_nothing(
     path.unlink()
     assert tokens.check(second).name == "second"
     assert reloads == ["ok", "failed", "failed"]
-    assert "the tokens stay as they were" in caplog.text
+    assert "what was read before stays in force" in caplog.text
     assert second not in caplog.text
 
 
@@ -146,6 +147,7 @@ def test_the_command_line_refuses_doubles_and_strangers(path: Path, capsys: pyte
         (["remove", str(path), "--name=other"], "'other'; there are jobs"),
         (["add", str(path), "--name=Jobs Two"], "$.name"),
         (["add", str(path), "--name=x", "--scopes=root"], "$.scopes"),
+        (["add", str(path), "--name=x", "--scopes=generate,admin"], "the scope admin .*serve.admin"),
         (["add", str(path), "--name=x", "--expires=tomorrow"], "expires "),
         (["add", str(path), "--name=x", "--expires=2030-01-01T00:00:00"], "expires "),
     ):
@@ -215,13 +217,11 @@ def test_guesses_get_nobody_in_and_take_the_same_work_whether_the_name_is_known_
     assert file.check(token).name == "jobs"
 
 
-def test_scopes_are_kept_apart_and_health_needs_none(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generating_needs_a_token_and_health_needs_none(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     token = add(path, capsys, "--name=jobs", "--scopes=generate")
-    accounts = Accounts(TokenFile(path), 0, 0.0, open_admin=True)
+    accounts = Accounts(TokenFile(path), 0, 0.0)
     assert accounts.admit(caller(f"Bearer {token}"), "generate").name == "jobs"
     assert accounts.admit(caller(f"bearer  {token}"), "generate").name == "jobs"
-    with pytest.raises(ForbiddenError, match=r"'jobs'.* admin; .*generate"):
-        accounts.admit(caller(f"Bearer {token}"), "admin")
     accounts.admit(caller(), "open")
     for presented, reason in (
         (caller(), "missing"),
@@ -235,10 +235,18 @@ def test_scopes_are_kept_apart_and_health_needs_none(path: Path, capsys: pytest.
         assert caught.value.denial == reason
 
 
-def test_without_tokens_administration_is_for_this_machine_alone() -> None:
-    Accounts(None, 0, 0.0, open_admin=True).admit(caller(), "admin")
-    with pytest.raises(ForbiddenError, match=r"--tokens-file.* admin"):
-        Accounts(None, 0, 0.0, open_admin=False).admit(caller(), "admin")
+def test_a_file_that_still_lists_admin_is_read_and_the_log_says_that_it_opens_nothing(
+    path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    token = add(path, capsys, "--name=operator")
+    path.write_text(path.read_text().replace('"generate"', '"admin"'))
+    accounts = Accounts(TokenFile(path), 0, 0.0)
+    assert caplog.text.count("the scope admin has no meaning any more") == 1
+    with pytest.raises(ForbiddenError, match="the token 'operator' lacks the scope generate; it has admin"):
+        accounts.admit(caller(f"Bearer {token}"), "generate")
+    path.write_text(path.read_text().replace('"admin"', '"generate", "admin"'))
+    assert Accounts(TokenFile(path), 0, 0.0).admit(caller(f"Bearer {token}"), "generate").name == "operator"
+    assert add(path, capsys, "--name=jobs"), "and the tool goes on with such a file"
 
 
 def test_images_in_flight_are_limited_and_come_back() -> None:
@@ -278,7 +286,7 @@ def test_callers_without_tokens_are_told_apart_by_address_and_forgotten_when_idl
     now = [100.0]
     monkeypatch.setattr(callers_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callers_module, "MANY_CALLERS", 10)
-    accounts = Accounts(None, 10, 1.0, open_admin=True)
+    accounts = Accounts(None, 10, 1.0)
     one = accounts.admit(caller(peer="ipv4:10.0.0.1:1"), "generate")
     with pytest.raises(CallerLimitError, match=r"^10\.0\.0\.1 "):
         accounts.admit(caller(peer="ipv4:10.0.0.1:2"), "generate")
@@ -313,7 +321,7 @@ def test_a_caller_is_the_same_whatever_transport_it_comes_by(peer: str, address:
 def test_a_tokens_own_limits_replace_the_servers_and_follow_the_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = add(path, capsys, "--name=own", "--images=5", "--requests-per-s=0")
     usual = add(path, capsys, "--name=usual")
-    accounts = Accounts(TokenFile(path), 100, 3.0, open_admin=True)
+    accounts = Accounts(TokenFile(path), 100, 3.0)
     account = accounts.admit(caller(f"Bearer {own}"), "generate")
     assert (account.images_limit, account.requests_per_s) == (5, 0)
     account = accounts.admit(caller(f"Bearer {usual}"), "generate")
@@ -328,8 +336,7 @@ def test_certificates_that_cannot_be_used_are_refused_by_file(fault: str, tmp_pa
     issued.private_key_pem.write_to_path(key)
     cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     authority.cert_pem.write_to_path(ca)
-    files = TlsFiles(cert, key, ca)
-    files.read()
+    Watched(TlsFiles(cert, key, ca).flags, TlsFiles(cert, key, ca).use)
     if fault == "missing":
         key.unlink()
     elif fault == "empty":
@@ -338,8 +345,9 @@ def test_certificates_that_cannot_be_used_are_refused_by_file(fault: str, tmp_pa
         authority.issue_cert("localhost").private_key_pem.write_to_path(key)
     else:
         ca.write_text("nothing")
-    with pytest.raises(SettingsError, match=r"--tls-cert .*tls\.crt.*--tls-key .*tls\.key.*--tls-client-ca "):
-        files.read()
+    together = r"--tls-cert .*tls\.crt.*--tls-key .*tls\.key.*--tls-client-ca "
+    with pytest.raises(SettingsError, match=r"--tls-key .*tls\.key" if fault == "missing" else together):
+        Certificates(TlsFiles(cert, key, ca), print)
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None:
@@ -355,4 +363,4 @@ def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None
         )
     )
     with pytest.raises(SettingsError, match="encrypted"):
-        TlsFiles(cert, key, None).read()
+        Certificates(TlsFiles(cert, key, None), print)

@@ -18,18 +18,18 @@ from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
-from serve.api.model_control import ModelControlService
 from serve.api.open_inference import UNSUPPORTED, OpenInferenceService
 from serve.api.rpc import RpcTable
 from serve.observability.metrics import Metrics
 
-DIGITS, CONTROL, INFERENCE = "digits.v1.DigitGenerator", "digits.v1.ModelControl", "inference.GRPCInferenceService"
+DIGITS, INFERENCE = "digits.v1.DigitGenerator", "inference.GRPCInferenceService"
 NEEDS = {
     (DIGITS, "Generate"): "generate",
     (DIGITS, "GenerateStream"): "generate",
     (DIGITS, "Interpolate"): "generate",
     (DIGITS, "ListModels"): "generate",
     (DIGITS, "GetModel"): "generate",
+    (DIGITS, "Status"): "generate",
     (INFERENCE, "ServerLive"): "nothing",
     (INFERENCE, "ServerReady"): "nothing",
     (INFERENCE, "ModelReady"): "nothing",
@@ -40,16 +40,8 @@ NEEDS = {
     (INFERENCE, "ModelConfig"): "generate",
     (INFERENCE, "ModelStatistics"): "generate",
     **{(INFERENCE, method): "generate" for method in UNSUPPORTED},
-    (CONTROL, "Load"): "admin",
-    (CONTROL, "Unload"): "admin",
-    (CONTROL, "SetDefault"): "admin",
-    (CONTROL, "Rollback"): "admin",
-    (CONTROL, "Status"): "admin",
-    (INFERENCE, "RepositoryIndex"): "admin",
-    (INFERENCE, "RepositoryModelLoad"): "admin",
-    (INFERENCE, "RepositoryModelUnload"): "admin",
+    (INFERENCE, "RepositoryIndex"): "generate",
 }
-OTHER = {"generate": "admin", "admin": "generate"}
 # What a caller who was let in meets here, where there is nothing behind the services.
 LET_IN = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}
 NOT_KNOWN, NOT_ALLOWED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -85,9 +77,8 @@ def tables(accounts: Accounts) -> list[RpcTable]:
     admission = Admission(Metrics(CollectorRegistry()), InFlight(), accounts)
     nothing: Any = SimpleNamespace()
     return [
-        DigitService(nothing).table(admission),
-        OpenInferenceService(nothing, lambda: True, Metrics(CollectorRegistry())).table(admission),
-        *ModelControlService(nothing).tables(admission),
+        DigitService(nothing, list).table(admission),
+        OpenInferenceService(nothing, lambda: True, Metrics(CollectorRegistry()), list).table(admission),
     ]
 
 
@@ -119,7 +110,7 @@ def call(accounts: Accounts, service: str, method: str, token: str) -> grpc.Stat
 
 @pytest.fixture
 def accounts(tmp_path: Path) -> Accounts:
-    """A tokens file with a token of each scope, and one that has expired, called as their scopes."""
+    """A tokens file with a token, one of an earlier release, and one that has expired, called as their scopes."""
 
     def entry(name: str, *scopes: str, **more: str) -> dict[str, Any]:
         return {"name": name, "sha256": hashlib.sha256(f"{name}.secret".encode()).hexdigest(), "scopes": scopes, **more}
@@ -128,11 +119,11 @@ def accounts(tmp_path: Path) -> Accounts:
     entries = [entry("generate", "generate"), entry("admin", "admin"), entry("expired", "generate", "admin", expires=past)]
     path = tmp_path / "tokens.json"
     path.write_bytes(msgspec.json.encode({"tokens": entries}))
-    return Accounts(TokenFile(path), 0, 0.0, open_admin=True)
+    return Accounts(TokenFile(path), 0, 0.0)
 
 
 def test_every_rpc_of_every_service_is_in_the_matrix() -> None:
-    there = {(table.service, method) for table in tables(Accounts(None, 0, 0.0, open_admin=True)) for method in table.methods}
+    there = {(table.service, method) for table in tables(Accounts(None, 0, 0.0)) for method in table.methods}
     assert there == NEEDS.keys()
 
 
@@ -150,13 +141,16 @@ def test_an_rpc_lets_in_whom_it_may_and_nobody_else(service: str, method: str, a
     assert status("generate.wrong") is NOT_KNOWN
     assert status("nobody.secret") is NOT_KNOWN
     assert status("expired.secret") is NOT_KNOWN
-    assert status(f"{OTHER[need]}.secret") is NOT_ALLOWED
+    assert status("admin.secret") is NOT_ALLOWED
     assert status(f"{need}.secret") in LET_IN
 
 
 @pytest.mark.parametrize(("service", "method"), NEEDS)
-def test_without_a_tokens_file_only_this_machine_administers(service: str, method: str) -> None:
-    beyond, here = (Accounts(None, 0, 0.0, open_admin=is_here) for is_here in (False, True))
-    assert call(here, service, method, "") in LET_IN
-    admin = NEEDS[service, method] == "admin"
-    assert (call(beyond, service, method, "") is NOT_ALLOWED) == admin
+def test_without_a_tokens_file_everybody_is_let_in(service: str, method: str) -> None:
+    assert call(Accounts(None, 0, 0.0), service, method, "") in LET_IN
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload"])
+def test_triton_clients_are_told_that_a_file_says_what_is_served(method: str) -> None:
+    assert call(Accounts(None, 0, 0.0), INFERENCE, method, "") is grpc.StatusCode.UNIMPLEMENTED
+    assert "serving.json" in UNSUPPORTED[method]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import shutil
-import time
 import weakref
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,14 @@ from prometheus_client import CollectorRegistry
 
 from serve.batching.ticket import Priority
 from serve.engine.session import PIXELS
-from serve.errors import BundleError, LifecycleError, SettingsError, UnknownModelError
-from serve.files import locked
+from serve.errors import BundleError, SettingsError, UnknownModelError
 from serve.latents import Span
-from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE
-from serve.models.administration import Administration
+from serve.manifest import MANIFEST_FILE, ONNX_FILE
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
-from serve.models.serving_file import Route, ServingFile, parse_serving_state
+from serve.models.serving_file import Route, parse_serving_state, watched_serving_file
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
 from tests.bundle_copies import add_version, break_golden
@@ -38,16 +33,17 @@ TIMEOUT_S = 60
 
 
 class Replica:
-    """One process's reconciler and administration over a folder, and what a test asks of it."""
+    """One process's reconciler over a folder, and what a test asks of it."""
 
     def __init__(self, models_dir: Path, **settings: Any) -> None:
-        chosen = Settings(models_dir=models_dir, default_model="mlp", instances=1, max_batch_size=8, provider="cpu", **settings)
+        settings = {"default_model": "mlp", **settings}
+        chosen = Settings(models_dir=models_dir, instances=1, max_batch_size=8, provider="cpu", **settings)
         self.registry = CollectorRegistry()
-        self.catalog = Catalog("mlp")
+        self.catalog = Catalog(chosen.default_model)
         self.file = chosen.serving_file or models_dir / "serving.json"
         repository = Repository(models_dir)
-        self.reconciler = Reconciler(repository, ServingFile(self.file), self.catalog, chosen, Metrics(self.registry))
-        self.admin = Administration(self.reconciler)
+        watched = watched_serving_file(self.file)
+        self.reconciler = Reconciler(repository, watched, self.catalog, chosen, Metrics(self.registry))
 
     def served(self, name: str = "mlp") -> list[int]:
         return self.catalog.versions(name)
@@ -55,12 +51,17 @@ class Replica:
     def route(self, name: str = "mlp") -> Route:
         return self.catalog.route(name)
 
-    async def states(self, name: str = "mlp") -> dict[int, str]:
-        return {status.version: status.state for status in await self.reconciler.status() if status.name == name}
+    async def want(self, name: str = "mlp", **state: Any) -> None:
+        """Write into the file what is wanted of one model, and poll."""
+        self.file.write_text(json.dumps({"models": {name: state}}))
+        await self.reconciler.poll()
+
+    def states(self, name: str = "mlp") -> dict[int, str]:
+        return {status.version: status.state for status in self.reconciler.status() if status.model == name}
 
     async def released(self) -> None:
         """Wait until nothing drains."""
-        while "DRAINING" in {status.state for status in await self.reconciler.status()}:  # noqa: ASYNC110  # as an operator would
+        while "DRAINING" in {status.state for status in self.reconciler.status()}:  # noqa: ASYNC110  # as an operator would
             await asyncio.sleep(0.01)
 
     def sample(self, name: str, **labels: str) -> float | None:
@@ -113,7 +114,7 @@ def test_at_the_start_the_policy_picks_and_the_highest_is_the_default(models: Pa
         assert it.catalog.find("mlp", 2).manifest.version == 2
         with pytest.raises(UnknownModelError, match="model 'mlp' has no version 1; there are 2, 3"):
             it.catalog.find("mlp", 1)
-        assert await it.states() == {1: "UNLOADED", 2: "READY", 3: "READY"}
+        assert it.states() == {1: "UNLOADED", 2: "READY", 3: "READY"}
 
     with_replica(test, models, versions="latest:2")
 
@@ -143,13 +144,11 @@ def test_polling_takes_a_version_once_it_has_settled_and_releases_the_old_one(mo
         assert it.sample("digits_queue_images", model="mlp", version="1") is None
         assert it.sample("digits_model_traffic_share", model="mlp", version="2") == 1
         assert it.sample("digits_models_loaded") == 1
-        shutil.rmtree(models / "mlp")
+        shutil.rmtree(models / "mlp" / "2")
         await it.reconciler.poll()
         assert it.served() == [2], "one look at a network volume may fail"
         await it.reconciler.poll()
-        assert it.served() == []
-        with pytest.raises(UnknownModelError, match="model 'mlp' is not served; there are none at the moment"):
-            it.catalog.find("", 0)
+        assert it.served() == [1]
 
     with_replica(test, models)
 
@@ -168,9 +167,9 @@ def test_a_version_that_is_being_copied_is_never_picked_up_and_then_it_is(models
             (target / ONNX_FILE).write_bytes(content[:size])
             await it.reconciler.poll()
             assert it.served() == [1]
-        assert await it.states() == {1: "READY", 2: "UNLOADED"}
+        assert it.states() == {1: "READY", 2: "UNLOADED"}
         await it.reconciler.poll()  # the copying has stopped half-way, it seems
-        assert await it.states() == {1: "READY", 2: "FAILED"}
+        assert it.states() == {1: "READY", 2: "FAILED"}
         shutil.copytree(source, target, dirs_exist_ok=True)
         await it.reconciler.poll()
         await it.reconciler.poll()
@@ -204,7 +203,7 @@ def test_a_version_that_fails_leaves_the_old_one_serving_and_the_reason_everywhe
             await it.reconciler.poll()
         assert it.catalog.find("mlp", 0) is served
         assert len(await digits(served)) == 2
-        [failed] = [status for status in await it.reconciler.status() if status.version == 2]
+        [failed] = [status for status in it.reconciler.status() if status.version == 2]
         assert failed.state == "FAILED"
         assert reasons[fault] in failed.reason
         assert caplog.text.count("mlp/2 cannot be loaded") == 1, "a version that has not changed is not tried again"
@@ -226,7 +225,7 @@ def test_a_restart_beside_a_bad_version_serves_the_next_lower(models: Path) -> N
 
     async def test(it: Replica) -> None:
         assert it.served() == [2]
-        assert await it.states() == {1: "UNLOADED", 2: "READY", 3: "FAILED"}
+        assert it.states() == {1: "UNLOADED", 2: "READY", 3: "FAILED"}
 
     with_replica(test, models, wait_for_models=True)
 
@@ -256,52 +255,42 @@ def test_an_empty_folder_is_waited_upon(models: Path, tmp_path: Path) -> None:
     with_replica(test, empty, wait_for_models=True)
 
 
-def test_a_bundle_changed_on_disk_after_loading_does_no_harm_until_it_is_loaded_again(models: Path) -> None:
+def test_a_bundle_changed_on_disk_after_loading_does_no_harm(models: Path) -> None:
     async def test(it: Replica) -> None:
         served = it.catalog.find("mlp", 0)
         before = await digits(served)
         (models / "mlp" / "1" / ONNX_FILE).write_bytes(b"junk")
-        assert np.array_equal(await digits(it.catalog.find("mlp", 0)), before)
-        with pytest.raises(LifecycleError, match="is not the file that was exported"):
-            await it.admin.load("mlp", 1)
-        with pytest.raises(LifecycleError, match="is not the file that was exported"):
-            await it.admin.load("mlp", 0)
+        for _ in range(3):
+            await it.reconciler.poll()
         assert it.catalog.find("mlp", 0) is served
-        [status] = await it.reconciler.status()
-        assert status.state == "READY"
-        assert "is not the file that was exported" in status.reason
+        assert np.array_equal(await digits(served), before)
+        assert it.states() == {1: "READY"}
 
     with_replica(test, models)
 
 
-def test_load_beside_set_default_rollback_and_unload(models: Path) -> None:
+def test_the_file_loads_beside_moves_the_default_and_unloads(models: Path) -> None:
     for version in (2, 3):
         add_version(models, "mlp", version)
 
     async def test(it: Replica) -> None:
         assert it.served() == [1], "pinned by policy"
-        await it.admin.load("mlp", 2)
+        await it.want(versions=[1, 2], route={"default": 1})
         assert (it.served(), it.route()) == ([1, 2], Route(1))
-        await it.admin.set_default("mlp", Route(2))
+        await it.want(versions=[1, 2], route={"default": 2})
         assert it.catalog.find("mlp", 0).manifest.version == 2
-        with pytest.raises(LifecycleError, match="version 2 of mlp answers requests that name none; SetDefault first"):
-            await it.admin.unload("mlp", 2)
-        await it.admin.unload("mlp", 1)
+        await it.want(versions=[2], route={"default": 2})
         assert it.served() == [2]
-        await it.admin.rollback("mlp")
+        await it.want(versions=[2], route={"default": 1})
         assert it.route() == Route(1)
-        assert it.served() == [1, 2], "rollback has loaded it again"
-        with pytest.raises(LifecycleError, match="version 3 of 'mlp' is not served; there are \\[1, 2\\]"):
-            await it.admin.set_default("mlp", Route(3))
-        with pytest.raises(LifecycleError, match="the repository has no version 9 of 'mlp'; there is 1, 2, 3"):
-            await it.admin.load("mlp", 9)
-        with pytest.raises(LifecycleError, match=r"the repository has no version of '\.\./mlp'; there is no complete one"):
-            await it.admin.load("../mlp", 0)
-        await it.admin.unload("mlp", 0)
+        assert it.served() == [1, 2], "the route needs it"
+        await it.want(versions=[2], route={"default": 9})
+        assert (it.served(), it.route()) == ([1, 2], Route(1)), "there is no version 9"
+        await it.want(versions=[])
         assert it.served() == []
-        with pytest.raises(LifecycleError, match="'mlp' version any is not served"):
-            await it.admin.unload("mlp", 0)
-        await it.admin.load("mlp", 0)
+        with pytest.raises(UnknownModelError, match="model 'mlp' is not served; there are none at the moment"):
+            it.catalog.find("", 0)
+        await it.want()
         assert it.served() == [1]
 
     with_replica(test, models, versions="1")
@@ -309,15 +298,13 @@ def test_load_beside_set_default_rollback_and_unload(models: Path) -> None:
 
 def test_a_pinned_default_outlives_newer_versions_until_it_is_given_back_to_the_policy(models: Path) -> None:
     async def test(it: Replica) -> None:
-        await it.admin.set_default("mlp", Route(1))
+        await it.want(route={"default": 1})
         add_version(models, "mlp", 2)
         await it.reconciler.poll()
         await it.reconciler.poll()
         assert (it.served(), it.route()) == ([1, 2], Route(1))
-        await it.admin.set_default("mlp", None)
+        await it.want()
         assert (it.served(), it.route()) == ([2], Route(2))
-        await it.admin.rollback("mlp")
-        assert (it.served(), it.route()) == ([1, 2], Route(1))
 
     with_replica(test, models)
 
@@ -326,7 +313,7 @@ def test_a_canary_gets_its_share_of_the_seeds_and_always_the_same_ones(models: P
     add_version(models, "mlp", 2)
 
     async def test(it: Replica) -> None:
-        await it.admin.set_default("mlp", Route(1, 2, 0.25))
+        await it.want(route={"default": 1, "canary": 2, "canary_share": 0.25})
 
         def version(seed: int) -> int:
             return it.catalog.find("mlp", 0, lambda: seed).manifest.version
@@ -336,10 +323,8 @@ def test_a_canary_gets_its_share_of_the_seeds_and_always_the_same_ones(models: P
         assert picked == [version(seed) for seed in range(4000)]
         assert it.sample("digits_model_traffic_share", model="mlp", version="1") == 0.75
         assert it.sample("digits_model_traffic_share", model="mlp", version="2") == 0.25
-        await it.admin.set_default("mlp", Route(1, 2, 0.5))
+        await it.want(route={"default": 1, "canary": 2, "canary_share": 0.5})
         assert all(version(seed) == 2 for seed in range(4000) if picked[seed] == 2), "a growing canary keeps its seeds"
-        with pytest.raises(LifecycleError, match="answers requests that name none"):
-            await it.admin.unload("mlp", 2)
 
     with_replica(test, models, versions="latest:2")
 
@@ -349,59 +334,16 @@ def test_a_call_that_goes_on_for_long_keeps_its_model_until_it_ends(models: Path
         old = it.catalog.find("mlp", 0)
         assert old.in_use.enter()
         add_version(models, "mlp", 2)
-        await it.admin.load("mlp", 0)
+        await it.reconciler.poll()
+        await it.reconciler.poll()
         assert it.served() == [2]
-        assert (await it.states())[1] == "DRAINING"
+        assert it.states()[1] == "DRAINING"
         for seed in range(20):
             assert len(await digits(old, seed)) == 2
         assert not old.in_use.enter(), "a call that comes late finds another version"
         old.in_use.leave()
         await it.released()
-        assert (await it.states())[1] == "UNLOADED"
-
-    with_replica(test, models)
-
-
-def test_a_change_goes_to_its_end_though_the_caller_leaves_and_changes_wait_for_each_other(models: Path) -> None:
-    add_version(models, "mlp", 2)
-
-    async def test(it: Replica) -> None:
-        leaving = asyncio.ensure_future(it.admin.load("mlp", 2))
-        await asyncio.sleep(0)
-        leaving.cancel()
-        await it.admin.set_default("mlp", Route(2))  # would fail if it did not wait
-        assert it.route() == Route(2)
-
-    with_replica(test, models, versions="1")
-
-
-def test_a_version_loaded_again_after_its_files_changed_replaces_itself(models: Path) -> None:
-    async def test(it: Replica) -> None:
-        old = it.catalog.find("mlp", 0)
-        await it.admin.load("mlp", 1)
-        assert it.catalog.find("mlp", 0) is old, "the same bundle is not loaded twice"
-        manifest = models / "mlp" / "1" / MANIFEST_FILE
-        manifest.write_text(manifest.read_text().replace('"opset": ', '"opset": 1'))
-        os.utime(manifest)
-        await it.admin.load("mlp", 1)
-        assert it.catalog.find("mlp", 0) is not old
-        assert it.sample("digits_model_ready", model="mlp", version="1") == 1
-        await it.released()
-        assert it.sample("digits_model_ready", model="mlp", version="1") == 1
-
-    with_replica(test, models)
-
-
-def test_a_model_without_a_change_to_go_back_to_rolls_back_to_the_next_lower_version(models: Path) -> None:
-    async def test(it: Replica) -> None:
-        with pytest.raises(LifecycleError, match="has no earlier default"):
-            await it.admin.rollback("mlp")
-        add_version(models, "mlp", 2)
-        for _ in range(2):
-            await it.reconciler.poll()
-        assert it.route() == Route(2)
-        await it.admin.rollback("mlp")
-        assert (it.served(), it.route()) == ([1, 2], Route(1))
+        assert it.states()[1] == "UNLOADED"
 
     with_replica(test, models)
 
@@ -430,17 +372,13 @@ def test_changes_outlive_the_process_and_reach_every_replica(models: Path) -> No
     async def test(it: Replica) -> None:
         other = Replica(models, versions="1")
         await other.reconciler.start()
-        await it.admin.load("mlp", 2)
-        await it.admin.set_default("mlp", Route(1, 2, 0.25))
+        await it.want(route={"default": 1, "canary": 2, "canary_share": 0.25})
         await other.reconciler.poll()
         assert (other.served(), other.route()) == ([1, 2], Route(1, 2, 0.25))
         restarted = Replica(models, versions="1")
         await restarted.reconciler.start()
         assert (restarted.served(), restarted.route()) == ([1, 2], Route(1, 2, 0.25))
-        await restarted.admin.rollback("mlp")
-        await it.reconciler.poll()
-        assert it.route() == Route(1)
-        await it.admin.unload("mlp", 0)
+        await it.want(versions=[])
         for replica in (other, restarted):
             await replica.reconciler.poll()
             assert replica.served() == []
@@ -468,7 +406,7 @@ def test_a_change_of_the_file_is_reconciled_and_a_bad_file_changes_nothing(
             wanted(spoilt, it)
             await it.reconciler.poll()
             assert (it.served(), it.route()) == ([2, 3], Route(2))
-        assert caplog.text.count("the desired state stays as it was") == 4
+        assert caplog.text.count("what was read before stays in force") == 4
         assert it.sample("digits_serving_file_reads_total", result="failed") == 4
         wanted(json.dumps({"models": {"mlp": {"versions": [1]}}}), it)
         await it.reconciler.poll()
@@ -491,65 +429,9 @@ def test_a_version_that_is_wanted_and_fails_leaves_what_is_served(models: Path) 
         for _ in range(3):
             await it.reconciler.poll()
             assert it.catalog.find("mlp", 0) is served
-        assert (await it.states())[2] == "FAILED"
+        assert it.states()[2] == "FAILED"
 
     with_replica(test, models, versions="1")
-
-
-def test_what_cannot_be_written_is_refused_by_name_and_changes_nothing(
-    models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    add_version(models, "mlp", 2)
-
-    async def read_only(it: Replica) -> None:
-        with pytest.raises(LifecycleError, match=r"serving\.json cannot be written \(No such file .*\); change it where"):
-            await it.admin.load("mlp", 2)
-        with pytest.raises(LifecycleError, match=r"serving\.json cannot be written"):
-            await it.admin.set_default("mlp", Route(1))
-        with pytest.raises(LifecycleError, match=r"serving\.json cannot be written"):
-            await it.admin.unload("mlp", 0)
-        assert (it.served(), it.route()) == ([1], Route(1))
-        await it.admin.load("mlp", 0)  # changes nothing, so that nothing has to be written
-
-    with_replica(read_only, models, versions="1", serving_file=tmp_path / "nowhere" / "serving.json")
-
-    async def meanwhile(it: Replica) -> None:
-        it.file.write_text('{"models": {}}')
-        with pytest.raises(LifecycleError, match="has been changed by somebody else just now"):
-            await it.admin.load("mlp", 2)
-        await it.reconciler.poll()
-        await it.admin.load("mlp", 2)
-        assert it.served() == [1, 2]
-
-    with_replica(meanwhile, models, versions="1")
-
-
-def test_two_replicas_that_write_at_the_same_time_do_not_undo_each_others_change(tmp_path: Path) -> None:
-    file = ServingFile(tmp_path / "serving.json")
-    with ThreadPoolExecutor() as pool:
-        with locked(tmp_path):
-            writing = pool.submit(file.write, parse_serving_state(b'{"models": {"mlp": {"versions": [1]}}}', "here"))
-            time.sleep(0.2)
-            file.path.write_text('{"models": {"dcgan": {"versions": [1]}}}')
-        with pytest.raises(LifecycleError, match="has been changed by somebody else just now"):
-            writing.result()
-    assert set(ServingFile(file.path).state.models) == {"dcgan"}
-
-
-def test_the_bundled_models_are_not_changed() -> None:
-    file = ServingFile(BUNDLED_DIR / "serving.json")
-    with pytest.raises(LifecycleError, match="the bundled models are part of the program: name --models-dir, or --serving-file"):
-        file.prepare()
-    assert not file.path.exists()
-
-
-def test_the_file_is_written_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    file = ServingFile(tmp_path / "serving.json")
-    state = parse_serving_state(b'{"models": {"mlp": {"versions": [1, 2], "route": {"default": 1}}}}', "here")
-    file.write(state)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["serving.json"]
-    assert ServingFile(tmp_path / "serving.json").state == state
-    assert file.look() is None
 
 
 @pytest.mark.parametrize(
@@ -580,9 +462,7 @@ def test_a_released_model_is_gone_at_once_and_not_at_the_next_garbage_collection
             engine = model.batcher._make_runner()
             gone = [weakref.ref(model), weakref.ref(engine), weakref.ref(engine._session)]  # type: ignore[attr-defined]
             del model, engine
-            await it.admin.load("mlp", 2)
-            await it.admin.set_default("mlp", Route(2))
-            await it.admin.unload("mlp", 1)
+            await it.want(versions=[2])
             await it.released()
             assert [reference() for reference in gone] == [None] * 3
         finally:

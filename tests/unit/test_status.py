@@ -17,7 +17,6 @@ from serve.api.status import STATUS, refusal
         (errors.ForbiddenError("no"), grpc.StatusCode.PERMISSION_DENIED, 403),
         (errors.UnknownModelError("name"), grpc.StatusCode.NOT_FOUND, 404),
         (errors.UnsupportedError("never"), grpc.StatusCode.UNIMPLEMENTED, 501),
-        (errors.LifecycleError("cannot"), grpc.StatusCode.FAILED_PRECONDITION, 409),
         (errors.ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, 504),
         (errors.UnavailableError("draining"), grpc.StatusCode.UNAVAILABLE, 503),
     ],

@@ -111,7 +111,7 @@ def test_images_in_flight_are_counted_and_bounded_and_requests_paced() -> None:
 
 
 def test_a_caller_has_one_account() -> None:
-    accounts = Accounts(None, images=5, requests_per_s=0.0, open_admin=False)
+    accounts = Accounts(None, images=5, requests_per_s=0.0)
     seen: set[int] = set()
     kept: list[Account] = []
 
@@ -213,10 +213,9 @@ def test_a_look_at_the_catalog_sees_a_change_whole() -> None:
 
     def change() -> None:
         while not stop.is_set():
-            for new, old in ((models[1], models[0]), (models[0], models[1])):
+            for new in reversed(models):
                 catalog.put(new)
-                catalog.set_route("mlp", Route(new.manifest.version))
-                catalog.remove("mlp", old.manifest.version)
+                catalog.keep("mlp", (new.manifest.version,), Route(new.manifest.version))
 
     def look() -> None:
         for _ in range(TURNS):

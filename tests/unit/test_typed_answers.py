@@ -47,7 +47,7 @@ def ask(core: FakeCore, names: list[str]) -> pb.ModelInferResponse:
     for name in names:
         request.outputs.add(name=name)
     call = cast(Any, SimpleNamespace(deadline=None, account=None, encoded=lambda digits, seconds: None))
-    service = OpenInferenceService(cast(Any, core), lambda: True, cast(Any, None))
+    service = OpenInferenceService(cast(Any, core), lambda: True, cast(Any, None), list)
     return pb.ModelInferResponse.FromString(asyncio.run(service.model_infer(request, call)))
 
 

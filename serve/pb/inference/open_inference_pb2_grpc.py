@@ -165,7 +165,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryIndex(self, request, context):
-        """The model repository extension, as Triton's client calls it. All three need the scope admin.
+        """The model repository extension, as Triton's client calls it.
 
         List every version on disk or served.
         """
@@ -174,14 +174,14 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelLoad(self, request, context):
-        """Load what the model's version policy picks from the repository as it is now.
+        """UNIMPLEMENTED: which versions are served is a file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelUnload(self, request, context):
-        """Stop serving a model.
+        """UNIMPLEMENTED, as load is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

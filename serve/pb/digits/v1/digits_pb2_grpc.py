@@ -59,6 +59,11 @@ class DigitGeneratorStub:
                 request_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/digits.v1.DigitGenerator/Status',
+                request_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusResponse.FromString,
+                _registered_method=True)
 
 
 class DigitGeneratorServicer:
@@ -99,6 +104,13 @@ class DigitGeneratorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """List every version there is, on disk or served, with the reasons of those that could not be loaded. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DigitGeneratorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_DigitGeneratorServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelRequest.FromString,
                     response_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class DigitGenerator:
             '/digits.v1.DigitGenerator/GetModel',
             serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelRequest.SerializeToString,
             serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/digits.v1.DigitGenerator/Status',
+            serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusRequest.SerializeToString,
+            serve_dot_pb_dot_digits_dot_v1_dot_digits__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
