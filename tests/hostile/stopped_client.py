@@ -1,0 +1,26 @@
+"""A client with a health watch and ten streams that then reads no more: ``python -m tests.hostile.stopped_client TARGET``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+
+STREAMS = 10
+
+if __name__ == "__main__":
+    with grpc.insecure_channel(sys.argv[1]) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        calls: list[Any] = [health.Watch(health_pb2.HealthCheckRequest())]
+        asked = pb.GenerateStreamRequest(model="mlp", count=1 << 40, seed=1)
+        calls += [pb_grpc.DigitGeneratorStub(channel).GenerateStream(asked) for _ in range(STREAMS)]
+        for call in calls:
+            next(call)
+        print("ready", flush=True)
+        time.sleep(600)  # until it is killed
