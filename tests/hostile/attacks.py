@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame, PingFrame, PriorityFrame, SettingsFrame, WindowUpdateFrame
 
@@ -18,76 +20,80 @@ from tests.hostile.shapes import GENERATE, STREAM, STREAM_INFER, generate_reques
 
 WATCH = "/grpc.health.v1.Health/Watch"
 UNREAD = 200  # answers, of 3.2 MB each
-UNREAD_EVERY_S = 0.03  # one asks for the next: more would be refused for the queue's length
+UNREAD_EVERY_S = 0.03  # one asks for the next: many at once would be refused for the queue's length
 MANY_LABELS, LABEL_STREAMS = 1_000_000, 20
-INFER_STREAMS, INFER_REQUESTS = 6, 100
+INFER_STREAMS, INFER_REQUESTS = 6, 50
 MANY_STREAMS, CONNECTIONS = 20_000, 20
 FLOOD_BLOCK = 1000  # frames in one write
 
 
-def unread_answers(target: str) -> list[Http2Connection]:
+Connect = Callable[..., Http2Connection]  # with the options of a connection
+Attack = Callable[[Connect], None]
+
+
+def unread_answers(connect: Connect) -> None:
     """Ask for large answers and read none."""
-    connection = Http2Connection(target, window=0, grants=False)
+    connection = connect(window=0, grants=False)
     message = generate_request(1024, pb.IMAGE_FORMAT_FLOAT32)
     for _ in range(UNREAD):
         connection.open_many(GENERATE, 1, message)
         connection.settle(UNREAD_EVERY_S)
-    return [connection]
 
 
-def unread_label_streams(target: str) -> list[Http2Connection]:
+def unread_label_streams(connect: Connect) -> None:
     """Begin streams with many labels each, compressed, and read nothing."""
-    connection = Http2Connection(target, window=0, grants=False)
-    connection.open_many(STREAM, LABEL_STREAMS, gzipped(stream_labels(MANY_LABELS)), compressed=True)
-    return [connection]
+    message = gzipped(stream_labels(MANY_LABELS))
+    connect(window=0, grants=False).open_many(STREAM, LABEL_STREAMS, message, compressed=True)
 
 
-def unread_infer_streams(target: str) -> list[Http2Connection]:
+def unread_infer_streams(connect: Connect) -> None:
     """Ask for answer after answer on streams that are not read."""
-    connections = []
-    for _ in range(INFER_STREAMS):
-        connection = Http2Connection(target, window=0, grants=False)
-        stream = connection.open(STREAM_INFER)
-        connections.append(connection)
-        for _ in range(INFER_REQUESTS):
-            connection.send(stream, infer_count(1024, raw=True, output="images"), end=False)
-    return connections
+    message = infer_count(1024, raw=True, output="images")
+    connections = [connect(window=0, grants=False) for _ in range(INFER_STREAMS)]
+    streams = [(connection, connection.open(STREAM_INFER)) for connection in connections]
+    for _ in range(INFER_REQUESTS):
+        for connection, stream in streams:
+            connection.send(stream, message, end=False)
+            connection.settle(UNREAD_EVERY_S)
 
 
-def watches(target: str) -> list[Http2Connection]:
+def watches(connect: Connect) -> None:
     """Watch the server's health many times over."""
-    return _many(target, WATCH, b"")
+    _many(connect, WATCH, b"")
 
 
-def calls_without_a_message(target: str) -> list[Http2Connection]:
+def calls_without_a_message(connect: Connect) -> None:
     """Begin calls and send nothing."""
-    return _many(target, GENERATE, None)
+    _many(connect, GENERATE, None)
 
 
-def _many(target: str, method: str, message: bytes | None) -> list[Http2Connection]:
-    connections = []
+def _many(connect: Connect, method: str, message: bytes | None) -> None:
     for _ in range(CONNECTIONS):
-        connection = Http2Connection(target)
-        connections.append(connection)
         with contextlib.suppress(OSError):
-            connection.open_many(method, MANY_STREAMS // CONNECTIONS, message)
-    return connections
+            connect().open_many(method, MANY_STREAMS // CONNECTIONS, message)
 
 
-ON_MEMORY: dict[str, Callable[[str], list[Http2Connection]]] = {
+ON_MEMORY: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (unread_answers, unread_label_streams, unread_infer_streams, watches, calls_without_a_message)
 }
 
 
 @contextmanager
-def under_attack(target: str, *attacks: Callable[[str], list[Http2Connection]]) -> Iterator[list[Http2Connection]]:
-    """A block during which these attacks last, begun one after the other; their connections."""
-    with ExitStack() as stack:
-        connections = []
-        for attack in attacks:
+def under_attack(target: str, *attacks: Attack) -> Iterator[list[Http2Connection]]:
+    """A block during which these attacks last, entered once all of them, side by side, have done their worst; the connections."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(attacks)) as threads:
+        connections: list[Http2Connection] = []
+
+        def connect(**options: Any) -> Http2Connection:
+            connections.append(stack.enter_context(Http2Connection(target, **options)))
+            return connections[-1]
+
+        def do(attack: Attack) -> None:
             with contextlib.suppress(OSError):
-                connections += [stack.enter_context(connection) for connection in attack(target)]
+                attack(connect)
+
+        list(threads.map(do, attacks))
         yield connections
 
 

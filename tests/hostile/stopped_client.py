@@ -1,9 +1,13 @@
-"""A client with a health watch and ten streams that then reads no more: ``python -m tests.hostile.stopped_client TARGET``."""
+"""A client with a health watch and ten streams that it reads, to be stopped: ``python -m tests.hostile.stopped_client TARGET``.
+
+Stopped amid its reading it leaves the connection full. It says ``ready`` once all of them have come.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
+import threading
+from collections import deque
 from typing import Any
 
 import grpc
@@ -14,7 +18,8 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 
 STREAMS = 10
 
-if __name__ == "__main__":
+
+def main() -> None:
     with grpc.insecure_channel(sys.argv[1]) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         calls: list[Any] = [health.Watch(health_pb2.HealthCheckRequest())]
@@ -23,4 +28,12 @@ if __name__ == "__main__":
         for call in calls:
             next(call)
         print("ready", flush=True)
-        time.sleep(600)  # until it is killed
+        readers = [threading.Thread(target=deque, args=(call, 0)) for call in calls]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -79,8 +79,9 @@ def test_a_client_that_is_stopped_holds_up_the_end_no_longer_than_promised(start
         try:
             assert client.stdout is not None
             assert client.stdout.readline() == "ready\n"
+            time.sleep(0.5)  # it reads
             client.send_signal(signal.SIGSTOP)
-            time.sleep(1)  # for what it has not read to pile up
+            time.sleep(0.5)  # and what it reads no more piles up
             server.process.send_signal(signal.SIGTERM)
             assert seconds_to_exit(server, 60) < DRAIN_S + OVERHEAD_S
         finally:
