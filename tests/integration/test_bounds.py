@@ -80,7 +80,7 @@ def test_metadata_that_is_not_utf_8_holds_up_nobody_and_is_not_logged(tmp_path: 
         server.kill()
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("compressed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["gzip", "plain"])
 @pytest.mark.parametrize("shape", named(), ids=lambda shape: shape.what.replace(" ", "-"))
 def test_no_request_of_a_large_shape_holds_up_a_single_digit(
     shape: Shape, victim: Victim, shared_server: ServerProcess, *, compressed: bool
@@ -125,7 +125,7 @@ def test_a_flood_of_frames_holds_up_no_single_digit(kind: str, victim: Victim, s
 
 
 def test_what_becomes_too_large_when_decompressed_is_refused_and_costs_no_memory(shared_server: ServerProcess) -> None:
-    bomb = gzipped(bytes(1 << 30))
+    bomb = gzipped(bytes(1 << 28))
     process = psutil.Process(shared_server.process.pid)
     before = process.memory_info().rss
     with Http2Connection(shared_server.target) as connection:
@@ -183,11 +183,9 @@ def test_streams_that_wait_for_room_and_leave_together_do_not_block_the_event_lo
     for connection in connections:
         with contextlib.suppress(OSError):
             opened.append((connection, connection.open_many(STREAM, WAITING_STREAMS // CONNECTIONS, message)))
-    wait_until(lambda: server.metric("digits_queue_images", model="dcgan") > 0)
-    wait_until(lambda: server.get("/healthz")[0] == 200)
     checking = threading.Thread(target=check)
     checking.start()
-    wait_until(lambda: len(waits) > 5)
+    wait_until(lambda: len(waits) > 20)  # all that was opened waits
     before = len(waits)
     for connection, streams in opened:
         with contextlib.suppress(OSError):

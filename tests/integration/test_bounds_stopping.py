@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -104,3 +107,26 @@ def test_a_hangup_ends_nothing(start_server: Callable[..., ServerProcess]) -> No
     with pytest.raises(subprocess.TimeoutExpired):
         server.process.wait(timeout=1)
     assert server.get("/readyz")[0] == 200
+
+
+WRITER = """
+import pathlib, sys
+from serve.files import replace_file
+path = pathlib.Path(sys.argv[1])
+for turn in range(1_000_000):
+    replace_file(path, b'{"turn": %d, "filler": "%s"}' % (turn, b"x" * (turn % 100_000)), 0o644)
+    if turn == 0:
+        print("ready", flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "serving.json"
+    chance = random.Random(1)
+    for _ in range(5):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(chance.uniform(0, 0.2))  # by chance amid a write
+            writer.kill()
+        assert json.loads(path.read_text())["filler"].strip("x") == ""
