@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serve.pb.digits.v1 import digits_pb2 as pb
 from tests.hostile.attacks import FLOODS, WATCH, flood
 from tests.hostile.http2 import Http2Connection, gzipped
-from tests.hostile.shapes import GENERATE, MOST_BYTES, STREAM, Shape, generate_request, named, random_shapes
+from tests.hostile.shapes import GENERATE, MOST_BYTES, STREAM, STREAM_INFER, Shape, generate_request, named, random_shapes
 from tests.hostile.victim import Held, Victim
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
@@ -199,6 +199,34 @@ def test_streams_that_wait_for_room_and_leave_together_do_not_block_the_event_lo
         for connection in connections:
             connection.close()
     assert max(waits[before:]) < 1, "the longest Check beside it"
+
+
+@pytest.mark.long
+def test_a_stream_ends_when_its_caller_leaves_however_busy_the_server_was_when_it_came(
+    start_server: Callable[..., ServerProcess],
+) -> None:
+    """A stream that came while the event loop was held was watched by nobody, and sending to nobody counted as sent."""
+    server = start_server("--self-check-interval-s=0")
+    (holding,) = (shape for shape in named() if shape.method == STREAM_INFER)
+    message = gzipped(holding.make(MOST_BYTES))
+    endless = pb.GenerateStreamRequest(model="mlp", count=1 << 40, chunk=64, seed=1).SerializeToString()
+    for _ in range(4):
+        with Http2Connection(server.target) as busy, Http2Connection(server.target) as leaving:
+            stream = busy.open(STREAM_INFER, compressed=True)
+            busy.send(stream, message, compressed=True)
+            leaving.settle(0.3)  # the server is at it
+            leaving.open_many(STREAM, 1, endless)
+            busy.finish(stream)
+            leaving.settle(1.0)
+
+    def images_in_half_a_second() -> float:
+        before = server.metric("digits_images_total", model="mlp")
+        time.sleep(0.5)  # what is measured
+        return server.metric("digits_images_total", model="mlp") - before
+
+    deadline = time.monotonic() + 10
+    while images_in_half_a_second():
+        assert time.monotonic() < deadline, "it generates for callers who have left"
 
 
 @pytest.mark.long
