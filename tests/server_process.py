@@ -89,6 +89,9 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+        for stream in (self.process.stdout, self.process.stderr):  # of a process that has ended by itself
+            if stream is not None:
+                stream.close()
 
     def wait(self, **options: Any) -> int:
         return self.process.wait(**options)

@@ -79,7 +79,11 @@ class Http2Connection:
         self._windows: dict[int, int] = {}
         self._authority = target.encode()
         chosen = {SettingsFrame.INITIAL_WINDOW_SIZE: window, **(settings or {})}
-        self.write(PREFACE + SettingsFrame(settings=chosen).serialize())
+        try:
+            self.write(PREFACE + SettingsFrame(settings=chosen).serialize())
+        except OSError:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -56,6 +56,7 @@ def named() -> list[Shape]:
     infer = inference_pb2.ModelInferRequest
     empty_input, empty_output = _key(infer, "inputs") + b"\0", _key(infer, "outputs") + b"\0"
     return [
+        Shape("Generate: one digit, to compare with", GENERATE, lambda _: generate_request(1)),
         Shape("ModelInfer: empty inputs", INFER, partial(_filled, empty_input)),
         Shape("ModelInfer: empty outputs", INFER, partial(_filled, empty_output)),
         Shape("ModelInfer: parameters", INFER, _parameters),
