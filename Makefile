@@ -89,12 +89,12 @@ build/triton-client/.ready: | $(BIN)/python
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, with both transports, and print their coverage
+test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
 
-mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md
+mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md (ARGS=--stale: list those whose place in the code is gone)
 	@$(BIN)/python -m tests.mutate $(ARGS)
 
 page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs it where it is missing)

@@ -1,10 +1,11 @@
-"""Background tasks, and actions in threads that nobody has to wait for."""
+"""What runs beside requests: background tasks, and actions in threads that nobody has to wait for; and waiting for them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+LOOK_S = 0.02
 
 DAEMON_THREAD = "daemon"  # how the threads' names begin
 
@@ -73,3 +76,19 @@ async def for_each(items: Iterable[ItemT], action: Callable[[ItemT], Awaitable[N
             errors.append(error)
     if errors:
         raise ExceptionGroup(f"{len(errors)} rounds failed", errors)
+
+
+async def until(holds: Callable[[], bool], deadline: float) -> None:
+    """Wait until something holds, or ``deadline`` (monotonic). For stopping: it is found out up to ``LOOK_S`` late."""
+    while not holds() and time.monotonic() < deadline:  # noqa: ASYNC110  # what changes it is in threads without an event loop
+        await asyncio.sleep(LOOK_S)
+
+
+def settle(future: asyncio.Future[ItemT], result: ItemT | Exception) -> None:
+    """Give a future its result or its error, unless its waiter has been cancelled. On the event loop."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

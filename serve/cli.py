@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from serve.background import DAEMON_THREAD
-from serve.batching.slot import SLOT_THREAD
+from serve.batching.instance import INSTANCE_THREAD
 from serve.command_line import drop_output
 from serve.errors import StartError
 from serve.observability.logs import configure
-from serve.ports.front import address, join
+from serve.ports.grpc_port import address
 from serve.server import Ports, Server, serve
 from serve.settings import Settings, from_arguments
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    if any(thread.name.startswith((SLOT_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
+    if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
         # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
         sys.stderr.flush()
         os._exit(status)
@@ -53,7 +53,7 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
 
 def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:
     tls, tokens = settings.tls_cert is not None, settings.tokens_file is not None
-    target, http = address(settings, ports.grpc), join(settings.http_host, ports.http)
+    target, http = address(settings.host, ports.grpc), address(settings.http_host, ports.http)
     yield f"gRPC  {target}{' with TLS' * tls}{' and bearer tokens' * tokens}"
     yield f"HTTP  http://{http}/metrics /healthz /readyz"
     if settings.page:
@@ -63,7 +63,7 @@ def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""
         yield (
             f"model {model.manifest.name}/{model.manifest.version}{mark} on {model.provider}: "
-            f"{limits.slots} instances, batches of up to {limits.max_batch_size}"
+            f"{limits.instances} instances, batches of up to {limits.max_batch_size}"
         )
     if not server.catalog.names():
         yield f"model none yet: {settings.models_dir} is looked at every {settings.poll_interval_s:g} s"

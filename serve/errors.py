@@ -82,6 +82,14 @@ class CallerLimitError(BusyError):
         self.denial = denial
 
 
+class OverloadedError(BusyError):
+    """The calls that are open hold as much memory as they may, or one caller's hold its share of it."""
+
+
+class CallerLeftError(ServeError):
+    """The caller has cancelled the call, or its connection has ended."""
+
+
 class ExpiredError(ServeError):
     """The deadline passed while rows still waited."""
 

@@ -8,8 +8,10 @@ import logging
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,13 +21,15 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from serve.access import tls
+from serve.access.budget import Budget
 from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
-from serve.api.admission import Admission, InFlight
+from serve.api.admission import Admission
 from serve.api.digits_v1 import DigitService
 from serve.api.http import HttpApi
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
+from serve.api.rpc import Method
 from serve.background import for_each, repeat
 from serve.core.generate import Core
 from serve.errors import StartError
@@ -37,18 +41,19 @@ from serve.models.serving_file import FILE_NAME, watched_serving_file
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
 from serve.ports.check import check_ports
-from serve.ports.front import Services, address
-from serve.ports.grpc_port import GrpcPort
-from serve.ports.health import Health
+from serve.ports.grpc_port import GrpcPort, address, check
+from serve.ports.health import HEALTH, Health
 from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.ports.load_report import Load, LoadReports
+from serve.ports.reflection import reflection_methods
+from serve.resources import memory_bytes, usable_cores
 from serve.settings import Settings, is_loopback, release
 
 log = logging.getLogger(__name__)
 
 SUPERVISION_S = 1.0
 YOUNG_OBJECTS = 10_000  # made and not yet freed, between two garbage collections of the youngest
-ENDED_AT_ONCE = 130  # the exit status
+ENDED_AT_ONCE, ENDED_LATE = 130, 1  # exit statuses
 FLUSH_GRACE_S = 0.25  # for answers to be written when the drain's deadline has passed
 HTTP_CLEANUP_S = 1.0  # twice: for connections whose clients do not read
 # What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, open connections, spans not yet sent.
@@ -73,8 +78,10 @@ class Server:
         self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
         self._metrics.expected_provider.labels(settings.provider).set(1)
         self._stopping = asyncio.Event()
-        self.device_lost: str | None = None  # why the process ends by itself
-        self._in_flight = InFlight()
+        self.broken: str | None = None  # why the process ends by itself
+        self._watched_at = time.monotonic()
+        self._workers = ThreadPoolExecutor(usable_cores(), "worker")
+        self._admission: Admission
         self._tracing: Tracing | None = None
         self._background: list[asyncio.Task[None]] = []
         self._grpc: GrpcPort
@@ -92,13 +99,13 @@ class Server:
     async def run(self, announce: Callable[[Server, Ports], None]) -> None:
         """Serve until ``stop`` is called or SIGTERM or SIGINT arrives.
 
-        Raises StartError before any port is bound, and when the device has failed and a new process is needed.
+        Raises StartError before any port is bound, and when what cannot be mended in this process has failed.
         """
         announce(self, await self._start())
         await self._stopping.wait()
         await self._stop()
-        if self.device_lost:
-            raise StartError(f"{self.device_lost}; start the server again")
+        if self.broken:
+            raise StartError(f"{self.broken}; start the server again")
 
     def stop(self) -> None:
         """Begin to drain."""
@@ -119,42 +126,52 @@ class Server:
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
         accounts = Accounts(tokens, settings.caller_images, settings.caller_requests_per_s)
-        reports = LoadReports(self._load) if settings.load_reports else None
-        admission = Admission(self._metrics, self._in_flight, accounts, self._tracing, reports)
+        budget = Budget(settings.max_inflight_mib << 20 or memory_bytes() // 4)
+        self._admission = admission = Admission(self._metrics, accounts, budget, self._tracing)
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
-        status = self._reconciler.status
-        tables = [
-            DigitService(core, status).table(admission),
-            OpenInferenceService(core, lambda: self._health.not_complete() is None, self._metrics, status).table(admission),
-        ]
-        services = Services(tables, self._health.servicer, settings.reflection, self._tracing)
-        self._grpc = GrpcPort(settings, services, certificates)
+        methods = self._methods(core, admission)
+        self._health.publish()
+        await check(self._health.methods())
+        self._grpc = GrpcPort(settings, methods, certificates, LoadReports(self._load) if settings.load_reports else None)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
         if settings.page:
             app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
-            app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port), status).routes())
+            target = address(settings.host, self._grpc.port)
+            app.add_routes(HttpApi(core, admission, target, self._reconciler.status).routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
         )
         await self._grpc.start()
-        await self._health.publish()
+        self._health.port_not_alive = self._grpc.not_alive
+        self._health.publish()
         self._start_background()
         return Ports(self._grpc.port, http_port)
+
+    def _methods(self, core: Core, admission: Admission) -> dict[str, Method]:
+        """Every method of the gRPC port, by path."""
+        status = self._reconciler.status
+        tables = [
+            DigitService(core, status).table(admission, self._workers),
+            OpenInferenceService(core, self._health.not_complete, self._metrics, status).table(admission, self._workers),
+        ]
+        methods = {path: method for table in tables for path, method in table.methods.items()} | self._health.methods()
+        if self._settings.reflection:
+            methods |= reflection_methods({*(table.service for table in tables), HEALTH})
+        return methods
 
     def _load(self) -> Load:
         batchers = [model.batcher for model in self.catalog.models()]
         return Load(
             sum(batcher.busy_s for batcher in batchers),
-            max((batcher.limits.slots for batcher in batchers), default=1),
+            max((batcher.limits.instances for batcher in batchers), default=1),
             max((batcher.queued_images / batcher.limits.max_queue_images for batcher in batchers), default=0.0),
         )
 
     def _start_background(self) -> None:
         settings = self._settings
         tasks: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
-            "watchdog": (SUPERVISION_S, self._check_stalled),
-            "health": (SUPERVISION_S, self._health.publish),
+            "watchdog": (SUPERVISION_S, self._watch),
             "reconcile": (settings.poll_interval_s, self._reconciler.poll),
         }
         if settings.self_check_interval_s:
@@ -166,35 +183,41 @@ class Server:
     async def _stop(self) -> None:
         settings = self._settings
         log.info("stopping: not serving any more, %g s until new requests are refused", settings.drain_grace_s)
+        # Whatever hangs, the process ends in time.
+        _end_process_after(settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S)
         self._health.draining = True
-        await self._health.publish()
+        self._health.publish()
         await asyncio.sleep(settings.drain_grace_s)
         deadline = time.monotonic() + settings.drain_deadline_s
-        await self._in_flight.close(settings.drain_deadline_s)
+        await self._admission.close(settings.drain_deadline_s)
         leftovers = await self._reconciler.close(max(0.0, deadline - time.monotonic()))
         for task in self._background:
             task.cancel()
-        # Waits until every answer is written, and cuts off what is not by the deadline.
-        writing = asyncio.create_task(self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic())))
-        self._health.servicer.end_watches()
-        await writing
+        self._health.end_watches()
+        await self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic()))
         await self._http.cleanup()
+        self._workers.shutdown(wait=False, cancel_futures=True)
         if leftovers:
             self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.shut_down)
 
-    async def _check_stalled(self) -> None:
+    async def _watch(self) -> None:
+        """Look for what hangs. Time that passed while this process was stopped, as a whole, does not count."""
+        now = time.monotonic()
+        seen_s, self._watched_at = min(now - self._watched_at, 2 * SUPERVISION_S), now
+        self._grpc.watch(seen_s)
         for model in self.catalog.models():
-            model.batcher.check_stalled()
-            if model.batcher.device_lost and not self.device_lost:
-                self.device_lost = model.batcher.device_lost
+            model.batcher.watch(seen_s)
+            if model.batcher.broken and not self.broken:
+                self.broken = model.batcher.broken
                 self.stop()
+        self._health.publish()
 
     async def _self_check(self) -> None:
         await for_each(self.catalog.models(), Model.self_check)
-        await self._health.publish()
+        self._health.publish()
 
     def _certificates(self) -> tls.Certificates | None:
         cert, key = self._settings.tls_cert, self._settings.tls_key
@@ -209,6 +232,18 @@ class Server:
     def _note_reload(self, what: str) -> Callable[[str], None]:
         self._metrics.access_reloads.labels(what, "failed")  # born at 0, as above all a first failure is to be seen
         return lambda result: self._metrics.access_reloads.labels(what, result).inc()
+
+
+def _end_process_after(seconds: float) -> None:
+    """End the process then, unless it has ended by itself."""
+
+    def end() -> None:
+        log.critical("stopping has taken more than %g s; the process ends now", seconds)
+        os._exit(ENDED_LATE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None:

@@ -90,7 +90,15 @@ class Settings:
     )
     max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
     max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
-    watchdog_s: float = _setting(30.0, "a run that takes longer fails, and its instance is replaced", low=0.05, high=3600)
+    max_inflight_mib: int = _setting(
+        0,
+        "memory that open calls may hold, half of it for one caller; 0: a quarter of the container's limit, or of the machine",
+        low=0,
+        high=1 << 24,
+    )
+    watchdog_s: float = _setting(
+        30.0, "after a run that takes longer the process ends, for its supervisor to start it again", low=0.05, high=3600
+    )
     self_check_interval_s: float = _setting(
         60.0, "time between two golden checks through the batcher; 0: never", low=0, high=86400
     )

@@ -14,8 +14,9 @@ import aiohttp
 import grpc
 import pytest
 
+from serve.batching.batcher import Batcher
+from serve.batching.ticket import Ticket
 from serve.models import model as model_module
-from serve.models.model import Model
 from serve.pb.digits.v1 import digits_pb2_grpc as digits_grpc
 from serve.pb.inference import open_inference_pb2_grpc as inference_grpc
 from serve.server import Ports, Server
@@ -135,7 +136,7 @@ async def _running(settings: Settings, orders: Orders) -> AsyncIterator[Running]
 def with_server(
     test: Callable[[Running], Awaitable[None]], monkeypatch: pytest.MonkeyPatch, models_dir: Path, **settings: Any
 ) -> None:
-    """Run a coroutine function with a server of its own: one slot, no waiting when it stops."""
+    """Run a coroutine function with a server of its own: one instance, no waiting when it stops."""
     orders = Orders()
 
     def make_engine(model: Any, manifest: Any, options: Any, max_batch_size: int) -> Any:
@@ -164,13 +165,13 @@ def with_server(
 
 
 def record_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, float | None]]:
-    """Keep the priority and the deadline of every run that models are asked for."""
+    """Keep the priority and the deadline of every ticket that a batcher is given."""
     runs: list[tuple[Any, float | None]] = []
-    honest = Model.run
+    honest = Batcher.submit
 
-    async def run(self: Model, span: Any, outputs: Any, priority: Any, deadline: float | None, *rest: Any, **more: Any) -> Any:
-        runs.append((priority, deadline))
-        return await honest(self, span, outputs, priority, deadline, *rest, **more)
+    def submit(self: Batcher, ticket: Ticket) -> None:
+        runs.append((ticket.priority, ticket.deadline))
+        honest(self, ticket)
 
-    monkeypatch.setattr(Model, "run", run)
+    monkeypatch.setattr(Batcher, "submit", submit)
     return runs

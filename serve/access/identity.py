@@ -5,8 +5,7 @@ from __future__ import annotations
 import ipaddress
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +20,6 @@ SCHEME = "bearer "
 BURST_S = 1.0  # a caller may use up a second's requests at once
 IMAGES_RETRY_S = 0.1  # the images of a caller's own calls come back at their own pace
 MANY_CALLERS = 10_000
-NO_LIMIT = nullcontext()  # one for all: it is entered once for every request
 
 
 class Caller(msgspec.Struct, frozen=True, eq=False):
@@ -30,6 +28,7 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     peer: Callable[[], str] = str  # as the transport has it, asked when it is needed: grpcio takes its time to tell
     authorization: Sequence[str | bytes] = ()  # the values of every ``authorization`` header
     request_id: str = ""
+    metadata: Mapping[str, str] = {}  # what a trace is continued from; empty without tracing
 
     @property
     def address(self) -> str:
@@ -59,6 +58,7 @@ class Account:
     name: str
     images_limit: int
     requests_per_s: float
+    everyone: bool = False  # all callers, where they are not told apart
     images: int = 0  # in flight
     allowance: float = field(default=0.0, init=False)  # requests that may come at once: a token bucket
     allowance_at: float = field(default=0.0, init=False)
@@ -85,12 +85,10 @@ class Account:
                 )
             self.allowance -= 1
 
-    def hold(self, images: int) -> AbstractContextManager[None]:
-        """A block in which so many images count as in flight. Entering it raises CallerLimitError when they are too many."""
-        return self._holding(images) if self.images_limit else NO_LIMIT
-
-    @contextmanager
-    def _holding(self, images: int) -> Iterator[None]:
+    def take(self, images: int) -> int:
+        """Count so many images as in flight; returns how many were counted. Raises CallerLimitError when they are too many."""
+        if not self.images_limit:
+            return 0
         with self.lock:
             if self.images + images > self.images_limit:
                 raise CallerLimitError(
@@ -99,11 +97,12 @@ class Account:
                     "images",
                 )
             self.images += images
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.images -= images
+            return images
+
+    def give_back(self, images: int) -> None:
+        """The images of ``take`` are in flight no longer."""
+        with self.lock:
+            self.images -= images
 
     @property
     def at_rest(self) -> bool:
@@ -121,7 +120,7 @@ class Accounts:
         """``images`` and ``requests_per_s`` limit each caller."""
         self._tokens = tokens
         self._limits = (images, requests_per_s)
-        self._everyone = Account("a caller", 0, 0.0)
+        self._everyone = Account("a caller", 0, 0.0, everyone=True)
         self._known: dict[str, Account] = {}
         self._pruned_at = 0.0
         self._lock = threading.Lock()

@@ -1,46 +1,31 @@
-"""Admission: what every call passes through on every transport, in any thread. It is admitted, counted and timed."""
+"""Admission: what every call passes through, by whichever protocol, in any thread. It is admitted, counted, timed and traced."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import grpc
 
-from serve.access.identity import Account, Accounts, Caller, Scope
+from serve.access.budget import Budget, Hold
+from serve.access.identity import Accounts, Caller, Scope
 from serve.api.status import Refusal, refusal
+from serve.background import until
 from serve.core.request import Digits
-from serve.errors import DrainingError, ServeError
-from serve.observability.logs import current_request_id
+from serve.errors import CallerLeftError, DrainingError, ServeError
+from serve.observability.logs import current_call
 from serve.observability.metrics import Metrics, RpcMetrics
-from serve.observability.tracing import Tracing
-from serve.ports.load_report import LoadReports
-from serve.waiting import RefCount, until
+from serve.observability.tracing import Span, Tracing
 
 log = logging.getLogger(__name__)
 
 DENIALS_EVERY_S = 1.0
 
-
-class InFlight:
-    """Counts the calls whose answers are not with their transport yet, and admits no more once it is closed."""
-
-    def __init__(self) -> None:
-        self._calls = RefCount()
-
-    def enter(self) -> None:
-        """Count a call. Raises DrainingError when it is closed."""
-        if not self._calls.enter():
-            raise DrainingError("the server is stopping; ask another replica")
-
-    def leave(self) -> None:
-        self._calls.leave()
-
-    async def close(self, timeout_s: float) -> None:
-        """Admit no more calls, and wait until none is in flight, or the time is over."""
-        self._calls.close()
-        await until(lambda: not self._calls.calls, time.monotonic() + timeout_s)
+ParamsT = ParamSpec("ParamsT")
+ResultT = TypeVar("ResultT")
 
 
 class DenialLog:
@@ -65,88 +50,108 @@ class DenialLog:
 
 
 class Admission:
-    """What the calls of a server share."""
+    """What the calls of a server share, and which of them are open."""
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        in_flight: InFlight,
-        accounts: Accounts,
-        tracing: Tracing | None = None,
-        load_reports: LoadReports | None = None,
-    ) -> None:
+    def __init__(self, metrics: Metrics, accounts: Accounts, budget: Budget, tracing: Tracing | None = None) -> None:
         self.metrics = metrics
-        self.load_reports = load_reports
-        self.in_flight = in_flight
         self.accounts = accounts
+        self.budget = budget
         self.tracing = tracing
         self.denials = DenialLog()
+        self.open: dict[Call, None] = {}  # admitted, their answers not sent yet
+        self.closed = False
+
+    async def close(self, timeout_s: float) -> None:
+        """Admit no more calls, and wait until every answer has been sent, or the time is over."""
+        self.closed = True
+        await until(lambda: not self.open, time.monotonic() + timeout_s)
 
 
 class Call:
-    """One call from its start to its end. Its transport calls ``admit``, then ``failed`` if it failed, then ``ended``.
+    """One call from its start to its end, as all protocols have it.
 
-    ``in_flight`` is for the transport: whether the call was counted, and is to leave once its answer has been sent.
+    Its protocol calls ``admit``; then, once, ``answered`` or ``failed``; and ``sent`` when the answer is on its way or has nobody
+    to go to: until then what the call holds is held.
     """
 
-    __slots__ = ("_admission", "_caller", "_code", "_observed", "_scope", "_started", "account", "deadline", "in_flight")
+    __slots__ = ("_admission", "_observed", "_scope", "_span", "_started", "caller", "deadline", "hold")
 
-    def __init__(self, admission: Admission, observed: RpcMetrics, deadline: float | None) -> None:
+    def __init__(self, admission: Admission, observed: RpcMetrics, caller: Caller, deadline: float | None) -> None:
         """``deadline`` on ``time.monotonic()``; None without one."""
         self._admission = admission
         self._observed = observed
-        self._code = grpc.StatusCode.CANCELLED  # what ends a call otherwise than by an answer or an error
+        self._scope: Scope = "open"
         self._started = time.perf_counter()
+        self._span: Span | None = None
+        self.caller = caller
         self.deadline = deadline
-        self.in_flight = False
-        self.account: Account
-        self._caller: Caller
-        self._scope: Scope
+        self.hold: Hold
         observed.started()
+        if admission.tracing is not None:
+            self._span = admission.tracing.begin(observed.name, caller.metadata)
 
-    def admit(self, caller: Caller, scope: Scope) -> None:
+    def admit(self, scope: Scope) -> None:
         """Count the call. Raises DrainingError while draining, or as ``Accounts.admit`` does."""
-        current_request_id.set(caller.request_id)
-        self._caller, self._scope = caller, scope
-        self._admission.in_flight.enter()
-        self.in_flight = True
-        self.account = self._admission.accounts.admit(caller, scope)
+        self._scope = scope
+        admission = self._admission
+        admission.open[self] = None  # before the look: closing sees it, or it sees the closing
+        if admission.closed:
+            raise DrainingError("the server is stopping; ask another replica")
+        self.hold = Hold(admission.accounts.admit(self.caller, scope), self.caller, admission.budget)
+
+    def another_hold(self) -> Hold:
+        """For a request of a stream, whose answer is sent before the call is over."""
+        return Hold(self.hold.account, self.caller, self._admission.budget)
 
     def check_again(self) -> None:
         """Raises UnauthenticatedError or ForbiddenError when the caller would not be admitted any more."""
-        self._admission.accounts.identify(self._caller, self._scope)
+        self._admission.accounts.identify(self.caller, self._scope)
 
-    @property
-    def caller(self) -> str:
-        """Who calls, for the log."""
-        return f"{self.account.name} at {self._caller.address or 'an unknown address'}"
+    def within(self, function: Callable[ParamsT, ResultT], *arguments: ParamsT.args, **named: ParamsT.kwargs) -> ResultT:
+        """Call the function; log lines from inside carry the call's request id and trace id."""
+        if not self.caller.request_id and self._span is None:
+            return function(*arguments, **named)
+        token = current_call.set((self.caller.request_id, self._span.trace_id if self._span else ""))
+        try:
+            return function(*arguments, **named)
+        finally:
+            current_call.reset(token)
+
+    def enter_log(self) -> None:
+        """Have the log lines of this task, and of those that it begins, carry the ids."""
+        current_call.set((self.caller.request_id, self._span.trace_id if self._span else ""))
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""
         digits.model.metrics.answer(digits.encoding, digits.count, digits.queue_seconds, encode_s)
-        if self._admission.tracing is not None:
-            self._admission.tracing.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
+        if self._span is not None:
+            self._span.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
 
     def answered(self) -> None:
-        self._code = grpc.StatusCode.OK
+        """The answer has been made."""
+        self._ended(grpc.StatusCode.OK)
 
     def failed(self, error: Exception) -> Refusal:
         """Count what went wrong; returns what to answer."""
         if isinstance(error, ServeError) and error.denial:
             self._admission.metrics.access_denied.labels(error.denial).inc()
-            self._admission.denials.note(self._caller, error)
+            self._admission.denials.note(self.caller, error)
         if isinstance(error, DrainingError):
             self._admission.metrics.drain_refusals.inc()
         answer = refusal(error)
-        self._code = answer.code
+        self._ended(answer.code)
         return answer
 
-    def ended(self) -> None:
-        """The handler is done."""
-        self._observed.ended(self._code.name, time.perf_counter() - self._started)
+    def left(self) -> None:
+        """The caller has left before there was an answer."""
+        self.failed(CallerLeftError("the caller has left"))
 
     def sent(self) -> None:
-        """The answer is with the transport, or there is nobody to send it to."""
-        if self.in_flight:
-            self.in_flight = False
-            self._admission.in_flight.leave()
+        """What the call holds is given back. May be called again."""
+        if self._admission.open.pop(self, self) is None and hasattr(self, "hold"):
+            self.hold.give_back()
+
+    def _ended(self, code: grpc.StatusCode) -> None:
+        self._observed.ended(code.name, time.perf_counter() - self._started)
+        if self._span is not None:
+            self._span.end(code.name)

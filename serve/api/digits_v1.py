@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
 from serve.api.admission import Admission, Call
 from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, pack_field
-from serve.api.rpc import RpcTable
+from serve.api.rpc import DigitsMethod, RpcTable
 from serve.batching.ticket import Priority
 from serve.core.generate import Core
 from serve.core.request import IMAGES, PIXELS, Addresses, Digits, DigitsRequest, Interpolation, Latents
@@ -22,7 +26,6 @@ from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import to_grid, to_png
-from serve.waiting import in_thread
 
 SERVICE = "digits.v1.DigitGenerator"
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
@@ -40,50 +43,42 @@ ENCODINGS = {
 }
 
 
+# The fields of requests that are cheap to parse at any length.
+BULK = {pb.GenerateRequest.DESCRIPTOR.fields_by_name["latents"].number: None}
+# What a digit takes up in memory until its answer is sent: rows, the message, and gRPC's copy of it.
+ROW_BYTES = {"uint8": 3 * 784, "float32": 3 * 4 * 784, "png": 3 * 784, "png_grid": 3 * 784}
+MANY_LABELS = 1024
+
+
 class DigitService:
-    """The handlers of ``DigitGenerator``: a message and its call in, the response's bytes out. They raise ServeError."""
+    """The handlers of ``DigitGenerator``. They raise ServeError."""
 
     def __init__(self, core: Core, status: Callable[[], Sequence[VersionStatus]]) -> None:
         self._core = core
         self._status = status
 
-    def table(self, admission: Admission) -> RpcTable:
-        """The methods, ready for a server."""
-        table = RpcTable(SERVICE, admission)
-        table.unary("Generate", pb.GenerateRequest, self.generate, stepped=True)
+    def table(self, admission: Admission, workers: ThreadPoolExecutor) -> RpcTable:
+        """The methods, ready for a port."""
+        table = RpcTable(SERVICE, admission, workers)
+        table.digits("Generate", self._core, DigitsMethod(pb.GenerateRequest, generate, _encode, _takes_long, BULK))
+        # Its rows are computed when it begins.
+        interpolation = DigitsMethod(pb.InterpolateRequest, interpolate, _encode, _takes_long, {}, heavy=True)
+        table.digits("Interpolate", self._core, interpolation)
         table.stream("GenerateStream", pb.GenerateStreamRequest, self.generate_stream)
-        table.unary("Interpolate", pb.InterpolateRequest, self.interpolate, stepped=True)
         table.unary("ListModels", pb.ListModelsRequest, self.list_models)
         table.unary("GetModel", pb.GetModelRequest, self.get_model)
         table.unary("Status", pb.StatusRequest, self.status)
         return table
 
-    async def generate(self, request: pb.GenerateRequest, call: Call) -> bytes:
-        rows: Addresses | Latents
-        if request.latents:
-            if request.HasField("seed") or request.start or request.truncation:
-                raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
-            if len(request.latents) % 4:
-                raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
-            rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
-        else:
-            rows = _addresses(request)
-        digits = await self._core.generate(_parsed(request, rows, Priority.INTERACTIVE, call), call.account)
-        return await _encode(digits, request.format, call)
-
-    async def interpolate(self, request: pb.InterpolateRequest, call: Call) -> bytes:
-        for name in ("begin", "end"):
-            if not request.HasField(name):
-                raise RequestError(f"{name} is missing; give the seed and index of both ends")
-        begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
-        rows = Interpolation(begin, end, request.steps, request.truncation)
-        digits = await self._core.generate(_parsed(request, rows, Priority.INTERACTIVE, call), call.account)
-        return await _encode(digits, request.format, call)
-
-    async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncIterator[bytes]:
+    async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncGenerator[bytes]:
         parsed = _parsed(request, _addresses(request), Priority.BULK, call)
-        async for digits in self._core.stream(parsed, request.chunk, call.account):
-            yield await _encode(digits, request.format, call)
+        async with aclosing(self._core.stream(parsed, request.chunk, call.hold)) as answers:
+            async for digits in answers:
+                started = time.perf_counter()
+                encode = partial(_encode, request, digits)
+                message = await asyncio.to_thread(encode) if _takes_long(request, digits) else encode()
+                call.encoded(digits, time.perf_counter() - started)
+                yield message
 
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> bytes:
         catalog = self._core.catalog
@@ -134,6 +129,30 @@ class DigitService:
         )
 
 
+def generate(request: pb.GenerateRequest, call: Call) -> DigitsRequest:
+    """Raises RequestError naming the field that is wrong."""
+    rows: Addresses | Latents
+    if request.latents:
+        if request.HasField("seed") or request.start or request.truncation:
+            raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
+        if len(request.latents) % 4:
+            raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
+        rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
+    else:
+        rows = _addresses(request)
+    return _parsed(request, rows, Priority.INTERACTIVE, call)
+
+
+def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:
+    """Raises RequestError naming the field that is wrong."""
+    for name in ("begin", "end"):
+        if not request.HasField(name):
+            raise RequestError(f"{name} is missing; give the seed and index of both ends")
+    begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
+    rows = Interpolation(begin, end, request.steps, request.truncation)
+    return _parsed(request, rows, Priority.INTERACTIVE, call)
+
+
 def _addresses(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Addresses:
     seed = request.seed if request.HasField("seed") else None
     return Addresses(seed, request.start, request.count, request.truncation)
@@ -162,15 +181,20 @@ def _parsed(
         encoding=ENCODINGS[image_format],
         priority=priority,
         deadline=call.deadline,
+        size=2 * request.ByteSize(),
+        row_bytes=ROW_BYTES[ENCODINGS[image_format]],
     )
 
 
-async def _encode(digits: Digits, image_format: pb.ImageFormat, call: Call) -> bytes:
-    started = time.perf_counter()
-    image_format = image_format or pb.IMAGE_FORMAT_UINT8
+def _takes_long(request: Any, digits: Digits) -> bool:
+    """Whether encoding takes long enough to hold up other callers."""
+    return request.format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID) or digits.count > MANY_LABELS
+
+
+def _encode(request: Any, digits: Digits) -> bytes:
+    image_format = request.format or pb.IMAGE_FORMAT_UINT8
     if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
-        # Compressing takes long enough to hold up other callers.
-        entries = await in_thread(_pictures, digits, image_format)
+        entries = _pictures(digits, image_format)
     else:
         entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
     manifest = digits.model.manifest
@@ -178,9 +202,7 @@ async def _encode(digits: Digits, image_format: pb.ImageFormat, call: Call) -> b
     own = pb.GenerateResponse(seed=digits.seed, start=digits.start, count=digits.count, labels=labels)
     shared = _same_for_all(manifest.name, manifest.version, manifest.height, manifest.width, image_format)
     timing = TIMING.pack(TIMING_KEY, TIMING.size - 2, QUEUE_KEY, digits.queue_seconds, COMPUTE_KEY, digits.compute_seconds)
-    response = pack_field(shared + own.SerializeToString() + timing, IMAGES_KEY, entries)
-    call.encoded(digits, time.perf_counter() - started)
-    return response
+    return pack_field(shared + own.SerializeToString() + timing, IMAGES_KEY, entries)
 
 
 @lru_cache(64)

@@ -36,6 +36,7 @@ PAGE_FILES = {
 }
 
 FORMATS = {"json": "png", "png": "png_grid"}  # as the query has it → the encoding
+ROW_BYTES = 4 * 784  # what a digit takes up in memory until its answer is sent: rows, and pictures as text
 LABELS_IN_HEADER = 1024  # clients and proxies take some 4 to 8 KiB of headers
 # Parameter → how its text is read. Numbers in 64 bits are text in the answers: JavaScript has no such numbers.
 WHOLE, REAL, TEXT = "a whole number", "a number", "text"
@@ -90,8 +91,9 @@ class HttpApi:
             labels=given.get("labels", ()),
             encoding=given["format"],
             deadline=call.deadline,
+            row_bytes=ROW_BYTES,
         )
-        digits = await self._core.generate(request, call.account)
+        digits = await self._core.generate(request, call.hold)
         started = time.perf_counter()
         as_picture = request.encoding == "png_grid"
         answer = _picture(digits, await asyncio.to_thread(_sheet, digits)) if as_picture else await _json(digits)

@@ -38,16 +38,18 @@ def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "g
     observed = RpcMetrics(admission.metrics, "unary", SERVICE, name)
 
     async def handle(request: web.Request) -> web.Response:
-        call = Call(admission, observed, time.monotonic() + TIMEOUT_S)
+        call = Call(admission, observed, _caller(request), time.monotonic() + TIMEOUT_S)
+        call.enter_log()
         try:
             try:
-                call.admit(_caller(request), scope)
+                call.admit(scope)
                 answer = await _in_time(handler(request, call))
                 call.answered()
+            except asyncio.CancelledError:
+                call.left()
+                raise
             except Exception as error:
                 answer = _refused(call.failed(error))
-            finally:
-                call.ended()
             answer.headers.update(HEADERS)
             # Sent from here, so that a drain waits until it is.
             await answer.prepare(request)
@@ -69,7 +71,8 @@ async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
 
 def _caller(request: web.Request) -> Caller:
     headers = request.headers
-    return Caller(lambda: request.remote or "", headers.getall("Authorization", []), headers.get(REQUEST_ID_KEY, ""))
+    authorization = headers.getall("Authorization", [])
+    return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), headers)
 
 
 def _refused(refusal: Refusal) -> web.Response:

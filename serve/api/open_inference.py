@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 from google.protobuf import empty_pb2
 from numpy.typing import NDArray
 
+from serve.access.budget import Hold
 from serve.api.admission import Admission, Call
 from serve.api.encoding import Piece, as_bytes, field_key, pack_field, packed_varints
-from serve.api.rpc import RpcTable, parse
+from serve.api.rpc import DigitsMethod, RpcTable, parse
 from serve.api.status import refusal
 from serve.api.tensors import (
     INPUTS,
@@ -32,21 +36,33 @@ from serve.api.tensors import (
     shapes_of,
     to_request,
 )
+from serve.api.wire_format import Bulk, check_size
 from serve.core.generate import Core
-from serve.core.request import Digits
+from serve.core.request import Digits, DigitsRequest
 from serve.errors import RequestError, ServeError, UnsupportedError
 from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
 from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
 from serve.settings import release
-from serve.waiting import in_thread
 
 SERVICE = "inference.GRPCInferenceService"
 RAW_KEY = field_key(pb.ModelInferResponse, "raw_output_contents")
 OUTPUTS_KEY = field_key(pb.ModelInferResponse, "outputs")
 CONTENTS_KEY = field_key(pb.ModelInferResponse.InferOutputTensor, "contents")
-MANY_VALUES = 1 << 16  # of typed contents: more are encoded in a thread of their own
+MANY_VALUES = 1 << 16  # of typed contents: more are encoded by a worker, as more digits are
+MANY_DIGITS = 1024
+MOST_PARAMETERS = 64  # of a request, or of a tensor
+# The fields of requests that are cheap to parse at any length.
+_TENSOR = pb.ModelInferRequest.InferInputTensor.DESCRIPTOR.fields_by_name
+BULK: Bulk = {
+    pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number: None,
+    pb.ModelInferRequest.DESCRIPTOR.fields_by_name["inputs"].number: {
+        _TENSOR["contents"].number: {pb.InferTensorContents.DESCRIPTOR.fields_by_name["fp32_contents"].number: None}
+    },
+}
+# What a digit takes up in memory until its answer is sent: rows, the message, and gRPC's copy of it; typed, while it is packed.
+ROW_BYTES, TYPED_ROW_BYTES = 3 * 784, 24 * 784
 STREAM_RESPONSE_KEY = field_key(pb.ModelStreamInferResponse, "infer_response")
 STREAM_AHEAD = 64  # requests of one stream that are under way at once
 
@@ -76,22 +92,26 @@ class OpenInferenceService:
     """The handlers: a message and its call in, the response's bytes out. They raise ServeError."""
 
     def __init__(
-        self, core: Core, ready: Callable[[], bool], metrics: Metrics, status: Callable[[], Sequence[VersionStatus]]
+        self,
+        core: Core,
+        not_ready: Callable[[], str | None],
+        metrics: Metrics,
+        status: Callable[[], Sequence[VersionStatus]],
     ) -> None:
         self._core = core
         self._status = status
         self._metrics = metrics
-        self._ready = ready
+        self._not_ready = not_ready
 
-    def table(self, admission: Admission) -> RpcTable:
-        """The methods, ready for a server. Health is open to all, as it is in gRPC's own protocol."""
-        table = RpcTable(SERVICE, admission)
+    def table(self, admission: Admission, workers: ThreadPoolExecutor) -> RpcTable:
+        """The methods, ready for a port. Health is open to all, as it is in gRPC's own protocol."""
+        table = RpcTable(SERVICE, admission, workers)
         table.unary("ServerLive", pb.ServerLiveRequest, self.server_live, scope="open")
         table.unary("ServerReady", pb.ServerReadyRequest, self.server_ready, scope="open")
         table.unary("ModelReady", pb.ModelReadyRequest, self.model_ready, scope="open")
         table.unary("ServerMetadata", pb.ServerMetadataRequest, self.server_metadata)
         table.unary("ModelMetadata", pb.ModelMetadataRequest, self.model_metadata)
-        table.unary("ModelInfer", pb.ModelInferRequest, self.model_infer, stepped=True)
+        table.digits("ModelInfer", self._core, DigitsMethod(pb.ModelInferRequest, infer, _encode, _takes_long, BULK))
         table.bidirectional("ModelStreamInfer", self.model_stream_infer)
         table.unary("ModelConfig", pb.ModelConfigRequest, self.model_config)
         table.unary("ModelStatistics", pb.ModelStatisticsRequest, self.model_statistics)
@@ -104,7 +124,7 @@ class OpenInferenceService:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def server_ready(self, request: pb.ServerReadyRequest, call: Call) -> bytes:
-        return pb.ServerReadyResponse(ready=self._ready()).SerializeToString()
+        return pb.ServerReadyResponse(ready=self._not_ready() is None).SerializeToString()
 
     async def model_ready(self, request: pb.ModelReadyRequest, call: Call) -> bytes:
         return pb.ModelReadyResponse(ready=self._find(request.name, request.version).ready).SerializeToString()
@@ -173,19 +193,10 @@ class OpenInferenceService:
                 response.models.add(name=each.model, version=str(each.version), state=state, reason=reason)
         return response.SerializeToString()
 
-    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
-        names = output_names([output.name for output in request.outputs])
-        holders: list[Any] = [request, *request.inputs, *request.outputs]
-        check_parameters(name for holder in holders for name in holder.parameters)
-        parsed = to_request(request.model_name, request.model_version, read_inputs(request), names, call.deadline)
-        digits = await self._core.generate(parsed, call.account)
-        if request.raw_input_contents or digits.count * 784 <= MANY_VALUES:
-            return _encode(request, digits, names, call)
-        return await in_thread(_encode, request, digits, names, call)
-
-    async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+    async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """Each request as ``ModelInfer`` answers it, some side by side, so that they share batches; answers in order."""
-        under_way: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_AHEAD)
+        under_way: asyncio.Queue[asyncio.Task[tuple[bytes, Hold]] | None] = asyncio.Queue(STREAM_AHEAD)
+        held = deque[Hold]()  # what the answers hold that have not been taken, oldest first
 
         async def begin() -> None:
             async for raw in requests:
@@ -195,28 +206,76 @@ class OpenInferenceService:
         reading = asyncio.create_task(begin())
         try:
             while (answer := await under_way.get()) is not None:
-                yield await answer
+                response, hold = await answer
+                held.append(hold)
+                yield response  # goes on when it is sent
+                held.popleft().give_back()
         finally:
             reading.cancel()
+            for hold in held:
+                hold.give_back()
             while not under_way.empty():
                 if (left := under_way.get_nowait()) is not None:
                     left.cancel()
+                    left.add_done_callback(_give_back)
 
-    async def _answer_one(self, raw: bytes, call: Call) -> bytes:
-        """One response of a stream; what a caller did wrong with one request is no end of the others."""
+    async def _answer_one(self, raw: bytes, call: Call) -> tuple[bytes, Hold]:
+        """One response of a stream, and what it holds; what a caller did wrong with one request is no end of the others."""
         request = pb.ModelInferRequest()
+        hold = call.another_hold()
         try:
+            check_size(raw, BULK)
             request = parse(pb.ModelInferRequest, raw)
-            call.account.count_request()
-            response = await self.model_infer(request, call)
+            call.hold.account.count_request()
+            digits = await self._core.generate(infer(request, call), hold)
+            started = time.perf_counter()
+            encode = partial(_encode, request, digits)
+            response = await asyncio.to_thread(encode) if _takes_long(request, digits) else encode()
+            call.encoded(digits, time.perf_counter() - started)
         except ServeError as error:
             failed = pb.ModelStreamInferResponse(error_message=refusal(error).text)
             failed.infer_response.id = request.id
-            return failed.SerializeToString()
-        return pack_field(b"", STREAM_RESPONSE_KEY, [[response]])
+            return failed.SerializeToString(), hold
+        except BaseException:
+            hold.give_back()
+            raise
+        return pack_field(b"", STREAM_RESPONSE_KEY, [[response]]), hold
 
     def _find(self, name: str, number: str) -> Model:
         return self._core.catalog.find(*named(name, number))
+
+
+def infer(request: pb.ModelInferRequest, call: Call) -> DigitsRequest:
+    """Raises ServeError naming the field or tensor that is wrong."""
+    for field, most in (("inputs", len(INPUTS)), ("outputs", len(OUTPUTS)), ("parameters", MOST_PARAMETERS)):
+        if len(getattr(request, field)) > most:
+            raise RequestError(f"{field} must have at most {most} entries, got {len(getattr(request, field))}")
+    names = output_names([output.name for output in request.outputs])
+    holders: list[Any] = [request, *request.inputs, *request.outputs]
+    if any(len(holder.parameters) > MOST_PARAMETERS for holder in holders):
+        raise RequestError(f"parameters must have at most {MOST_PARAMETERS} entries")
+    check_parameters(name for holder in holders for name in holder.parameters)
+    row_bytes = ROW_BYTES if request.raw_input_contents else TYPED_ROW_BYTES
+    return to_request(
+        request.model_name,
+        request.model_version,
+        read_inputs(request),
+        names,
+        deadline=call.deadline,
+        size=2 * request.ByteSize(),
+        row_bytes=(4 if "images" in names else 1) * row_bytes,
+    )
+
+
+def _give_back(answer: asyncio.Task[tuple[bytes, Hold]]) -> None:
+    """Of an answer that nobody takes any more."""
+    if not answer.cancelled() and answer.exception() is None:
+        answer.result()[1].give_back()
+
+
+def _takes_long(request: pb.ModelInferRequest, digits: Digits) -> bool:
+    """Whether encoding takes long enough to hold up other callers."""
+    return digits.count > MANY_DIGITS or (not request.raw_input_contents and digits.count * 784 > MANY_VALUES)
 
 
 def _refusal(method: str, instead: str) -> Callable[[empty_pb2.Empty, Call], Awaitable[bytes]]:
@@ -244,9 +303,8 @@ def read_inputs(request: pb.ModelInferRequest) -> Tensors:
     return tensors
 
 
-def _encode(request: pb.ModelInferRequest, digits: Digits, names: list[str], call: Call) -> bytes:
+def _encode(request: pb.ModelInferRequest, digits: Digits) -> bytes:
     """The response, raw where the request was raw."""
-    started = time.perf_counter()
     manifest = digits.model.manifest
     head = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
     for key, parameter in request.parameters.items():
@@ -254,18 +312,15 @@ def _encode(request: pb.ModelInferRequest, digits: Digits, names: list[str], cal
     if digits.seed is not None:
         head.parameters["seed"].uint64_param = digits.seed
         head.parameters["start"].uint64_param = digits.start
-    outputs = outputs_of(digits, names)
+    outputs = outputs_of(digits, output_names([output.name for output in request.outputs]))
     tensor = pb.ModelInferResponse.InferOutputTensor
     tensors = {name: tensor(name=name, datatype=OUTPUTS[name].datatype, shape=shape) for name, (shape, _) in outputs.items()}
     if request.raw_input_contents:
         head.outputs.extend(tensors.values())
         entries = [[as_bytes(rows) for rows in pieces] for _, pieces in outputs.values()]
-        response = pack_field(head.SerializeToString(), RAW_KEY, entries)
-    else:
-        typed = [[_with_contents(tensors[name], name, np.concatenate(pieces))] for name, (_, pieces) in outputs.items()]
-        response = pack_field(head.SerializeToString(), OUTPUTS_KEY, typed)
-    call.encoded(digits, time.perf_counter() - started)
-    return response
+        return pack_field(head.SerializeToString(), RAW_KEY, entries)
+    typed = [[_with_contents(tensors[name], name, np.concatenate(pieces))] for name, (_, pieces) in outputs.items()]
+    return pack_field(head.SerializeToString(), OUTPUTS_KEY, typed)
 
 
 def _with_contents(tensor: pb.ModelInferResponse.InferOutputTensor, name: str, values: NDArray[Any]) -> bytes:

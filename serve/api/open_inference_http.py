@@ -42,6 +42,7 @@ from serve.settings import release
 
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC
+ROW_BYTES = 24 * 784  # what a digit takes up in memory until its answer is sent: values as JSON, and before that as objects
 EXTENSIONS = ["binary_tensor_data"]
 
 Parameters = dict[str, str | bool | int | float]
@@ -130,13 +131,16 @@ class OpenInferenceHttp:
         return web.json_response({"name": model.manifest.name, "ready": True})
 
     async def _infer(self, request: web.Request, call: Call) -> web.Response:
-        inference, rest = _split(await _body(request), request.headers.get(JSON_BYTES))
+        body = await _body(request)
+        inference, rest = _split(body, request.headers.get(JSON_BYTES))
         holders: list[Inference | Input | Output] = [inference, *inference.inputs, *inference.outputs]
         check_parameters(name for holder in holders for name in holder.parameters)
         names = output_names([output.name for output in inference.outputs])
         model, version = request.match_info["model"], request.match_info.get("version", "")
-        parsed = to_request(model, version, read_inputs(inference, rest), names, call.deadline)
-        digits = await self._core.generate(parsed, call.account)
+        row_bytes = (4 if "images" in names else 1) * ROW_BYTES
+        tensors = read_inputs(inference, rest)
+        parsed = to_request(model, version, tensors, names, deadline=call.deadline, size=2 * len(body), row_bytes=row_bytes)
+        digits = await self._core.generate(parsed, call.hold)
         started = time.perf_counter()
         answer = await asyncio.to_thread(_encode, inference, digits, names)  # values in JSON take their time
         call.encoded(digits, time.perf_counter() - started)

@@ -1,150 +1,239 @@
-"""Wraps every gRPC method: request bytes in, response bytes out. Knows grpcio's context, but no service.
+"""Wraps every gRPC method of the APIs: request bytes in, response bytes out. Knows no service and no port.
 
-Handlers take and return bytes, so that a request that cannot be parsed is INVALID_ARGUMENT. grpcio itself would answer
-INTERNAL.
+A method is one of two kinds. Digits with one answer are *begun*: a plain function takes the request in the thread that receives
+it, and the answer is made and sent by the thread of the instance that ended its batch. Everything else is a *task* on the event
+loop. What takes long in either half, because the request or the answer is large, is done by ``workers``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
-from serve.errors import RequestError
+from serve.api.wire_format import Bulk, check_size
+from serve.batching.ticket import Send
+from serve.core.generate import Core
+from serve.core.request import Digits, DigitsRequest
+from serve.errors import CallerLeftError, RequestError
 from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
-from serve.ports.load_report import METADATA_KEY
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+LARGE_REQUEST_BYTES = 16 << 10  # what is larger is parsed by a worker: the thread that receives is everybody's
 
 RequestT = TypeVar("RequestT", bound=Message)
-GivenT = TypeVar("GivenT")  # a request's bytes, or a stream of them
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+
+class Wire(Protocol):
+    """A call as the port has it (``serve.ports.grpc_call``)."""
+
+    metadata: Metadata
+
+    def peer(self) -> str: ...
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None without one."""
+
+    def when_over(self, sent: Callable[[], None]) -> None:
+        """Have ``sent`` called once when the status has been sent, or the caller is gone."""
+
+    def when_left(self, left: Callable[[], object]) -> None:
+        """Have ``left`` called if the caller leaves before, or has left already."""
+
+    def ending(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> Send:
+        """What sends the only answer, if there is one, and the status."""
+
+    async def send(self, message: bytes) -> None:
+        """Send one answer of a stream; waits while the caller is behind. Raises CancelledError when it has left."""
+
+    def requests(self) -> AsyncIterator[bytes]:
+        """The requests of a stream, until the caller sends no more."""
+
+
+class Method(NamedTuple):
+    """How the port answers a method: ``begin`` is called where requests are received, ``task`` is run on the event loop.
+
+    Both get the call, and its request, or None where requests are a stream. Neither raises.
+    """
+
+    begin: Callable[[Wire, bytes], None] | None = None
+    task: Callable[[Wire, bytes | None], Coroutine[Any, Any, None]] | None = None
+    streams_requests: bool = False
+
+
+class DigitsMethod(NamedTuple):
+    """A method that is asked for digits and gives one answer."""
+
+    request_type: type[Message]
+    to_request: Callable[[Any, Call], DigitsRequest]  # raises ServeError
+    encode: Callable[[Any, Digits], bytes]
+    takes_long: Callable[[Any, Digits], bool]  # to encode
+    bulk: Bulk  # the fields whose bytes are cheap to parse
+    heavy: bool = False  # whether even a small request takes long to begin
 
 
 class RpcTable:
-    """A service's ``methods`` by name, as a server takes them. ``scope`` is what a caller needs for a method.
+    """A service's ``methods``, by the path they have on the wire. ``scope`` is what a caller needs for a method."""
 
-    Those in ``stepped`` need no event loop: ``serve.waiting.Steps`` can run them.
-    """
-
-    def __init__(self, service: str, admission: Admission) -> None:
+    def __init__(self, service: str, admission: Admission, workers: ThreadPoolExecutor) -> None:
         self.service = service
+        self.methods: dict[str, Method] = {}
         self._admission = admission
-        self.methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        self.stepped: set[str] = set()
+        self._workers = workers
+
+    def digits(self, name: str, core: Core, method: DigitsMethod) -> None:
+        """Add a method with one answer of digits."""
+        observed = RpcMetrics(self._admission.metrics, "unary", self.service, name)
+
+        def begin(wire: Wire, raw: bytes) -> None:
+            call = self._call(wire, observed)
+            if method.heavy or len(raw) > LARGE_REQUEST_BYTES:
+                self._workers.submit(call.within, take, wire, call, raw)
+            else:
+                call.within(take, wire, call, raw)
+
+        def take(wire: Wire, call: Call, raw: bytes) -> None:
+            try:
+                call.admit("generate")
+                check_size(raw, method.bulk)
+                message = parse(method.request_type, raw)
+                request = method.to_request(message, call)
+                wire.when_left(core.begin(request, call.hold, partial(finish, wire, call, message)))
+            except Exception as error:
+                _refuse(wire, call, error)()
+
+        def finish(wire: Wire, call: Call, message: Message, result: Digits | Exception) -> Send | None:
+            if isinstance(result, Exception):
+                return call.within(_refuse, wire, call, result)
+            if method.takes_long(message, result):
+                self._workers.submit(answer_and_send, wire, call, message, result)
+                return None
+            return call.within(answer, wire, call, message, result)
+
+        def answer(wire: Wire, call: Call, message: Message, digits: Digits) -> Send:
+            try:
+                return _answer(wire, call, digits, partial(method.encode, message))
+            except Exception as error:
+                return _refuse(wire, call, error)
+
+        def answer_and_send(wire: Wire, call: Call, message: Message, digits: Digits) -> None:
+            call.within(answer, wire, call, message, digits)()
+
+        self.methods[f"/{self.service}/{name}"] = Method(begin=begin)
 
     def unary(
         self,
-        method: str,
+        name: str,
         request_type: type[RequestT],
         answer: Callable[[RequestT, Call], Awaitable[bytes]],
         scope: Scope = "generate",
-        *,
-        stepped: bool = False,
     ) -> None:
-        """Add a method with one answer."""
-        observed = RpcMetrics(self._admission.metrics, "unary", self.service, method)
-        if stepped:
-            self.stepped.add(method)
+        """Add another method with one answer."""
 
-        async def handle(raw: bytes, context: Context) -> bytes:
-            call = self._begin(observed, context)
-            try:
-                call.admit(caller_of(context), scope)
-                response = await answer(parse(request_type, raw), call)
-                call.answered()
-                self._report_load(context)
-                return response
-            except Exception as error:
-                await self._abort(context, call, error)
-                raise  # abort has raised already
-            finally:
-                call.ended()
-                call.sent()  # handed to grpcio, whose own stopping waits until it is written
+        async def run(wire: Wire, call: Call, raw: bytes | None) -> bytes:
+            assert raw is not None
+            check_size(raw, {})
+            return await answer(parse(request_type, raw), call)
 
-        self.methods[method] = grpc.unary_unary_rpc_method_handler(handle)
+        self._add("unary", name, run, scope)
 
-    def stream(
-        self,
-        method: str,
-        request_type: type[RequestT],
-        answers: Callable[[RequestT, Call], AsyncIterator[bytes]],
-        scope: Scope = "generate",
-    ) -> None:
+    def stream(self, name: str, request_type: type[RequestT], answers: Callable[[RequestT, Call], AsyncGenerator[bytes]]) -> None:
         """Add a method with a stream of answers."""
 
-        def answered(raw: bytes, call: Call) -> AsyncIterator[bytes]:
-            return answers(parse(request_type, raw), call)
+        async def run(wire: Wire, call: Call, raw: bytes | None) -> None:
+            assert raw is not None
+            check_size(raw, {})
+            await _send_all(wire, call, answers(parse(request_type, raw), call))
 
-        handle = self._streaming("server_stream", method, answered, scope)
-        self.methods[method] = grpc.unary_stream_rpc_method_handler(handle)
+        self._add("server_stream", name, run)
 
-    def bidirectional(
+    def bidirectional(self, name: str, answers: Callable[[AsyncIterator[bytes], Call], AsyncGenerator[bytes]]) -> None:
+        """Add a method with a stream of requests, given as they lie on the wire, and one of answers."""
+
+        async def run(wire: Wire, call: Call, raw: bytes | None) -> None:
+            await _send_all(wire, call, answers(wire.requests(), call))
+
+        self._add("bidi_stream", name, run)
+
+    def _add(
         self,
-        method: str,
-        answers: Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]],
+        kind: str,
+        name: str,
+        run: Callable[[Wire, Call, bytes | None], Awaitable[bytes | None]],
         scope: Scope = "generate",
     ) -> None:
-        """Add a method with a stream of requests, given as they lie on the wire, and one of answers."""
-        handle = self._streaming("bidi_stream", method, answers, scope)
-        self.methods[method] = grpc.stream_stream_rpc_method_handler(handle)
+        observed = RpcMetrics(self._admission.metrics, kind, self.service, name)
 
-    def _streaming(
-        self, kind: str, method: str, answers: Callable[[GivenT, Call], AsyncIterator[bytes]], scope: Scope
-    ) -> Callable[[GivenT, Context], AsyncIterator[bytes]]:
-        """What grpcio calls for a method whose answers are a stream."""
-        observed = RpcMetrics(self._admission.metrics, kind, self.service, method)
-
-        async def handle(given: GivenT, context: Context) -> AsyncIterator[bytes]:
-            call = self._begin(observed, context)
+        async def task(wire: Wire, raw: bytes | None) -> None:
+            call = self._call(wire, observed)
+            call.enter_log()
             try:
-                call.admit(caller_of(context), scope)
-                async for response in answers(given, call):
-                    call.check_again()  # a token may have been revoked since
-                    yield response
+                call.admit(scope)
+                message = await run(wire, call, raw)
                 call.answered()
-                self._report_load(context)
+                wire.ending(grpc.StatusCode.OK, message=message)()
+            except asyncio.CancelledError:
+                _refuse(wire, call, CallerLeftError("the caller has left, or the server has stopped"))()
+                raise
             except Exception as error:
-                await self._abort(context, call, error)
-            finally:
-                call.ended()
-                call.sent()  # handed to grpcio, whose own stopping waits until it is written
+                _refuse(wire, call, error)()
 
-        return handle
+        self.methods[f"/{self.service}/{name}"] = Method(task=task, streams_requests=kind == "bidi_stream")
 
-    async def _abort(self, context: Context, call: Call, error: Exception) -> None:
-        """End a call with the status of an error. Always raises."""
-        answer = call.failed(error)
-        trailing: tuple[tuple[str, str], ...] = ()
-        if answer.retry_after_s is not None:
-            trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
-        await context.abort(answer.code, answer.text, trailing)
-
-    def _report_load(self, context: Context) -> None:
-        if self._admission.load_reports is not None:
-            context.set_trailing_metadata(((METADATA_KEY, self._admission.load_reports.answered()),))
-
-    def _begin(self, observed: RpcMetrics, context: Context) -> Call:
-        remaining = context.time_remaining()
-        return Call(self._admission, observed, None if remaining is None else time.monotonic() + remaining)
+    def _call(self, wire: Wire, observed: RpcMetrics) -> Call:
+        remaining = wire.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        call = Call(self._admission, observed, caller_of(wire, traced=self._admission.tracing is not None), deadline)
+        wire.when_over(call.sent)
+        return call
 
 
-def caller_of(context: Context) -> Caller:
+async def _send_all(wire: Wire, call: Call, answers: AsyncGenerator[bytes]) -> None:
+    async with aclosing(answers):
+        async for answer in answers:
+            call.check_again()  # a token may have been revoked since
+            await wire.send(answer)
+
+
+def _answer(wire: Wire, call: Call, digits: Digits, encode: Callable[[Digits], bytes]) -> Send:
+    started = time.perf_counter()
+    message = encode(digits)
+    call.encoded(digits, time.perf_counter() - started)
+    call.answered()
+    return wire.ending(grpc.StatusCode.OK, message=message)
+
+
+def _refuse(wire: Wire, call: Call, error: Exception) -> Send:
+    """What sends the status of an error."""
+    answer = call.failed(error)
+    trailing: Metadata = ()
+    if answer.retry_after_s is not None:
+        trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
+    return wire.ending(answer.code, answer.text, trailing)
+
+
+def caller_of(wire: Wire, *, traced: bool = False) -> Caller:
     """Who calls, by the call's peer and metadata."""
     authorization: list[str | bytes] = []
     request_id = ""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in wire.metadata:
         if key == "authorization":
             authorization.append(value)
         elif key == REQUEST_ID_KEY and isinstance(value, str) and not request_id:
             request_id = value
-    return Caller(context.peer, authorization, request_id)
+    trace = {key: value for key, value in wire.metadata if isinstance(value, str)} if traced else {}
+    return Caller(wire.peer, authorization, request_id, trace)
 
 
 def parse(request_type: type[RequestT], raw: bytes) -> RequestT:

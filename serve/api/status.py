@@ -10,11 +10,13 @@ import grpc
 
 from serve.errors import (
     BusyError,
+    CallerLeftError,
     CallerLimitError,
     DrainingError,
     EngineError,
     ExpiredError,
     ForbiddenError,
+    OverloadedError,
     QueueFullError,
     RequestError,
     UnauthenticatedError,
@@ -38,6 +40,8 @@ STATUS: dict[type[Exception], tuple[grpc.StatusCode, int]] = {
     UnsupportedError: (Code.UNIMPLEMENTED, 501),
     QueueFullError: (Code.RESOURCE_EXHAUSTED, 429),
     CallerLimitError: (Code.RESOURCE_EXHAUSTED, 429),
+    OverloadedError: (Code.RESOURCE_EXHAUSTED, 429),
+    CallerLeftError: (Code.CANCELLED, 499),
     UnavailableError: (Code.UNAVAILABLE, 503),
     DrainingError: (Code.UNAVAILABLE, 503),
     ExpiredError: (Code.DEADLINE_EXCEEDED, 504),

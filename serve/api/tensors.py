@@ -60,8 +60,17 @@ def output_names(asked: Sequence[str]) -> list[str]:
     return names
 
 
-def to_request(model: str, version: str, tensors: Tensors, names: Sequence[str], deadline: float | None) -> DigitsRequest:
-    """The request that some tensors are. Raises RequestError naming the tensor."""
+def to_request(
+    model: str,
+    version: str,
+    tensors: Tensors,
+    names: Sequence[str],
+    *,
+    deadline: float | None,
+    size: int,
+    row_bytes: int,
+) -> DigitsRequest:
+    """The request that some tensors are; the last two as in ``DigitsRequest``. Raises RequestError naming the tensor."""
     labels = tensors.get("labels", NO_LABELS)
     if labels.ndim != 1:
         raise RequestError(f"inputs: labels must have shape [1] or [n], got {list(labels.shape)}")
@@ -74,6 +83,8 @@ def to_request(model: str, version: str, tensors: Tensors, names: Sequence[str],
         outputs=tuple(output for output in MODEL_OUTPUTS if output in names) or MODEL_OUTPUTS[:1],
         encoding="float32" if "images" in names else "uint8",
         deadline=deadline,
+        size=size,
+        row_bytes=row_bytes,
     )
 
 

@@ -1,9 +1,10 @@
-"""Dynamic batching: slots take waiting tickets, run them as a batch, and return the rows. Knows no transport and no ONNX Runtime.
+"""Dynamic batching: instances take waiting tickets, run them as a batch, and return the rows.
 
-``serve.batching.policy`` decides when a slot takes a batch and how large it is, ``serve.batching.queue`` in which order.
+Knows no transport and no ONNX Runtime. ``serve.batching.policy`` decides when an instance takes a batch and how large it is,
+``serve.batching.queue`` in which order.
 
-A failure affects only its batch: if a run raises, hangs for longer than ``watchdog_s``, or its thread dies, the callers of that
-batch fail and no others. After a hang or a dead thread the slot is replaced.
+If a run raises, the requests of that batch fail and no others. A run that hangs for longer than ``watchdog_s``, a thread that has
+ended or a lost device cannot be mended in this process: ``broken`` says so, and whoever supervises it ends the process.
 """
 
 from __future__ import annotations
@@ -12,140 +13,148 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from serve.batching.limits import Limits
+from serve.batching.instance import Engine, Instance, Observer
 from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
-from serve.batching.slot import Observer, Runner, Slot
-from serve.batching.slots import SlotPool
 from serve.batching.ticket import Arrays, Chunk, Ticket, scatter
-from serve.errors import DeviceLostError, EngineError, ExpiredError, UnavailableError
+from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
 
+ResultT = TypeVar("ResultT")
+
+TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The batcher's bounds; images, seconds."""
+
+    latent_size: int
+    labels: int  # how many there are to choose from; 0 for an unconditional model
+    max_batch_size: int
+    max_queue_images: int
+    linger_s: float
+    instances: int
+    watchdog_s: float
+
 
 class Batcher:
-    """Runs tickets through ``limits.slots`` engines made by ``make_runner``. Safe to call from any thread.
+    """Runs tickets through ``limits.instances`` engines made by ``make_engine``. Safe to call from any thread.
 
-    ``deliver`` is called from a slot's thread with tickets that are complete or have failed. Each ticket is delivered
-    exactly once, unless it was cancelled.
+    A ticket is completed exactly once: with its rows, or with an error.
     """
 
-    def __init__(
-        self,
-        limits: Limits,
-        make_runner: Callable[[], Runner],
-        deliver: Callable[[Sequence[Ticket]], None],
-        observer: Observer,
-    ) -> None:
+    def __init__(self, limits: Limits, make_engine: Callable[[], Engine], observer: Observer) -> None:
         self.limits = limits
-        self._make_runner = make_runner
-        self._deliver = deliver
         self._observer = observer
         self._lock = threading.Lock()
         self._queue = FairQueue(limits.max_queue_images, limits.max_batch_size)
-        self._slots = SlotPool(limits.slots, self._start_slot, self._fail_waiting)
-        self._idle: list[Slot] = []
-        self._lingering: Slot | None = None  # the one idle slot that waits for a batch to fill
+        self._policy = BatchPolicy(limits.linger_s, limits.max_batch_size)
+        self._instances = [
+            Instance(number, self._lock, LatentReader(limits.latent_size, limits.labels), make_engine, observer)
+            for number in range(limits.instances)
+        ]
+        self._threads: list[threading.Thread] = []
+        self._idle: list[Instance] = []
+        self._lingering: Instance | None = None  # the one idle instance that waits for a batch to fill
         self._working = 0
         self._running_images = 0
         self._busy_s = 0.0
-        self._policy = BatchPolicy(limits.linger_s, limits.max_batch_size)
         self._closed = False
-        self.device_lost: str | None = None  # why nothing can be run in this process any more
+        self.broken: str | None = None  # why this process is to be ended
 
     def start(self) -> None:
-        """Start every slot and wait until each has its engine. Raises what making an engine raised."""
+        """Start every instance and wait until each has its engine. Raises what making an engine raised."""
+        for instance in self._instances:
+            instance.start(self)
+            self._threads.append(instance.thread)
         try:
-            self._slots.start()
+            for instance in self._instances:
+                instance.wait_started()
         except BaseException:
             self.close()
             raise
 
     def submit(self, ticket: Ticket) -> None:
-        """Queue a ticket, unless it is cancelled. Raises QueueFullError or UnavailableError; then nothing was queued."""
+        """Queue a ticket, unless it has failed already. Raises QueueFullError or UnavailableError; then nothing was queued."""
         ticket.queued_at = now = time.monotonic()
         with self._lock:
-            if ticket.cancelled:  # by another thread, just now
+            if ticket.error is not None:  # cancelled by another thread, just now
                 return
-            if self._closed:
-                raise UnavailableError("the model is being released")
-            if not self._slots.live or self.device_lost:
-                raise UnavailableError("the model has no working slot")
-            self._queue.push(ticket, self._policy.seconds_per_image / len(self._slots.live))
-            self._wake_a_slot(now)
+            if self._closed or self.broken:
+                raise UnavailableError(self.broken or "the model is being released")
+            self._queue.push(ticket, self._policy.seconds_per_image / len(self._instances))
+            self._wake_an_instance(now)
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """The caller left: waiting rows are dropped, running ones are thrown away when they come back.
-
-        False when it was too late: the ticket has been delivered, or is about to be.
-        """
+    def cancel(self, ticket: Ticket) -> None:
+        """The caller has left: waiting rows are dropped, running ones are thrown away when they come back."""
         with self._lock:
-            if ticket.dead or ticket.done == ticket.span.count:
-                return False
-            ticket.cancelled = True
+            if ticket.error is not None or ticket.done == ticket.span.count:
+                return
+            ticket.error = CallerLeftError("the caller has left")
             dropped = self._queue.discard(ticket)
-            self._wake_a_slot(time.monotonic())  # for what has waited for the room
+            self._wake_an_instance(time.monotonic())  # for what has waited for the room
         if dropped:
             self._observer.dropped(dropped, "cancelled")
-        return True
+        complete((ticket,))
 
     def cut_off(self) -> int:
         """Fail what waits and what runs; returns how many tickets those were."""
         with self._lock:
-            running = [chunk.ticket for slot in self._slots.live for chunk in slot.batch]
+            running = [chunk.ticket for instance in self._instances for chunk in instance.batch]
             failed = self._fail([*self._queue.tickets(), *running], UnavailableError("the server stopped first"), "drain")
-        self._deliver(failed)
+        complete(failed)
         return len(failed)
 
     def close(self, timeout_s: float = 0.0) -> int:
-        """Let the slots end after their running batch; waiting tickets fail. Returns how many did not end in time."""
-        self._slots.close()
+        """Let the instances end after their running batch; waiting tickets fail. Returns how many did not end in time.
+
+        A thread that is inside a model's native code when the interpreter ends takes the process down with it.
+        """
         with self._lock:
             self._closed = True
             failed = self._fail(self._queue.tickets(), UnavailableError("the model is being released"), "drain")
-            for slot in self._slots.live:
-                slot.wake.notify()
-        self._deliver(failed)
-        stuck = self._slots.join(timeout_s)
-        # The pool and this object hold each other: without these two lines the engine would live until a garbage collection.
-        self._make_runner = _no_runner
-        self._slots.live.clear()
+            for instance in self._instances:
+                instance.wake.notify()
+        complete(failed)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = sum(thread.is_alive() for thread in self._threads)
+        # Instances and this object hold each other: without this line the engines would live until a garbage collection.
+        self._instances = []
         return stuck
 
-    def check_stalled(self) -> None:
-        """Evict slots that have run one batch for longer than ``watchdog_s``, and replace them."""
-        now = time.monotonic()
+    def watch(self, seen_s: float) -> None:
+        """Fail an instance that has run one batch for longer than ``watchdog_s``.
+
+        ``seen_s``: the time since the last call, as far as the process was running: while it is stopped nothing hangs.
+        """
         with self._lock:
-            stalled = self._slots.busy_since_before(now - self.limits.watchdog_s)
-        for slot in stalled:
-            log.error("slot %d has run one batch for over %g s: evicted", slot.number, self.limits.watchdog_s)
-            self.evict(slot, EngineError("a run of the model hung"), "hung")
+            busy = [instance for instance in self._instances if instance.busy_since is not None]
+            for instance in busy:
+                instance.watched_s += seen_s
+            hung = [instance for instance in busy if instance.watched_s > self.limits.watchdog_s]
+        for instance in hung:
+            self.fail(instance, "hung", f"a run of the model has taken more than {self.limits.watchdog_s:g} s")
 
     @property
-    def quiet(self) -> bool:
-        """Whether nothing waits and nothing runs."""
-        with self._lock:  # a batch is for a moment neither
-            return not self._queue.images and not self._running_images
-
-    @property
-    def live_slots(self) -> int:
-        return len(self._slots.live)
-
-    @property
-    def busy_slots(self) -> int:
+    def busy_instances(self) -> int:
         return self._working
+
+    @property
+    def live_instances(self) -> int:
+        return len(self._instances)
 
     @property
     def busy_s(self) -> float:
         """What ended runs have taken since the start, assembly included, in seconds."""
         return self._busy_s
-
-    @property
-    def without_slots_s(self) -> float:
-        """How long no slot has been able to run a batch, in seconds; 0 while one is."""
-        return self._slots.empty_s
 
     @property
     def queued_images(self) -> int:
@@ -155,116 +164,96 @@ class Batcher:
     def running_images(self) -> int:
         return self._running_images
 
-    # What the slots call.
+    # What the instances call.
 
-    def add(self, slot: Slot) -> None:
-        """A slot has its engine and can take batches."""
-        with self._lock:
-            self._slots.add(slot)
-
-    def next_batch(self, slot: Slot) -> list[Chunk] | None:
-        """Wait for work. None when the batcher is closed or this slot has been evicted."""
+    def next_batch(self, instance: Instance) -> list[Chunk] | None:
+        """Wait for work. None when the batcher is closed or this instance has been given up."""
         while True:
             expired: list[Ticket] = []
             with self._lock:
-                now = self._wait_for_work(slot)
-                if slot.evicted or (self._closed and not self._queue.images):
+                now = self._wait_for_work(instance)
+                if instance not in self._instances or (self._closed and not self._queue.images):
                     return None
-                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._slots.live) - self._working), now)
+                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._instances) - self._working), now)
                 if late:
-                    error = ExpiredError("the deadline passed while the request waited")
-                    expired = self._fail(late, error, "expired")
+                    expired = self._fail(late, ExpiredError("the deadline passed while the request waited"), "expired")
                 if chunks:
-                    slot.batch = chunks
-                    slot.busy_since = now
+                    instance.batch, instance.busy_since, instance.watched_s = chunks, now, 0.0
                     self._working += 1
                     for ticket, first, count in chunks:
                         self._running_images += count
                         if first == 0:
                             ticket.queue_seconds = now - ticket.queued_at
-                self._wake_a_slot(now)
+                self._wake_an_instance(now)
             if expired:
-                self._deliver(expired)
+                complete(expired)
             if chunks:
                 return chunks
 
-    def end_batch(self, slot: Slot, rows: Arrays | None, compute_s: float) -> None:
-        """Scatter a batch's rows to its tickets (None: the run failed) and deliver those that are complete."""
-        finished: list[Ticket] = []
+    def end_batch(self, instance: Instance, rows: Arrays | None, compute_s: float) -> None:
+        """Scatter a batch's rows to its tickets (None: the run failed) and complete those that have all of theirs."""
         with self._lock:
-            if slot.evicted:  # evicted meanwhile: its tickets have been answered
+            if instance not in self._instances:  # given up meanwhile: its tickets have been failed
                 return
-            chunks, now = slot.batch, time.monotonic()
-            if slot.busy_since is not None:
-                self._busy_s += now - slot.busy_since
-            images = self._release(slot)
+            chunks, now = instance.batch, time.monotonic()
+            if instance.busy_since is not None:
+                self._busy_s += now - instance.busy_since
+            images = self._release(instance)
             self._policy.note_batch(len(chunks), now)
             if rows is None:
-                tickets = [chunk.ticket for chunk in chunks]
-                finished = self._fail(tickets, EngineError("a run of the model failed"), "failed")
+                finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
             else:
                 finished = scatter(chunks, rows, compute_s)
                 self._policy.note_run(images, compute_s)
-                self._slots.note_success()
         if finished:
-            self._deliver(finished)
+            complete(finished)
 
-    def evict(self, slot: Slot, error: EngineError, reason: str) -> None:
-        """Evict a slot: the callers of its batch fail, and another slot takes its place."""
+    def fail(self, instance: Instance, reason: str, why: str) -> None:
+        """Give an instance up: the tickets of its batch fail, and the process is to be ended."""
         with self._lock:
-            if slot.evicted or slot not in self._slots.live:
+            if instance not in self._instances:
                 return
-            slot.evicted = True
-            self._slots.remove(slot)
-            failed = self._fail([chunk.ticket for chunk in slot.batch], error, "failed")
-            if slot.busy_since is not None:
-                self._release(slot)
-            self._wake_a_slot(time.monotonic())
+            self._instances.remove(instance)
+            self.broken = self.broken or why
+            failed = self._fail([chunk.ticket for chunk in instance.batch], EngineError(why), "failed")
+            if instance.busy_since is not None:
+                self._release(instance)
+            if not self._instances:
+                failed += self._fail(self._queue.tickets(), UnavailableError(why), "failed")
+            self._wake_an_instance(time.monotonic())
+        log.critical("%s; the process is to be ended and started again", why)
         self._observer.failed(reason)
-        self._deliver(failed)
-        self._slots.replace()
+        complete(failed)
 
     def lose_device(self, error: DeviceLostError) -> None:
-        """The device has failed, and with it every run to come: callers that wait are told so now."""
+        """The device has failed, and with it every run to come: what waits is told so now."""
+        log.critical("%s; the process is to be ended and started again", error)
         with self._lock:
-            self.device_lost = str(error)
-        self._fail_waiting()
-
-    # What the pool calls.
-
-    def _fail_waiting(self) -> None:
-        """There is no slot, and there may be none for a while."""
-        with self._lock:
-            failed = self._fail(self._queue.tickets(), UnavailableError("the model has no working slot"), "failed")
-        self._deliver(failed)
-
-    def _start_slot(self, number: int) -> Slot:
-        reader = LatentReader(self.limits.latent_size, self.limits.labels)
-        slot = Slot(number, self._lock, reader, self._make_runner, self._observer)
-        slot.start(self)
-        return slot
+            self.broken = str(error)
+            failed = self._fail(self._queue.tickets(), UnavailableError(self.broken), "failed")
+        complete(failed)
 
     # All below: the lock is held.
 
-    def _wait_for_work(self, slot: Slot) -> float:
-        """Wait until there is a batch for this slot, or it is evicted, or the batcher is closed. Returns the time."""
+    def _wait_for_work(self, instance: Instance) -> float:
+        """Wait until there is a batch for this instance, or it is given up, or the batcher is closed. Returns the time."""
         while True:
             now = time.monotonic()
-            if slot.evicted or self._closed:
+            if self._closed or instance not in self._instances:
                 return now
             wait_s = self._policy.left_s(self._queue, self._working, now)
             if wait_s is not None and wait_s <= 0:
                 return now
             if wait_s is not None and self._lingering is None:
-                self._lingering = slot
-            self._idle.append(slot)
-            slot.wake.wait(wait_s if self._lingering is slot else None)
-            self._idle.remove(slot)
-            if self._lingering is slot:
+                self._lingering = instance
+            self._idle.append(instance)
+            instance.wake.wait(wait_s if self._lingering is instance else None)
+            self._idle.remove(instance)
+            if self._lingering is instance:
                 self._lingering = None
 
-    def _wake_a_slot(self, now: float) -> None:
-        """Wake a slot if there may be something for it to do, or to linger for."""
+    def _wake_an_instance(self, now: float) -> None:
+        """Wake an instance if there may be something for it to do, or to linger for."""
         if not self._queue.images:
             return
         if self._lingering is None:
@@ -273,18 +262,17 @@ class Batcher:
         elif self._policy.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
-    def _release(self, slot: Slot) -> int:
-        """Take a slot's batch from it; returns its images."""
-        images = sum(chunk.count for chunk in slot.batch)
+    def _release(self, instance: Instance) -> int:
+        """Take an instance's batch from it; returns its images."""
+        images = sum(chunk.count for chunk in instance.batch)
         self._running_images -= images
         self._working -= 1
-        slot.batch = []
-        slot.busy_since = None
+        instance.batch, instance.busy_since = [], None
         return images
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
-        """Mark tickets failed and drop their waiting rows; returns those that were not dead already."""
-        failed = [ticket for ticket in dict.fromkeys(tickets) if not ticket.dead]
+        """Mark tickets failed and drop their waiting rows; returns those that had not failed already."""
+        failed = [ticket for ticket in dict.fromkeys(tickets) if ticket.error is None]
         for ticket in failed:
             ticket.error = error
             if dropped := self._queue.discard(ticket):
@@ -292,5 +280,23 @@ class Batcher:
         return failed
 
 
-def _no_runner() -> Runner:
-    raise UnavailableError("the model has been released")
+def complete(tickets: Sequence[Ticket]) -> None:
+    """Complete tickets: first all answers of a group are made, then all are sent.
+
+    By turns they cost half as much again (docs/decisions/0013-completion-queue.md): what is done once in a while is not in the
+    processor's caches, and each sending lets another thread have the interpreter.
+    """
+    for first in range(0, len(tickets), TOGETHER):
+        sends = [attempt(ticket.complete) for ticket in tickets[first : first + TOGETHER]]
+        for send in sends:
+            if send is not None:
+                attempt(send)
+
+
+def attempt(function: Callable[[], ResultT]) -> ResultT | None:
+    """Call the function. What it raises is logged and no concern of the other requests'."""
+    try:
+        return function()
+    except Exception:
+        log.exception("an answer could not be made or sent")
+        return None

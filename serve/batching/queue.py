@@ -14,7 +14,6 @@ wait for room, it waits in a line before the queue and is not counted.
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from itertools import count as counter
 from typing import Any
 
@@ -35,7 +34,7 @@ class _Level:
         self.tickets = 0
         self.images = 0
         self.dead = 0
-        self.no_room: deque[Ticket] = deque()  # not in the heap, and not counted
+        self.no_room: dict[Ticket, None] = {}  # in order of arrival; not in the heap, and not counted
 
     def sweep(self) -> None:
         """Drop the entries of tickets that left, once they are the larger part."""
@@ -51,7 +50,7 @@ class FairQueue:
     def __init__(self, max_images: int, max_batch_size: int) -> None:
         self.max_images = max_images
         self.images = 0
-        self.callers = 0  # tickets that wait
+        self.waiting = 0  # tickets in the queue
         self.waiting_since = 0.0  # when the oldest of what waits was queued, or earlier; time.monotonic()
         self._quantum = max_batch_size
         self._levels = [_Level() for _ in Priority]
@@ -61,7 +60,7 @@ class FairQueue:
     @property
     def lone(self) -> Ticket | None:
         """The only ticket that waits, if there is no other."""
-        return self.tickets()[0] if self.callers == 1 else None
+        return self.tickets()[0] if self.waiting == 1 else None
 
     def push(self, ticket: Ticket, seconds_per_image: float = 0.0) -> None:
         """Queue a new ticket, or let it wait for room. Raises QueueFullError, which says when to return, when it may not."""
@@ -69,7 +68,7 @@ class FairQueue:
         if self._fits(level, ticket) and not (ticket.waits_for_room and level.no_room):
             self._push(level, ticket)
         elif ticket.waits_for_room:
-            level.no_room.append(ticket)
+            level.no_room[ticket] = None
         else:
             text = f"queue is full: {level.images} of {self.max_images} images wait, {ticket.span.count} more do not fit"
             raise QueueFullError(text, max(LEAST_RETRY_S, self.images * seconds_per_image))
@@ -83,8 +82,8 @@ class FairQueue:
             self._leave(level, ticket, dropped)
             level.dead += 1
             level.sweep()
-        elif ticket in level.no_room:
-            level.no_room.remove(ticket)
+        else:
+            level.no_room.pop(ticket, None)
         self._admit()
         return dropped
 
@@ -120,15 +119,16 @@ class FairQueue:
     def _admit(self) -> None:
         """Queue what has waited for room, as far as there is room now."""
         for level in self._levels:
-            while level.no_room and self._fits(level, level.no_room[0]):
-                self._push(level, level.no_room.popleft())
+            while level.no_room and self._fits(level, ticket := next(iter(level.no_room))):
+                del level.no_room[ticket]
+                self._push(level, ticket)
 
     def _push(self, level: _Level, ticket: Ticket) -> None:
         if not self.images:
             self.waiting_since = ticket.queued_at
         count = ticket.span.count
         self.images += count
-        self.callers += 1
+        self.waiting += 1
         level.images += count
         level.tickets += 1
         ticket.tag = level.virtual - max(0, self._quantum - count)
@@ -169,4 +169,4 @@ class FairQueue:
         self.images -= images
         level.images -= images
         level.tickets -= 1
-        self.callers -= 1
+        self.waiting -= 1

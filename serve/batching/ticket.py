@@ -1,8 +1,8 @@
-"""Tickets, the callers' requests in the batcher; chunks, their shares of a batch; and parts, the rows that came back."""
+"""Tickets, the requests in the batcher; chunks, their shares of a batch; and parts, the rows that came back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from serve.latents import Span
 
 Arrays = Mapping[str, NDArray[Any]]
+Send = Callable[[], object]
 
 
 class Priority(IntEnum):
@@ -29,21 +30,24 @@ class Part(NamedTuple):
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """One caller's request on its way through the batcher, and what came of it. ``caller`` is for whoever delivers it."""
+    """One request on its way through the batcher, and what came of it.
+
+    ``completion`` is called once, in any thread, when the rows are there or ``error`` says why not. It returns what sends the
+    answer, to be called after the other answers of its batch have been made, or None.
+    """
 
     span: Span
     outputs: Sequence[str]
     priority: Priority
     deadline: float | None  # time.monotonic() after which nobody wants it
-    caller: Any = None
+    completion: Callable[[Ticket], Send | None] | None = None
     waits_for_room: bool = False  # for a place in a full queue, instead of being refused
     queued_at: float = 0.0
     tag: float = 0.0  # virtual time at which its next chunk would start
     entry: list[Any] | None = None  # its place in a heap
-    taken: int = 0  # rows handed to a slot
+    taken: int = 0  # rows handed to an instance
     done: int = 0  # rows come back
     error: Exception | None = None
-    cancelled: bool = False
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
     parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
@@ -53,9 +57,10 @@ class Ticket(msgspec.Struct, eq=False):
         """Rows not yet handed out."""
         return self.span.count - self.taken
 
-    @property
-    def dead(self) -> bool:
-        return self.cancelled or self.error is not None
+    def complete(self) -> Send | None:
+        """Call the completion. It is dropped before: it may hold this ticket, which would live until a garbage collection."""
+        completion, self.completion = self.completion, None
+        return completion(self) if completion is not None else None
 
 
 class Chunk(NamedTuple):
@@ -72,7 +77,7 @@ def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Tic
     offset = 0
     for ticket, first, count in chunks:
         begin, offset = offset, offset + count
-        if ticket.dead:
+        if ticket.error is not None:
             continue
         ticket.parts.append(Part(first, {name: array[begin:offset] for name, array in rows.items()}))
         ticket.compute_seconds += compute_s

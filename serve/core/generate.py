@@ -1,4 +1,4 @@
-"""Answers a request: find the model, check, count against the caller's limit, run, return. Knows no transport."""
+"""Answers a request: find the model, check, hold what it takes up, run, return. Knows no protocol and no port."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import hashlib
 import math
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.access.identity import Account
-from serve.batching.ticket import Ticket
-from serve.core.request import Addresses, Digits, DigitsRequest, Latents
+from serve.background import settle
+from serve.batching.ticket import Send, Ticket
+from serve.core.request import Addresses, Digits, DigitsRequest, Holder, Interpolation, Latents
 from serve.errors import RequestError
 from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
 from serve.models.catalog import Catalog
@@ -25,6 +26,9 @@ from serve.models.model import Model, ordered
 DEFAULT_CHUNK = 256
 LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
+MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
+
+Completed = Callable[[Digits | Exception], Send | None]
 
 
 class Core:
@@ -40,21 +44,48 @@ class Core:
         """The most images in one answer to such a request."""
         return self.max_count_float32 if "images" in request.outputs else self.max_count
 
-    async def generate(self, request: DigitsRequest, account: Account) -> Digits:
-        """Answer a request at once."""
-        model, span = self._begin(request)
+    def begin(self, request: DigitsRequest, holder: Holder, completed: Completed) -> Callable[[], None]:
+        """Begin to answer a request; returns what gives it up.
+
+        ``completed`` is called once, with the digits or what went wrong, from the thread of the instance that ran the last of
+        them; it returns what sends the answer, or None. If this raises, it is not called.
+        """
+        model, rows, count = self._enter(request)
         try:
             most = self.most(request)
-            if not 1 <= span.count <= most:
-                raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {span.count}")
-            span = _labelled(span, request.labels, model)
-            with account.hold(span.count):
-                ticket = await model.run(span, request.outputs, request.priority, request.deadline)
-            return _digits(model, ticket, request)
-        finally:
-            model.in_use.leave()
+            if not 1 <= count <= most:
+                raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}")
+            labels = _checked_labels(request.labels, model, count)
+            holder.take(count, request.size + count * request.row_bytes)
+            ticket = Ticket(_span(rows, model, labels), request.outputs, request.priority, request.deadline)
 
-    async def stream(self, request: DigitsRequest, chunk: int, account: Account) -> AsyncIterator[Digits]:
+            def complete(ticket: Ticket) -> Send | None:
+                model.in_use.leave()
+                return completed(ticket.error or _digits(model, ticket, request))
+
+            ticket.completion = complete
+            model.submit(ticket)
+        except BaseException:
+            model.in_use.leave()
+            raise
+        return partial(model.batcher.cancel, ticket)
+
+    async def generate(self, request: DigitsRequest, holder: Holder) -> Digits:
+        """As ``begin``, awaited on the event loop; given up when the waiter is cancelled."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Digits] = loop.create_future()
+
+        def completed(result: Digits | Exception) -> None:
+            loop.call_soon_threadsafe(settle, ended, result)
+
+        give_up = self.begin(request, holder, completed)
+        try:
+            return await ended
+        except asyncio.CancelledError:
+            give_up()
+            raise
+
+    async def stream(self, request: DigitsRequest, chunk: int, holder: Holder) -> AsyncGenerator[Digits]:
         """Answer a request for any number of addresses, ``chunk`` rows at a time (0: as many as is usual), in order.
 
         The digit at index i has ``labels[i % n]``. A few chunks are under way at once; they wait for room in a full queue.
@@ -63,66 +94,73 @@ class Core:
         chunk = chunk or min(DEFAULT_CHUNK, most)
         if chunk > most:
             raise RequestError(f"chunk must be from 1 to {most} for {request.encoding}, got {chunk}")
+        if len(request.labels) > MOST_STREAM_LABELS:
+            raise RequestError(f"labels must have at most {MOST_STREAM_LABELS} entries in a stream, got {len(request.labels)}")
         ahead = 1 + CHUNKS_AHEAD
-        if account.images_limit:
-            ahead = min(ahead, account.images_limit // chunk or 1)
+        if holder.images_limit:
+            ahead = min(ahead, holder.images_limit // chunk or 1)
         under_way: deque[asyncio.Task[Ticket]] = deque()
-        model, whole = self._begin(request)
+        model, rows, count = self._enter(request)
         try:
-            if whole.count < 1:
+            if count < 1:
                 raise RequestError("count must be 1 or more, got 0")
             labels = _checked_labels(request.labels, model)
-            with account.hold(min(whole.count, ahead * chunk)):
-                given = 0
-                while given < whole.count or under_way:
-                    while given < whole.count and len(under_way) < ahead:
-                        part = whole.part(given, min(chunk, whole.count - given))
-                        given += part.count
-                        if labels is not None:
-                            part = msgspec.structs.replace(part, labels=in_turn(labels, part.start, part.count))
-                        run = model.run(part, request.outputs, request.priority, request.deadline, waits_for_room=True)
-                        under_way.append(asyncio.ensure_future(run))
-                    ticket = await under_way.popleft()
-                    yield _digits(model, ticket, request)
+            held = min(count, ahead * chunk)
+            holder.take(held, request.size + held * request.row_bytes)
+            whole = _span(rows, model, None)
+            given = 0
+            while given < count or under_way:
+                while given < count and len(under_way) < ahead:
+                    part = whole.part(given, min(chunk, count - given))
+                    given += part.count
+                    if labels is not None:
+                        part = msgspec.structs.replace(part, labels=in_turn(labels, part.start, part.count))
+                    ticket = Ticket(part, request.outputs, request.priority, request.deadline, waits_for_room=True)
+                    under_way.append(asyncio.ensure_future(model.run(ticket)))
+                yield _digits(model, await under_way.popleft(), request)
         finally:
             for task in under_way:
                 task.cancel()
             model.in_use.leave()
 
-    def _begin(self, request: DigitsRequest) -> tuple[Model, Span]:
-        """The model that answers, in use from here on, and the rows in its terms."""
-        while True:
-            model, span = self._resolve(request)
-            if model.in_use.enter():
-                return model, span
-            # It has been retired just now: another answers, or it is not served any more.
-
-    def _resolve(self, request: DigitsRequest) -> tuple[Model, Span]:
-        rows, find = request.rows, self.catalog.find
+    def _enter(self, request: DigitsRequest) -> tuple[Model, Addresses | Latents | Interpolation, int]:
+        """The model that answers, in use from here on, the rows with their seed, and how many there are."""
+        rows = request.rows
         if isinstance(rows, Addresses):
-            span = _addressed(rows.seed, rows.start, rows.count, rows.truncation)
-            return find(request.model, request.version, lambda: span.seed), span
+            seed = secrets.randbits(64) if rows.seed is None else rows.seed
+            rows, count = Addresses(seed, rows.start, rows.count, rows.truncation), rows.count
+            _check_range(rows.start, count, rows.truncation)
+        elif isinstance(rows, Interpolation):
+            seed, count = rows.begin[0], rows.steps
+            if not 2 <= count <= self.most(request):
+                raise RequestError(f"steps must be from 2 to {self.most(request)} for {request.encoding}, got {count}")
+            for _, index in (rows.begin, rows.end):
+                _check_range(index, 1, rows.truncation)
+        else:
+            seed, count = None, 0
+        while True:
+            model = self.catalog.find(request.model, request.version, lambda: _digest_seed(rows) if seed is None else seed)
+            if model.in_use.enter():
+                break  # else it has been retired just now: another answers, or it is not served any more
         if isinstance(rows, Latents):
-            model = find(request.model, request.version, lambda: _digest_seed(rows.values))
-            return model, _explicit(rows, model)
-        if not 2 <= rows.steps <= self.most(request):
-            raise RequestError(f"steps must be from 2 to {self.most(request)} for {request.encoding}, got {rows.steps}")
-        begin, end = (_addressed(seed, index, 1, rows.truncation) for seed, index in (rows.begin, rows.end))
-        model = find(request.model, request.version, lambda: begin.seed)
-        return model, _between(begin, end, rows.steps, model)
+            try:
+                count = _latents_count(rows, model)
+            except RequestError:
+                model.in_use.leave()
+                raise
+        return model, rows, count
 
 
-def _addressed(seed: int | None, start: int, count: int, truncation: float) -> Span:
-    """Rows of a seed's stream. Raises RequestError when they reach beyond its end or are truncated to nothing."""
+def _check_range(start: int, count: int, truncation: float) -> None:
+    """Raises RequestError for rows that reach beyond a stream's end or are truncated to nothing."""
     if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
         raise RequestError(f"start + count must be at most 2^63, got {start} + {count}")
     if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
         raise RequestError(f"truncation must be {LEAST_TRUNCATION} or more, or 0 for none, got {truncation:g}")
-    return Span(secrets.randbits(64) if seed is None else seed, start, count, truncation=truncation)
 
 
-def _explicit(rows: Latents, model: Model) -> Span:
-    """The caller's own rows. Raises RequestError for a shape that the model does not take, or values that are not finite."""
+def _latents_count(rows: Latents, model: Model) -> int:
+    """How many rows the caller's own latents are. Raises RequestError for a shape that the model does not take."""
     values, size = rows.values, model.manifest.latent_size
     if values.ndim == 1:
         count, rest = divmod(len(values), size)
@@ -132,56 +170,63 @@ def _explicit(rows: Latents, model: Model) -> Span:
             )
         if rows.count not in (0, count):
             raise RequestError(f"count is {rows.count}, but latents holds {count} rows; leave count at 0")
-        values = values.reshape(count, size)
+        return count
     if values.ndim != 2 or values.shape[1] != size:
         raise RequestError(f"latents must have shape [n, {size}], got {list(values.shape)}")
+    return len(values)
+
+
+def _span(rows: Addresses | Latents | Interpolation, model: Model, labels: NDArray[np.int64] | None) -> Span:
+    """The rows in the batcher's terms, with a request's labels if it has any. Raises RequestError."""
+    if isinstance(rows, Addresses):
+        assert rows.seed is not None
+        return Span(rows.seed, rows.start, rows.count, labels=labels, truncation=rows.truncation)
+    if isinstance(rows, Interpolation):
+        return _between(rows, model, labels)
+    values = rows.values.reshape(-1, model.manifest.latent_size)
     finite = np.isfinite(values)
     if not finite.all():
         row, value = np.argwhere(~finite)[0]
         raise RequestError(f"latents must be finite, but row {row} value {value} is {values[row, value]}")
-    return Span(0, 0, len(values), values.astype(np.float32, copy=False))
+    if labels is None and model.manifest.labels:
+        raise RequestError("labels are needed with latents: only an address has labels of its own")
+    return Span(0, 0, len(values), values.astype(np.float32, copy=False), labels)
 
 
-def _between(begin: Span, end: Span, steps: int, model: Model) -> Span:
-    """``steps`` rows from the first row of ``begin`` to that of ``end``, each with the label of the nearer."""
-    shape = (model.manifest.latent_size, model.manifest.labels)
-    (row,), first = draw_span(begin, *shape)
-    (last_row,), last = draw_span(end, *shape)
-    labels = None
-    if first is not None and last is not None:
+def _between(rows: Interpolation, model: Model, labels: NDArray[np.int64] | None) -> Span:
+    """The rows on the arc, each with the label of the nearer end unless there are ``labels``."""
+    shape, steps = (model.manifest.latent_size, model.manifest.labels), rows.steps
+    ends = [Span(seed, index, 1, truncation=rows.truncation) for seed, index in (rows.begin, rows.end)]
+    ((row,), first), ((last_row,), last) = (draw_span(end, *shape) for end in ends)
+    if labels is None and first is not None and last is not None:
         labels = np.repeat(np.concatenate((first, last)), (steps - steps // 2, steps // 2))
     return Span(0, 0, steps, slerp(row, last_row, steps), labels)
 
 
-def _digest_seed(latents: NDArray[np.float32]) -> int:
+def _digest_seed(rows: Addresses | Latents | Interpolation) -> int:
     """What stands for the seed of explicit latents where traffic is split by seed: the same latents, the same version."""
-    return int.from_bytes(hashlib.blake2b(latents.tobytes(), digest_size=8).digest(), "little")
+    assert isinstance(rows, Latents)
+    return int.from_bytes(hashlib.blake2b(rows.values.tobytes(), digest_size=8).digest(), "little")
 
 
-def _checked_labels(labels: Sequence[int] | NDArray[np.int64], model: Model) -> NDArray[np.int64] | None:
-    """A request's labels as int64, None if it gives none. Raises RequestError for what the model cannot be asked for."""
-    if not len(labels):
+def _checked_labels(labels: Sequence[int] | NDArray[np.int64], model: Model, count: int = 0) -> NDArray[np.int64] | None:
+    """A request's labels as int64, None if it gives none; with a ``count``, one for each of so many rows.
+
+    Raises RequestError for what the model cannot be asked for.
+    """
+    given = len(labels)
+    if not given:
         return None
     manifest = model.manifest
     name = f"model {manifest.name}/{manifest.version}"
     if not manifest.labels:
         raise RequestError(f"{name} is unconditional and takes no labels; ask a conditional model, as GetModel tells")
+    if count and given not in (1, count):
+        raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each")
     numbers = np.asarray(labels)
     if odd := numbers[(numbers < 0) | (numbers >= manifest.labels)].tolist():
         raise RequestError(f"labels must be from 0 to {manifest.labels - 1} for {name}, got {odd[0]}")
-    return numbers.astype(np.int64)
-
-
-def _labelled(span: Span, labels: Sequence[int] | NDArray[np.int64], model: Model) -> Span:
-    """The span with a request's labels, one for all or one for each of its rows. Raises RequestError."""
-    chosen = _checked_labels(labels, model)
-    if chosen is None:
-        if span.explicit is not None and span.labels is None and model.manifest.labels:
-            raise RequestError("labels are needed with latents: only an address has labels of its own")
-        return span
-    if len(chosen) not in (1, span.count):
-        raise RequestError(f"labels has {len(chosen)} entries for {span.count} digits; give one for all, or one for each")
-    return msgspec.structs.replace(span, labels=np.broadcast_to(chosen, span.count))
+    return np.broadcast_to(numbers.astype(np.int64), count or given)
 
 
 def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:

@@ -1,8 +1,9 @@
-"""The two records of the core: a request, whichever transport it came by, and its result."""
+"""The records of the core: a request, whichever protocol it came by, its result, and who holds what it takes up."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -41,7 +42,10 @@ class Interpolation(msgspec.Struct, frozen=True, eq=False):
 
 
 class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
-    """One request. ``encoding`` is what the transport will make of the rows: for limits, metrics and error texts."""
+    """One request. ``encoding`` is what the protocol will make of the rows: for limits, metrics and error texts.
+
+    ``size`` and ``row_bytes`` are what it holds in memory until its answer has been sent: for itself, and for each row.
+    """
 
     rows: Addresses | Latents | Interpolation
     model: str = ""  # the default model
@@ -51,6 +55,8 @@ class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     encoding: str = "uint8"
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None = None  # on time.monotonic()
+    size: int = 0
+    row_bytes: int = 0
 
 
 class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
@@ -72,3 +78,16 @@ class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     def joined_pixels(self) -> NDArray[np.uint8]:
         """The pixels as one array (count, 28, 28)."""
         return np.concatenate(self.pixels)
+
+
+class Holder(Protocol):
+    """The call that a request belongs to (``serve.access.budget.Hold``): what it holds is given back once its answer is sent."""
+
+    @property
+    def images_limit(self) -> int:
+        """Of its caller, in flight; 0: none."""
+        ...
+
+    def take(self, images: int, size: int) -> None:
+        """Hold so many images and bytes. Raises CallerLimitError or OverloadedError."""
+        ...

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching.batcher import Batcher
-from serve.batching.limits import Limits
-from serve.batching.slot import Runner
+from serve.background import settle, until
+from serve.batching.batcher import Batcher, Limits
+from serve.batching.instance import Engine
 from serve.batching.ticket import Priority, Ticket
-from serve.engine.cores import usable_cores
 from serve.engine.factory import make_engine
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
@@ -24,8 +24,8 @@ from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
+from serve.resources import usable_cores
 from serve.settings import Settings, parse_cuda_options
-from serve.waiting import RefCount, deferred, done, until
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +33,33 @@ log = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZES: Mapping[Provider, int] = {"cpu": 16, "cuda": 1024}
 # One uploads the next batch while the other computes: 12 % more dcgan digits from an H100 than by one.
 CUDA_INSTANCES = 2
-JOIN_S = 5.0  # for a slot's running batch to end
-TOGETHER = 64  # callers whose answers are sent together: the first of a large batch is not to wait for the last
+JOIN_S = 5.0  # for an instance's running batch to end
 
 
-class _Run:
-    """A ticket's way through the batcher, for ``done`` to wait for."""
+class RefCount:
+    """Counts the calls that use something: until the last has left it is not to be released."""
 
-    __slots__ = ("_batcher", "_ticket")
+    def __init__(self) -> None:
+        self.calls = 0
+        self._closed = False
+        self._lock = threading.Lock()
 
-    def __init__(self, batcher: Batcher, ticket: Ticket) -> None:
-        self._batcher = batcher
-        self._ticket = ticket
+    def enter(self) -> bool:
+        """Count a call. False when it is closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self.calls += 1
+            return True
 
-    def begin(self, ended: Callable[[], object]) -> None:
-        self._ticket.caller = ended
-        self._batcher.submit(self._ticket)
+    def leave(self) -> None:
+        with self._lock:
+            self.calls -= 1
 
-    def cancel(self) -> bool:
-        return self._batcher.cancel(self._ticket)
+    def close(self) -> None:
+        """Let no more calls in."""
+        with self._lock:
+            self._closed = True
 
 
 class Model:
@@ -69,15 +77,15 @@ class Model:
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
-        return not self.breached and self.batcher.live_slots > 0 and self.batcher.device_lost is None
+        return not self.breached and self.batcher.broken is None
 
     async def release(self, timeout_s: float) -> int:
-        """Let the calls under way finish, then end the slots. Returns how many requests the timeout cut off."""
+        """Let the calls under way finish, then end the instances. Returns how many requests the timeout cut off."""
         self.in_use.close()
-        await until(lambda: not self.in_use.calls and self.batcher.quiet, time.monotonic() + timeout_s)
+        await until(lambda: not self.in_use.calls, time.monotonic() + timeout_s)
         cut_off = self.batcher.cut_off()
         if stuck := await asyncio.to_thread(self.batcher.close, JOIN_S):
-            log.error("%d slots of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
+            log.error("%d instances of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
         return cut_off
 
     def gauges(self) -> Mapping[str, Callable[[], float]]:
@@ -87,41 +95,37 @@ class Model:
             "queue_images": lambda: batcher.queued_images,
             "queue_limit": lambda: batcher.limits.max_queue_images,
             "running_images": lambda: batcher.running_images,
-            "instances_busy": lambda: batcher.busy_slots,
-            "instances_live": lambda: batcher.live_slots,
-            "instances_wanted": lambda: batcher.limits.slots,
+            "instances_busy": lambda: batcher.busy_instances,
+            "instances_live": lambda: batcher.live_instances,
+            "instances_wanted": lambda: batcher.limits.instances,
             "model_ready": lambda: self.ready,
         }
 
-    async def run(
-        self,
-        span: Span,
-        outputs: Sequence[str],
-        priority: Priority,
-        deadline: float | None,
-        waits_for_room: bool = False,
-        *,
-        checking: bool = False,
-    ) -> Ticket:
-        """Run a span's rows through the batcher; given up when the waiter is cancelled. Raises ServeError.
-
-        Only ``checking``, whether it does so again, goes on while the model fails its golden check.
-        """
-        if self.breached and not checking:
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a ticket. Raises UnavailableError or QueueFullError, and then its completion is not called."""
+        if self.breached:
             raise UnavailableError(f"model {self.manifest.name}/{self.manifest.version} fails its golden check")
-        ticket = Ticket(span, outputs, priority, deadline, waits_for_room=waits_for_room)
-        await done(_Run(self.batcher, ticket))
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket
+        self.batcher.submit(ticket)
+
+    async def run(self, ticket: Ticket) -> Ticket:
+        """Run a ticket's rows; given up when the waiter is cancelled. On the event loop. Raises ServeError."""
+        return await _ended(ticket, self.submit, self.batcher)
 
     async def self_check(self) -> None:
         """The golden check through the live batcher; a breach stops the model until a later check passes."""
+        if not self.in_use.enter():
+            return
+        try:
+            await self._self_check()
+        finally:
+            self.in_use.leave()
+
+    async def _self_check(self) -> None:
         samples = golden_samples(self.manifest)
         span = Span(0, 0, len(samples.latents), samples.latents, samples.labels)
         name = f"{self.manifest.name}/{self.manifest.version}"
         try:
-            ticket = await self.run(span, PIXELS, Priority.BULK, None, checking=True)
+            ticket = await _ended(Ticket(span, PIXELS, Priority.BULK, None), self.batcher.submit, self.batcher)
         except QueueFullError:
             self.metrics.self_checks("skipped").inc()
             return
@@ -148,11 +152,11 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
         max_batch_size=settings.max_batch_size or batch_size(manifest, provider),
         max_queue_images=settings.max_queue_images,
         linger_s=settings.linger_us / 1e6,
-        slots=settings.instances or (usable_cores() if provider == "cpu" else CUDA_INSTANCES),
+        instances=settings.instances or (usable_cores() if provider == "cpu" else CUDA_INSTANCES),
         watchdog_s=settings.watchdog_s,
     )
 
-    def load() -> Runner:
+    def load() -> Engine:
         engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
         try:
             engine.check_golden()
@@ -163,12 +167,12 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
             model_metrics.graph_capture("captured" if captured else "failed")
         return engine
 
-    make_runner = load
+    make_engine_of = load
     if provider == "cpu":
-        shared = load()  # one session for all slots: its weights and its arena exist once
-        make_runner = lambda: shared  # noqa: E731  # a named function cannot replace the one above
+        shared = load()  # one session for all instances: its weights and its arena exist once
+        make_engine_of = lambda: shared  # noqa: E731  # a named function cannot replace the one above
 
-    batcher = Batcher(limits, make_runner, wake_callers, model_metrics)
+    batcher = Batcher(limits, make_engine_of, model_metrics)
     batcher.start()
     return Model(bundle, provider, batcher, model_metrics)
 
@@ -201,9 +205,21 @@ def ordered(ticket: Ticket, name: str) -> list[NDArray[np.generic]]:
     return [part.rows[name] for part in parts]
 
 
-def wake_callers(tickets: Sequence[Ticket]) -> None:
-    """Tell the callers of tickets that these have come back, or have failed."""
-    for first in range(0, len(tickets), TOGETHER):
-        with deferred:
-            for ticket in tickets[first : first + TOGETHER]:
-                ticket.caller()
+async def _ended(ticket: Ticket, submit: Callable[[Ticket], None], batcher: Batcher) -> Ticket:
+    """Submit a ticket and wait for it on the event loop. Raises its error."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def completed(_: Ticket) -> None:
+        loop.call_soon_threadsafe(settle, ended, None)
+
+    ticket.completion = completed
+    submit(ticket)
+    try:
+        await ended
+    except asyncio.CancelledError:
+        batcher.cancel(ticket)
+        raise
+    if ticket.error is not None:
+        raise ticket.error
+    return ticket

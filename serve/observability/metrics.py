@@ -199,6 +199,7 @@ class RpcMetrics:
 
     def __init__(self, metrics: Metrics, kind: str, service: str, method: str) -> None:
         labels = (kind, service, method)
+        self.name = f"{service}/{method}"
         seconds = metrics.rpc_seconds.labels(*labels).observe
         begun = metrics.rpc_started.labels(*labels).inc
         handled = cache(lambda code: metrics.rpc_handled.labels(*labels, code).inc)

@@ -1,8 +1,7 @@
 """OpenTelemetry spans of a request and of its phases: queue, compute, encode. Off, at no cost, unless an endpoint is set.
 
-The maintained gRPC instrumentation makes the request's span, with the caller's W3C context from the metadata; the
-phases are added afterwards from times that the server takes anyway. ``OTEL_EXPORTER_OTLP_ENDPOINT`` turns it on; the
-other ``OTEL_`` variables work as in OpenTelemetry's documentation.
+They are made by OpenTelemetry's API, from times that the server takes anyway; which thread runs a call does not change by it.
+``OTEL_EXPORTER_OTLP_ENDPOINT`` turns it on; the other ``OTEL_`` variables work as in OpenTelemetry's documentation.
 """
 
 from __future__ import annotations
@@ -16,29 +15,57 @@ from serve.errors import SettingsError
 from serve.settings import release
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+# Statuses that are the server's own fault (OpenTelemetry, semantic conventions for gRPC).
+SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+
+
+class Span:
+    """A call's span, and its phases as children."""
+
+    def __init__(self, tracer: Any, span: Any, context: Any) -> None:
+        self._tracer, self._span, self._context = tracer, span, context
+        self.trace_id = f"{span.get_span_context().trace_id:032x}"
+
+    def phases(self, queued_at: float, queue_s: float, compute_s: float, encode_s: float, images: int) -> None:
+        """Queue, compute and encode, which ends now. ``queued_at`` on time.monotonic()."""
+        end = time.time()
+        queued = queued_at + end - time.monotonic()
+        labels = {"digits.images": images}
+        self._child("queue", queued, queued + queue_s, labels)
+        self._child("compute", queued + queue_s, end - encode_s, labels | {"digits.compute_seconds": compute_s})
+        self._child("encode", end - encode_s, end, labels)
+
+    def end(self, code: str) -> None:
+        """The call has ended with a status of gRPC's."""
+        from opentelemetry.trace import Status, StatusCode  # noqa: PLC0415  # an extra
+
+        self._span.set_attribute("rpc.grpc.status_code", code)
+        if code in SERVER_FAULTS:
+            self._span.set_status(Status(StatusCode.ERROR, code))
+        self._span.end()
+
+    def _child(self, name: str, start_s: float, end_s: float, attributes: Mapping[str, float]) -> None:
+        span = self._tracer.start_span(name, self._context, start_time=int(start_s * 1e9), attributes=attributes)
+        span.end(end_time=int(end_s * 1e9))
 
 
 @dataclass(frozen=True)
 class Tracing:
-    """``interceptor`` goes to the gRPC server; ``phases`` is called once a request's rows are encoded."""
+    """Makes a span for each call, in its caller's trace if its metadata name one (W3C Trace Context)."""
 
-    interceptor: Any
     tracer: Any
     provider: Any
 
-    def phases(self, queued_at: float, queue_s: float, compute_s: float, encode_s: float, images: int) -> None:
-        """Queue, compute and encode, which ends now, as children of the current span. ``queued_at`` on time.monotonic()."""
-        to_epoch_s = time.time() - time.monotonic()
-        end = time.time()
-        taken = queued_at + queue_s + to_epoch_s
-        labels = {"digits.images": images}
-        self._span("queue", queued_at + to_epoch_s, taken, labels)
-        self._span("compute", taken, end - encode_s, labels | {"digits.compute_seconds": compute_s})
-        self._span("encode", end - encode_s, end, labels)
+    def begin(self, name: str, metadata: Mapping[str, str]) -> Span:
+        """The span of a call of ``name``, as ``service/method``."""
+        from opentelemetry.trace import SpanKind, set_span_in_context  # noqa: PLC0415  # an extra
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
-    def _span(self, name: str, start_s: float, end_s: float, attributes: Mapping[str, float]) -> None:
-        span = self.tracer.start_span(name, start_time=int(start_s * 1e9), attributes=attributes)
-        span.end(end_time=int(end_s * 1e9))
+        parent = TraceContextTextMapPropagator().extract(metadata)
+        service, _, method = name.rpartition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        span = self.tracer.start_span(name, parent, SpanKind.SERVER, attributes)
+        return Span(self.tracer, span, set_span_in_context(span, parent))
 
     def shut_down(self) -> None:
         """Send what has not been sent."""
@@ -51,7 +78,6 @@ def set_up(environment: Mapping[str, str]) -> Tracing | None:
         return None
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415  # an extra
-        from opentelemetry.instrumentation.grpc import aio_server_interceptor  # noqa: PLC0415
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
@@ -60,14 +86,4 @@ def set_up(environment: Mapping[str, str]) -> Tracing | None:
     named = {} if "OTEL_SERVICE_NAME" in environment else {"service.name": "digits-serve"}
     provider = TracerProvider(resource=Resource.create({"service.version": release(), **named}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(aio_server_interceptor(tracer_provider=provider), provider.get_tracer("digits-serve"), provider)
-
-
-def current_trace_id() -> str:
-    """The current span's trace, hexadecimal; empty without one."""
-    try:
-        from opentelemetry import trace  # noqa: PLC0415  # an extra
-    except ImportError:
-        return ""
-    context = trace.get_current_span().get_span_context()
-    return f"{context.trace_id:032x}" if context.is_valid else ""
+    return Tracing(provider.get_tracer("digits-serve"), provider)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from serve.ports.front import port_taken
+from serve.ports.grpc_port import port_taken
 from serve.ports.http_port import http_port_taken, usable_host
 from serve.settings import UNIX, Settings
 

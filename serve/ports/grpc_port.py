@@ -1,102 +1,163 @@
 """The gRPC port on grpcio's core, without ``grpc.aio``: one thread receives the core's events and begins calls.
 
 ``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). grpcio's own blocking server
-uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence ``_core``.
+uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence the bound on its version, and ``check``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.access.tls import Certificates
+from serve.api.rpc import Method
+from serve.background import until
+from serve.batching.batcher import attempt
 from serve.errors import StartError
-from serve.ports.front import KEEPALIVE_MS, Services, address, port_taken
-from serve.ports.grpc_call import GrpcioCall
-from serve.ports.handling import MAX_REQUEST_BYTES, STOPPING, CallDetails, Handler, Handling, Metadata
-from serve.settings import Settings
-from serve.waiting import deferred
+from serve.observability.logs import Muted
+from serve.ports.grpc_call import GrpcCall, core
+from serve.ports.load_report import LoadReports
+from serve.settings import UNIX, Settings
 
 log = logging.getLogger(__name__)
 
+MAX_REQUEST_BYTES = 4 << 20
+STOPPING = "the server is stopping; ask another replica"
+# A client may ping every ten seconds, the least that Go's allows; this server pings too, and ends connections of dead peers.
+LEAST_PING_MS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5_000, 60_000, 20_000
 CONNECTION_AGE_GRACE_S = 60
+STREAMS_OF_A_CONNECTION = 1024
+MOST_CALLS = 8192  # open at once, each of some 24 KiB
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
 WATCHED_AFTER_S = 0.05
-NEEDED = (
-    "CompletionQueue", "CompletionType", "ReceiveCloseOnServerOperation", "ReceiveMessageOperation",
-    "SendInitialMetadataOperation", "SendMessageOperation", "SendStatusFromServerOperation", "Server",
-)  # fmt: skip
+REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
+CHECK_TIMEOUT_S = 10.0
+END_S = 1.0  # for the core to end what has been cancelled
 
 
 class GrpcPort:
     """A bound port. Raises StartError when it cannot be had."""
 
-    def __init__(self, settings: Settings, services: Services, certificates: Certificates | None) -> None:
-        self._core = _core()
-        self._handling = Handling(services.stepped, services.tracing.interceptor if services.tracing else None)
-        self._handlers = Handlers()
-        services.add_to(self._handlers)
+    def __init__(
+        self,
+        settings: Settings,
+        methods: Mapping[str, Method],
+        certificates: Certificates | None = None,
+        load_reports: LoadReports | None = None,
+    ) -> None:
+        """``methods`` by path, ``/service/method``."""
+        self._methods = methods
+        self._load_reports = load_reports
+        self._watchdog_s = settings.watchdog_s
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
-        self._received: list[tuple[GrpcioCall, Handler, bytes | None]] = []  # with their requests, to be begun
+        self._open: dict[GrpcCall, None] = {}  # calls whose status has not been sent
+        self._tasks: dict[GrpcCall, asyncio.Task[None]] = {}
+        self._received: list[tuple[GrpcCall, Method, bytes]] = []  # calls with their requests, to be begun
+        self._asked = 0  # calls that may come
+        self._busy_since: float | None = None  # time.monotonic(); while the thread does something with an event
+        self._watched: float | None = None  # that time as the watchdog saw it last, and for how long it has
+        self._watched_s = 0.0
         self._to_be_watched = False  # whether a call of ``_watch`` is due
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
         options = [
             ("grpc.so_reuseport", 0),  # a second process on the port must fail
             ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+            ("grpc.max_concurrent_streams", STREAMS_OF_A_CONNECTION),
+            ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_MS),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", LEAST_PING_MS),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ]
         if settings.max_connection_age_s:
             options += [
                 ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
                 ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
             ]
-        self._queue = self._core.CompletionQueue()
-        self._server = self._core.Server(options, False)
-        self._server.register_completion_queue(self._queue)
-        where = address(settings, settings.grpc_port).encode()
+        # The core logs a traceback, with its value, for each metadatum that is not UTF-8.
+        Muted("metadata that are not text have been ignored").attach("grpc._cython.cygrpc")
+        where = address(settings.host, settings.grpc_port).encode()
         # grpcio's own server takes its credentials apart in the same way.
         credentials = (certificates.credentials()._credentials,) if certificates else ()  # type: ignore[attr-defined]
-        self.port: int = self._server.add_http2_port(where, *credentials)
+        try:
+            self._queue = core.CompletionQueue()
+            self._server = core.Server(options, False)
+            self._server.register_completion_queue(self._queue)
+            self.port: int = self._server.add_http2_port(where, *credentials)
+        except (AttributeError, TypeError) as error:
+            raise StartError(f"grpcio {grpc.__version__} has another core ({error}); install grpcio >=1.85.1,<1.86") from None
         if self.port == 0:
             raise port_taken(settings)
 
     async def start(self) -> None:
+        """Answer calls from now on."""
         self._loop = asyncio.get_running_loop()
-        self._handling.start()
         self._server.start()
         for _ in range(ASKED_FOR):
-            self._server.request_call(self._queue, self._queue, self._called)
+            self._ask()
         self._thread.start()
 
     async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, wait until every answer is sent, and cut off what is not after ``grace_s``."""
         deadline = time.monotonic() + grace_s
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
-        await self._handling.wait(deadline)
-        ended = self._loop.create_future()
+        await until(lambda: not self._open, deadline)
+        cut_off = bool(self._open)
+        ended = threading.Event()
         with self._lock:
             self._shut_down = True
-            self._server.shutdown(self._queue, lambda _: self._handling.later(ended.set_result, None))
-        if not (await asyncio.wait((ended,), timeout=max(0.0, deadline - time.monotonic())))[0]:
-            self._server.cancel_all_calls()
-            await ended
-        await self._handling.wait()
+            self._server.shutdown(self._queue, lambda _: ended.set())
+        if not cut_off:  # connections end by themselves, but for those of peers that do not answer
+            await until(ended.is_set, time.monotonic() + END_S)
+        for task in list(self._tasks.values()):
+            task.cancel()
+        self._server.cancel_all_calls()
+        await until(lambda: ended.is_set() and not self._open and not self._tasks, time.monotonic() + END_S)
+        if not ended.is_set() or self._open:
+            log.error("%d gRPC calls could not be ended", len(self._open))
+            return
         self._server.destroy()
         self._queue.shutdown()
-        await asyncio.to_thread(self._thread.join)
+        await until(lambda: not self._thread.is_alive(), time.monotonic() + END_S)
+
+    def not_alive(self) -> str | None:
+        """Why no call is received any more; None when calls are."""
+        if self._shut_down:
+            return None
+        if not self._thread.is_alive():
+            return "the thread that receives gRPC calls has ended"
+        if self._watched_s > self._watchdog_s:
+            return f"the thread that receives gRPC calls has hung for more than {self._watchdog_s:g} s"
+        return None if self._asked else "the gRPC port accepts no calls any more"
+
+    def watch(self, seen_s: float) -> None:
+        """Look whether the thread hangs, and end the calls whose request does not come. On the event loop, every second or so.
+
+        ``seen_s``: the time since the last call, as far as the process was running.
+        """
+        busy_since = self._busy_since
+        self._watched_s = 0.0 if busy_since is None or busy_since != self._watched else self._watched_s + seen_s
+        self._watched = busy_since
+        now = time.monotonic()
+        for call in list(self._open):
+            if not call.received and now - call.begun_at > REQUEST_TIMEOUT_S:
+                call.received = True
+                self._end(call, grpc.StatusCode.DEADLINE_EXCEEDED, f"no request has come within {REQUEST_TIMEOUT_S:g} s")
 
     # In the thread of the core's events.
 
@@ -106,91 +167,146 @@ class GrpcPort:
         Calls are begun together, once no more come.
         """
         while True:
+            self._busy_since = None
             event = self._queue.poll(0.0 if self._received else None)
-            if event.completion_type == self._core.CompletionType.queue_shutdown:
+            self._busy_since = time.monotonic()
+            if event.completion_type == core.CompletionType.queue_shutdown:
                 return
-            try:
-                if event.tag is not None:
-                    event.tag(event)
-                if event.tag is None or len(self._received) >= ASKED_FOR:
-                    self._begin_received()
-            except Exception:
-                log.exception("an event of gRPC's could not be handled")
+            if event.tag is not None:
+                attempt(partial(event.tag, event))
+            if self._received and (event.tag is None or len(self._received) >= ASKED_FOR):
+                received, self._received = self._received, []
+                for call, method, request in received:
+                    self._begin(call, method, request)
             del event  # what it holds of an ended call must not outlive the next wait
 
-    def _begin_received(self) -> None:
-        received, self._received = self._received, []
-        with deferred:
-            for call, handler, message in received:
-                self._begin(call, handler, message)
-
-    def _called(self, event: Any) -> None:
-        """A call has come, or the server is shut down."""
-        if not event.success:
-            return
-        call = GrpcioCall(self._core, event, self._handling)
+    def _ask(self) -> None:
+        """Ask the core for one more call."""
         with self._lock:
             if not self._shut_down:
                 self._server.request_call(self._queue, self._queue, self._called)
-        if self._stopping:
-            call.end(grpc.StatusCode.UNAVAILABLE, STOPPING)
-            return
-        handler = self._handlers.find(call.method, event.invocation_metadata)
-        if handler is None:
-            call.end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
-        elif handler.request_streaming:
-            self._begin(call, handler, None)
-        else:
-            call.receive(lambda message: self._received.append((call, handler, message)))
+                self._asked += 1
 
-    def _begin(self, call: GrpcioCall, handler: Handler, message: bytes | None) -> None:
-        if message is None and not handler.request_streaming:
-            call.end(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+    def _called(self, event: Any) -> None:
+        """A call has come, or the server is shut down."""
+        self._asked -= 1
+        self._ask()  # before anything else, which may raise: a port that asks for no calls is deaf
+        if not event.success:
             return
-        self._handling.begin(call, call, handler, message)
+        try:
+            self._accept(GrpcCall(event, self._loop, self._over, self._load_reports))
+        except Exception:
+            log.exception("a call could not be accepted")
+            event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")
+
+    def _accept(self, call: GrpcCall) -> None:
+        method = self._methods.get(call.method)
+        self._open[call] = None
+        if self._stopping:
+            self._end(call, grpc.StatusCode.UNAVAILABLE, STOPPING)
+        elif len(self._open) > MOST_CALLS:
+            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MOST_CALLS} calls are open; try again")
+        elif method is None:
+            self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
+        elif method.streams_requests:
+            call.received = True
+            self._begin(call, method, None)
+        else:
+            call.receive(partial(self._has_request, call, method))
+
+    def _has_request(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
+        if call.received:  # it has been ended: the request came too late
+            return
+        call.received = True
+        if request is None:
+            self._end(call, grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+        else:
+            self._received.append((call, method, request))
+
+    def _begin(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
+        try:
+            if method.begin is not None:
+                assert request is not None
+                method.begin(call, request)
+            else:
+                self._loop.call_soon_threadsafe(self._begin_task, call, method, request)
+        except Exception:
+            log.exception("a call could not be answered")
+            self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")
         if not self._to_be_watched:
             self._to_be_watched = True
-            self._handling.later(self._loop.call_later, WATCHED_AFTER_S, self._watch)
+            self._loop.call_soon_threadsafe(self._loop.call_later, WATCHED_AFTER_S, self._watch)
+
+    def _end(self, call: GrpcCall, code: grpc.StatusCode, text: str) -> None:
+        """Give a call a status unless it has one: without, its caller would wait for ever."""
+        if not call.ended:
+            attempt(call.ending(code, text))
+
+    def _over(self, call: GrpcCall) -> None:
+        self._open.pop(call, None)
 
     # On the event loop.
 
+    def _begin_task(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
+        assert method.task is not None
+        if call.has_left:
+            self._end(call, grpc.StatusCode.CANCELLED, "the caller has left")
+            return
+        task = self._tasks[call] = self._loop.create_task(self._answer(call, method.task(call, request)))
+        call.when_left(lambda: self._loop.call_soon_threadsafe(task.cancel))
+
+    async def _answer(self, call: GrpcCall, answer: Any) -> None:
+        """Run a method's task to its end."""
+        try:
+            await answer
+        except asyncio.CancelledError:
+            self._end(call, grpc.StatusCode.CANCELLED, "the caller has left, or the server has stopped")
+            raise
+        except Exception:
+            log.exception("a call could not be answered")
+            self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")
+        finally:
+            del self._tasks[call]
+
     def _watch(self) -> None:
-        """Notice from here on when the callers of what is at work leave."""
+        """Notice from here on when the callers of what is open leave."""
         self._to_be_watched = False
-        for call in self._handling.at_work:
+        for call in list(self._open):
             call.watch()
 
 
-class Handlers:
-    """The methods that are served, added as to a server of grpcio's."""
+async def check(methods: Mapping[str, Method]) -> None:
+    """Call health through a port of this kind, on a socket that nobody else reaches. Raises StartError when that fails.
 
-    def __init__(self) -> None:
-        self._services: list[grpc.GenericRpcHandler] = []
-        self._found: dict[str, Handler] = {}
+    What grpcio's core promises to nobody may have changed: that must be found out now, and not by calls without an answer.
+    """
 
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        self._services += handlers
+    def call(target: str) -> None:
+        with grpc.insecure_channel(target) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
+            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S))
 
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """Leave them out: the generic handlers cover them."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = GrpcPort(Settings(host=f"{UNIX}{folder}/check", max_connection_age_s=0), methods)
+        await port.start()
+        try:
+            await asyncio.to_thread(call, f"{UNIX}{folder}/check")
+        except grpc.RpcError as error:
+            text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
+            raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
+        finally:
+            await port.stop(END_S)
 
-    def find(self, method: str, metadata: Metadata) -> Handler | None:
-        """What answers a method; None when nothing does."""
-        if method not in self._found:
-            for service in self._services:
-                if handler := service.service(CallDetails(method, metadata)):
-                    self._found[method] = handler
-        return self._found.get(method)
+
+def address(host: str, port: int) -> str:
+    """``host:port``, as gRPC reads it: ``[::1]:50051`` for an IPv6 address, and a Unix socket's path without a port."""
+    if host.startswith(UNIX):
+        return host
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _core() -> Any:
-    """grpcio's core as Python sees it. Raises StartError when this grpcio has another one."""
-    try:
-        core = import_module("grpc._cython.cygrpc")
-    except ImportError:
-        missing = "grpc._cython.cygrpc"
-    else:
-        missing = ", ".join(name for name in NEEDED if not hasattr(core, name))
-    if missing:
-        raise StartError(f"grpcio {grpc.__version__} has no {missing}; install grpcio 1.85")
-    return core
+def port_taken(settings: Settings) -> StartError:
+    """What to raise when the port cannot be had."""
+    return StartError(f"--grpc-port {settings.grpc_port} on {settings.host} cannot be had; name another")

@@ -7,24 +7,33 @@ from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from serve.api.rpc import Method, Wire
 
 V1ALPHA, V1 = "grpc.reflection.v1alpha", "grpc.reflection.v1"
 
 
-def add_reflection(services: Collection[str], server: Any) -> None:
-    """Answer reflection about the services, and about itself."""
+def reflection_methods(services: Collection[str]) -> dict[str, Method]:
+    """What answers reflection about the services, and about itself, by path."""
     _describe_v1()
     names = sorted({*services, f"{V1ALPHA}.ServerReflection", f"{V1}.ServerReflection"})
     servicer = reflection.aio.ReflectionServicer(names)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        reflection_pb2.ServerReflectionRequest.FromString,
-        reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    methods = {"ServerReflectionInfo": handler}
-    for package in (V1ALPHA, V1):
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{package}.ServerReflection", methods),))
+
+    async def answer(wire: Wire, raw: bytes | None) -> None:
+        requests = (reflection_pb2.ServerReflectionRequest.FromString(request) async for request in wire.requests())
+        try:
+            responses: Any = servicer.ServerReflectionInfo(requests, None)
+            async for response in responses:
+                await wire.send(response.SerializeToString())
+        except DecodeError:
+            wire.ending(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid ServerReflectionRequest message")()
+        else:
+            wire.ending(grpc.StatusCode.OK)()
+
+    method = Method(task=answer, streams_requests=True)
+    return {f"/{package}.ServerReflection/ServerReflectionInfo": method for package in (V1ALPHA, V1)}
 
 
 def _describe_v1() -> None:

@@ -1,10 +1,10 @@
-"""``make bench``: compares the server, with each transport, with the raw model and a bare gRPC server, in alternating rounds.
+"""``make bench``: compares the server with the raw model and a bare gRPC server, in alternating rounds.
 
 *raw* is the plain, unfolded ONNX export in one default session, in process, at its best batch size; *floor* is one
 grpc.aio server that sends a ready-made response of the same size. Every target is a ratio of two figures of the same
 round (``tests.bench.rounds``), since absolute times mean little on a shared machine.
 
-docs/decisions/0004-single-digits.md and 0009-fronts.md record what was tried.
+docs/decisions/0004-single-digits.md and 0013-completion-queue.md record what was tried.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,14 +34,13 @@ from tests.bench.rounds import ROUNDS, Sample, alternate, costs_us, measure, rat
 RAW_BATCHES = (16, 64, 256)
 ONE_DIGIT_RESPONSE_BYTES = 832
 SERVER = ("serve", "--grpc-port=0", "--http-port=0")
-FRONTS = {"grpcio": SERVER, "native": (*SERVER, "--front=native", "--max-connection-age-s=0")}
 OVERLOAD_QUEUE = 1024  # images: as many as wait at capacity, with 16 requests of 64 in flight
-SOAK_REQUESTS = {"grpcio": 200_000, "native": 1_000_000}
+SOAK_REQUESTS = 200_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of load, what the server is held against under it, and the bounds of the two transports' ratios to that."""
+    """A kind of load, what the server is held against under it, and the bounds of its ratios to that."""
 
     name: str
     model: str
@@ -50,19 +48,18 @@ class Case:
     in_flight: int
     connections: int
     beside: str  # floor or raw
-    rate: dict[str, float]  # of the median rate, at least
-    cost: dict[str, float]  # of the processor time, at most
+    rate: float | None = None  # of the rate, at least
+    cost: float | None = None  # of the processor time, at most
 
 
-SINGLES = ({"grpcio": 0.9, "native": 1.7}, {"grpcio": 1.1})
 CASES = (
-    Case("mlp, 1 digit, 64 in flight over 16 connections", "mlp", 1, 64, 16, "floor", *SINGLES),
-    Case("mlp, 1 digit, 64 in flight over 4 connections", "mlp", 1, 64, 4, "floor", *SINGLES),
-    Case("mlp, 1 digit, alone", "mlp", 1, 1, 1, "floor", {}, {}),
-    Case("mlp, 64 digits, 16 in flight", "mlp", 64, 16, 4, "raw", {"grpcio": 0.55}, {}),
-    Case("dcgan, 1 digit, 64 in flight", "dcgan", 1, 64, 4, "floor", {}, {}),
-    Case("dcgan, 64 digits, 16 in flight", "dcgan", 64, 16, 4, "raw", {"grpcio": 1.2}, {}),
-)  # fmt: skip
+    Case("mlp, 1 digit, 64 in flight over 16 connections", "mlp", 1, 64, 16, "floor", rate=0.9, cost=1.1),
+    Case("mlp, 1 digit, 64 in flight over 4 connections", "mlp", 1, 64, 4, "floor", rate=0.9, cost=1.1),
+    Case("mlp, 1 digit, alone", "mlp", 1, 1, 1, "floor"),
+    Case("mlp, 64 digits, 16 in flight", "mlp", 64, 16, 4, "raw", rate=0.55),
+    Case("dcgan, 1 digit, 64 in flight", "dcgan", 1, 64, 4, "floor"),
+    Case("dcgan, 64 digits, 16 in flight", "dcgan", 64, 16, 4, "raw", rate=1.2),
+)
 
 
 def main() -> int:
@@ -72,14 +69,13 @@ def main() -> int:
     say(f"{machine()['cpu']}, {machine()['cores']} cores; load by {'h2load' if H2LOAD else 'Python callers (no h2load here)'}")
     with ExitStack() as stack:
         floor = stack.enter_context(started("tests.bench.floor", str(ONE_DIGIT_RESPONSE_BYTES)))
-        servers = {name: stack.enter_context(started(*command)) for name, command in FRONTS.items()}
-        for name, server in servers.items():
-            figures[f"idle_percent_{name}"] = idle_percent(server)
-            targets.append(Target(f"idle, {name}: percent of one core", figures[f"idle_percent_{name}"], 1, at_most=True))
+        server = stack.enter_context(started(*SERVER))
+        figures["idle_percent"] = idle_percent(server)
+        targets.append(Target("idle: percent of one core", figures["idle_percent"], 1, at_most=True))
         for case in CASES:
-            samples = figures[case.name] = beside(case, servers, floor, flags)
+            samples = figures[case.name] = beside(case, server, floor, flags)
             targets += case_targets(case, samples)
-        figures["under_load"] = [under_load(servers["grpcio"], flags.seconds) for _ in range(flags.rounds)]
+        figures["under_load"] = [under_load(server, flags.seconds) for _ in range(flags.rounds)]
     in_batches = [seen["p99_s"] / seen["batch_s"] for seen in figures["under_load"]]
     targets.append(Target("one dcgan digit's p99 while 16 × 64 are in flight, in batches", in_batches, 4, at_most=True))
     figures["overload"] = [overload(flags.seconds) for _ in range(flags.rounds)]
@@ -89,19 +85,17 @@ def main() -> int:
     share = cost["metrics_s"] / cost["server_cpu_s"] * 100
     targets.append(Target("metrics: share of a request's processor time, percent", share, 2, at_most=True))
     if flags.soak:
-        for name, command in FRONTS.items():
-            requests = SOAK_REQUESTS[name]
-            growth = figures[f"memory_growth_{name}"] = memory_growth(command, requests)
-            targets.append(Target(f"memory over {requests:,} requests, {name}: percent more", growth * 100, 2, at_most=True))
+        growth = figures["memory_growth"] = memory_growth(SOAK_REQUESTS)
+        targets.append(Target(f"memory over {SOAK_REQUESTS:,} requests: percent more", growth * 100, 2, at_most=True))
     print_targets(targets)
     write(flags.out, {"figures": figures}, targets)
     return 0
 
 
-def beside(case: Case, servers: dict[str, Started], floor: Started, flags: argparse.Namespace) -> dict[str, list[Sample]]:
-    """The transports under one kind of load, in rounds with what they are held against; prints a line for each."""
+def beside(case: Case, server: Started, floor: Started, flags: argparse.Namespace) -> dict[str, list[Sample]]:
+    """The server under one kind of load, in rounds with what it is held against; prints a line for each."""
     load = partial(Load, seconds=flags.seconds, in_flight=case.in_flight, connections=case.connections)
-    subjects = {name: partial(measure, server, load(server.target, case.model, case.digits)) for name, server in servers.items()}
+    subjects = {"serve": partial(measure, server, load(server.target, case.model, case.digits))}
     if case.beside == "floor":
         subjects["floor"] = partial(measure, floor, load(floor.target, "", case.digits))
     else:
@@ -117,16 +111,13 @@ def beside(case: Case, servers: dict[str, Started], floor: Started, flags: argpa
 
 def case_targets(case: Case, samples: dict[str, list[Sample]]) -> list[Target]:
     """The bounds of a case, beside what was measured."""
-    bound = samples[case.beside]
-    rated = [
-        Target(f"{case.name}: {name} / {case.beside}, rate", ratios(rates(samples[name]), rates(bound)), least)
-        for name, least in case.rate.items()
-    ]
-    timed = [
-        Target(f"{case.name}: {name} / {case.beside}, time", ratios(costs_us(samples[name]), costs_us(bound)), most, at_most=True)
-        for name, most in case.cost.items()
-    ]
-    return rated + timed
+    served, bound, name = samples["serve"], samples[case.beside], f"{case.name}: serve / {case.beside}"
+    targets = []
+    if case.rate is not None:
+        targets.append(Target(f"{name}, rate", ratios(rates(served), rates(bound)), case.rate))
+    if case.cost is not None:
+        targets.append(Target(f"{name}, time", ratios(costs_us(served), costs_us(bound)), case.cost, at_most=True))
+    return targets
 
 
 def raw_sample(path: Path, digits: int) -> Sample:
@@ -155,7 +146,7 @@ def normals_rate() -> float:
     return out.size * runs_per_second(lambda: reader.fill(out, [Span(7, 0, len(out))]))
 
 
-def under_load(server: Started, seconds: float) -> dict[str, float]:
+def under_load(server: Started, seconds: int) -> dict[str, float]:
     """An interactive caller of one dcgan digit while 16 requests of 64 are in flight, and what one batch takes then."""
     say("dcgan: one digit while 16 requests of 64 are in flight")
     background = Load(server.target, "dcgan", 64, seconds + 3, 16)
@@ -171,7 +162,7 @@ def under_load(server: Started, seconds: float) -> dict[str, float]:
     return {"p50_s": foreground.p50_s, "p99_s": foreground.p99_s, "batch_s": batch_s}
 
 
-def overload(seconds: float) -> dict[str, Any]:
+def overload(seconds: int) -> dict[str, Any]:
     """dcgan, 64 digits a request: at capacity, three times as many requests as it can answer, and at capacity again.
 
     The machine's own pace changes within seconds: what the middle one is held against is measured on both sides of it.
@@ -185,7 +176,7 @@ def overload(seconds: float) -> dict[str, Any]:
     return {"capacity": [asdict(before), asdict(after)], "three_times": asdict(flood)}
 
 
-def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
+def metrics_cost(server: Started, seconds: int) -> dict[str, float]:
     """What the metrics of one request cost, and the processor time that the server takes for one.
 
     The calls are timed by themselves: with and without them in turn, throughput differs by less than by the minute.
@@ -208,10 +199,10 @@ def metrics_cost(server: Started, seconds: float) -> dict[str, float]:
     return {"metrics_s": cost, "server_cpu_s": used_s}
 
 
-def memory_growth(command: Sequence[str], requests: int) -> float:
+def memory_growth(requests: int) -> float:
     """Growth of the resident memory over so many requests of mixed sizes and both models, after a tenth as many."""
-    say(f"memory over {requests:,} mixed requests: {' '.join(command)}")
-    with started(*command) as server:
+    say(f"memory over {requests:,} mixed requests")
+    with started(*SERVER) as server:
         _mixed(server, requests // 10)
         before = server.process.memory_info().rss
         _mixed(server, requests)

@@ -35,7 +35,7 @@ SLOW = ("--linger-us=250000", "--watchdog-s=600", "--self-check-interval-s=0")
 FLAGS = ("--grpc-port=0", "--http-port=0", "--provider=cpu", *SLOW)
 SUBJECTS = {
     "floor": ("tests.bench.floor", "832"),
-    "grpcio": ("serve", *FLAGS),
+    "serve": ("serve", *FLAGS),
 }
 
 

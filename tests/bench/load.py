@@ -31,12 +31,15 @@ WARM_UP_S = 1
 
 @dataclass(frozen=True)
 class Load:
-    """``in_flight`` callers that ask again when answered, or, if ``rate`` is given, so many requests a second."""
+    """``in_flight`` callers that ask again when answered, or, if ``rate`` is given, so many requests a second.
+
+    ``seconds`` is a whole number: h2load takes no other.
+    """
 
     target: str
     model: str
     count: int
-    seconds: float
+    seconds: int
     in_flight: int = 1
     rate: float = 0.0
     deadline_s: float = 30.0
@@ -80,7 +83,7 @@ def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Resu
         stored.write(framed(message))
         stored.flush()
         command = [
-            H2LOAD, f"--log-file={log.name}", f"--duration={load.seconds:g}", f"--warm-up-time={WARM_UP_S}",
+            H2LOAD, f"--log-file={log.name}", f"--duration={load.seconds}", f"--warm-up-time={WARM_UP_S}",
             f"--clients={connections}", f"--max-concurrent-streams={load.in_flight // connections}",
             f"--data={stored.name}", "--header=content-type: application/grpc", "--header=te: trailers",
             f"http://{load.target}{path}",

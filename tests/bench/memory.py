@@ -1,4 +1,4 @@
-"""Resident memory by instances: ``python -m tests.bench.memory``. All three bundled models, after load on each of them."""
+"""Resident memory by instances: ``python -m tests.bench.memory``. All bundled models, after load on each of them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from serve.batching.slot import SLOT_THREAD
+from serve.batching.instance import INSTANCE_THREAD
 from tests.bench.load import WARM_UP_S, Load, Result, closed
 from tests.bench.process import Started
 from tests.bench.report import spread
@@ -95,6 +95,6 @@ def thread_s(process: psutil.Process) -> dict[str, float]:
             name = Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        kind = "event loop" if thread.id == process.pid else "slots" if name.startswith(SLOT_THREAD) else "transport"
+        kind = "event loop" if thread.id == process.pid else "slots" if name.startswith(INSTANCE_THREAD) else "transport"
         seconds[kind] += thread.user_time + thread.system_time
     return seconds

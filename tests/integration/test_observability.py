@@ -130,5 +130,5 @@ def test_without_an_endpoint_nothing_is_set_up() -> None:
 
 def test_an_endpoint_without_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(SettingsError, match="OTEL_EXPORTER_OTLP_ENDPOINT is set, but the tracing extra is not installed"):
+    with pytest.raises(SettingsError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*tracing"):
         tracing.set_up({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"})

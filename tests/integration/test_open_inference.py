@@ -140,7 +140,7 @@ def test_parameters_that_ask_for_another_answer_are_refused_by_name(where: str, 
     with pytest.raises(grpc.RpcError) as caught:
         infer(shared_server.target, request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert caught.value.details() == f"parameters: {name} is not supported; leave it out"
+    assert f"parameters: {name} " in caught.value.details()
 
 
 @pytest.mark.parametrize(("shape", "raw"), [([2**62, 2**62], bytes(4)), ([0, 2**63 - 1], b""), ([0, 64], b""), ([-1, 64], b"")])

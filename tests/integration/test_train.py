@@ -213,7 +213,7 @@ def test_it_is_said_once_that_bf16_is_not_to_be_had(held: bool, tmp_path: Path, 
     flags = ["--precision=bf16", "--steps=1", f"--runs-dir={tmp_path}", f"--data-dir={SUBSET}", "--device=cpu"]
     done = in_process(main, "mlp", *SMALL["mlp"], *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("bf16 is not among the instructions of this CPU: fp32 is used") == (not held)
+    assert done.stderr.count("fp32 is used") == (not held)
     config = json.loads((only_run(tmp_path, "mlp") / "config.json").read_text())
     assert (config["config"]["precision"], config["provenance"]["bf16"]) == ("bf16", held)
 
@@ -263,7 +263,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         return honest_step(real if trainer.step < 4 else (real[0] * float("nan"),))
 
     trainer.take_step = poisoned_step
-    with pytest.raises(DivergedError, match=r"at or before step 6; the last good checkpoint \(step-00000003.pt\) is kept"):
+    with pytest.raises(DivergedError, match=r"step 6.*step-00000003\.pt"):
         trainer.fit()
     folder = only_run(tmp_path, "mlp")
     state = final_state(folder)

@@ -1,9 +1,10 @@
 """``make mutate``: put the faults in one at a time, on a copy of what git tracks, and see whether the tests for them fail.
 
     python -m tests.mutate                    # all of them; writes docs/mutations.md
-    python -m tests.mutate --only train/      # those of some files, as a table on standard output
+    python -m tests.mutate --only train/      # those of some files, as lines on standard output
+    python -m tests.mutate --stale            # no tests: lists in a second the faults whose place in the code is gone
 
-Exit status 1 when fewer than nine in ten are caught.
+Exit status 1 when fewer than nine in ten are caught, or when a fault is stale: its place is gone, or its tests are.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Set
 from datetime import date
 from pathlib import Path
 
 from tests.mutate.faults import FAULTS, Fault
+from tests.mutate.planting import StaleError, file_of, plant
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "mutations.md"
@@ -34,25 +37,50 @@ def main() -> int:
     """Run the faults and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description="See whether the tests find planted faults.")
     parser.add_argument("--only", default="", help="faults of files whose path begins so")
+    parser.add_argument("--stale", action="store_true", help="run no tests; list the faults whose place is gone")
     flags = parser.parse_args()
-    chosen = [fault for fault in FAULTS if fault.file.startswith(flags.only)]
+    chosen = [fault for fault in FAULTS if fault.place.startswith(flags.only)]
     if not chosen:
         parser.error(f"no fault is in a file whose path begins with {flags.only!r}; see tests/mutate/faults.py")
+    if flags.stale:
+        return report_stale([(fault, problem) for fault in chosen if (problem := why_stale(fault))])
     results: list[tuple[Fault, str]] = []
+    stale: list[tuple[Fault, str]] = []
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         copy = Path(scratch) / "copy"
         copy_tree(copy)
         for number, fault in enumerate(chosen, 1):
             started = time.monotonic()
-            caught = run_fault(copy, fault)
+            try:
+                caught = run_fault(copy, fault)
+                said = caught or "SURVIVED"
+            except StaleError as error:
+                caught, said = "", f"stale: {error}"
+                stale.append((fault, str(error)))
             results.append((fault, caught))
-            said = caught or "SURVIVED"
-            print(f"{number}/{len(chosen)} {fault.file}: {fault.what}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+            took_s = time.monotonic() - started
+            print(f"{number}/{len(chosen)} {file_of(fault)}: {fault.what}: {said} ({took_s:.0f} s)", flush=True)
     share = sum(bool(caught) for _, caught in results) / len(results)
     if not flags.only:
-        TABLE.write_text(as_markdown(results))
+        TABLE.write_text(as_markdown(results, {fault for fault, _ in stale}))
     print(f"{share:.1%} of {len(results)} faults are caught")
-    return 0 if share >= WANTED else 1
+    return report_stale(stale) or (0 if share >= WANTED else 1)
+
+
+def why_stale(fault: Fault) -> str:
+    """Why a fault cannot be put in, or nothing."""
+    try:
+        plant(ROOT, fault)
+    except StaleError as error:
+        return str(error)
+    return ""
+
+
+def report_stale(stale: list[tuple[Fault, str]]) -> int:
+    """Print the stale faults, a line each; the exit status."""
+    for fault, problem in stale:
+        print(f"stale: {fault.what}: {problem}")
+    return 1 if stale else 0
 
 
 def copy_tree(copy: Path) -> None:
@@ -69,10 +97,14 @@ def copy_tree(copy: Path) -> None:
 
 
 def run_fault(copy: Path, fault: Fault) -> str:
-    """Put a fault in, run its tests, take it out; the test that failed, or nothing when none did."""
-    path = copy / fault.file
+    """Put a fault in, run its tests, take it out; the test that failed, or nothing when none did.
+
+    Raises StaleError when there is no place for it, or when its tests cannot be run.
+    """
+    planted = plant(copy, fault)
+    path = copy / file_of(fault)
     honest = path.read_text()
-    path.write_text(mutate(honest, fault))
+    path.write_text(planted)
     quietly = ("-x", "-q", "--timeout=90", "-pno:cacheprovider")
     command = [sys.executable, "-m", "pytest", *quietly, *shlex.split(_quoted(fault.tests))]
     # The copy, and not the tree that the environment was installed from, is what the tests and their servers import.
@@ -84,16 +116,10 @@ def run_fault(copy: Path, fault: Fault) -> str:
     finally:
         path.write_text(honest)
     if done.returncode not in (0, FAILED):
-        raise SystemExit(f"error: the tests of {fault.what!r} could not be run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        print(f"{done.stdout[-3000:]}{done.stderr[-1000:]}", file=sys.stderr)
+        raise StaleError(f"its tests ended with pytest's status {done.returncode}: {fault.tests}")
     failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\w+)", done.stdout, re.MULTILINE)
     return failed[1] if failed and done.returncode == FAILED else ""
-
-
-def mutate(text: str, fault: Fault) -> str:
-    """The file with the fault in it. Raises SystemExit when the place is not there exactly once."""
-    if text.count(fault.before) != 1:
-        raise SystemExit(f"error: {fault.what!r}: {fault.file} has {fault.before!r} {text.count(fault.before)} times, not once")
-    return text.replace(fault.before, fault.after)
 
 
 def _quoted(tests: str) -> str:
@@ -102,20 +128,22 @@ def _quoted(tests: str) -> str:
     return f"{files}{marker}{shlex.quote(expression)}" if marker and "--" not in expression else tests
 
 
-def as_markdown(results: list[tuple[Fault, str]]) -> str:
+def as_markdown(results: list[tuple[Fault, str]], stale: Set[Fault] = frozenset()) -> str:
     """The table for the docs."""
     caught = sum(bool(name) for _, name in results)
     lines = [
         "# Planted faults, and the tests that find them",
         "",
         f"{caught} of {len(results)} are caught; written on {date.today().isoformat()} by `make mutate`, which puts each into",
-        "a copy of the tree and runs the tests that concern it. The list is `tests/mutate/faults.py`.",
+        "a copy of the tree and runs the tests that concern it. The list is `tests/mutate/faults.py`: a fault names a function",
+        "and a piece of its code. `python -m tests.mutate --stale` lists those whose place in the code is gone.",
         "",
         "| fault | file | caught by |",
         "|---|---|---|",
     ]
     for fault, name in results:
-        lines.append(f"| {fault.what} | `{fault.file}` | {f'`{name}`' if name else EXCUSED.get(fault.what, 'nothing')} |")
+        otherwise = "stale" if fault in stale else EXCUSED.get(fault.what, "nothing")
+        lines.append(f"| {fault.what} | `{file_of(fault)}` | {f'`{name}`' if name else otherwise} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
-from tests.fake_runner import make_ticket
+from tests.fake_engine import make_ticket
 
 MOST = 8
 

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.batching import slots as slots_module
 from serve.batching.batcher import Batcher
-from serve.batching.policy import CROWD_CALLERS, LEAST_SHARE_S
+from serve.batching.policy import CROWD, LEAST_SHARE_S
 from serve.batching.ticket import Priority, Ticket
-from serve.errors import EngineError, ExpiredError, QueueFullError, UnavailableError
+from serve.errors import CallerLeftError, EngineError, ExpiredError, QueueFullError, UnavailableError
 from serve.latents import Span, draw, draw_span
-from tests.fake_runner import (
+from tests.fake_engine import (
     LATENT_SIZE,
     TIMEOUT_S,
-    FakeRunner,
+    FakeEngine,
     Gate,
     drain,
     make_ticket,
@@ -49,7 +48,7 @@ def occupy(batcher: Batcher, gate: Gate) -> Ticket:
 
 
 def test_an_idle_slot_takes_a_single_digit_at_once() -> None:
-    batcher, _, observer = start_batcher()
+    batcher, observer = start_batcher()
     batcher.submit(ticket := make_ticket())
     wait_for(ticket)
     assert rows_of(ticket) == expected_rows(ticket)
@@ -58,7 +57,7 @@ def test_an_idle_slot_takes_a_single_digit_at_once() -> None:
 
 
 def test_labels_outlive_the_memory_that_the_next_batch_is_assembled_in() -> None:
-    class OneMemory(FakeRunner):
+    class OneMemory(FakeEngine):
         """As the CUDA engine: every batch is assembled in the same arrays."""
 
         def __init__(self) -> None:
@@ -68,7 +67,7 @@ def test_labels_outlive_the_memory_that_the_next_batch_is_assembled_in() -> None
         def allocate(self, count: int) -> dict[str, NDArray[Any]]:
             return {name: array[:count] for name, array in self._feeds.items()}
 
-    batcher, _, _ = start_batcher(OneMemory, labels=10)
+    batcher, _ = start_batcher(OneMemory, labels=10)
     first, second = make_ticket(8, seed=1), make_ticket(8, seed=2)
     for ticket in (first, second):
         batcher.submit(ticket)
@@ -81,7 +80,7 @@ def test_labels_outlive_the_memory_that_the_next_batch_is_assembled_in() -> None
 
 def test_waiting_requests_share_the_next_batch() -> None:
     gate = Gate()
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate))
+    batcher, observer = start_batcher(lambda: FakeEngine(gate))
     tickets = [occupy(batcher, gate)]
     for seed in range(10):
         tickets.append(make_ticket(1, seed))
@@ -95,7 +94,7 @@ def test_waiting_requests_share_the_next_batch() -> None:
 
 @pytest.mark.parametrize("instances", [1, 3])
 def test_a_large_request_is_split_and_rejoined_in_order(instances: int) -> None:
-    batcher, _, observer = start_batcher(slots=instances)
+    batcher, observer = start_batcher(instances=instances)
     batcher.submit(ticket := make_ticket(1000, seed=3, start=77))
     wait_for(ticket)
     assert rows_of(ticket) == expected_rows(ticket)
@@ -105,7 +104,7 @@ def test_a_large_request_is_split_and_rejoined_in_order(instances: int) -> None:
 
 
 def test_a_lone_caller_never_lingers() -> None:
-    batcher, _, observer = start_batcher(slots=2, linger_s=TIMEOUT_S)
+    batcher, observer = start_batcher(instances=2, linger_s=TIMEOUT_S)
     for seed in range(3):
         batcher.submit(ticket := make_ticket(1, seed))
         assert wait_for(ticket).queue_seconds < TIMEOUT_S / 2
@@ -115,8 +114,8 @@ def test_a_lone_caller_never_lingers() -> None:
 
 def test_while_a_slot_works_a_batch_waits_for_company_but_at_most_the_linger() -> None:
     gate = Gate()
-    batcher, _, observer = start_batcher(
-        lambda: FakeRunner(lambda latents: gate(latents) if len(latents) == 1 else None), slots=2, linger_s=0.2
+    batcher, observer = start_batcher(
+        lambda: FakeEngine(lambda latents: gate(latents) if len(latents) == 1 else None), instances=2, linger_s=0.2
     )
     first = occupy(batcher, gate)
     batcher.submit(lone := make_ticket(2, 1))
@@ -132,8 +131,8 @@ def test_while_a_slot_works_a_batch_waits_for_company_but_at_most_the_linger() -
 
 def test_a_full_batch_does_not_linger() -> None:
     gate = Gate()
-    runner = lambda: FakeRunner(lambda latents: gate(latents) if len(latents) == 1 else None)  # noqa: E731
-    batcher, _, observer = start_batcher(runner, slots=2, linger_s=TIMEOUT_S, max_batch_size=4)
+    runner = lambda: FakeEngine(lambda latents: gate(latents) if len(latents) == 1 else None)  # noqa: E731
+    batcher, observer = start_batcher(runner, instances=2, linger_s=TIMEOUT_S, max_batch_size=4)
     first = occupy(batcher, gate)
     batcher.submit(half := make_ticket(2, 1))
     batcher.submit(rest := make_ticket(2, 2))
@@ -151,11 +150,11 @@ def test_a_hung_slot_holds_nobody_up_while_others_are_idle() -> None:
     gate = Gate()
     made: list[int] = []
 
-    def make_runner() -> FakeRunner:
+    def make_engine() -> FakeEngine:
         made.append(1)
-        return FakeRunner(lambda latents: gate(latents) if latents[0, 0] == HUNG else None)
+        return FakeEngine(lambda latents: gate(latents) if latents[0, 0] == HUNG else None)
 
-    batcher, _, _ = start_batcher(make_runner, slots=4, linger_s=0.001)
+    batcher, _ = start_batcher(make_engine, instances=4, linger_s=0.001)
     hung = make_ticket(1)
     hung.span = Span(0, 0, 1, np.full((1, LATENT_SIZE), HUNG, np.float32))
     batcher.submit(hung)
@@ -165,8 +164,8 @@ def test_a_hung_slot_holds_nobody_up_while_others_are_idle() -> None:
         batcher.submit(ticket)
     for ticket in singles:
         assert rows_of(wait_for(ticket)) == expected_rows(ticket)
-    assert not hung.caller.is_set()  # type: ignore[attr-defined]
-    assert batcher.busy_slots == 1
+    assert not hung.ended.is_set()
+    assert batcher.busy_instances == 1
     gate.open()
     wait_for(hung)
     batcher.close()
@@ -179,7 +178,7 @@ def test_a_lone_callers_rows_are_shared_out_to_the_idle_slots_where_that_is_wort
         time.sleep(2 * len(latents) * LEAST_SHARE_S)
         together.wait(TIMEOUT_S)
 
-    batcher, _, observer = start_batcher(lambda: FakeRunner(before), slots=3, linger_s=TIMEOUT_S)
+    batcher, observer = start_batcher(lambda: FakeEngine(before), instances=3, linger_s=TIMEOUT_S)
     batcher.submit(first := make_ticket(16))
     wait_for(first)
     assert observer.batches == [16], "nothing is known of the model yet"
@@ -194,7 +193,7 @@ def test_a_lone_callers_rows_are_shared_out_to_the_idle_slots_where_that_is_wort
 
 
 def test_a_quick_models_rows_are_not_shared_out() -> None:
-    batcher, _, observer = start_batcher(slots=3)
+    batcher, observer = start_batcher(instances=3)
     for _ in range(2):
         batcher.submit(ticket := make_ticket(16))
         wait_for(ticket)
@@ -204,11 +203,11 @@ def test_a_quick_models_rows_are_not_shared_out() -> None:
 
 def test_what_several_wait_for_is_not_shared_out() -> None:
     gate = Gate()
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), slots=2, linger_s=TIMEOUT_S)
+    batcher, observer = start_batcher(lambda: FakeEngine(gate), instances=2, linger_s=TIMEOUT_S)
     held = [make_ticket(16, seed) for seed in range(2)]
     for ticket in held:
         batcher.submit(ticket)
-    wait_until(lambda: batcher.busy_slots == 2)
+    wait_until(lambda: batcher.busy_instances == 2)
     time.sleep(0.05)  # so that a row is worth a run
     tickets = [make_ticket(4, seed) for seed in range(3)]
     for ticket in tickets:
@@ -223,9 +222,9 @@ def test_what_several_wait_for_is_not_shared_out() -> None:
 
 def test_a_lone_callers_rest_does_not_wait_for_company() -> None:
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), slots=2, linger_s=TIMEOUT_S)
+    batcher, _ = start_batcher(lambda: FakeEngine(gate), instances=2, linger_s=TIMEOUT_S)
     batcher.submit(ticket := make_ticket(20))
-    wait_until(lambda: batcher.busy_slots == 2)
+    wait_until(lambda: batcher.busy_instances == 2)
     assert batcher.running_images == 20
     gate.open()
     assert rows_of(wait_for(ticket)) == expected_rows(ticket)
@@ -235,7 +234,7 @@ def test_a_lone_callers_rest_does_not_wait_for_company() -> None:
 def test_bulk_work_that_may_wait_for_room_is_queued_when_there_is_some() -> None:
     """Issue: a lone stream on an idle server was refused when its chunks were as large as the queue."""
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10, max_batch_size=4)
+    batcher, _ = start_batcher(lambda: FakeEngine(gate), max_queue_images=10, max_batch_size=4)
     first = occupy(batcher, gate)
     chunks = [make_ticket(10, seed, priority=Priority.BULK, waits_for_room=True) for seed in range(3)]
     for ticket in chunks:
@@ -255,7 +254,7 @@ def test_bulk_work_that_may_wait_for_room_is_queued_when_there_is_some() -> None
 
 def test_draining_fails_the_bulk_work_that_still_waits_for_room() -> None:
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10)
+    batcher, _ = start_batcher(lambda: FakeEngine(gate), max_queue_images=10)
     first = occupy(batcher, gate)
     chunks = [make_ticket(10, seed, priority=Priority.BULK, waits_for_room=True) for seed in range(2)]
     for ticket in chunks:
@@ -270,7 +269,7 @@ def test_draining_fails_the_bulk_work_that_still_waits_for_room() -> None:
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate), max_queue_images=10)
+    batcher, _ = start_batcher(lambda: FakeEngine(gate), max_queue_images=10)
     first = occupy(batcher, gate)
     batcher.submit(waiting := make_ticket(10))
     with pytest.raises(QueueFullError) as caught:
@@ -288,7 +287,7 @@ def test_an_expired_row_never_reaches_the_model() -> None:
         seen.append(len(latents))
         gate(latents)
 
-    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    batcher, observer = start_batcher(lambda: FakeEngine(before))
     first = occupy(batcher, gate)
     late = make_ticket(5, deadline=time.monotonic())
     fresh = make_ticket(2, deadline=time.monotonic() + TIMEOUT_S)
@@ -310,27 +309,30 @@ def test_a_cancelled_row_never_reaches_the_model_and_its_neighbours_do() -> None
         seen.append(len(latents))
         gate(latents)
 
-    batcher, delivery, observer = start_batcher(lambda: FakeRunner(before))
+    batcher, observer = start_batcher(lambda: FakeEngine(before))
     first = occupy(batcher, gate)
     gone, neighbour = make_ticket(5), make_ticket(3, seed=8)
     batcher.submit(gone)
     batcher.submit(neighbour)
-    assert batcher.cancel(gone)
+    batcher.cancel(gone)
     assert batcher.queued_images == 3
     gate.open()
     wait_for(first)
     assert rows_of(wait_for(neighbour)) == expected_rows(neighbour)
     assert seen == [1, 3]
     assert observer.drops == {"cancelled": 5}
-    assert gone not in delivery.order
-    assert not batcher.cancel(neighbour), "it has been delivered"
+    assert isinstance(gone.error, CallerLeftError)
+    assert gone.ended.is_set(), "what it holds is given back by its completion"
+    batcher.cancel(neighbour)
+    assert neighbour.error is None, "it has been completed"
 
 
 def test_what_is_cancelled_before_it_is_submitted_is_never_queued() -> None:
     """Another thread may cancel a call that this one is about to submit."""
-    batcher, _, observer = start_batcher()
+    batcher, observer = start_batcher()
     ticket = make_ticket(3)
-    assert batcher.cancel(ticket)
+    batcher.cancel(ticket)
+    assert isinstance(ticket.error, CallerLeftError)
     batcher.submit(ticket)
     assert drain(batcher) == 0
     assert batcher.queued_images == 0
@@ -342,13 +344,13 @@ def test_what_is_cancelled_before_it_is_submitted_is_never_queued() -> None:
 
 def test_cancelling_a_running_request_leaves_its_batch_mates_untouched() -> None:
     gate = Gate()
-    batcher, delivery, _ = start_batcher(lambda: FakeRunner(gate))
+    batcher, _ = start_batcher(lambda: FakeEngine(gate))
     running = occupy(batcher, gate)
     batcher.submit(other := make_ticket(2, seed=1))
-    assert batcher.cancel(running)
+    batcher.cancel(running)
     gate.open()
     assert rows_of(wait_for(other)) == expected_rows(other)
-    assert running not in delivery.order
+    assert isinstance(running.error, CallerLeftError)
 
 
 def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
@@ -361,7 +363,7 @@ def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
         if len(runs) == 2:
             raise RuntimeError("no memory")
 
-    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    batcher, observer = start_batcher(lambda: FakeEngine(before))
     first = occupy(batcher, gate)
     hit = [make_ticket(8, 1), make_ticket(8, 2)]
     spared = make_ticket(9, 3)  # the longest, so that it comes after the two
@@ -374,95 +376,124 @@ def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
             wait_for(ticket)
     assert rows_of(wait_for(spared)) == expected_rows(spared)
     assert observer.failures == ["raised"]
-    assert batcher.live_slots == 1
+    assert batcher.live_instances == 1
 
 
 def test_a_failed_part_fails_its_request_once_and_drops_the_rest() -> None:
     def before(latents: NDArray[np.float32]) -> None:
         raise RuntimeError("broken")
 
-    batcher, delivery, observer = start_batcher(lambda: FakeRunner(before))
+    batcher, observer = start_batcher(lambda: FakeEngine(before))
     batcher.submit(ticket := make_ticket(100))
     with pytest.raises(EngineError):
         wait_for(ticket)
     assert drain(batcher) == 0
-    assert delivery.order == [ticket]
     assert observer.drops == {"failed": 84}
 
 
-def test_a_hanging_slot_is_given_up_and_replaced() -> None:
+def test_a_run_that_hangs_fails_its_batch_alone_and_breaks_the_process() -> None:
     gate = Gate()
-    made: list[int] = []
-
-    def make_runner() -> FakeRunner:
-        made.append(1)
-        return FakeRunner(gate) if len(made) == 1 else FakeRunner()
-
-    batcher, _, observer = start_batcher(make_runner, watchdog_s=0.05)
-    stuck = occupy(batcher, gate)
-    batcher.submit(waiting := make_ticket(3, seed=5))
-    while not stuck.caller.wait(0.02):  # type: ignore[attr-defined]
-        batcher.check_stalled()
-    with pytest.raises(EngineError):
-        wait_for(stuck)
-    assert rows_of(wait_for(waiting)) == expected_rows(waiting)
-    assert batcher.live_slots == 1
+    batcher, observer = start_batcher(
+        lambda: FakeEngine(lambda latents: gate(latents) if latents[0, 0] == HUNG else None), instances=2
+    )
+    hung = make_ticket(1)
+    hung.span = Span(0, 0, 1, np.full((1, LATENT_SIZE), HUNG, np.float32))
+    batcher.submit(hung)
+    assert gate.reached.wait(TIMEOUT_S)
+    batcher.watch(29.0)
+    batcher.submit(before := make_ticket(3, seed=5))
+    assert rows_of(wait_for(before)) == expected_rows(before)
+    assert batcher.broken is None
+    assert not hung.ended.is_set()
+    batcher.watch(2.0)
+    with pytest.raises(EngineError, match="30 s"):
+        wait_for(hung)
+    assert batcher.broken is not None
     assert observer.failures == ["hung"]
-    gate.open()  # the old run comes back: nobody may be answered twice, which Delivery asserts
-    batcher.submit(after := make_ticket())
-    wait_for(after)
+    with pytest.raises(UnavailableError, match="30 s"):
+        batcher.submit(make_ticket())
+    gate.open()  # the run comes back: nobody may be answered twice
+    assert batcher.close(TIMEOUT_S) == 0
+
+
+def test_what_waits_when_the_last_instance_hangs_is_failed() -> None:
+    gate = Gate()
+    batcher, observer = start_batcher(lambda: FakeEngine(gate))
+    running = occupy(batcher, gate)
+    batcher.submit(waiting := make_ticket(3))
+    batcher.watch(31.0)
+    with pytest.raises(EngineError):
+        wait_for(running)
+    with pytest.raises(UnavailableError):
+        wait_for(waiting)
+    assert observer.drops == {"failed": 3}
+    gate.open()
     batcher.close()
 
 
-def test_a_dying_thread_fails_its_batch_and_is_replaced() -> None:
-    died = threading.Event()
+def test_time_in_which_the_process_was_stopped_and_runs_that_end_do_not_count() -> None:
+    """Issue: after SIGSTOP for longer than the watchdog's time healthy instances were evicted."""
+    gate = Gate()
+    batcher, _ = start_batcher(lambda: FakeEngine(gate), watchdog_s=0.05)
+    first = occupy(batcher, gate)
+    time.sleep(0.1)
+    batcher.watch(0.02)  # what the watchdog has seen of it
+    gate.open()
+    wait_for(first)
+    gate.__init__()  # type: ignore[misc]  # closed again
+    second = occupy(batcher, gate)
+    batcher.watch(0.04)
+    assert batcher.broken is None
+    gate.open()
+    wait_for(second)
+    batcher.close()
 
+
+def test_a_thread_that_ends_fails_its_batch_and_breaks_the_process() -> None:
     def before(latents: NDArray[np.float32]) -> None:
-        if not died.is_set():
-            died.set()
-            raise SystemExit  # not an Exception: it ends the thread
+        raise SystemExit  # not an Exception: it ends the thread
 
-    batcher, _, observer = start_batcher(lambda: FakeRunner(before))
+    batcher, observer = start_batcher(lambda: FakeEngine(before))
     batcher.submit(hit := make_ticket())
     with pytest.raises(EngineError):
         wait_for(hit)
-    after = make_ticket(2, seed=4)
-    wait_until(lambda: batcher.live_slots)
-    batcher.submit(after)
-    assert rows_of(wait_for(after)) == expected_rows(after)
     assert observer.failures == ["died"]
-
-
-def test_without_a_slot_left_callers_are_refused_and_nobody_hangs() -> None:
-    gate = Gate()
-    made: list[int] = []
-
-    def make_runner() -> FakeRunner:
-        made.append(1)
-        if len(made) > 1:
-            raise RuntimeError("the model cannot be loaded again")
-        return FakeRunner(gate)
-
-    batcher, _, _ = start_batcher(make_runner, watchdog_s=0.05)
-    stuck = occupy(batcher, gate)
-    batcher.submit(waiting := make_ticket(3))
-    while not stuck.caller.wait(0.02):  # type: ignore[attr-defined]
-        batcher.check_stalled()
-    with pytest.raises(UnavailableError):
-        wait_for(waiting)
-    assert batcher.live_slots == 0
     with pytest.raises(UnavailableError):
         batcher.submit(make_ticket())
-    batcher.close()
+
+
+def test_a_completion_that_raises_disturbs_no_other_and_answers_are_sent_after_all_are_made() -> None:
+    gate = Gate()
+    batcher, _ = start_batcher(lambda: FakeEngine(gate))
+    first = occupy(batcher, gate)
+    done: list[str] = []
+
+    def completion(name: str) -> Any:
+        def complete(ticket: Ticket) -> Any:
+            done.append(f"{name} made")
+            if name == "a":
+                raise RuntimeError("planted")
+            return lambda: done.append(f"{name} sent")
+
+        return complete
+
+    tickets = [make_ticket(1, seed) for seed in range(3)]
+    for name, ticket in zip("abc", tickets, strict=True):
+        ticket.completion = completion(name)
+        batcher.submit(ticket)
     gate.open()
+    wait_for(first)
+    wait_until(lambda: len(done) == 5)
+    assert done == ["a made", "b made", "c made", "b sent", "c sent"]
+    batcher.close()
 
 
 def test_a_batch_that_a_crowd_shared_is_followed_by_a_linger_so_that_the_next_is_larger() -> None:
     gate = Gate()
     # A linger long enough for this test to be no race.
-    batcher, _, observer = start_batcher(lambda: FakeRunner(gate), slots=1, linger_s=0.5)
+    batcher, observer = start_batcher(lambda: FakeEngine(gate), instances=1, linger_s=0.5)
     first = occupy(batcher, gate)
-    crowd = [make_ticket(1, seed) for seed in range(CROWD_CALLERS)]
+    crowd = [make_ticket(1, seed) for seed in range(CROWD)]
     for ticket in crowd:
         batcher.submit(ticket)
     gate.open()
@@ -474,80 +505,11 @@ def test_a_batch_that_a_crowd_shared_is_followed_by_a_linger_so_that_the_next_is
     for ticket in late:
         assert rows_of(wait_for(ticket)) == expected_rows(ticket)
     assert drain(batcher) == 0
-    assert observer.batches == [1, CROWD_CALLERS, 2]
-
-
-def test_a_replacement_that_fails_is_tried_again_until_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Issue: a replacement that failed was never tried again, and after eight losses a model refused for good."""
-    monkeypatch.setattr(slots_module, "BACKOFF_FIRST_S", 0.001)
-    made: list[int] = []
-    failures = 12
-
-    def before(latents: NDArray[np.float32]) -> None:
-        if len(made) == 1:
-            raise SystemExit  # ends the first slot's thread
-
-    def make_runner() -> FakeRunner:
-        made.append(1)
-        if 1 < len(made) <= failures:
-            raise RuntimeError("not yet")
-        return FakeRunner(before)
-
-    monkeypatch.setattr(slots_module, "BACKOFF_MOST_S", 0.01)
-    batcher, _, _ = start_batcher(make_runner)
-    batcher.submit(hit := make_ticket())
-    with pytest.raises(EngineError):
-        wait_for(hit)
-    wait_until(lambda: batcher.live_slots == 1)
-    assert batcher.without_slots_s == 0
-    assert len(made) == failures + 1
-    batcher.submit(after := make_ticket(2, seed=4))
-    assert rows_of(wait_for(after)) == expected_rows(after)
-    batcher.close()
-
-
-def test_the_time_without_slots_is_told_and_closing_ends_the_replacing(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-
-    def die(latents: NDArray[np.float32]) -> None:
-        raise SystemExit
-
-    def make_runner() -> FakeRunner:
-        made.append(1)
-        if len(made) > 1:
-            raise RuntimeError("never again")
-        return FakeRunner(die)
-
-    batcher, _, _ = start_batcher(make_runner)
-    assert batcher.without_slots_s == 0
-    batcher.submit(hit := make_ticket())
-    with pytest.raises(EngineError):
-        wait_for(hit)
-    wait_until(lambda: batcher.without_slots_s > 0.05)
-    batcher.close(TIMEOUT_S)
-    tries = len(made)
-    replacing = [thread for thread in threading.enumerate() if thread.name == "slot-replacement"]
-    for thread in replacing:
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
-    assert len(made) <= tries + 1
-
-
-def test_losses_in_a_row_are_replaced_later_and_later_and_a_batch_that_is_run_begins_anew() -> None:
-    pool = slots_module.SlotPool(1, lambda number: None, lambda: None)  # type: ignore[arg-type,return-value]
-    waits = []
-    for _ in range(14):
-        waits.append(pool._backoff_s())
-        pool._losses += 1
-    assert waits[:6] == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0]
-    assert waits == sorted(waits)
-    assert waits[-1] == slots_module.BACKOFF_MOST_S
-    pool.note_success()
-    assert pool._backoff_s() == 0.0
+    assert observer.batches == [1, CROWD, 2]
 
 
 def test_drain_finishes_what_was_accepted() -> None:
-    batcher, _, _ = start_batcher()
+    batcher, _ = start_batcher()
     tickets = [make_ticket(50, seed) for seed in range(20)]
     for ticket in tickets:
         batcher.submit(ticket)
@@ -561,7 +523,7 @@ def test_drain_finishes_what_was_accepted() -> None:
 
 def test_drain_out_of_time_fails_and_counts_what_is_left() -> None:
     gate = Gate()
-    batcher, _, _ = start_batcher(lambda: FakeRunner(gate))
+    batcher, _ = start_batcher(lambda: FakeEngine(gate))
     running = occupy(batcher, gate)
     batcher.submit(waiting := make_ticket(20))
     assert drain(batcher, 0.05) == 2
@@ -573,17 +535,17 @@ def test_drain_out_of_time_fails_and_counts_what_is_left() -> None:
 
 
 def test_start_raises_what_making_a_model_raised() -> None:
-    def make_runner() -> FakeRunner:
+    def make_engine() -> FakeEngine:
         raise ValueError("no such file")
 
     with pytest.raises(ValueError, match="no such file"):
-        start_batcher(make_runner, slots=2)
+        start_batcher(make_engine, instances=2)
 
 
 def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_right() -> None:  # noqa: PLR0915  # one story
     """Every completed row is the row of its own seed and index, none is lost, none comes twice, no call hangs."""
     chance = random.Random(20261122)
-    batcher, delivery, observer = start_batcher(slots=3, max_queue_images=1_000_000)
+    batcher, observer = start_batcher(instances=3, max_queue_images=1_000_000)
     sizes = [1, 1, 1, 2, 5, 16, 17, 64, 200, 1000]
     lock = threading.Lock()
     planned = [0]
@@ -615,7 +577,7 @@ def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_r
                 batcher.cancel(ticket)
                 cancelled.add(id(ticket))
             elif mine.random() < 0.5:
-                ticket.caller.wait(TIMEOUT_S)  # type: ignore[attr-defined]
+                ticket.ended.wait(TIMEOUT_S)
 
     threads = [threading.Thread(target=caller, args=(chance.getrandbits(32),)) for _ in range(24)]
     for thread in threads:
@@ -626,15 +588,13 @@ def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_r
     assert drain(batcher) == 0
     batcher.close()
 
-    delivered = {id(ticket) for ticket in delivery.order}
-    assert len(delivered) == len(delivery.order)
     completed = expired = 0
     for ticket in tickets:
-        if ticket.cancelled:
+        if isinstance(ticket.error, CallerLeftError):
             assert id(ticket) in cancelled
-            assert id(ticket) not in delivered
+            assert ticket.ended.is_set()
             continue
-        assert id(ticket) in delivered
+        assert ticket.ended.is_set()
         if ticket.error is not None:
             assert isinstance(ticket.error, ExpiredError)
             expired += 1

@@ -184,7 +184,7 @@ def test_a_missing_file_is_refused_by_name(name: str, bundles: Path) -> None:
 
 def test_a_moved_bundle_is_refused(bundles: Path) -> None:
     (bundles / "dcgan" / "1").rename(bundles / "dcgan" / "7")
-    with pytest.raises(BundleError, match="holds model dcgan/1"):
+    with pytest.raises(BundleError, match="dcgan/1"):
         read_bundle(bundles / "dcgan" / "7")
 
 
@@ -205,19 +205,19 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("latent_size"), "Object missing required field `latent_size`"),
-        (put("colour", "red"), "Object contains unknown field `colour`"),
-        (put("schema_version", 99), "schema version 99, this server reads 3 and 4"),
-        (put("schema_version", "1\n"), r"schema version .1.{1,4}n., this server reads 3"),
-        (put("latent_size", "100"), r"Expected `int`, got `str` - at `\$.latent_size`"),
-        (put("latent_size", 64), "field 'golden.latents' has an unusable value"),
-        (put("precision", "fp8"), r"Invalid enum value 'fp8' - at `\$.precision`"),
+        (drop("latent_size"), "`latent_size`"),
+        (put("colour", "red"), "`colour`"),
+        (put("schema_version", 99), "schema version 99.* 3 and 4"),
+        (put("schema_version", "1\n"), r"schema version .1.{1,4}n\b"),
+        (put("latent_size", "100"), r"`str` - at `\$.latent_size`"),
+        (put("latent_size", 64), "'golden.latents'"),
+        (put("precision", "fp8"), r"'fp8' - at `\$.precision`"),
         (put("version", 0), r">= 1 - at `\$.version`"),
-        (put("name", "../etc"), r"regex .* - at `\$.name`"),
-        (put("files", {}), "field 'files' has an unusable value"),
+        (put("name", "../etc"), r"`\$.name`"),
+        (put("files", {}), "'files'"),
         (lambda values: values["golden"].update(latents="?"), r"base64.* - at `\$.golden.latents`"),
-        (lambda values: values["golden"].update(labels="AAAA"), "field 'golden.labels' has an unusable value"),
-        (put("labels", 10), "field 'golden.labels' has an unusable value"),
+        (lambda values: values["golden"].update(labels="AAAA"), "'golden.labels'"),
+        (put("labels", 10), "'golden.labels'"),
         (lambda values: values["golden"].update(count=10**9), r"<= 64 - at `\$.golden.count`"),
     ],
 )
@@ -240,7 +240,7 @@ def test_no_bytes_make_the_manifest_reader_fail_otherwise_than_by_name(content: 
 
 def test_a_folder_that_is_not_there_says_how_to_get_one(tmp_path: Path) -> None:
     assert repository(tmp_path).scan() == {}
-    with pytest.raises(BundleError, match="is not a folder; make export writes one"):
+    with pytest.raises(BundleError, match=r"nothing is not a folder.*make export"):
         repository(tmp_path / "nothing").scan()
 
 
@@ -319,7 +319,7 @@ def test_a_folder_of_one_models_versions_is_read_as_kserve_lays_it_out(tmp_path:
     single = Repository(tmp_path / "mnt", single=True)
     assert {name: list(versions) for name, versions in single.scan().items()} == {"mlp": [1]}
     assert single.read("mlp", 1).manifest.name == "mlp"
-    with pytest.raises(BundleError, match="holds model mlp/1; the folders must be called as the manifest says"):
+    with pytest.raises(BundleError, match="mlp/1"):
         single.read("dcgan", 1)
     shutil.rmtree(tmp_path / "mnt" / "1")
     assert single.scan() == {}

@@ -87,7 +87,7 @@ def test_cudas_libraries_are_loaded_from_wherever_they_are(monkeypatch: pytest.M
     assert loaded == list(cuda.LIBRARIES)
     assert loaded.index("cublasLt") < loaded.index("cublas")
     missing = "curand"
-    with pytest.raises(ProviderError, match="CUDA's library curand is not found here"):
+    with pytest.raises(ProviderError, match="curand"):
         cuda.load_libraries()
 
 
@@ -100,13 +100,11 @@ def test_cuda_without_its_libraries_is_refused_or_left_alone(
     monkeypatch.setattr(provider.driver, "why_unusable", lambda: None)
     monkeypatch.setattr(provider, "memory_total_bytes", lambda: 1 << 30)
     monkeypatch.setattr(provider, "load_libraries", missing)
-    why = "its device cannot be used: CUDA's library cudnn is not found here"
-    with pytest.raises(
-        ProviderError, match=f"--provider cuda: {why}; install the CUDA extra and a driver, or use --provider cpu"
-    ):
+    with pytest.raises(ProviderError, match=r"--provider cuda: .*cudnn.*--provider cpu"):
         provider.choose_provider("cuda")
     with caplog.at_level("INFO"):
         assert provider.choose_provider("auto") == "cpu"
-    assert f"provider auto: on the CPU, because {why}" in caplog.text
+    assert "provider auto: on the CPU" in caplog.text
+    assert "cudnn" in caplog.text
     monkeypatch.setattr(provider, "load_libraries", lambda: None)
     assert provider.choose_provider("auto") == "cuda"

@@ -395,7 +395,7 @@ def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkey
         raise RuntimeError(said[0])
 
     monkeypatch.setattr(Binding, "run", fail)
-    with pytest.raises(DeviceLostError, match=r"mlp/1: CUDA failure 700: an illegal memory access was encountered$"):
+    with pytest.raises(DeviceLostError, match=r"mlp/1: CUDA failure 700\b"):
         engine.compute(draw(1, 0, 2, 64))
     said[0] = "Invalid rank for input"
     with pytest.raises(RuntimeError, match="Invalid rank"):

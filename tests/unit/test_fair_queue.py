@@ -11,7 +11,7 @@ from serve.batching.queue import BULK_TURN, FEW_DEAD, FairQueue
 from serve.batching.ticket import Priority, Ticket
 from serve.errors import QueueFullError
 from serve.latents import Span
-from tests.fake_runner import make_ticket
+from tests.fake_engine import make_ticket
 
 BATCH = 16
 
@@ -53,7 +53,7 @@ def test_one_digit_goes_into_the_next_batch_at_any_time() -> None:
     """Of long requests in steady state, some are always about to finish a chunk: a digit is not to wait for those."""
     queue = FairQueue(100_000, BATCH)
     for batch in range(300):
-        while queue.callers < 16:
+        while queue.waiting < 16:
             queue.push(make_ticket(150))
         single = make_ticket(1)
         queue.push(single)
@@ -66,7 +66,7 @@ def test_small_requests_take_no_more_than_their_share_from_a_long_one() -> None:
     queue.push(long)
     batches = 2000
     for _ in range(batches):
-        while queue.callers < 1 + 24:
+        while queue.waiting < 1 + 24:
             queue.push(make_ticket(4))
         queue.take(BATCH, 0.0)
     assert long.taken >= batches * BATCH // 25 - 2 * BATCH

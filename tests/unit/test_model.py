@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from serve.batching.slots import SlotPool
-from serve.batching.ticket import Priority
+from serve.batching.ticket import Priority, Ticket
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS, Engine
 from serve.errors import EngineError, UnavailableError
@@ -51,7 +50,7 @@ def checks(registry: CollectorRegistry, result: str) -> float:
 
 
 async def digits(model: Model, count: int) -> NDArray[np.uint8]:
-    ticket = await model.run(Span(1, 0, count), PIXELS, Priority.INTERACTIVE, None)
+    ticket = await model.run(Ticket(Span(1, 0, count), PIXELS, Priority.INTERACTIVE, None))
     return np.concatenate(ordered(ticket, "pixels"))
 
 
@@ -102,13 +101,14 @@ def test_a_self_check_that_finds_the_queue_full_is_skipped_and_no_breach() -> No
 
 
 def test_a_model_is_released_once_what_it_runs_has_come_back() -> None:
-    """Also what no call waits for, as of a self-check."""
-
     async def test(model: Model, registry: CollectorRegistry) -> None:
+        assert model.in_use.enter()
         running = asyncio.ensure_future(digits(model, 4096))
+        running.add_done_callback(lambda _: model.in_use.leave())
         await asyncio.sleep(0)  # lets it submit
         assert await model.release(30) == 0
         assert len(await running) == 4096
+        await model.self_check()  # of a model that is released: nothing
 
     with_model(test)
 
@@ -136,43 +136,6 @@ def test_a_run_that_raises_reaches_its_callers_alone(monkeypatch: pytest.MonkeyP
     with_model(test)
 
 
-def test_readiness_falls_when_every_instance_hangs_and_returns_with_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading  # noqa: PLC0415  # needed by this test alone
-
-    honest, replace = Engine.run, SlotPool.replace
-    gate, hang = threading.Event(), [False]
-
-    def run(self: Engine, feeds: Any, outputs: Any) -> Any:
-        if hang[0]:
-            hang[0] = False
-            assert gate.wait(60)
-        return honest(self, feeds, outputs)
-
-    monkeypatch.setattr(Engine, "run", run)
-
-    async def test(model: Model, registry: CollectorRegistry) -> None:
-        ready_before_replacement = []
-
-        def look_and_replace(pool: SlotPool) -> None:
-            ready_before_replacement.append(model.ready)
-            replace(pool)
-
-        monkeypatch.setattr(SlotPool, "replace", look_and_replace)
-        hang[0] = True
-        stuck = asyncio.ensure_future(digits(model, 2))
-        while not stuck.done():
-            model.batcher.check_stalled()
-            await asyncio.sleep(0.01)
-        gate.set()
-        assert isinstance(stuck.exception(), EngineError)
-        assert ready_before_replacement == [False]
-        while not model.ready:  # noqa: ASYNC110  # readiness is polled, as a prober does
-            await asyncio.sleep(0.01)
-        assert len(await digits(model, 2)) == 2
-
-    with_model(test, watchdog_s=0.05)
-
-
 @pytest.mark.parametrize("name", ["mlp", "dcgan", "cdcgan", "rpgan"])
 def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str) -> None:
     bundle = read_bundle(BUNDLED_DIR / name / "1")
@@ -186,7 +149,7 @@ def test_one_bucket_gives_identical_pixels_whoever_the_batch_mates_are(name: str
 
 
 @pytest.mark.parametrize("cores", [1, 2, 32])
-def test_slots_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: the batch size was tuned at the start by whatever else the machine did, so that replicas differed."""
     monkeypatch.setattr("serve.models.model.usable_cores", lambda: cores)
 
@@ -196,13 +159,13 @@ def test_slots_follow_the_usable_cores_and_the_batch_size_the_bundle(cores: int,
             bundle = read_bundle(BUNDLED_DIR / name / "1")
             model = await asyncio.to_thread(open_model, bundle, "cpu", Settings(), metrics)
             limits = model.batcher.limits
-            assert (limits.slots, limits.max_batch_size) == (cores, size)
+            assert (limits.instances, limits.max_batch_size) == (cores, size)
             assert await asyncio.to_thread(model.batcher.close, 30) == 0
 
     asyncio.run(run())
 
 
-def test_all_slots_of_a_cpu_model_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_instances_of_a_cpu_model_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: on a 32-core node sessions of their own took 1.5 GB."""
     made: list[Engine] = []
     honest = Engine.__init__
@@ -216,7 +179,7 @@ def test_all_slots_of_a_cpu_model_share_one_session(monkeypatch: pytest.MonkeyPa
     async def run() -> None:
         metrics, chosen = Metrics(CollectorRegistry()), Settings(instances=16)
         model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics)
-        assert (model.batcher.live_slots, len(made)) == (16, 1)
+        assert (model.batcher.live_instances, len(made)) == (16, 1)
         assert await asyncio.to_thread(model.batcher.close, 30) == 0
 
     asyncio.run(run())

@@ -124,7 +124,7 @@ def test_training_a_judge_leaves_the_callers_chance_alone(subset: Path) -> None:
 
 def test_a_judge_that_is_not_good_enough_is_refused_and_not_kept(subset: Path, tmp_path: Path) -> None:
     data = load_mnist(subset)
-    with pytest.raises(QualityError, match=r"the judge knows .*% of the test images, and 99.3% are needed"):
+    with pytest.raises(QualityError, match=r"%.* 99\.3%"):
         judge.kept_judge(data, tmp_path / "judge", CPU, train=lambda *_, **__: judge.Judge().eval())
     assert not list(tmp_path.glob("judge/*"))
 
@@ -269,7 +269,7 @@ def test_an_untrained_unconditional_generator_is_judged_bad(evaluator: Evaluator
 def test_floors_are_read_and_refused_by_name() -> None:
     assert parse_floors("label_accuracy=0.99, frechet_distance=12") == {"label_accuracy": 0.99, "frechet_distance": 12.0}
     assert parse_floors("") == {}
-    with pytest.raises(QualityError, match="--min-quality: 'beauty' is unknown; there are label_accuracy"):
+    with pytest.raises(QualityError, match=r"--min-quality: 'beauty'.*label_accuracy"):
         parse_floors("beauty=1")
-    with pytest.raises(QualityError, match="--min-quality: recall needs a number, got 'x'"):
+    with pytest.raises(QualityError, match=r"--min-quality: recall .*'x'"):
         parse_floors("recall=x")

@@ -16,7 +16,7 @@ from serve.background import for_each, repeat
 from serve.engine.onnx_runtime import ort
 from serve.models.catalog import Catalog
 from serve.observability.metrics import Metrics
-from serve.ports.health import LIVENESS, WITHOUT_SLOTS_S, Health
+from serve.ports.health import LIVENESS, Health
 from serve.ports.http_port import make_app
 from tests.bench import report
 
@@ -26,10 +26,10 @@ Status = health_pb2.HealthCheckResponse
 class FakeModel:
     """A model version as health looks at it."""
 
-    def __init__(self, name: str, ready: bool = True, without_slots_s: float = 0.0) -> None:
+    def __init__(self, name: str, ready: bool = True, broken: str | None = None) -> None:
         self.manifest = SimpleNamespace(name=name, version=1)
         self.ready = ready
-        self.batcher = SimpleNamespace(without_slots_s=without_slots_s, device_lost=None)
+        self.batcher = SimpleNamespace(broken=broken)
 
 
 def health_of(*models: FakeModel) -> Health:
@@ -78,46 +78,24 @@ def test_one_items_failure_leaves_out_no_other() -> None:
     assert [str(error) for error in caught.value.exceptions] == ["planted"]
 
 
-def test_a_round_of_health_that_began_before_draining_does_not_end_after_it() -> None:
-    """Issue: health could say SERVING for up to a second after the drain had begun."""
-
-    async def run() -> None:
-        health = health_of(FakeModel("mlp"))
-        honest, inside, leave = health.servicer.set, asyncio.Event(), asyncio.Event()
-
-        async def slow(service: str, status: Any) -> None:
-            if not inside.is_set():  # the first call of the round that began before
-                inside.set()
-                await leave.wait()
-            await honest(service, status)
-
-        health.servicer.set = slow
-        before = asyncio.create_task(health.publish())
-        await inside.wait()
-        health.draining = True
-        after = asyncio.create_task(health.publish())
-        for _ in range(50):  # time enough for it to overtake the other, if it could
-            await asyncio.sleep(0)
-        leave.set()
-        await asyncio.gather(before, after)
-        said = health.servicer._server_status
-        assert {said[name] for name in ("", SERVICE, f"{SERVICE}/mlp")} == {Status.NOT_SERVING}
-        assert said[LIVENESS] == Status.SERVING, "a process that drains need not be restarted"
-
-    asyncio.run(run())
+def test_health_publishes_at_once_and_tells_a_draining_process_from_one_to_be_restarted() -> None:
+    health = health_of(FakeModel("mlp"))
+    health.publish()
+    health.draining = True
+    health.publish()
+    assert {health._statuses[name] for name in ("", SERVICE, f"{SERVICE}/mlp")} == {Status.NOT_SERVING}
+    assert health._statuses[LIVENESS] == Status.SERVING
 
 
-def test_liveness_fails_when_a_model_has_been_without_slots_for_long() -> None:
-    """Issue: a model refused for good while liveness said SERVING."""
-    assert health_of(FakeModel("mlp", ready=False, without_slots_s=WITHOUT_SLOTS_S / 2)).not_alive() is None
-    lost = health_of(FakeModel("dcgan"), FakeModel("mlp", ready=False, without_slots_s=WITHOUT_SLOTS_S + 1))
-    assert lost.not_alive() == "mlp/1 has had no working slot for 60 s"
-
-    async def published() -> Any:
-        await lost.publish()
-        return lost.servicer._server_status
-
-    assert asyncio.run(published())[LIVENESS] == Status.NOT_SERVING
+def test_liveness_fails_when_a_model_or_the_port_is_broken() -> None:
+    assert health_of(FakeModel("mlp", ready=False)).not_alive() is None
+    lost = health_of(FakeModel("dcgan"), FakeModel("mlp", ready=False, broken="a run hung"))
+    assert lost.not_alive() == "a run hung"
+    lost.publish()
+    assert lost._statuses[LIVENESS] == Status.NOT_SERVING
+    deaf = health_of(FakeModel("mlp"))
+    deaf.port_not_alive = lambda: "deaf"
+    assert deaf.not_alive() == "deaf"
 
 
 def test_ready_means_that_a_request_can_be_answered_whichever_port_is_asked() -> None:
@@ -126,8 +104,8 @@ def test_ready_means_that_a_request_can_be_answered_whichever_port_is_asked() ->
     def said(*models: FakeModel, draining: bool = False) -> tuple[str | None, dict[str, bool]]:
         health = health_of(*models)
         health.draining = draining
-        asyncio.run(health.publish())
-        published = health.servicer._server_status
+        health.publish()
+        published = health._statuses
         return health.not_ready(), {name: published.get(name) == Status.SERVING for name in (SERVICE, "", f"{SERVICE}/mlp")}
 
     lame = FakeModel("mlp", ready=False)

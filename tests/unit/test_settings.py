@@ -90,29 +90,23 @@ def test_the_flag_wins_over_the_environment() -> None:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--grpc-port=65536", "--grpc-port must be from 0 to 65535, got 65536"),
-        ("--grpc-port=http", "--grpc-port must be a whole number, got 'http'"),
-        ("--provider=tpu", "--provider must be one of auto, cuda, cpu, got 'tpu'"),
-        ("--watchdog-s=nan", "--watchdog-s must be from"),
-        ("--reflection=maybe", "--reflection must be true or false, got 'maybe'"),
-        ("--host=0.0.0.0", "--host 0.0.0.0 would be served in plaintext: give --tls-cert and --tls-key, or --insecure"),
-        ("--host=example.org", "--host example.org would be served in plaintext"),
-        ("--http-host=0.0.0.0", "--http-host 0.0.0.0 would serve the page in plaintext: give --page false, or --insecure"),
-        ("--tls-cert=a.pem", "--tls-cert and --tls-key go together"),
-        ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
-        ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
-        ("--model-control=poll", "--model-control is no setting any more: the models folder and --serving-file are always"),
-        ("--crowd-rest-us=0", "--crowd-rest-us is no setting any more: use --linger-us"),
-        ("--max-queue-delay-us=0", "--max-queue-delay-us is no setting any more: use --linger-us"),
-        ("--cuda-options=speed=1", "--cuda-options: 'speed' is unknown; there are use_tf32, prefer_nhwc"),
-        ("--cuda-options=use_tf32=2", "--cuda-options: use_tf32 must be one of 0, 1, got '2'"),
-        (
-            "--cuda-options=cudnn_conv_algo_search=DEFAULT",
-            "--cuda-options: cudnn_conv_algo_search must be one of EXHAUSTIVE, HEURISTIC, got 'DEFAULT'",
-        ),
-        ("--cuda-graphs=on", "--cuda-graphs on needs --provider cuda, and it is auto"),
-        ("--front=native", "--front is no setting any more: there is one gRPC transport"),
-        ("--max-queue-images=100", "--max-count 4096 is over --max-queue-images 100"),
+        ("--grpc-port=65536", "--grpc-port .*0 to 65535.* 65536"),
+        ("--grpc-port=http", "--grpc-port .*'http'"),
+        ("--provider=tpu", "--provider .*auto, cuda, cpu.*'tpu'"),
+        ("--watchdog-s=nan", "--watchdog-s .*nan"),
+        ("--reflection=maybe", "--reflection .*'maybe'"),
+        ("--host=0.0.0.0", r"--host 0\.0\.0\.0 .*--tls-cert.*--insecure"),
+        ("--host=example.org", "--host example.org "),
+        ("--http-host=0.0.0.0", r"--http-host 0\.0\.0\.0 .*--page false.*--insecure"),
+        ("--tls-cert=a.pem", "--tls-cert and --tls-key"),
+        ("--tls-client-ca=a.pem", "--tls-client-ca .*--tls-cert"),
+        ("--caller-images=100", "--caller-images 100 .*--max-count 4096"),
+        ("--cuda-options=speed=1", "--cuda-options: 'speed' .*use_tf32, prefer_nhwc"),
+        ("--cuda-options=use_tf32=2", "--cuda-options: use_tf32 .*0, 1.*'2'"),
+        ("--cuda-options=cudnn_conv_algo_search=DEFAULT", "cudnn_conv_algo_search .*EXHAUSTIVE, HEURISTIC, got 'DEFAULT'"),
+        ("--cuda-graphs=on", "--cuda-graphs on .*--provider cuda"),
+        ("--front=native", "--front .*0014"),
+        ("--max-queue-images=100", "--max-count 4096 .*--max-queue-images 100"),
     ],
 )
 def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
@@ -121,10 +115,10 @@ def test_an_unusable_value_names_the_flag(flag: str, message: str) -> None:
 
 
 def test_an_unusable_variable_names_the_variable() -> None:
-    with pytest.raises(SettingsError, match="DIGITS_INSTANCES must be a whole number"):
+    with pytest.raises(SettingsError, match=r"DIGITS_INSTANCES .*'all'"):
         from_arguments([], {"DIGITS_INSTANCES": "all"})
-    with pytest.raises(SettingsError, match=r"DIGITS_MODEL_CONTROL is no setting any more: .* leave it out"):
-        from_arguments([], {"DIGITS_MODEL_CONTROL": "poll"})
+    with pytest.raises(SettingsError, match=r"DIGITS_FRONT .*0014"):
+        from_arguments([], {"DIGITS_FRONT": "native"})
 
 
 def test_every_setting_is_explained_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

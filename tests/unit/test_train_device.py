@@ -39,7 +39,7 @@ def test_threads_are_as_many_as_there_are_cores_to_use(
 
 
 def test_a_negative_number_of_threads_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--threads must be 0 or more, got -1"):
+    with pytest.raises(ConfigError, match=r"--threads .* 0 .*-1"):
         prepare_machine("cpu", -1)
 
 

@@ -118,10 +118,10 @@ def test_bf16_is_fp32_on_a_processor_without_it(trainer_for: Callable[..., Train
 
 
 def test_tf32_is_refused_without_cuda(trainer_for: Callable[..., Trainer]) -> None:
-    with pytest.raises(DeviceError, match="--precision tf32 is CUDA's; on the CPU there are fp32 and bf16"):
+    with pytest.raises(DeviceError, match=r"--precision tf32.*fp32 and bf16"):
         trainer_for("tf32")
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="precision must be one of fp32, tf32, bf16, got 'fp8'"):
+    with pytest.raises(ConfigError, match=r"precision .*fp32, tf32, bf16.*'fp8'"):
         preset("mlp").replace({"precision": "fp8"})

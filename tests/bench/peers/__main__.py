@@ -1,4 +1,4 @@
-"""``make bench-peers``: compares this server, with each transport, with general model servers on the same graph and requests.
+"""``make bench-peers``: compares this server with general model servers on the same graph and requests.
 
 Each peer is installed from the package index into a venv of its own below build/peers and serves the bundled model's
 ONNX file (folded, uint8 output) as its documentation shows; the Open Inference Protocol request carries the latents.
@@ -64,7 +64,7 @@ PEERS = (
     Peer("kserve", "kserve==0.21.*", "kserve_server.py"),
     Peer("mlserver", "mlserver==1.7.*", "mlserver_model.py"),
 )
-US = {"grpcio": (), "native": ("--front=native", "--max-connection-age-s=0")}
+US = "serve"
 Rounds = dict[str, dict[str, dict[str, list[Sample]]]]  # model → load → server
 
 
@@ -85,9 +85,7 @@ def main() -> int:
         with ExitStack() as stack:
             for _ in range(neighbours):
                 stack.enter_context(busy())
-            servers: dict[str, Started] = {}
-            for name, flags in US.items():
-                servers[name] = stack.enter_context(started("serve", "--grpc-port=0", "--http-port=0", *flags))
+            servers = {US: stack.enter_context(started("serve", "--grpc-port=0", "--http-port=0"))}
             for peer in there:
                 try:
                     servers[peer.name] = stack.enter_context(serving(peer, model))
@@ -229,13 +227,13 @@ def free_port() -> int:
 
 
 def table(measured: Rounds) -> str:
-    """All servers side by side, and this one's transports against the best of the others, round by round."""
+    """All servers side by side, and this one against the best of the others, round by round."""
     lines = []
     for model, loads in measured.items():
         for name, seen in loads.items():
             _, digits = LOADS[name]
             lines.append(f"{model} {name}")
-            others = [server for server in seen if server not in US]
+            others = [server for server in seen if server != US]
             lowest = name == ALONE  # of a lone caller's mean latency, in ms
             values = {
                 server: [sample.result.mean_s * 1e3 if lowest else sample.rate * digits for sample in samples]
@@ -244,7 +242,7 @@ def table(measured: Rounds) -> str:
             for server, samples in seen.items():
                 line = f"  {server:9s} {spread(values[server], 2 if lowest else 0):>32s} {'ms' if lowest else 'digits a second'}"
                 line += f"  {spread(costs_us(samples), 0):>26s} µs a request"
-                if server in US and others:
+                if server == US and others:
                     best = [(min if lowest else max)(values[other][turn] for other in others) for turn in range(len(samples))]
                     line += f"  {spread(ratios(values[server], best))} × the best other's"
                 lines.append(line)

@@ -1,4 +1,4 @@
-"""A slot: a thread that runs batches through an engine until there are no more.
+"""An instance: a thread that runs batches through an engine of its own until there are no more.
 
 A CUDA session must stay in one thread, so the thread creates, uses and drops its engine. The batcher decides which batch is next
 and what happens with the rows.
@@ -17,16 +17,16 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from serve.batching.ticket import Arrays, Chunk
-from serve.errors import DeviceLostError, EngineError
+from serve.errors import DeviceLostError
 from serve.latents import LatentReader, Span
 
 log = logging.getLogger(__name__)
 
-SLOT_THREAD = "model-slot"  # how the threads' names begin
+INSTANCE_THREAD = "instance"  # how the threads' names begin
 
 
-class Runner(Protocol):
-    """A loaded model, as a slot uses it (``serve.engine.session.Engine``)."""
+class Engine(Protocol):
+    """A loaded model, as an instance uses it (``serve.engine.session.Engine``)."""
 
     def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]: ...
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays: ...
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
 
 class Observer(Protocol):
-    """Receives the figures; called from the slots' threads, once per batch or drop."""
+    """Receives the figures; called from the instances' threads, once per batch or drop."""
 
     def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None: ...
     def split(self, chunks: int) -> None: ...
@@ -44,27 +44,26 @@ class Observer(Protocol):
 
 
 class Dispatcher(Protocol):
-    """The batcher, as a slot knows it."""
+    """The batcher, as an instance knows it."""
 
-    def next_batch(self, slot: Slot) -> list[Chunk] | None: ...
-    def end_batch(self, slot: Slot, rows: Arrays | None, compute_s: float) -> None: ...
-    def add(self, slot: Slot) -> None: ...
-    def evict(self, slot: Slot, error: EngineError, reason: str) -> None: ...
+    def next_batch(self, instance: Instance) -> list[Chunk] | None: ...
+    def end_batch(self, instance: Instance, rows: Arrays | None, compute_s: float) -> None: ...
+    def fail(self, instance: Instance, reason: str, why: str) -> None: ...
     def lose_device(self, error: DeviceLostError) -> None: ...
 
 
-class Slot:
+class Instance:
     """A thread and its place in the batcher. What both sides use is under the batcher's ``lock``."""
 
     def __init__(
-        self, number: int, lock: threading.Lock, reader: LatentReader, make_runner: Callable[[], Runner], observer: Observer
+        self, number: int, lock: threading.Lock, reader: LatentReader, make_engine: Callable[[], Engine], observer: Observer
     ) -> None:
         self.number = number
         self.wake = threading.Condition(lock)
         self.batch: list[Chunk] = []
         self.busy_since: float | None = None  # time.monotonic()
-        self.evicted = False  # evicted: what it still returns is thrown away
-        self._make_runner = make_runner
+        self.watched_s = 0.0  # for how long the batcher's watchdog has seen it run this batch
+        self._make_engine = make_engine
         self._observer = observer
         self._reader = reader
         self._started = threading.Event()
@@ -73,7 +72,7 @@ class Slot:
 
     def start(self, dispatcher: Dispatcher) -> None:
         """Start the thread; ``wait_started`` tells how it went."""
-        name = f"{SLOT_THREAD}-{self.number}"
+        name = f"{INSTANCE_THREAD}-{self.number}"
         self.thread = threading.Thread(target=self._work, args=(dispatcher,), name=name, daemon=True)
         self.thread.start()
 
@@ -87,22 +86,21 @@ class Slot:
         with suppress(OSError):  # for top and ps, on Linux
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(threading.current_thread().name)
         try:
-            runner = self._make_runner()
+            engine = self._make_engine()
         except BaseException as error:
             self._failure = error
             self._started.set()
             return
-        dispatcher.add(self)
         self._started.set()
         try:
             while (chunks := dispatcher.next_batch(self)) is not None:
-                self._run(dispatcher, runner, chunks)
-            runner.close()
+                self._run(dispatcher, engine, chunks)
+            engine.close()
         except BaseException:  # a thread must not die in silence with its callers waiting
-            log.exception("slot %d died", self.number)
-            dispatcher.evict(self, EngineError("a slot died"), "died")
+            log.exception("the thread of instance %d has ended", self.number)
+            dispatcher.fail(self, "died", f"the thread of instance {self.number} has ended")
 
-    def _run(self, dispatcher: Dispatcher, runner: Runner, chunks: list[Chunk]) -> None:
+    def _run(self, dispatcher: Dispatcher, engine: Engine, chunks: list[Chunk]) -> None:
         started = time.perf_counter()
         images = 0
         spans = []
@@ -112,26 +110,23 @@ class Slot:
             spans.append(ticket.span.part(first, count))
             if ticket.outputs is not outputs and not set(ticket.outputs) <= set(outputs):
                 outputs = tuple(dict.fromkeys((*outputs, *ticket.outputs)))
-        feeds = runner.assemble(self._reader, spans, images)
+        feeds = engine.assemble(self._reader, spans, images)
         assembled = time.perf_counter()
         try:
-            rows = dict(runner.run(feeds, outputs))
-        except DeviceLostError as error:
-            log.critical("%s; the process ends, for another to begin anew", error)
+            rows = dict(engine.run(feeds, outputs))
+        except Exception as error:
             self._observer.failed("raised")
-            dispatcher.lose_device(error)
-            dispatcher.end_batch(self, None, 0.0)
-            return
-        except Exception:
-            log.exception("a run of %d images failed", images)
-            self._observer.failed("raised")
+            if isinstance(error, DeviceLostError):
+                dispatcher.lose_device(error)
+            else:
+                log.exception("a run of %d images failed", images)
             dispatcher.end_batch(self, None, 0.0)
             return
         compute_s = time.perf_counter() - assembled
         if "labels" in feeds:
             rows["labels"] = feeds["labels"].copy()  # the next batch may be assembled in the same memory
         # Before the answers are: who has one finds its batch in the metrics.
-        self._observer.batch(images, runner.bucket(images), assembled - started, compute_s)
+        self._observer.batch(images, engine.bucket(images), assembled - started, compute_s)
         if splits := sum(first == 0 and count < ticket.span.count for ticket, first, count in chunks):
             self._observer.split(splits)
         dispatcher.end_batch(self, rows, compute_s)

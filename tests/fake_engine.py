@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching.batcher import Batcher
-from serve.batching.limits import Limits
+from serve.background import until
+from serve.batching.batcher import Batcher, Limits
 from serve.batching.ticket import Priority, Ticket
 from serve.latents import LatentReader, Span
-from serve.waiting import until
 
 LATENT_SIZE = 8
 TIMEOUT_S = 30
 
 
-class FakeRunner:
+class FakeEngine:
     """Returns the latents' own bytes as pixels. ``before`` may wait, raise or record; ``labelled`` takes labels."""
 
     def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None, *, labelled: bool = False) -> None:
@@ -87,24 +87,22 @@ class Gate:
         self._open.set()
 
 
-class Delivery:
-    """Collects delivered tickets; a ticket's ``caller`` is an Event that is set on delivery."""
+class FakeTicket(Ticket, eq=False):
+    """A ticket that tells when it has been completed."""
 
-    def __init__(self) -> None:
-        self.order: list[Ticket] = []
+    ended: threading.Event = msgspec.field(default_factory=threading.Event)
 
-    def __call__(self, tickets: Sequence[Ticket]) -> None:
-        for ticket in tickets:
-            self.order.append(ticket)
-            assert isinstance(ticket.caller, threading.Event)
-            assert not ticket.caller.is_set(), "a ticket was delivered twice"
-            ticket.caller.set()
+
+def _completed(ticket: Ticket) -> None:
+    assert isinstance(ticket, FakeTicket)
+    assert not ticket.ended.is_set(), "a ticket was completed twice"
+    ticket.ended.set()
 
 
 def make_limits(**changes: float) -> Limits:
     values: dict[str, float] = {
         "latent_size": LATENT_SIZE, "labels": 0, "max_batch_size": 16, "max_queue_images": 100_000,
-        "linger_s": 0.001, "slots": 1, "watchdog_s": 30.0,
+        "linger_s": 0.001, "instances": 1, "watchdog_s": 30.0,
     }  # fmt: skip
     return Limits(**(values | changes))  # type: ignore[arg-type]
 
@@ -117,14 +115,13 @@ def make_ticket(
     priority: Priority = Priority.INTERACTIVE,
     deadline: float | None = None,
     waits_for_room: bool = False,
-) -> Ticket:
-    return Ticket(Span(seed, start, count), ("pixels",), priority, deadline, threading.Event(), waits_for_room)
+) -> FakeTicket:
+    return FakeTicket(Span(seed, start, count), ("pixels",), priority, deadline, _completed, waits_for_room)
 
 
-def wait_for(ticket: Ticket) -> Ticket:
-    """Wait until the ticket is delivered; raises its error."""
-    assert isinstance(ticket.caller, threading.Event)
-    assert ticket.caller.wait(TIMEOUT_S), "a call hangs"
+def wait_for(ticket: FakeTicket) -> FakeTicket:
+    """Wait until the ticket is completed; raises its error."""
+    assert ticket.ended.wait(TIMEOUT_S), "a call hangs"
     if ticket.error is not None:
         raise ticket.error
     return ticket
@@ -132,12 +129,12 @@ def wait_for(ticket: Ticket) -> Ticket:
 
 def drain(batcher: Batcher, seconds: float = TIMEOUT_S) -> int:
     """Wait until nothing waits or runs, no longer than that, and cut off what is left; returns how many tickets."""
-    asyncio.run(until(lambda: batcher.quiet, time.monotonic() + seconds))
+    asyncio.run(until(lambda: not (batcher.queued_images or batcher.running_images), time.monotonic() + seconds))
     return batcher.cut_off()
 
 
-def start_batcher(runner: Callable[[], FakeRunner] = FakeRunner, **limits: float) -> tuple[Batcher, Delivery, RecordingObserver]:
-    delivery, observer = Delivery(), RecordingObserver()
-    batcher = Batcher(make_limits(**limits), runner, delivery, observer)
+def start_batcher(engine: Callable[[], FakeEngine] = FakeEngine, **limits: float) -> tuple[Batcher, RecordingObserver]:
+    observer = RecordingObserver()
+    batcher = Batcher(make_limits(**limits), engine, observer)
     batcher.start()
-    return batcher, delivery, observer
+    return batcher, observer
