@@ -28,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
         configure(settings.log_level, settings.log_format)
         serve(settings, lambda server, ports: _announce(server, ports, settings))
-        if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
-            # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
-            sys.stderr.flush()
-            os._exit(0)
+        status = 0
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        status = 2
+    if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
+        # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _announce(server: Server, ports: Ports, settings: Settings) -> None:

@@ -37,7 +37,7 @@ class Failure(NamedTuple):
     """Why a version could not be loaded, and how its files looked then."""
 
     reason: str
-    fingerprint: Fingerprint | None
+    fingerprint: Fingerprint
 
 
 class Loader:
@@ -88,7 +88,7 @@ class Loader:
         log.info("%s/%d is loaded, in %.2f s", name, version, time.perf_counter() - started)
         return model
 
-    def note_failure(self, key: Key, error: Exception, fingerprint: Fingerprint | None) -> None:
+    def note_failure(self, key: Key, error: Exception, fingerprint: Fingerprint) -> None:
         """Remember, log and count a failure."""
         name, version = key
         kind = FAILURE_KINDS.get(type(error))

@@ -22,7 +22,7 @@ from serve.files import Watched
 from serve.models.catalog import Catalog
 from serve.models.loader import Key, Loader
 from serve.models.model import Model
-from serve.models.repository import Repository, Scan
+from serve.models.repository import Fingerprint, Repository, Scan
 from serve.models.serving_file import Route, ServingState
 from serve.models.version_policy import parse_policies, pick
 from serve.observability.metrics import Metrics
@@ -89,19 +89,15 @@ class Reconciler:
         self.catalog.choose_default(self._scan)
 
     async def _start_models(self) -> None:
-        strict = not self._settings.wait_for_models
-        there = ", ".join(self._scan)
-        if strict and not self._scan:
-            raise BundleError(f"--models-dir {self._settings.models_dir} holds no complete model; make export writes one")
-        if strict and (wanted := self._settings.default_model) and wanted not in self._scan:
-            raise SettingsError(f"--default-model {wanted!r} is not served; there are {there}")
-        if strict and (unknown := self._policies.keys() - self._scan.keys() - {""}):
-            raise SettingsError(f"--versions: there is no model {min(unknown)!r}; there are {there}")
-        for name, versions in self._scan.items():
-            pinned = self._serving.value.of(name).policy(self._policy(name))
-            if strict and isinstance(pinned, tuple) and (missing := set(pinned) - set(versions)):
-                listed = ", ".join(map(str, versions))
-                raise BundleError(f"--versions: {name} has no version {min(missing)}; there are {listed}")
+        if not self._settings.wait_for_models:
+            there, wanted = ", ".join(self._scan), self._settings.default_model
+            if not self._scan:
+                raise BundleError(f"--models-dir {self._settings.models_dir} holds no complete model; make export writes one")
+            if wanted and wanted not in self._scan:
+                raise SettingsError(f"--default-model {wanted!r} is not served; there are {there}")
+            if unknown := self._policies.keys() - self._scan.keys() - {""}:
+                raise SettingsError(f"--versions: there is no model {min(unknown)!r}; there are {there}")
+        for name in self._scan:
             await self._reconcile(name, starting=True)
 
     async def poll(self) -> None:
@@ -161,53 +157,51 @@ class Reconciler:
         finally:
             del self._changing[name]
 
-    def _policy(self, name: str) -> int | tuple[int, ...]:
-        return self._policies.get(name, self._policies[""])
-
     async def _reconcile(self, name: str, *, starting: bool = False) -> None:
         """Serve what is wanted of a model; under ``latest`` a version that fails makes room for the next lower.
 
         When ``starting``, raises what loading raised: unless models are waited for, and ProviderError while nothing is served.
         """
         wanted, there = self._serving.value.of(name), self._scan.get(name, {})
-        policy = wanted.policy(self._policy(name))
+        policy = wanted.policy(self._policies.get(name, self._policies[""]))
+        pinned, served = set() if isinstance(policy, int) else set(policy), self.catalog.versions(name)
         self.loader.forget_all_but(name, there)
+        if starting and not self._settings.wait_for_models and (gone := pinned - set(there)):
+            raise BundleError(f"--versions: {name} has no version {min(gone)}; there are {', '.join(map(str, there))}")
 
         def usable(version: int) -> bool:
-            key, failure = (name, version), self.loader.failures.get((name, version))
+            failure = self.loader.failures.get((name, version))
             failed = failure is not None and failure.fingerprint == there[version]
-            return self.catalog.model(*key) is not None or (key in self._settled and not failed)
+            return version in served or ((name, version) in self._settled and not failed)
 
         route = wanted.route if wanted.versions != () else None
         routed = route.versions if route else set()
         while True:
             available = [version for version in there if usable(version)]
             picked = sorted({*pick(policy, available), *routed.intersection(available)})
-            missing = [version for version in picked if self.catalog.model(name, version) is None]
+            missing = [version for version in picked if version not in served]
             if not missing:
                 break
-            await self._load((name, missing[-1]), starting)
-        served = self.catalog.versions(name)
+            await self._load((name, missing[-1]), there[missing[-1]], starting)
+            served = self.catalog.versions(name)
         if not served:
             return
         if not picked and (wanted.versions == () or not there):
             self._keep(name, (), Route(served[-1]), self._settings.drain_deadline_s)
         elif picked and routed <= set(picked):
-            failed = isinstance(policy, tuple) and set(policy) & set(there) - set(served)  # then nothing is unloaded for it
+            failed = pinned & set(there) - set(served)  # for these nothing is unloaded
             self._keep(name, served if failed else picked, route or Route(picked[-1]), self._settings.drain_deadline_s)
 
-    async def _load(self, key: Key, starting: bool) -> None:
+    async def _load(self, key: Key, fingerprint: Fingerprint, starting: bool) -> None:
         """Load one version beside what is served and put it into the catalog, or note what is wrong with it."""
         name, version = key
-        there = self._scan.get(name, {})
         try:
             model = await self.loader.open(key)
         except Exception as error:
-            if starting and (
-                not self._settings.wait_for_models or (isinstance(error, ProviderError) and not self.catalog.names())
-            ):
+            fatal = not self._settings.wait_for_models or (isinstance(error, ProviderError) and not self.catalog.names())
+            if starting and fatal:
                 raise
-            self.loader.note_failure(key, error, there.get(version))
+            self.loader.note_failure(key, error, fingerprint)
             return
         self.catalog.put(model)
         gauges: dict[str, Callable[[], float]] = {**model.gauges(), "traffic_share": partial(self._share, name, version)}

@@ -80,6 +80,8 @@ def main(target: str) -> dict[str, Any]:
         "CudaSharedMemoryStatus": client.get_cuda_shared_memory_status,
         "CudaSharedMemoryRegister": lambda: client.register_cuda_shared_memory("x", b"", 0, 8),
         "CudaSharedMemoryUnregister": lambda: client.unregister_cuda_shared_memory("x"),
+        "RepositoryModelLoad": lambda: client.load_model("mlp", config="{}"),
+        "RepositoryModelUnload": lambda: client.unload_model("mlp"),
         "TraceSetting": client.get_trace_settings,
         "LogSettings": client.get_log_settings,
     }.items():

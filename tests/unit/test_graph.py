@@ -111,6 +111,13 @@ def test_onnx_runtime_itself_would_read_the_other_file(tmp_path: Path, monkeypat
     assert (np.asarray(y) == 42).all()
 
 
+def test_a_field_number_with_bits_beyond_those_that_protobuf_reads_hides_nothing() -> None:
+    hidden = bytes([13 << 3 | 2 | 0x80, 0x80, 0x80, 0x80, 0x10, 0])  # external_data, empty
+    tensor = bytes([5 << 3 | 2, len(hidden)]) + hidden
+    with pytest.raises(BundleError, match="weights in another file"):
+        check_graph(bytes([7 << 3 | 2, len(tensor)]) + tensor, "somewhere")
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in BUNDLED_DIR.iterdir() if (path / "1").is_dir()))
 def test_the_bundled_models_are_let_in(name: str) -> None:
     check_graph((BUNDLED_DIR / name / "1" / ONNX_FILE).read_bytes(), name)

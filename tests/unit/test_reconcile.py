@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from serve.batching.ticket import Priority
 from serve.engine.session import PIXELS
-from serve.errors import BundleError, SettingsError, UnknownModelError
+from serve.errors import BundleError, ProviderError, SettingsError, UnknownModelError
 from serve.latents import Span
 from serve.manifest import MANIFEST_FILE, ONNX_FILE
+from serve.models import loader
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 from serve.models.reconcile import Reconciler
@@ -448,6 +449,29 @@ def test_a_version_that_is_wanted_and_fails_leaves_what_is_served(models: Path) 
 def test_a_desired_state_that_is_off_is_refused_by_field(content: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         parse_serving_state(content.encode(), "here")
+
+
+def test_a_version_that_failed_is_tried_again_when_its_models_desired_state_changes(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an operator has made room on the device: its files are as they were."""
+    add_version(models, "mlp", 2)
+    honest = loader.open_model
+
+    def full(*_: Any) -> Model:
+        raise ProviderError("no room on the device")
+
+    async def test(it: Replica) -> None:
+        monkeypatch.setattr(loader, "open_model", full)
+        await it.want(versions=[1, 2])
+        assert it.states() == {1: "READY", 2: "FAILED"}
+        monkeypatch.setattr(loader, "open_model", honest)
+        await it.reconciler.poll()
+        assert it.states()[2] == "FAILED"
+        await it.want(versions=[2])
+        assert it.states() == {1: "DRAINING", 2: "READY"}
+
+    with_replica(test, models, versions="1")
 
 
 def test_a_released_model_is_gone_at_once_and_not_at_the_next_garbage_collection(models: Path) -> None:

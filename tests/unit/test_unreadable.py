@@ -269,6 +269,7 @@ def test_closing_does_not_wait_for_a_load_that_hangs(models: Path, monkeypatch: 
         assert it.states() == {1: "READY", 2: "LOADING"}
         assert await asyncio.wait_for(it.reconciler.close(30), 5) == 0
         assert it.states() == {1: "UNLOADED", 2: "UNLOADED"}
+        monkeypatch.undo()
         await poll(it)
         assert it.served() == [], "nothing begins any more"
 

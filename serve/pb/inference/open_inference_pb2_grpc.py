@@ -84,16 +84,6 @@ class GRPCInferenceServiceStub:
                 request_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexResponse.FromString,
                 _registered_method=True)
-        self.RepositoryModelLoad = channel.unary_unary(
-                '/inference.GRPCInferenceService/RepositoryModelLoad',
-                request_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadRequest.SerializeToString,
-                response_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadResponse.FromString,
-                _registered_method=True)
-        self.RepositoryModelUnload = channel.unary_unary(
-                '/inference.GRPCInferenceService/RepositoryModelUnload',
-                request_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadRequest.SerializeToString,
-                response_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadResponse.FromString,
-                _registered_method=True)
 
 
 class GRPCInferenceServiceServicer:
@@ -165,23 +155,9 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryIndex(self, request, context):
-        """The model repository extension, as Triton's client calls it.
+        """The part of Triton's model repository extension that changes nothing: load and unload are UNIMPLEMENTED.
 
         List every version on disk or served.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def RepositoryModelLoad(self, request, context):
-        """UNIMPLEMENTED: which versions are served is a file.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def RepositoryModelUnload(self, request, context):
-        """UNIMPLEMENTED, as load is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -239,16 +215,6 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     servicer.RepositoryIndex,
                     request_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexRequest.FromString,
                     response_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexResponse.SerializeToString,
-            ),
-            'RepositoryModelLoad': grpc.unary_unary_rpc_method_handler(
-                    servicer.RepositoryModelLoad,
-                    request_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadRequest.FromString,
-                    response_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadResponse.SerializeToString,
-            ),
-            'RepositoryModelUnload': grpc.unary_unary_rpc_method_handler(
-                    servicer.RepositoryModelUnload,
-                    request_deserializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadRequest.FromString,
-                    response_serializer=serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -521,60 +487,6 @@ class GRPCInferenceService:
             '/inference.GRPCInferenceService/RepositoryIndex',
             serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexRequest.SerializeToString,
             serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryIndexResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RepositoryModelLoad(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/inference.GRPCInferenceService/RepositoryModelLoad',
-            serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadRequest.SerializeToString,
-            serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelLoadResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RepositoryModelUnload(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/inference.GRPCInferenceService/RepositoryModelUnload',
-            serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadRequest.SerializeToString,
-            serve_dot_pb_dot_inference_dot_open__inference__pb2.RepositoryModelUnloadResponse.FromString,
             options,
             channel_credentials,
             insecure,
