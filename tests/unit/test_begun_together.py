@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health
-
 from serve.ports.front import Services
+
 from serve.ports.grpc_port import GrpcPort
 from serve.settings import Settings
 
