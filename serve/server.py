@@ -71,13 +71,15 @@ class Ports:
 class Server:
     """Everything one process serves. ``run`` takes it from start to stop. Raises SettingsError for an unusable file."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, when_stopping: Callable[[float], object] = lambda seconds: None) -> None:
+        """``when_stopping`` is called once, with the time that stopping may take."""
         self._settings = settings
         self._registry = _new_registry()
         self._metrics = Metrics(self._registry)
         self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
         self._metrics.expected_provider.labels(settings.provider).set(1)
         self._stopping = asyncio.Event()
+        self._when_stopping = when_stopping
         self.broken: str | None = None  # why the process ends by itself
         self._watched_at = time.monotonic()
         self._workers = ThreadPoolExecutor(usable_cores(), "worker")
@@ -143,7 +145,7 @@ class Server:
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
         )
         await self._grpc.start()
-        self._health.port_not_alive = self._grpc.not_alive
+        self._health.process_not_alive = lambda: self.broken or self._grpc.not_alive()
         self._health.publish()
         self._start_background()
         return Ports(self._grpc.port, http_port)
@@ -183,8 +185,7 @@ class Server:
     async def _stop(self) -> None:
         settings = self._settings
         log.info("stopping: not serving any more, %g s until new requests are refused", settings.drain_grace_s)
-        # Whatever hangs, the process ends in time.
-        _end_process_after(settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S)
+        self._when_stopping(settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S)
         self._health.draining = True
         self._health.publish()
         await asyncio.sleep(settings.drain_grace_s)
@@ -235,7 +236,7 @@ class Server:
 
 
 def _end_process_after(seconds: float) -> None:
-    """End the process then, unless it has ended by itself."""
+    """End the process then, whatever hangs, unless it has ended by itself."""
 
     def end() -> None:
         log.critical("stopping has taken more than %g s; the process ends now", seconds)
@@ -250,7 +251,7 @@ def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None
     """Run a server to its end in this thread."""
 
     async def run() -> None:
-        await Server(settings).run(announce)
+        await Server(settings, _end_process_after).run(announce)
 
     # What is imported stays: the garbage collector need not walk through it again and again (5 to 8 % of a request's time).
     # Models come later and are not frozen.

@@ -27,6 +27,7 @@ class GrpcCall:
     __slots__ = (
         "_begun", "_call", "_deadline", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
         "ended",         "has_left", "metadata", "method", "received",
+        "sent_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +44,7 @@ class GrpcCall:
         self.received = False  # whether its request is there
         self.has_left = False
         self.ended = False  # whether it has been given its status
+        self.sent_bytes = 0
         self._call = event.call
         self._deadline: float = event.call_details.deadline
         self._loop = loop
@@ -103,6 +105,7 @@ class GrpcCall:
 
     async def send(self, message: bytes) -> None:
         """Send one answer of a stream; waits while the caller is behind. Raises CancelledError when it has left."""
+        self.sent_bytes += len(message)
         await self._done(self._sending(core.SendMessageOperation(message, FLAGS)))
 
     def ending(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> Send:
@@ -111,7 +114,10 @@ class GrpcCall:
         if code is grpc.StatusCode.OK and self._load_reports is not None:
             trailing = ((METADATA_KEY, self._load_reports.answered()),)
         status = core.SendStatusFromServerOperation(trailing, code.value[0], text, FLAGS)
-        operations = [status] if message is None else [core.SendMessageOperation(message, FLAGS), status]
+        operations = [status]
+        if message is not None:
+            self.sent_bytes += len(message)
+            operations.insert(0, core.SendMessageOperation(message, FLAGS))
         if self._to_be_watched():
             operations.append(core.ReceiveCloseOnServerOperation(FLAGS))  # the core wants every call to ask for it once
         sending = self._sending(*operations)

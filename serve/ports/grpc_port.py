@@ -44,6 +44,8 @@ WATCHED_AFTER_S = 0.05
 REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
 CHECK_TIMEOUT_S = 10.0
 END_S = 1.0  # for the core to end what has been cancelled
+# An answer of this size can be with the core for so long after it has told that it is sent.
+MUCH_BYTES, SENDING_S = 64 << 10, 60.0
 
 
 class GrpcPort:
@@ -71,6 +73,7 @@ class GrpcPort:
         self._watched: float | None = None  # that time as the watchdog saw it last, and for how long it has
         self._watched_s = 0.0
         self._to_be_watched = False  # whether a call of ``_watch`` is due
+        self._sent_much_at = -SENDING_S  # time.monotonic()
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
         options = [
@@ -117,13 +120,13 @@ class GrpcPort:
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
         await until(lambda: not self._open, deadline)
-        cut_off = bool(self._open)
         ended = threading.Event()
         with self._lock:
             self._shut_down = True
             self._server.shutdown(self._queue, lambda _: ended.set())
-        if not cut_off:  # connections end by themselves, but for those of peers that do not answer
-            await until(ended.is_set, time.monotonic() + END_S)
+        # Connections end by themselves once they have sent what they hold, but for those of peers that do not answer.
+        sending = time.monotonic() - self._sent_much_at < SENDING_S
+        await until(ended.is_set, deadline if sending else min(deadline, time.monotonic() + END_S))
         for task in list(self._tasks.values()):
             task.cancel()
         self._server.cancel_all_calls()
@@ -244,6 +247,8 @@ class GrpcPort:
 
     def _over(self, call: GrpcCall) -> None:
         self._open.pop(call, None)
+        if call.sent_bytes > MUCH_BYTES:
+            self._sent_much_at = time.monotonic()
 
     # On the event loop.
 

@@ -31,7 +31,7 @@ class Health:
 
     def __init__(self, catalog: Catalog) -> None:
         self.draining = False
-        self.port_not_alive: Callable[[], str | None] = lambda: None  # why the gRPC port needs a restart, or None
+        self.process_not_alive: Callable[[], str | None] = lambda: None  # why the process needs a restart, whatever the models
         self._catalog = catalog
         self._statuses: Mapping[str, int] = {}
         self._changed: asyncio.Future[None] | None = None
@@ -46,7 +46,7 @@ class Health:
     def not_alive(self) -> str | None:
         """Why the process is to be restarted; None when it is not."""
         broken = (model.batcher.broken for model in self._catalog.models())
-        return self.port_not_alive() or next(filter(None, broken), None)
+        return self.process_not_alive() or next(filter(None, broken), None)
 
     def not_ready(self, model: str | None = None) -> str | None:
         """Why no request can be answered, or none for ``model``; None when one can."""

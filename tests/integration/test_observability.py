@@ -19,7 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from serve.errors import SettingsError
 from serve.observability import tracing
-from serve.observability.logs import JsonFormatter, current_request_id
+from serve.observability.logs import JsonFormatter, current_call
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
@@ -69,7 +69,7 @@ def test_a_requests_spans_hang_together_and_follow_the_callers_trace(
     assert server.terminate()[0] == 0, "what has not been sent is sent at the end"
     assert collecting.resource["service.name"] == "digits-serve"
     [request] = [span for span in collecting.spans if span.trace_id.hex() == TRACE_ID and span.parent_span_id.hex() == PARENT_ID]
-    assert request.name == "/digits.v1.DigitGenerator/Generate"
+    assert request.name == "digits.v1.DigitGenerator/Generate"
     phases = {span.name: span for span in collecting.spans if span.parent_span_id == request.span_id}
     assert list(phases) == ["queue", "compute", "encode"]
     assert phases["queue"].end_time_unix_nano == phases["compute"].start_time_unix_nano
@@ -109,7 +109,7 @@ def test_json_logs_carry_the_request_and_its_trace(
 
 
 def test_an_internal_errors_line_has_its_request_and_trace(caplog: pytest.LogCaptureFixture) -> None:
-    token = current_request_id.set("ticket-4711")
+    token = current_call.set(("ticket-4711", "4bf9"))
     try:
         try:
             raise KeyError("planted")
@@ -117,8 +117,9 @@ def test_an_internal_errors_line_has_its_request_and_trace(caplog: pytest.LogCap
             record = logging.LogRecord("serve.api.status", logging.ERROR, "", 0, "error %s", ("abc",), sys.exc_info())
         entry = json.loads(JsonFormatter().format(record))
     finally:
-        current_request_id.reset(token)
-    assert (entry["request_id"], entry["level"], entry["message"]) == ("ticket-4711", "error", "error abc")
+        current_call.reset(token)
+    assert (entry["request_id"], entry["trace_id"]) == ("ticket-4711", "4bf9")
+    assert (entry["level"], entry["message"]) == ("error", "error abc")
     assert "KeyError: 'planted'" in entry["error"]
     assert "request_id" not in json.loads(JsonFormatter().format(record))
 

@@ -160,17 +160,21 @@ def test_a_model_knows_the_calls_that_use_it_until_they_are_answered(served: Ser
     served(test)
 
 
-def test_a_hung_run_fails_its_caller_and_the_slot_is_replaced(served: Served) -> None:
+def test_a_hung_run_fails_its_batch_and_liveness_and_ends_the_process(served: Served) -> None:
     async def test(server: Running) -> None:
         server.orders.hang_once()
+        [model] = server.server.catalog.models()
         error = await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))
         assert error.code() is StatusCode.INTERNAL
-        await until(lambda: server.get("/readyz"), lambda answer: answer[0] == 200)
-        assert (await server.digits.Generate(pb.GenerateRequest(count=2))).count == 2
-        assert await server.metric("digits_run_failures_total", reason="hung") == 1
-        assert await server.metric("digits_instances_live") == 1
+        assert "1.5 s" not in str(error.details()), "callers get a fixed text"
+        assert not model.ready
+        await asyncio.wait_for(server.server._stopping.wait(), 30)
+        assert server.server._health.not_alive() is not None
+        labels = {"model": "mlp", "version": "1", "reason": "hung"}
+        assert server.server._registry.get_sample_value("digits_run_failures_total", labels) == 1
 
-    served(test, watchdog_s=0.2)
+    with pytest.raises(StartError, match=r"1\.5 s; start the server again"):
+        served(test, watchdog_s=1.5)
 
 
 def test_a_run_that_raises_fails_its_caller_alone_and_tells_nothing_of_the_inside(served: Served) -> None:

@@ -94,7 +94,7 @@ def test_liveness_fails_when_a_model_or_the_port_is_broken() -> None:
     lost.publish()
     assert lost._statuses[LIVENESS] == Status.NOT_SERVING
     deaf = health_of(FakeModel("mlp"))
-    deaf.port_not_alive = lambda: "deaf"
+    deaf.process_not_alive = lambda: "deaf"
     assert deaf.not_alive() == "deaf"
 
 
