@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from serve.command_line import open_standard_streams
+
 # gRPC's C core writes its own lines beside ours, a port in use among them; it reads this when it is imported. Only there
 # is a failed TLS handshake told of.
 os.environ.setdefault(
@@ -14,4 +16,5 @@ os.environ.setdefault(
 from serve.cli import main  # see above
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main())
