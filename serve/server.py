@@ -23,7 +23,7 @@ from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
 from serve.api.admission import Admission, InFlight
 from serve.api.digits_v1 import DigitService
-from serve.api.http import HttpApi
+from serve.api.http import HttpApi, page_routes
 from serve.api.model_control import ModelControlService
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
@@ -135,9 +135,11 @@ class Server:
         self._grpc = GrpcPort(settings, services, certificates)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
-        if settings.page:
+        if settings.http_api:
             app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
             app.add_routes(HttpApi(core, admission, address(settings, self._grpc.port)).routes())
+        if settings.page:
+            app.add_routes(page_routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
         )

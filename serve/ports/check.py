@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 
 from serve.ports.front import port_taken
-from serve.ports.http_port import http_port_taken, usable_host
+from serve.ports.http_connections import usable_host
+from serve.ports.http_port import http_port_taken
 from serve.settings import UNIX, Settings
 
 

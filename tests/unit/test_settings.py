@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "load_reports": True,
     "reflection": False,
     "metrics": False,
+    "http_api": False,
     "page": False,
     "log_format": "json",
     "log_level": "debug",
@@ -60,7 +61,8 @@ OTHER: dict[str, Any] = {
 WITH: dict[str, list[str]] = {
     "tls_cert": ["tls_key"],
     "tls_key": ["tls_cert"],
-    "http_host": ["page"],
+    "http_host": ["http_api", "page"],
+    "http_api": ["page"],
     "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
@@ -83,6 +85,14 @@ def test_plaintext_on_loopback_needs_no_word(host: str) -> None:
     assert Settings(host=host).host == host
 
 
+def test_without_the_page_the_http_api_is_still_there_and_refused_in_plaintext_beyond_loopback() -> None:
+    """Issue: --page false turned off /v1 and /v2 as well, which its help did not say."""
+    assert from_arguments(["--page=false"], {}).http_api
+    with pytest.raises(SettingsError, match="--http-host"):
+        from_arguments(["--page=false", "--http-host=0.0.0.0"], {})
+    assert not from_arguments(["--page=false", "--http-api=false", "--http-host=0.0.0.0"], {}).http_api
+
+
 def test_the_flag_wins_over_the_environment() -> None:
     assert from_arguments(["--grpc-port=1"], {"DIGITS_GRPC_PORT": "2"}).grpc_port == 1
 
@@ -97,7 +107,8 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--reflection=maybe", "--reflection must be true or false, got 'maybe'"),
         ("--host=0.0.0.0", "--host 0.0.0.0 would be served in plaintext: give --tls-cert and --tls-key, or --insecure"),
         ("--host=example.org", "--host example.org would be served in plaintext"),
-        ("--http-host=0.0.0.0", "--http-host 0.0.0.0 would serve the page in plaintext: give --page false, or --insecure"),
+        ("--http-host=0.0.0.0", "--http-host 0.0.0.0 would serve digits in plaintext: give --http-api false --page false"),
+        ("--http-api=false", "--page needs --http-api: give --page false too, or --http-api true"),
         ("--tls-cert=a.pem", "--tls-cert and --tls-key go together"),
         ("--tls-client-ca=a.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
         ("--caller-images=100", "--caller-images 100 is under --max-count 4096"),
