@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-from serve.command_line import open_standard_streams
-
 # gRPC's C core writes its own lines beside ours, a port in use among them; it reads this when it is imported. Only there
 # is a failed TLS handshake told of.
 os.environ.setdefault(
@@ -14,7 +12,7 @@ os.environ.setdefault(
 )
 
 from serve.cli import main  # see above
+from serve.command_line import run_command
 
 if __name__ == "__main__":
-    open_standard_streams()
-    sys.exit(main())
+    run_command(main)

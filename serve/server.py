@@ -117,7 +117,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):  # also while models are loaded: then it stops after that
             asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         certificates, tokens = self._certificates(), self._tokens()
-        check_ports(settings)  # models take their time
+        self._held = check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
         # Without tokens anyone who reaches the port is an administrator, so that must be somebody on this machine.

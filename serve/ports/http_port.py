@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -117,8 +116,8 @@ def _exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """The metrics, and their content type: of the formats that the reader takes."""
     try:
         encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
-    except ValueError:  # of a version that is none
+        return encode(registry), content_type.encode("ascii").decode()
+    except (TypeError, ValueError):  # of a version that is none, which is echoed
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
@@ -133,7 +132,7 @@ def make_app(
     async def metrics(request: web.Request) -> web.Response:
         if registry is None:
             return error_answer(404, "metrics are turned off: --metrics true")
-        body, content_type = await asyncio.to_thread(_exposition, registry, request.headers.get("Accept", ""))
+        body, content_type = _exposition(registry, request.headers.get("Accept", ""))
         answer = web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"})
         if takes_gzip(request.headers.get("Accept-Encoding", "")):
             answer.enable_compression(web.ContentCoding.gzip)
