@@ -230,7 +230,7 @@ def test_a_unix_socket_is_taken_from_no_server_that_answers(start_server: Callab
     (tmp_path / "grpc").unlink()
     assert "another server's" in start_and_fail(host), "also where nobody can reach it any more"
     first.process.kill()
-    first.process.wait()
+    first.process.communicate()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(f"{tmp_path}/other")
         other.listen()
@@ -244,7 +244,7 @@ def test_the_socket_of_a_server_that_was_killed_is_replaced(start_server: Callab
     host = f"--host=unix:{tmp_path}/grpc"
     killed = start_server(host)
     killed.process.kill()
-    killed.process.wait()
+    killed.process.communicate()
     assert (tmp_path / "grpc").is_socket()
     with DigitClient(start_server(host).target) as client:
         assert client.generate(1).model == "rpgan"
