@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from serve.api import http as http_api
 from serve.api import http_call
 from serve.manifest import BUNDLED_DIR
 from serve.ports.http_port import HEAD_TIMEOUT_S, host_name, takes_gzip
@@ -125,10 +126,12 @@ def test_numbers_in_json_do_not_hold_up_a_probe(numbers: int, shared_server: Ser
     """Issue: 1.3 M of them held /healthz up for 771 ms."""
     latents = {"name": "latents", "datatype": "FP32", "shape": [numbers // 50, 50]}
     body = json.dumps({"inputs": [latents]})[:-3].encode() + b', "data": [' + b"0," * (numbers - 1) + b"0]}]}"
-    with probed(shared_server) as seen:
-        for _ in range(3):
+    worst = []
+    for _ in range(3):
+        with probed(shared_server) as seen:
             assert ask(shared_server, "POST", INFER, body)[0] == 400
-    assert max(seen) < 0.25, sorted(seen)[-5:]
+        worst.append(max(seen))
+    assert min(worst) < 0.1, worst
 
 
 def test_many_numbers_in_an_answer_do_not_hold_up_a_probe(shared_server: ServerProcess) -> None:
@@ -255,7 +258,7 @@ GARBAGE = (
     b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n",
     b"GET / HTTP/1.1\r\nA: " + b"x" * 40_000 + b"\r\n\r\n",
     b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-    b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: much\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: much\r\nConnection: close\r\n\r\n",
 )
 
 
@@ -372,5 +375,42 @@ def test_a_client_that_takes_no_answer_is_left_after_a_time(monkeypatch: pytest.
                     received += part
         length = int(re.findall(rb"Content-Length: (\d+)", received)[0])
         assert len(received) < length - (1 << 20), "the rest was given up"
+
+    with_server(test, monkeypatch, BUNDLED_DIR)
+
+
+def test_pictures_of_a_client_who_has_left_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    free = threading.Event()
+
+    def to_png(pixels: Any) -> bytes:
+        made.append(len(pixels))
+        free.wait(10)
+        return b""
+
+    monkeypatch.setattr(http_api, "to_png", to_png)
+
+    async def test(running: Running) -> None:
+        async def asked(count: int) -> asyncio.StreamWriter:
+            writer = (await asyncio.open_connection("127.0.0.1", running.ports.http))[1]
+            writer.write(f"GET /v1/digits?count={count}&model=mlp HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            return writer
+
+        try:
+            others = [await asked(1) for _ in range(40)]  # every thread that encodes has something to do
+            await asyncio.sleep(0.5)
+            at_work = len(made)
+            assert at_work < 40
+            leaving = await asked(100)
+            await asyncio.sleep(0.5)
+            leaving.close()
+            await asyncio.sleep(0.5)
+        finally:
+            free.set()
+        await running.until_metric(40, "grpc_server_handled_total", grpc_service="http", grpc_code="OK")
+        assert await running.metric("grpc_server_handled_total", grpc_service="http", grpc_code="CANCELLED") == 1
+        assert len(made) == 40
+        for other in others:
+            other.close()
 
     with_server(test, monkeypatch, BUNDLED_DIR)
