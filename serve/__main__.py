@@ -12,6 +12,7 @@ os.environ.setdefault(
 )
 
 from serve.cli import main  # see above
+from serve.command_line import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

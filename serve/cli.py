@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from serve.background import DAEMON_THREAD
 from serve.batching.instance import INSTANCE_THREAD
-from serve.command_line import drop_output
+from serve.command_line import OutputError, drop_output
 from serve.errors import StartError
-from serve.observability.logs import configure
+from serve.observability.logs import configure, last_line
 from serve.ports.grpc_port import address
 from serve.server import Ports, Server, serve
 from serve.settings import Settings, from_arguments
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serve(settings, lambda server, ports: _announce(server, ports, settings))
         status = 0
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        last_line(f"error: {error}")
         status = 2
     if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
         # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
-        sys.stderr.flush()
+        logging.shutdown()
         os._exit(status)
     return status
 
@@ -47,7 +47,7 @@ def _announce(server: Server, ports: Ports, settings: Settings) -> None:
             continue
         try:
             print(line, flush=True)
-        except BrokenPipeError:  # nobody reads on: no reason not to serve
+        except OutputError:  # nobody reads it, or a disk is full: no reason not to serve
             drop_output()
 
 
@@ -56,6 +56,8 @@ def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:
     target, http = address(settings.host, ports.grpc), address(settings.http_host, ports.http)
     yield f"gRPC  {target}{' with TLS' * tls}{' and bearer tokens' * tokens}"
     yield f"HTTP  http://{http}/metrics /healthz /readyz"
+    if settings.http_api:
+        yield f"API   http://{http}/v1 /v2"
     if settings.page:
         yield f"page  http://{http}/"
     for model in server.catalog.models():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import signal
 import sys
@@ -42,12 +44,46 @@ UINT32, INT63, UINT64 = within(0, (1 << 32) - 1), within(0, (1 << 63) - 1), with
 TIMEOUT_S = within(0.001, 86400.0)
 
 
+class OutputError(Exception):
+    """Standard output takes no more. No OSError: commands tell of those as of the files that they write."""
+
+
+class _Stream(io.FileIO):
+    """Standard output, whose failure is OutputError, or standard error, which is lost where nobody takes it."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if self.fileno() == 2:
+                return len(content)
+            raise OutputError(error.errno, error.strerror) from None
+
+
+def open_standard_streams() -> None:
+    """First thing in a process: descriptors 0 to 2 that came closed lead nowhere, and what is printed can fail in one way only.
+
+    What is opened next would else be one of them: uvloop aborts when it closes it, and others would print into it.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        was: Any = getattr(sys, name)
+        if was is None or was.fileno() == number:  # else a test's own
+            options = {"encoding": was.encoding, "errors": was.errors, "write_through": was.write_through} if was else {}
+            line_buffering = was.line_buffering if was else False
+            stream = io.BufferedWriter(_Stream(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(stream, **options, line_buffering=line_buffering))
+
+
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Be a command line's process. SIGTERM ends it by an exception, so that what is half-written is taken away.
 
     Without a handler the kernel drops the signal for process 1, as which a command runs in a container. Ctrl-C, and a reader
-    who has left (``head`` for one), end it without complaint.
+    who has left (``head`` for one), end it without complaint; standard output that is full is one line.
     """
+    open_standard_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_BY_SIGNAL + signal.SIGTERM))
     try:
         try:
@@ -56,12 +92,15 @@ def run_command(main: Callable[[], int]) -> NoReturn:
             sys.stdout.flush()
     except KeyboardInterrupt:
         status = ENDED_BY_SIGNAL + signal.SIGINT
-    except BrokenPipeError:
+    except OutputError as error:
         drop_output()
         status = ENDED_BY_SIGNAL + signal.SIGPIPE
+        if error.args[0] != errno.EPIPE:
+            print(f"error: standard output cannot be written to ({error.args[1]})", file=sys.stderr)
+            status = 2
     sys.exit(status)
 
 
 def drop_output() -> None:
     """Have what is still printed go nowhere: nobody reads standard output, and Python would complain when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

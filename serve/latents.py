@@ -21,7 +21,7 @@ with no value drawn anew, so that an address stays an address at any truncation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -220,7 +220,7 @@ def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32], tails: NDArra
     np.bitwise_or(out.view(np.uint32), words & np.uint32(0x80000000), out=out.view(np.uint32))
 
 
-@cache
+@lru_cache(256)  # callers choose the number
 def tail_beyond(truncation: float) -> np.float32:
     """The probability beyond ``truncation``, on a grid that keeps the last bit of a library's erf out of it."""
     return np.float32(round(NormalDist().cdf(-truncation) * 2**20) / 2**20)

@@ -26,7 +26,7 @@ from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
 from serve.api.admission import Admission
 from serve.api.digits_v1 import DigitService
-from serve.api.http import HttpApi
+from serve.api.http import HttpApi, page_routes
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
@@ -124,7 +124,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):  # also while models are loaded: then it stops after that
             asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         certificates, tokens = self._certificates(), self._tokens()
-        check_ports(settings)  # models take their time
+        self._held = check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
         await self._reconciler.start()
         accounts = Accounts(tokens, settings.caller_images, settings.caller_requests_per_s)
@@ -137,10 +137,12 @@ class Server:
         self._grpc = GrpcPort(settings, methods, certificates, LoadReports(self._load) if settings.load_reports else None)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
-        if settings.page:
+        if settings.http_api:
             app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
             target = address(settings.host, self._grpc.port)
             app.add_routes(HttpApi(core, admission, target, self._reconciler.status).routes())
+        if settings.page:
+            app.add_routes(page_routes())
         self._http, http_port = await start_http(
             app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
         )

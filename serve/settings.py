@@ -62,13 +62,14 @@ class Settings:
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
-    http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz and the page; 0 takes a free one", low=0, high=65535)
+    http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz, API and page; 0 takes a free one", low=0, high=65535)
     http_names: str = _setting(
         "",
         "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
         " loopback, else every name)",
     )
-    page: bool = _setting(True, "serve a web page, and digits at /v1/digits, on the HTTP port")
+    http_api: bool = _setting(True, "answer requests for digits on the HTTP port: /v1 and the Open Inference Protocol at /v2")
+    page: bool = _setting(True, "serve the web page and /openapi.json on the HTTP port; it needs --http-api")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     buckets: str = _setting(
         "auto",
@@ -136,9 +137,11 @@ class Settings:
             raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
-        if self.page and not self.insecure and not is_loopback(self.http_host):
+        if self.page and not self.http_api:
+            raise SettingsError("--page needs --http-api: give --page false too, or --http-api true")
+        if self.http_api and not self.insecure and not is_loopback(self.http_host):
             raise SettingsError(
-                f"--http-host {self.http_host} would serve the page in plaintext: give --page false, or --insecure"
+                f"--http-host {self.http_host} would serve digits in plaintext: give --http-api false --page false, or --insecure"
             )
         if self.caller_images and self.caller_images < self.max_count:
             raise SettingsError(

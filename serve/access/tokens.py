@@ -130,20 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         with locked(flags.file.parent):
-            presented = _change(flags)
+            _change(flags)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {flags.file} cannot be written ({error.strerror}); name another file", file=sys.stderr)
         return 2
-    if presented:
-        print(presented)
     return 0
 
 
-def _change(flags: argparse.Namespace) -> str | None:
-    """Change the file; returns the token that was added."""
+def _change(flags: argparse.Namespace) -> None:
+    """Change the file; a token that is added is printed first: one that nobody has seen must not be in force."""
     tokens = _read(flags.file) if flags.file.exists() else {}
     if flags.action == "add":
         if "admin" in flags.scopes.split(","):
@@ -160,13 +158,12 @@ def _change(flags: argparse.Namespace) -> str | None:
             "requests_per_s": flags.requests_per_s,
         }
         tokens[flags.name] = _parse_entry(msgspec.json.encode(entry), "the new token")
-        _write(flags.file, tokens)
-        return presented
-    if flags.name not in tokens:
+        print(presented, flush=True)
+    elif flags.name in tokens:
+        del tokens[flags.name]
+    else:
         raise SettingsError(f"{flags.file} has no token {flags.name!r}; there are {', '.join(tokens) or 'none'}")
-    del tokens[flags.name]
     _write(flags.file, tokens)
-    return None
 
 
 def _parser() -> argparse.ArgumentParser:

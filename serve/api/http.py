@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from serve.api.admission import Admission, Call
@@ -63,9 +64,7 @@ class HttpApi:
     def routes(self) -> list[web.RouteDef]:
         """What to add to the application."""
         api = {"/v1/digits": self._digits, "/v1/interpolation": self._interpolation, "/v1/status": self._status}
-        return [web.get(path, guarded(self._admission, path, handler)) for path, handler in api.items()] + [
-            web.get(path, _file(PAGE / name, kind)) for path, (name, kind) in PAGE_FILES.items()
-        ]
+        return [web.get(path, guarded(self._admission, path, handler)) for path, handler in api.items()]
 
     async def _digits(self, request: web.Request, call: Call) -> web.Response:
         given = {"count": 1} | read_query(request.query, DIGITS)
@@ -96,7 +95,7 @@ class HttpApi:
         digits = await self._core.generate(request, call.hold)
         started = time.perf_counter()
         as_picture = request.encoding == "png_grid"
-        answer = _picture(digits, await asyncio.to_thread(_sheet, digits)) if as_picture else await _json(digits)
+        answer = await asyncio.to_thread(_picture if as_picture else _json, digits)  # given up when the client leaves before
         call.encoded(digits, time.perf_counter() - started)
         return answer
 
@@ -117,6 +116,11 @@ class HttpApi:
         about = {"release": release(), "grpc": self._grpc_target, "default_model": catalog.default_model}
         versions = [asdict(each) for each in self._versions()]
         return web.json_response({**about, **self._admission.metrics.totals(), "models": models, "versions": versions})
+
+
+def page_routes() -> list[web.RouteDef]:
+    """The page, which uses these routes, and their description."""
+    return [web.get(path, _file(PAGE / name, kind)) for path, (name, kind) in PAGE_FILES.items()]
 
 
 def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:
@@ -149,32 +153,27 @@ def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, 
     return {"format": FORMATS["json"]} | values
 
 
-async def _json(digits: Digits) -> web.Response:
+def _json(digits: Digits) -> web.Response:
     manifest = digits.model.manifest
-    pictures = await asyncio.to_thread(lambda: [base64.b64encode(to_png(digit)).decode() for digit in digits.joined_pixels])
     labels = [None] * digits.count if digits.labels is None else digits.labels.tolist()
     listed = [
-        {"index": str(digits.start + offset), "label": label, "png": png}
-        for offset, (label, png) in enumerate(zip(labels, pictures, strict=True))
+        {"index": str(digits.start + offset), "label": label, "png": base64.b64encode(to_png(digit)).decode()}
+        for offset, (label, digit) in enumerate(zip(labels, digits.joined_pixels, strict=True))
     ]
     seed = None if digits.seed is None else str(digits.seed)
     about = {"model": manifest.name, "version": manifest.version, "seed": seed, "digits": listed}
     timing = {"queue_seconds": digits.queue_seconds, "compute_seconds": digits.compute_seconds}
-    return web.json_response({**about, **timing})
+    return web.Response(body=msgspec.json.encode(about | timing), content_type="application/json")
 
 
-def _sheet(digits: Digits) -> bytes:
-    return to_png(to_grid(digits.joined_pixels))
-
-
-def _picture(digits: Digits, png: bytes) -> web.Response:
+def _picture(digits: Digits) -> web.Response:
     manifest = digits.model.manifest
     address = {"Digits-Model": f"{manifest.name}/{manifest.version}", "Digits-Start": str(digits.start)}
     if digits.seed is not None:
         address["Digits-Seed"] = str(digits.seed)
     if digits.labels is not None and digits.count <= LABELS_IN_HEADER:
         address["Digits-Labels"] = ",".join(map(str, digits.labels))
-    return web.Response(body=png, content_type="image/png", headers=address)
+    return web.Response(body=to_png(to_grid(digits.joined_pixels)), content_type="image/png", headers=address)
 
 
 def _file(path: Path, kind: str) -> Callable[[web.Request], Awaitable[web.Response]]:

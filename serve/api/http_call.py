@@ -21,10 +21,11 @@ from serve.observability.metrics import RpcMetrics
 
 SERVICE = "http"  # as the RPC metrics call it
 TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 60.0  # for a client to take its answer: until then it is held here
+CONTENT_ENCODINGS = ("identity", "gzip", "deflate")  # of a request's body
 # Nothing but what this server sends, and pictures that the page makes of it.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
@@ -52,13 +53,23 @@ def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "g
                 answer = _refused(call.failed(error))
             answer.headers.update(HEADERS)
             # Sent from here, so that a drain waits until it is.
-            await answer.prepare(request)
-            await answer.write_eof()
+            await _send(answer, request)
             return answer
         finally:
             call.sent()
 
     return handle
+
+
+async def _send(answer: web.Response, request: web.Request) -> None:
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await answer.prepare(request)
+            await answer.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError from None
 
 
 async def _in_time(answer: Awaitable[web.Response]) -> web.Response:

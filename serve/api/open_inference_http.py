@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from aiohttp import web
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from serve.access.identity import Scope
@@ -43,9 +46,12 @@ from serve.settings import release
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC
 ROW_BYTES = 24 * 784  # what a digit takes up in memory until its answer is sent: values as JSON, and before that as objects
+SMALL_BODY_BYTES = 64 << 10  # read at once; reading what is larger would hold up others on the event loop
+MOST_VALUES = 1 << 20  # of a tensor in JSON
+VALUES_AT_ONCE = 1 << 14  # written in one step, in which no other thread runs
 EXTENSIONS = ["binary_tensor_data"]
 
-Parameters = dict[str, str | bool | int | float]
+Parameters = Annotated[dict[str, str | bool | int | float], Meta(max_length=64)]
 
 
 class Input(msgspec.Struct):
@@ -53,8 +59,8 @@ class Input(msgspec.Struct):
 
     name: str
     datatype: str
-    shape: list[int]
-    data: Any = None
+    shape: Annotated[list[int], Meta(max_length=8)]
+    data: msgspec.Raw = msgspec.Raw()
     parameters: Parameters = {}
 
 
@@ -68,10 +74,10 @@ class Output(msgspec.Struct):
 class Inference(msgspec.Struct):
     """A request's JSON."""
 
-    inputs: list[Input]
+    inputs: Annotated[list[Input], Meta(max_length=16)]
     id: str = ""
     parameters: Parameters = {}
-    outputs: list[Output] = []
+    outputs: Annotated[list[Output], Meta(max_length=16)] = []
 
 
 class OpenInferenceHttp:
@@ -131,20 +137,27 @@ class OpenInferenceHttp:
         return web.json_response({"name": model.manifest.name, "ready": True})
 
     async def _infer(self, request: web.Request, call: Call) -> web.Response:
-        body = await _body(request)
-        inference, rest = _split(body, request.headers.get(JSON_BYTES))
-        holders: list[Inference | Input | Output] = [inference, *inference.inputs, *inference.outputs]
-        check_parameters(name for holder in holders for name in holder.parameters)
-        names = output_names([output.name for output in inference.outputs])
+        body, encoding = await _body(request), request.headers.get("Content-Encoding", "identity").strip().lower()
+        read = partial(read_inference, body, encoding, request.headers.get(JSON_BYTES))
+        in_thread = len(body) > SMALL_BODY_BYTES or encoding != "identity"
+        inference, tensors, names = await asyncio.to_thread(read) if in_thread else read()
         model, version = request.match_info["model"], request.match_info.get("version", "")
         row_bytes = (4 if "images" in names else 1) * ROW_BYTES
-        tensors = read_inputs(inference, rest)
         parsed = to_request(model, version, tensors, names, deadline=call.deadline, size=2 * len(body), row_bytes=row_bytes)
         digits = await self._core.generate(parsed, call.hold)
         started = time.perf_counter()
         answer = await asyncio.to_thread(_encode, inference, digits, names)  # values in JSON take their time
         call.encoded(digits, time.perf_counter() - started)
         return answer
+
+
+def read_inference(body: bytes, encoding: str, json_bytes: str | None) -> tuple[Inference, Tensors, list[str]]:
+    """A request's body: its JSON, its tensors, and the outputs that it asks for. Raises RequestError."""
+    inference, rest = _split(_decompressed(body, encoding), json_bytes)
+    holders: list[Inference | Input | Output] = [inference, *inference.inputs, *inference.outputs]
+    check_parameters(name for holder in holders for name in holder.parameters)
+    names = output_names([output.name for output in inference.outputs])
+    return inference, read_inputs(inference, rest), names
 
 
 def read_inputs(inference: Inference, rest: memoryview) -> Tensors:
@@ -154,9 +167,9 @@ def read_inputs(inference: Inference, rest: memoryview) -> Tensors:
         name, size = tensor.name, tensor.parameters.get("binary_data_size")
         dtype = np.dtype(check_input(name, tensor.datatype, tensors).dtype)
         if size is None:
-            values = _from_json(name, tensor.data, dtype)
+            values = _from_json(name, tensor, dtype)
         else:
-            if tensor.data is not None or not isinstance(size, int) or not 0 <= size <= len(rest):
+            if bytes(tensor.data) not in (b"", b"null") or not isinstance(size, int) or not 0 <= size <= len(rest):
                 raise RequestError(f"inputs: {name} has no binary_data_size of the bytes that follow, or data beside it")
             if size % dtype.itemsize:
                 raise RequestError(f"inputs: {name} has {size} bytes, which is no multiple of {dtype.itemsize}")
@@ -168,17 +181,20 @@ def read_inputs(inference: Inference, rest: memoryview) -> Tensors:
     return tensors
 
 
-def _from_json(name: str, data: Any, dtype: np.dtype[Any]) -> NDArray[np.generic]:
-    """JSON's numbers as an array: whole numbers stay what they are, and do not wrap."""
+def _from_json(name: str, tensor: Input, dtype: np.dtype[Any]) -> NDArray[np.generic]:
+    """JSON's numbers, nested or flat, as an array. How many there are is checked before any is made."""
+    whole = dtype.kind in "iu"
+    flat = bytes(tensor.data).translate(None, b"[] \t\r\n")
+    given = flat.count(b",") + 1
+    if given > MOST_VALUES:
+        raise RequestError(f"inputs: {name} has {given} numbers, over {MOST_VALUES}; send them as bytes (binary_data_size)")
     try:
-        flat = np.array(data, dtype=object).ravel()
-        wanted = (int,) if dtype.kind in "iu" else (int, float)
-        if data is None or not all(isinstance(value, wanted) and not isinstance(value, bool) for value in flat):
-            raise ValueError(name)  # as what numpy raises
+        check_shape(name, tensor.shape, given)
+        values = msgspec.json.decode(b"[" + flat + b"]", type=list[int] if whole else list[float])
         with np.errstate(over="ignore"):  # a float too large is infinite, which is refused later
-            return np.array(flat.tolist(), dtype)
-    except (ValueError, OverflowError, TypeError):
-        kind = "whole numbers" if dtype.kind in "iu" else "numbers"
+            return np.array(values, dtype)
+    except (ValueError, OverflowError):  # msgspec's are ValueErrors
+        kind = "whole numbers" if whole else "numbers"
         raise RequestError(f"inputs: {name}: data must be a list of {kind} of its datatype") from None
 
 
@@ -187,6 +203,23 @@ async def _body(request: web.Request) -> bytes:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes") from None
+    except web.RequestPayloadError:
+        raise RequestError("the request's body is not as its headers say") from None
+
+
+def _decompressed(body: bytes, encoding: str) -> bytes:
+    if encoding == "identity":
+        return body
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as it says itself
+    try:
+        whole = stream.decompress(body, MAX_BODY_BYTES + 1)
+    except zlib.error:
+        raise RequestError(f"the request's body is not {encoding}, as its Content-Encoding says") from None
+    if len(whole) > MAX_BODY_BYTES:
+        raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes")
+    if not stream.eof or stream.unused_data:
+        raise RequestError(f"the request's body is not one whole {encoding} stream, as its Content-Encoding says")
+    return whole
 
 
 def _split(body: bytes, json_bytes: str | None) -> tuple[Inference, memoryview]:
@@ -216,7 +249,7 @@ def _encode(inference: Inference, digits: Digits, names: list[str]) -> web.Respo
             output["parameters"] = {"binary_data_size": len(content)}
             raw.append(content)
         else:
-            output["data"] = np.concatenate(pieces).ravel().tolist()
+            output["data"] = _as_json(pieces)
         outputs.append(output)
     parameters: dict[str, Any] = dict(inference.parameters)
     if digits.seed is not None:
@@ -233,6 +266,13 @@ def _encode(inference: Inference, digits: Digits, names: list[str]) -> web.Respo
         return web.Response(body=head, content_type="application/json")
     headers = {JSON_BYTES: str(len(head))}
     return web.Response(body=b"".join((head, *raw)), content_type="application/octet-stream", headers=headers)
+
+
+def _as_json(pieces: Sequence[NDArray[Any]]) -> msgspec.Raw:
+    """Their values as one flat list."""
+    flat = [piece.ravel() for piece in pieces]
+    parts = (values[first : first + VALUES_AT_ONCE] for values in flat for first in range(0, values.size, VALUES_AT_ONCE))
+    return msgspec.Raw(b"[" + b",".join(msgspec.json.encode(part.tolist())[1:-1] for part in parts) + b"]")
 
 
 def _asked(request: web.Request) -> tuple[str, int]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from serve.command_line import OneLineParser
 from serve.dataset.filter import BUNDLED_JUDGE, Judge
-from serve.dataset.header import ATTEMPTS, Dataset, read_header
+from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
 from serve.dataset.shards import Generator, write_shard
 from serve.engine.provider import EngineOptions, choose_provider
@@ -52,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of standard output
-        raise
     except OSError as error:  # a disk that is full, a folder that may not be written to
         where = error.filename or flags.out
         print(f"error: {where}: {error.strerror or error}; make room there, or name another --out", file=sys.stderr)
@@ -66,7 +64,7 @@ def _write(flags: argparse.Namespace) -> None:
         "--count": (flags.count, 1, INDEX_LIMIT),
         "--seed": (flags.seed, 0, SEED_LIMIT - 1),
         "--start": (flags.start, 0, INDEX_LIMIT - flags.count),
-        "--shards": (flags.shards, 1, 1 << 20),
+        "--shards": (flags.shards, 1, MOST_SHARDS),
         "--shard": (flags.shard, 0, flags.shards - 1),
         "--threads": (flags.threads, 0, 256),
     }

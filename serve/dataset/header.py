@@ -15,9 +15,12 @@ from serve.files import locked, replace_file
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, draw_span, in_turn
 
 HEADER_FILE = "dataset.json"
+MOST_SHARDS = 1 << 20
+MOST_BYTES = 1 << 24  # of the header; labels take the most of it
 ATTEMPTS = 100  # addresses from which a filter may choose each digit
 
 Positive = Annotated[int, Meta(ge=1)]
+Shards = Annotated[int, Meta(ge=1, le=MOST_SHARDS)]
 Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -31,7 +34,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seed: Annotated[int, Meta(ge=0)]
     start: Annotated[int, Meta(ge=0)]
     count: Positive
-    shards: Positive
+    shards: Shards
     height: Side
     width: Side
     latent_size: Side
@@ -82,7 +85,8 @@ def read_header(folder: Path) -> Dataset:
     """What the folder's data set is of. Raises SettingsError."""
     path = folder / HEADER_FILE
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES)
     except OSError:
         raise SettingsError(f"{path} cannot be read; write a shard first") from None
     return parse_header(content, str(path))

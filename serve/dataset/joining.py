@@ -26,11 +26,12 @@ IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
 def join(folder: Path, file_format: str) -> list[Path]:
     """Join all shards into ``idx`` files or one ``npz``. Raises SettingsError naming the first shard that is missing."""
     dataset = read_header(folder)
-    parts = [dataset.shard_file(folder, shard) for shard in range(dataset.shards)]
-    for shard, part in enumerate(parts):
-        wanted = dataset.shard_range(shard)[1] * dataset.height * dataset.width
+    parts = []
+    for shard in range(dataset.shards):
+        part, wanted = dataset.shard_file(folder, shard), dataset.shard_range(shard)[1] * dataset.height * dataset.width
         if not part.exists() or part.stat().st_size != wanted:
             raise SettingsError(f"{part} is missing or not whole; write it with --shard {shard}")
+        parts.append(part)
     if dataset.filter:
         dataset = _with_refused_share(folder, dataset)
     return _join_idx(folder, dataset, parts) if file_format == "idx" else [_join_npz(folder, dataset, parts)]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+from pathlib import Path
+from typing import IO
 
+from serve.errors import StartError
 from serve.ports.grpc_port import port_taken
-from serve.ports.http_port import http_port_taken, usable_host
+from serve.ports.http_connections import usable_host
+from serve.ports.http_port import http_port_taken
 from serve.settings import UNIX, Settings
 
+ANSWER_S = 1.0
 
-def check_ports(settings: Settings) -> None:
-    """Raises StartError where another process listens.
+
+def check_ports(settings: Settings) -> IO[bytes] | None:
+    """Raises StartError where another process listens. Returns what keeps others from a Unix socket, to be held open.
 
     gRPC's servers share their port: sharing it with another process would succeed, and in silence.
     """
-    if settings.grpc_port and not settings.host.startswith(UNIX):
+    held = None
+    if settings.host.startswith(UNIX):
+        held = _hold(settings.host)
+    elif settings.grpc_port:
         try:
             _try(settings.host, settings.grpc_port)
         except OSError:
@@ -24,6 +34,33 @@ def check_ports(settings: Settings) -> None:
             _try(settings.http_host, settings.http_port)
         except OSError as error:
             raise http_port_taken(settings.http_host, settings.http_port, error) from None
+    return held
+
+
+def _hold(host: str) -> IO[bytes]:
+    """Make a Unix socket's path this process's own. gRPC takes it from whoever has it, and deletes it in the end, whose it is.
+
+    Hence a lock beside it, for as long as the process lives; what answers there without one is no server of this kind.
+    """
+    path = Path(host.removeprefix(UNIX).removeprefix("//"))
+    try:
+        lock = path.with_name(f"{path.name}.lock").open("ab")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists():
+            return lock
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(ANSWER_S)
+            probe.connect(str(path))
+        reason = "another process answers there"
+    except ConnectionRefusedError:
+        if path.is_socket():  # of a process that has ended
+            return lock
+        reason = "it is no socket"
+    except BlockingIOError:
+        reason = "it is another server's"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise StartError(f"--host {host} cannot be had ({reason}); name another")
 
 
 def _try(host: str, port: int) -> None:

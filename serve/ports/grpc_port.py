@@ -23,7 +23,7 @@ from serve.api.rpc import Method
 from serve.background import until
 from serve.batching.batcher import attempt
 from serve.errors import StartError
-from serve.observability.logs import Muted
+from serve.observability.logs import mute
 from serve.ports.grpc_call import GrpcCall, core
 from serve.ports.load_report import LoadReports
 from serve.settings import UNIX, Settings
@@ -92,7 +92,7 @@ class GrpcPort:
                 ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_S * 1000),
             ]
         # The core logs a traceback, with its value, for each metadatum that is not UTF-8.
-        Muted("metadata that are not text have been ignored").attach("grpc._cython.cygrpc")
+        mute("grpc._cython.cygrpc", "metadata of a call that are not UTF-8 have been ignored")
         where = address(settings.host, settings.grpc_port).encode()
         # grpcio's own server takes its credentials apart in the same way.
         credentials = (certificates.credentials()._credentials,) if certificates else ()  # type: ignore[attr-defined]

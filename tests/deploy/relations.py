@@ -131,8 +131,8 @@ def the_server_gets_the_settings_it_is_given(items: Sequence[Object]) -> Iterato
             yield f"{title(item)} listens on {settings.host} and {settings.http_host}, not on every address of both families"
         if settings.insecure != (settings.tls_cert is None):
             yield f"{title(item)} is insecure and has a certificate, or neither"
-        if settings.page or settings.log_format != "json":
-            yield f"{title(item)} shows its page, or writes its log for people"
+        if settings.http_api or settings.log_format != "json":
+            yield f"{title(item)} answers over HTTP in plaintext, or writes its log for people"
 
 
 def probes_ask_what_the_server_answers(items: Sequence[Object]) -> Iterator[str]:

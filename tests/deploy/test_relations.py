@@ -183,7 +183,8 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     "a setting that is none": (CPU, lambda items: settings(items).update(DIGITS_QUEUE="100")),
     "the server's port changes alone": (CPU, lambda items: settings(items).update(DIGITS_GRPC_PORT="50052")),
     "IPv4 alone": (CPU, lambda items: settings(items).update(DIGITS_HOST="0.0.0.0")),
-    "the page is on": (CPU, lambda items: settings(items).update(DIGITS_PAGE="true")),
+    "the HTTP API is on": (CPU, lambda items: settings(items).update(DIGITS_HTTP_API="true")),
+    "the page is on": (CPU, lambda items: settings(items).update(DIGITS_HTTP_API="true", DIGITS_PAGE="true")),
     "the image of another tag": (CPU, of_container(put("image", value="digits-serve:latest"))),
     "the CPU's image for CUDA": (GPU, of_container(put("image", value="digits-serve:0.1.0-cpu"))),
     "a roll that needs one GPU more": (

@@ -300,7 +300,16 @@ def test_on_cuda_two_engines_make_a_thousand_digits_a_run_and_give_back_what_the
 
 
 @pytest.mark.parametrize(
-    "change", [{"shards": 0}, {"count": -1}, {"height": 0}, {"latent_size": 1 << 40}, {"seed": 1 << 64}, {"labels": [11]}]
+    "change",
+    [
+        {"shards": 0},
+        {"shards": 10**12},
+        {"count": -1},
+        {"height": 0},
+        {"latent_size": 1 << 40},
+        {"seed": 1 << 64},
+        {"labels": [11]},
+    ],
 )
 def test_a_header_of_numbers_that_are_no_data_set_is_one_line(
     change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -203,9 +203,16 @@ def test_the_page_is_three_files_and_can_be_turned_off(
         assert get(shared_server, path)[0] == 404
     server = start_server("--page=false")
     assert "page" not in server.announced
-    for path in ("/", "/page.js", "/v1/digits", "/v1/status"):
+    for path, status in (("/", 404), ("/page.js", 404), ("/openapi.json", 404), ("/v1/digits", 200), ("/v2", 200)):
+        assert get(server, path)[0] == status
+
+
+def test_the_http_api_can_be_turned_off_and_probes_stay(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--page=false", "--http-api=false")
+    assert "API" not in server.announced
+    for path in ("/", "/page.js", "/openapi.json", "/v1/digits", "/v1/status", "/v2", "/v2/health/ready"):
         assert get(server, path)[0] == 404
-    assert get(server, "/healthz")[0] == 200
+    assert get(server, "/healthz")[0] == get(server, "/readyz")[0] == get(server, "/metrics")[0] == 200
 
 
 def test_only_get_is_answered(shared_server: ServerProcess) -> None:

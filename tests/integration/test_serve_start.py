@@ -218,3 +218,33 @@ def test_a_second_signal_ends_it_at_once_and_without_a_trace(start_server: Calla
     _, log = server.process.communicate(timeout=20)
     assert server.process.returncode == 130
     assert "Traceback" not in log
+
+
+def test_a_unix_socket_is_taken_from_no_server_that_answers(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """Issue: a second server took the first one's socket and deleted it in the end, while the first said ready."""
+    host = f"--host=unix:{tmp_path}/grpc"
+    first = start_server(host)
+    assert "another server's" in start_and_fail(host)
+    with DigitClient(first.target) as client:
+        assert client.generate(1).model == "rpgan"
+    (tmp_path / "grpc").unlink()
+    assert "another server's" in start_and_fail(host), "also where nobody can reach it any more"
+    first.process.kill()
+    first.process.communicate()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(f"{tmp_path}/other")
+        other.listen()
+        assert "another process answers there" in start_and_fail(f"--host=unix:{tmp_path}/other")
+    (tmp_path / "file").write_text("kept")
+    assert "it is no socket" in start_and_fail(f"--host=unix:{tmp_path}/file")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_socket_of_a_server_that_was_killed_is_replaced(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    host = f"--host=unix:{tmp_path}/grpc"
+    killed = start_server(host)
+    killed.process.kill()
+    killed.process.communicate()
+    assert (tmp_path / "grpc").is_socket()
+    with DigitClient(start_server(host).target) as client:
+        assert client.generate(1).model == "rpgan"

@@ -21,6 +21,7 @@ from serve.latents import (
     draw,
     draw_span,
     slerp,
+    tail_beyond,
     to_normal,
 )
 
@@ -218,3 +219,10 @@ def test_neighbouring_rows_and_seeds_are_uncorrelated() -> None:
 
 def _address(span: Span) -> tuple[int, int, int]:
     return span.seed, span.start, span.count
+
+
+def test_truncations_that_callers_choose_fill_no_memory() -> None:
+    """Issue: 155 bytes for each, without an end."""
+    for number in range(1000):
+        tail_beyond(1 + number / 1000)
+    assert tail_beyond.cache_info().currsize <= 256

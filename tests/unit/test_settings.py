@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "load_reports": True,
     "reflection": False,
     "metrics": False,
+    "http_api": False,
     "page": False,
     "log_format": "json",
     "log_level": "debug",
@@ -61,7 +62,8 @@ OTHER: dict[str, Any] = {
 WITH: dict[str, list[str]] = {
     "tls_cert": ["tls_key"],
     "tls_key": ["tls_cert"],
-    "http_host": ["page"],
+    "http_host": ["http_api", "page"],
+    "http_api": ["page"],
     "tls_client_ca": ["tls_cert", "tls_key"],
 }
 
@@ -84,6 +86,14 @@ def test_plaintext_on_loopback_needs_no_word(host: str) -> None:
     assert Settings(host=host).host == host
 
 
+def test_without_the_page_the_http_api_is_still_there_and_refused_in_plaintext_beyond_loopback() -> None:
+    """Issue: --page false turned off /v1 and /v2 as well, which its help did not say."""
+    assert from_arguments(["--page=false"], {}).http_api
+    with pytest.raises(SettingsError, match="--http-host"):
+        from_arguments(["--page=false", "--http-host=0.0.0.0"], {})
+    assert not from_arguments(["--page=false", "--http-api=false", "--http-host=0.0.0.0"], {}).http_api
+
+
 def test_the_flag_wins_over_the_environment() -> None:
     assert from_arguments(["--grpc-port=1"], {"DIGITS_GRPC_PORT": "2"}).grpc_port == 1
 
@@ -98,7 +108,8 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--reflection=maybe", "--reflection .*'maybe'"),
         ("--host=0.0.0.0", r"--host 0\.0\.0\.0 .*--tls-cert.*--insecure"),
         ("--host=example.org", "--host example.org "),
-        ("--http-host=0.0.0.0", r"--http-host 0\.0\.0\.0 .*--page false.*--insecure"),
+        ("--http-host=0.0.0.0", r"--http-host 0\.0\.0\.0 .*--http-api false --page false"),
+        ("--http-api=false", "--page .*--http-api"),
         ("--tls-cert=a.pem", "--tls-cert and --tls-key"),
         ("--tls-client-ca=a.pem", "--tls-client-ca .*--tls-cert"),
         ("--caller-images=100", "--caller-images 100 .*--max-count 4096"),

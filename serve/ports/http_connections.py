@@ -1,0 +1,222 @@
+"""The HTTP port's connections: how many there are, how long a head may take, and what is answered to what is no HTTP.
+
+aiohttp limits the size of a request's head but not its time, and accepts connections until no descriptors are left, not even for
+gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import resource
+import socket
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+
+from serve.api.status import refusal
+
+log = logging.getLogger(__name__)
+
+LONGEST_LINE = 32 * 1024  # bytes of a request's first line: 4,096 labels take half of it where their commas are sent as %2C
+# A header's, and how many there may be. Browsers send localhost the cookies of every program that listens on it.
+LONGEST_HEADER, MOST_HEADERS = 32 * 1024, 64
+MOST_HEAD_BYTES = 1 << 20  # of all of them, and what has come of a body by then
+MOST_CONNECTIONS = 512
+ANY_ADDRESS = "::"  # of either family
+# On every answer: nobody else's page shows it, or guesses at what it is.
+ANSWER_HEADERS = {
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def connection_limit() -> int:
+    """How many HTTP connections may be open: a quarter of the descriptors at most, so that gRPC has its own."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MOST_CONNECTIONS, soft // 4))
+
+
+def usable_host(host: str) -> str:
+    """``::`` is every address of either family, and where this kernel has no IPv6, of IPv4, as gRPC has it."""
+    bare = host.strip("[]")
+    return "0.0.0.0" if bare == ANY_ADDRESS and not socket.has_dualstack_ipv6() else bare
+
+
+def error_answer(status: int, text: str, **headers: str) -> web.Response:
+    """An error in the form of all others."""
+    return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
+
+
+class Connections:
+    """The port's open connections, by the protocol object that aiohttp has for each. For the event loop's thread alone.
+
+    When there are too many, the one that has waited longest for a request makes room: those who probe find a place, whoever
+    holds the others.
+    """
+
+    def __init__(self, limit: int, head_timeout_s: float, is_probe: Callable[[str], object]) -> None:
+        self._limit = limit
+        self._most_busy = limit - limit // 4  # the rest answers probes, or waits and can make room
+        self._head_timeout_s = head_timeout_s
+        self._is_probe = is_probe
+        self._open: dict[Any, Connection] = {}
+        self.idle: dict[Connection, None] = {}  # in the order in which they began to wait
+
+    def add(self, connection: Connection) -> bool:
+        """Count a connection, and begin to wait for its first head; False when there is no room."""
+        if len(self._open) >= self._limit:
+            if not self.idle:
+                return False
+            oldest = next(iter(self.idle))
+            oldest.end()
+            self.remove(oldest)
+        self._open[connection.inner] = connection
+        connection.wait(self._head_timeout_s)
+        return True
+
+    def remove(self, connection: Connection) -> None:
+        self._open.pop(connection.inner, None)
+
+    @web.middleware
+    async def note_requests(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+        """A head has come: there is time again until its answer is there."""
+        connection = self._open.get(request.protocol)
+        if connection is None:
+            raise ConnectionResetError  # it has just made room for another
+        connection.stop_waiting()
+        try:
+            if len(self._open) - len(self.idle) > self._most_busy and not self._is_probe(request.path):
+                return error_answer(503, "too many requests are under way; try again", **{"Retry-After": "1"})
+            answer: web.StreamResponse = await handler(request)
+            return answer
+        finally:
+            if request.protocol in self._open:
+                connection.wait(self._head_timeout_s)
+
+
+class Connection(asyncio.Protocol):
+    """Stands between a transport and aiohttp's protocol, and ends what is too much or takes too long."""
+
+    def __init__(self, inner: Any, connections: Connections) -> None:
+        self.inner = inner
+        self._connections = connections
+        self._timer: asyncio.TimerHandle | None = None
+        self._taken = False
+        self._transport: Any = None
+        self._head_bytes = 0
+
+    def wait(self, timeout_s: float) -> None:
+        """Close the connection unless a request begins in time."""
+        self.stop_waiting()
+        self._head_bytes = 0
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._transport.abort)
+        self._connections.idle[self] = None
+
+    def stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            del self._connections.idle[self]
+
+    def end(self) -> None:
+        self.stop_waiting()
+        self._transport.abort()
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._taken = self._connections.add(self)
+        if self._taken:
+            self.inner.connection_made(transport)
+        else:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop_waiting()
+        if self._taken:
+            self._connections.remove(self)
+            self.inner.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD_BYTES:
+                self.end()
+                return
+        if self._taken:
+            self.inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self.inner.eof_received() if self._taken else None
+
+    def pause_writing(self) -> None:
+        self.inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.inner.resume_writing()
+
+
+class Protocol(web.RequestHandler):
+    """aiohttp's protocol, whose own errors are answered like all others, and not logged with what the caller sent."""
+
+    __slots__ = ()
+
+    def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+        limits = {"max_line_size": LONGEST_LINE, "max_field_size": LONGEST_HEADER, "max_headers": MOST_HEADERS}
+        # Compressed bodies are read by their handler, which knows what is a caller's mistake and where it ends.
+        super().__init__(server, loop=loop, access_log=None, auto_decompress=False, **limits)  # type: ignore[arg-type]
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer, and close the connection: that is what ConnectionError does."""
+        if not isinstance(exc, ConnectionError) and request.writer.output_size == 0 and request.transport is not None:
+            text = "what came is no HTTP request"
+            if isinstance(exc, LineTooLong):
+                status = 431
+                text = f"the first line or a header is longer than {LONGEST_LINE} bytes, or there are over {MOST_HEADERS}"
+            elif status == 500 and isinstance(exc, Exception):
+                text = refusal(exc).text
+            body = json.dumps({"error": text}).encode()
+            about = {**ANSWER_HEADERS, "Content-Type": "application/json; charset=utf-8", "Content-Length": len(body)}
+            lines = [f"{name}: {value}" for name, value in about.items()]
+            head = "\r\n".join((f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *lines, "Connection: close", "", ""))
+            request.transport.write(head.encode() + body)
+        raise ConnectionResetError
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Also what aiohttp answers by an exception."""
+        if isinstance(resp, web.HTTPException):
+            headers = {"Allow": resp.headers["Allow"]} if "Allow" in resp.headers else {}
+            resp = error_answer(resp.status, f"{resp.reason}: {request.method} {request.path[:200]}", **headers)
+        return await super().finish_response(request, resp, start_time)
+
+
+class Site(web.BaseSite):
+    """A listening TCP socket whose connections are bounded."""
+
+    def __init__(self, runner: web.AppRunner, host: str, port: int, connections: Connections) -> None:
+        super().__init__(runner)
+        self._host, self._port, self._connections = host, port, connections
+
+    @property
+    def name(self) -> str:
+        return f"http://{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen. Raises OSError."""
+        await super().start()
+        server = self._runner.server
+        assert server is not None
+        where: dict[str, Any] = {"host": self._host, "port": self._port, "reuse_port": False}
+        if self._host == ANY_ADDRESS:  # asyncio would listen on IPv6 alone; gRPC's port takes both
+            where = {"sock": socket.create_server((self._host, self._port), family=socket.AF_INET6, dualstack_ipv6=True)}
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(Protocol(server, loop), self._connections), **where)

@@ -1,0 +1,73 @@
+"""The log never holds up who logs, and says nothing that a caller sent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+
+import pytest
+
+from serve.observability.logs import LINES_AHEAD, JsonFormatter, Muted, QueuedHandler
+
+
+def a_record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("test", logging.INFO, __file__, 0, text, None, None)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_is_missing() -> None:
+    reading, writing = os.pipe()
+    handler = QueuedHandler(writing)
+    handler.setFormatter(JsonFormatter())
+    started = time.monotonic()
+    for number in range(3 * LINES_AHEAD):
+        handler.handle(a_record(f"{number} " + "x" * 100))
+    handler.flush()
+    assert 0.9 < time.monotonic() - started < 5, "the flush alone waits"
+    content = bytearray()
+
+    def read() -> None:
+        while part := os.read(reading, 1 << 16):
+            content.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    handler.flush()
+    os.close(writing)
+    reader.join(10)
+    os.close(reading)
+    said = [json.loads(line)["message"] for line in content.decode().splitlines()]
+    kept, dropped = [text for text in said if "dropped" not in text], [text for text in said if "dropped" in text]
+    assert [int(text.split()[0]) for text in kept] == list(range(len(kept))), "in order"
+    assert len(dropped) == 1
+    assert len(kept) + int(dropped[0].split()[0]) == 3 * LINES_AHEAD
+
+
+def test_a_muted_logger_says_its_text_a_line_a_second_and_never_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Untouchable:
+        def __str__(self) -> str:
+            raise AssertionError("formatted")
+
+    error = (ValueError, ValueError("x"), None)
+    muted, passed = Muted("something was wrong"), []
+    for _ in range(3):
+        for _ in range(1000):
+            record = logging.LogRecord("library", logging.ERROR, __file__, 0, "%s", (Untouchable(),), error)
+            if muted.filter(record):
+                passed.append((record.getMessage(), record.exc_info))
+        now[0] += 1.0
+    more = "something was wrong; 999 more since the last such line"
+    assert passed == [("something was wrong", None), (more, None), (more, None)]
+
+
+def test_dropping_a_record_costs_next_to_nothing() -> None:
+    muted, record = Muted("something was wrong"), a_record("x")
+    started = time.perf_counter()
+    for _ in range(100_000):
+        muted.filter(record)
+    assert time.perf_counter() - started < 1
