@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.batching.ticket import Priority
+from serve.batching.ticket import Priority, Ticket
 from serve.engine.session import PIXELS
 from serve.errors import BundleError, ProviderError, SettingsError, UnknownModelError
 from serve.latents import Span
@@ -93,7 +93,7 @@ def models(bundles: Path) -> Path:
 
 
 async def digits(model: Model, seed: int = 1) -> Any:
-    return np.concatenate(ordered(await model.run(Span(seed, 0, 2), PIXELS, Priority.INTERACTIVE, None), "pixels"))
+    return np.concatenate(ordered(await model.run(Ticket(Span(seed, 0, 2), PIXELS, Priority.INTERACTIVE, None)), "pixels"))
 
 
 def start_fails(models_dir: Path, error: type[Exception], match: str, **settings: Any) -> None:
@@ -141,7 +141,7 @@ def test_polling_takes_a_version_once_it_has_settled_and_releases_the_old_one(mo
         assert it.served() == [2]
         assert it.route() == Route(2)
         await it.released()
-        assert not any(thread.is_alive() for thread in old.batcher._slots._threads)
+        assert not any(thread.is_alive() for thread in old.batcher._threads)
         assert it.sample("digits_queue_images", model="mlp", version="1") is None
         assert it.sample("digits_model_traffic_share", model="mlp", version="2") == 1
         assert it.sample("digits_models_loaded") == 1
@@ -483,7 +483,7 @@ def test_a_released_model_is_gone_at_once_and_not_at_the_next_garbage_collection
         gc.disable()
         try:
             model = it.catalog.find("mlp", 1)
-            engine = model.batcher._make_runner()
+            engine = model.batcher._instances[0]._make_engine()
             gone = [weakref.ref(model), weakref.ref(engine), weakref.ref(engine._session)]  # type: ignore[attr-defined]
             del model, engine
             await it.want(versions=[2])
