@@ -32,6 +32,7 @@ from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
 from serve.background import for_each, repeat
 from serve.core.generate import Core
+from serve.engine.resources import memory_bytes, usable_cores
 from serve.errors import StartError
 from serve.models.catalog import Catalog
 from serve.models.model import JOIN_S, Model
@@ -46,7 +47,6 @@ from serve.ports.health import HEALTH, Health
 from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.ports.load_report import Load, LoadReports
 from serve.ports.reflection import reflection_methods
-from serve.resources import memory_bytes, usable_cores
 from serve.settings import Settings, is_loopback, release
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from tests.bench.process import sample_sum
 
@@ -23,13 +23,22 @@ GENTLE_S = 5
 
 
 class ServerProcess:
-    """``python -m serve`` on free ports unless the flags say otherwise. The constructor returns once it serves."""
+    """``python -m serve`` on free ports unless the flags say otherwise. The constructor returns once it serves.
 
-    def __init__(self, *flags: str, environment: Mapping[str, str] | None = None, module: Sequence[str] = SERVE) -> None:
+    A ``log`` to a file is written however much there is; otherwise it is a pipe, which is read when the server ends.
+    """
+
+    def __init__(
+        self,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        module: Sequence[str] = SERVE,
+        log: IO[str] | None = None,
+    ) -> None:
         ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
         command = [sys.executable, *module, *ports, "--http-port=0", *flags]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+            command, stdout=subprocess.PIPE, stderr=log or subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )
         # There the announcement is a part of the log.
         in_log = "--log-format=json" in flags or (environment or {}).get("DIGITS_LOG_FORMAT") == "json"
@@ -69,7 +78,7 @@ class ServerProcess:
         """SIGTERM; the exit status and what was logged."""
         self.process.send_signal(signal.SIGTERM)
         _, log = self.process.communicate(timeout=STOP_TIMEOUT_S)
-        return self.process.returncode, self._log + log
+        return self.process.returncode, self._log + (log or "")
 
     def kill(self) -> None:
         """End it at once; where coverage is measured gently first, or what it ran would not be counted."""
@@ -80,6 +89,9 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+        for stream in (self.process.stdout, self.process.stderr):  # of a process that has ended by itself
+            if stream is not None:
+                stream.close()
 
     def wait(self, **options: Any) -> int:
         return self.process.wait(**options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from serve.resources import usable_cores
+from serve.engine.resources import usable_cores
 from train.errors import ConfigError, DeviceError
 
 BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # as torch.cpu.get_capabilities names them; the last one is ARM's

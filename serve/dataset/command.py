@@ -28,11 +28,11 @@ from serve.dataset.header import ATTEMPTS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
 from serve.dataset.shards import Generator, write_shard
 from serve.engine.provider import EngineOptions, choose_provider
+from serve.engine.resources import usable_cores
 from serve.errors import ServeError, SettingsError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT
 from serve.manifest import BUNDLED_DIR, Manifest
 from serve.models.repository import Bundle, Repository
-from serve.resources import usable_cores
 from serve.settings import DEFAULT_MODEL
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"

@@ -18,13 +18,13 @@ from serve.batching.ticket import Priority, Ticket
 from serve.engine.factory import make_engine
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
+from serve.engine.resources import usable_cores
 from serve.engine.session import PIXELS
 from serve.errors import EngineError, ProviderError, QueueFullError, ServeError, UnavailableError
 from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics, ModelMetrics
-from serve.resources import usable_cores
 from serve.settings import Settings, parse_cuda_options
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.engine.onnx_runtime import ort
-from serve.resources import usable_cores
+from serve.engine.resources import usable_cores
 
 ENOUGH = 0.8  # the share of rounds that must meet a target: four of five
 

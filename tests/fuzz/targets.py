@@ -13,7 +13,9 @@ import hashlib
 import json
 import tempfile
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,24 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from yarl import URL
 
+from serve.access.budget import Budget
 from serve.access.identity import Accounts, Caller
 from serve.access.tokens import TokenFile, parse_tokens
-from serve.api.admission import Admission, InFlight
+from serve.api.admission import Admission
 from serve.api.digits_v1 import DigitService
 from serve.api.http import DIGITS as DIGITS_QUERY
 from serve.api.http import INTERPOLATION as INTERPOLATION_QUERY
 from serve.api.http import read_query
 from serve.api.open_inference import OpenInferenceService
-from serve.batching.batcher import Batcher
-from serve.batching.limits import Limits
+from serve.api.rpc import Method
+from serve.batching.batcher import Batcher, Limits
 from serve.core.generate import Core
 from serve.dataset.header import parse_header
 from serve.errors import BundleError, RequestError, SettingsError, UnauthenticatedError
 from serve.latents import SEED_LIMIT, LatentReader, Span
 from serve.manifest import BUNDLED_DIR, Golden, parse_manifest
 from serve.models.catalog import Catalog
-from serve.models.model import Model, wake_callers
+from serve.models.model import Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository, read_bundle
 from serve.models.serving_file import parse_serving_state, watched_serving_file
@@ -50,6 +53,7 @@ from serve.observability.metrics import Metrics, ModelMetrics
 from serve.pb.digits.v1 import digits_pb2
 from serve.pb.inference import open_inference_pb2
 from serve.settings import DEFAULT_MODEL, Settings
+from tests.fake_wire import FakeWire
 from train.data import read_idx
 from train.errors import DataError
 
@@ -66,35 +70,7 @@ class DefectError(AssertionError):
     """Something that no input may bring about."""
 
 
-class AbortedError(Exception):
-    """How a handler ends a call with a status."""
-
-
-class FakeContext:
-    """A call's context as handlers use it."""
-
-    def __init__(self) -> None:
-        self.code = grpc.StatusCode.OK
-        self.text = ""
-
-    async def abort(self, code: grpc.StatusCode, text: str, trailing: object) -> None:
-        self.code, self.text = code, text
-        raise AbortedError
-
-    def time_remaining(self) -> float:
-        return 60.0
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ()
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        """Nobody waits for a drain here."""
-
-
-class BlankRunner:
+class BlankEngine:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
 
     def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
@@ -123,12 +99,18 @@ class Server:
         settings = Settings(max_count=MAX_COUNT, max_queue_images=1 << 16)
         metrics = Metrics(CollectorRegistry())
         catalog = Catalog(DEFAULT_MODEL)
-        admission = Admission(metrics, InFlight(), Accounts(None, 0, 0.0))
+        admission = Admission(metrics, Accounts(None, 0, 0.0), Budget(1 << 30))
         core = Core(catalog, settings.max_count, settings.max_count_float32)
         serving = watched_serving_file(BUNDLED_DIR / "serving.json")
         status = Reconciler(Repository(BUNDLED_DIR), serving, catalog, settings, metrics).status
-        self.digits = DigitService(core, status).table(admission).methods
-        self.inference = OpenInferenceService(core, lambda: True, metrics, status).table(admission).methods
+        workers = ThreadPoolExecutor(1)
+        tables = {
+            "digits": DigitService(core, status).table(admission, workers),
+            "inference": OpenInferenceService(core, lambda: None, metrics, status).table(admission, workers),
+        }
+        self.methods = {
+            name: {path.rpartition("/")[2]: method for path, method in table.methods.items()} for name, table in tables.items()
+        }
         self._loop.run_until_complete(self._open(catalog, metrics))
 
     async def _open(self, catalog: Catalog, metrics: Metrics) -> None:
@@ -136,35 +118,27 @@ class Server:
         observer = ModelMetrics(metrics, DEFAULT_MODEL, 1)
         limits = Limits(
             latent_size=LATENT_SIZE, labels=10, max_batch_size=16, max_queue_images=1 << 16, linger_s=0.0,
-            slots=1, watchdog_s=60.0,
+            instances=1, watchdog_s=60.0,
         )  # fmt: skip
-        batcher = Batcher(limits, BlankRunner, wake_callers, observer)
+        batcher = Batcher(limits, BlankEngine, observer)
         batcher.start()
         catalog.put(Model(bundle, "cpu", batcher, observer))
 
-    def call(self, method: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> None:
+    def call(self, method: Method, raw: bytes) -> None:
         """One call. Raises DefectError."""
-        self._loop.run_until_complete(self._call(method, raw))
-
-    async def _call(self, method: Any, raw: bytes) -> None:
-        context = FakeContext()
-        answered = 0
-        try:
-            if method.response_streaming:
-                answers: AsyncIterator[bytes] = method.unary_stream(raw, context)
-                for _ in range(CHUNKS_READ):
-                    answered += len(await anext(answers, b""))
-                await answers.aclose()  # type: ignore[attr-defined]
-            else:
-                answered = len(await method.unary_unary(raw, context))
-        except AbortedError:
-            pass
-        if context.code is grpc.StatusCode.INTERNAL:
-            raise DefectError(f"INTERNAL: {context.text}")
-        if answered > CHUNKS_READ * MOST_ANSWER_BYTES:
-            raise DefectError(f"an answer of {answered} bytes")
-        if len(context.text) > 1000 or "\n" in context.text:
-            raise DefectError(f"not a one-line text: {context.text!r}")
+        wire = FakeWire(most=CHUNKS_READ)
+        if method.begin is not None:
+            method.begin(wire, raw)
+        else:
+            assert method.task is not None
+            with suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(method.task(wire, raw))
+        if wire.ended() is grpc.StatusCode.INTERNAL:
+            raise DefectError(f"INTERNAL: {wire.text}")
+        if sum(map(len, wire.answers)) > CHUNKS_READ * MOST_ANSWER_BYTES:
+            raise DefectError("an answer of too many bytes")
+        if len(wire.text) > 1000 or "\n" in wire.text:
+            raise DefectError(f"not a one-line text: {wire.text!r}")
 
 
 def message_target(call: Callable[[str, bytes], None], requests: Mapping[str, type[Message]]) -> Target:
@@ -390,7 +364,7 @@ def make_target(name: str) -> Target:
     """The target of that name. Raises KeyError."""
     if name in ("digits", "inference"):
         server = Server()
-        table = getattr(server, name)
+        table = server.methods[name]
         requests: Mapping[str, type[Message]] = {"digits": DIGITS, "inference": INFERENCE}[name]
         return message_target(lambda method, raw: server.call(table[method], raw), requests)
     readers: dict[str, Callable[[], Target]] = {

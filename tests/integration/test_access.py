@@ -25,6 +25,7 @@ from serve.access.tokens import RELOAD_CHECK_S
 from serve.access.tokens import main as tokens_command
 from serve.client import DigitClient
 from serve.client.channel import Access
+from serve.files import replace_file
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.server_process import ServerProcess
@@ -170,8 +171,9 @@ def presented_certificate(target: str, ca: Path) -> bytes | None:
         return it.getpeercert(binary_form=True)
 
 
+@pytest.mark.parametrize("rotations", [5, pytest.param(100, marks=pytest.mark.long)])
 def test_a_certificate_rotated_under_load_fails_no_call_and_is_taken_up(
-    certificates: Certificates, start_server: Callable[..., ServerProcess]
+    rotations: int, certificates: Certificates, start_server: Callable[..., ServerProcess]
 ) -> None:
     server = start_server(*certificates.flags)
     seen = {presented_certificate(server.target, certificates.ca)}
@@ -181,7 +183,7 @@ def test_a_certificate_rotated_under_load_fails_no_call_and_is_taken_up(
             return generate(channel)
 
     with steady_calls(call) as ends:
-        for rotation in range(5):
+        for rotation in range(rotations):
             certificates.renew()
             so_far = len(ends)
             wait_until(lambda: len(ends) > so_far + 5)  # noqa: B023  # called before the next turn
@@ -192,7 +194,7 @@ def test_a_certificate_rotated_under_load_fails_no_call_and_is_taken_up(
         wait_until(lambda: len(ends) > so_far + 5)
     assert set(ends) == {grpc.StatusCode.OK}
     assert presented_certificate(server.target, certificates.ca) in seen
-    assert server.metric("digits_access_reloads_total", what="certificate", result="ok") >= 5
+    assert server.metric("digits_access_reloads_total", what="certificate", result="ok") >= rotations
     assert server.metric("digits_access_reloads_total", what="certificate", result="failed") >= 1
 
 
@@ -250,6 +252,25 @@ def test_a_token_revoked_under_load_is_out_at_the_next_look_at_the_file_and_othe
     assert set(left) == {grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED}
     assert not let_in_again
     assert set(stayed) == {grpc.StatusCode.OK}
+
+
+@pytest.mark.long
+def test_a_tokens_file_rewritten_a_thousand_times_under_load_keeps_nobody_out(
+    tmp_path: Path, add_token: Callable[..., str], start_server: Callable[..., ServerProcess]
+) -> None:
+    staying = add_token("staying")
+    path = tmp_path / "tokens.json"
+    one = path.read_bytes()
+    add_token("another")
+    server = start_server(f"--tokens-file={path}")
+    both = path.read_bytes()
+    with grpc.insecure_channel(server.target) as channel, steady_calls(lambda: generate(channel, staying)) as ends:
+        for turn in range(1000):
+            replace_file(path, one if turn % 2 else both, 0o600)
+            so_far = len(ends)
+            wait_until(lambda: len(ends) > so_far + 1)  # noqa: B023  # called before the next turn
+    assert set(ends) == {grpc.StatusCode.OK}
+    assert server.metric("digits_access_reloads_total", what="tokens", result="failed") == 0
 
 
 def test_a_revoked_tokens_stream_ends_at_its_next_chunk_and_the_log_names_who_was_kept_out(

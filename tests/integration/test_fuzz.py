@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.open_inference import OpenInferenceService
+from serve.api import open_inference
 from tests.fuzz import targets
 from tests.fuzz.targets import NAMES, DefectError, make_target, seeds
 
@@ -40,7 +40,7 @@ def fail(*_: object) -> None:
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
-        ("inference", lambda patch: patch.setattr(OpenInferenceService, "model_infer", fail)),
+        ("inference", lambda patch: patch.setattr(open_inference, "infer", fail)),
         ("digits", lambda patch: patch.setattr(targets, "MOST_ANSWER_BYTES", 10)),
         ("manifest", lambda patch: patch.setattr(targets, "parse_manifest", fail)),
         ("idx", lambda patch: patch.setattr(targets, "read_idx", fail)),

@@ -7,20 +7,17 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from prometheus_client import CollectorRegistry
 
-from serve.access.identity import Accounts
-from serve.api.admission import Admission, Call, InFlight
-from serve.api.rpc import RpcTable
 from serve.client.channel import SERVICE_CONFIG
-from serve.observability.metrics import Metrics
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from serve.ports import grpc_call
 from serve.ports.load_report import METADATA_KEY, REFRESH_S, Load, LoadReports, encoded
 from tests.server_process import ServerProcess
 
@@ -132,29 +129,14 @@ def answered(server: ServerProcess) -> float:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_answers_end_with_a_report_only_where_it_is_asked_for(wanted: bool) -> None:
-    """At the handler's own context: gRPC's client keeps the report to itself."""
-    sent: list[tuple[str, bytes]] = []
-
-    class Context:
-        def invocation_metadata(self) -> tuple[()]:
-            return ()
-
-        def peer(self) -> str:
-            return "ipv4:127.0.0.1:1"
-
-        def time_remaining(self) -> None:
-            return None
-
-        def set_trailing_metadata(self, pairs: tuple[tuple[str, bytes], ...]) -> None:
-            sent.extend(pairs)
-
-    async def answer(request: pb.GenerateRequest, call: Call) -> bytes:
-        return b"answer"
-
+def test_answers_end_with_a_report_only_where_it_is_asked_for(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the call itself: gRPC's client keeps the report to itself."""
+    trailing: list[tuple[str, bytes]] = []
+    monkeypatch.setattr(grpc_call.core, "SendStatusFromServerOperation", lambda pairs, *rest: trailing.extend(pairs))
+    event = MagicMock()
     reports = LoadReports(lambda: Load(1.0, 1, 0.0)) if wanted else None
-    accounts = Accounts(None, 0, 0.0)
-    table = RpcTable("a.B", Admission(Metrics(CollectorRegistry()), InFlight(), accounts, None, reports))
-    table.unary("C", pb.GenerateRequest, answer)
-    assert asyncio.run(table.methods["C"].unary_unary(b"", Context())) == b"answer"
-    assert [key for key, _ in sent] == [METADATA_KEY] * wanted
+    call = grpc_call.GrpcCall(event, MagicMock(), MagicMock(), reports)
+    call.ending(grpc.StatusCode.NOT_FOUND, "an error is no answer")
+    assert trailing == []
+    call.ending(grpc.StatusCode.OK, message=b"answer")
+    assert [key for key, _ in trailing] == [METADATA_KEY] * wanted

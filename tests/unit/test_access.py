@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from serve import files
 from serve.access import identity as callers_module
 from serve.access import tokens as tokens_module
+from serve.access.budget import Budget, Hold
 from serve.access.identity import Account, Accounts, Caller, peer_address
 from serve.access.tls import Certificates, TlsFiles
 from serve.access.tokens import TokenFile, main, parse_tokens
-from serve.errors import CallerLimitError, ForbiddenError, SettingsError, UnauthenticatedError
+from serve.errors import CallerLimitError, ForbiddenError, OverloadedError, SettingsError, UnauthenticatedError
 from serve.files import Watched
 
 SHA = "ab" * 32
@@ -147,7 +148,7 @@ def test_the_command_line_refuses_doubles_and_strangers(path: Path, capsys: pyte
         (["remove", str(path), "--name=other"], "'other'; there are jobs"),
         (["add", str(path), "--name=Jobs Two"], "$.name"),
         (["add", str(path), "--name=x", "--scopes=root"], "$.scopes"),
-        (["add", str(path), "--name=x", "--scopes=generate,admin"], "the scope admin .*serve.admin"),
+        (["add", str(path), "--name=x", "--scopes=generate,admin"], "the scope admin is gone: python -m serve.admin"),
         (["add", str(path), "--name=x", "--expires=tomorrow"], "expires "),
         (["add", str(path), "--name=x", "--expires=2030-01-01T00:00:00"], "expires "),
     ):
@@ -251,15 +252,38 @@ def test_a_file_that_still_lists_admin_is_read_and_the_log_says_that_it_opens_no
 
 def test_images_in_flight_are_limited_and_come_back() -> None:
     account = Account("jobs", 100, 0.0)
-    with account.hold(60):
-        with account.hold(40):
-            with pytest.raises(CallerLimitError, match=r"^jobs .*100 .* 1\b.*100$") as caught:
-                account.hold(1).__enter__()
-            assert caught.value.denial == "images"
-        with pytest.raises(RuntimeError, match="an error comes through"), account.hold(40):
-            raise RuntimeError("an error comes through")
-        assert account.images == 60
+    budget = Budget(10 << 20)
+    first, second, third = (Hold(account, caller(), budget) for _ in range(3))
+    first.take(60, 1)
+    second.take(40, 1)
+    with pytest.raises(CallerLimitError, match=r"^jobs .*100 .* 1\b.*100$") as caught:
+        third.take(1, 1)
+    assert caught.value.denial == "images"
+    second.give_back()
+    with pytest.raises(OverloadedError):
+        third.take(40, 20 << 20)
+    assert (account.images, budget.held_bytes) == (60, 1), "what was refused holds nothing"
+    first.give_back()
+    first.give_back()
+    assert (account.images, budget.held_bytes) == (0, 0)
+
+
+def test_what_was_taken_without_a_limit_is_not_given_back_to_a_limit_that_came_later() -> None:
+    account = Account("jobs", 0, 0.0)
+    hold = Hold(account, caller(), Budget(1 << 20))
+    hold.take(60, 1)
+    account.images_limit = 100
+    hold.give_back()
     assert account.images == 0
+
+
+def test_large_calls_are_counted_for_their_callers_address_or_token() -> None:
+    budget, everyone = Budget(10 << 20), Accounts(None, 0, 0.0).admit(caller(), "generate")
+    Hold(everyone, caller(peer="ipv4:10.0.0.1:1"), budget).take(1, 5 << 20)
+    with pytest.raises(OverloadedError, match=r"10\.0\.0\.1 "):
+        Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 20)
+    Hold(Account("jobs", 0, 0.0), caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 4 << 20)
+    Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 10)
 
 
 def test_requests_are_limited_by_a_bucket_that_fills_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +315,12 @@ def test_callers_without_tokens_are_told_apart_by_address_and_forgotten_when_idl
     with pytest.raises(CallerLimitError, match=r"^10\.0\.0\.1 "):
         accounts.admit(caller(peer="ipv4:10.0.0.1:2"), "generate")
     assert accounts.admit(caller(peer="ipv6:[fe80::1]:1"), "generate") is not one
-    with one.hold(5):
-        for turn in range(100):
-            now[0] += 2.0
-            accounts.admit(caller(peer=f"ipv4:10.0.1.{turn}:1"), "generate")
-        assert len(accounts._known) <= 12
-        assert accounts.admit(caller(peer="ipv4:10.0.0.1:3"), "generate") is one, "its images are still in flight"
+    one.take(5)
+    for turn in range(100):
+        now[0] += 2.0
+        accounts.admit(caller(peer=f"ipv4:10.0.1.{turn}:1"), "generate")
+    assert len(accounts._known) <= 12
+    assert accounts.admit(caller(peer="ipv4:10.0.0.1:3"), "generate") is one, "its images are still in flight"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +14,15 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from serve.access.budget import Budget
 from serve.access.identity import Accounts
 from serve.access.tokens import TokenFile
-from serve.api.admission import Admission, InFlight
+from serve.api.admission import Admission
 from serve.api.digits_v1 import DigitService
 from serve.api.open_inference import UNSUPPORTED, OpenInferenceService
 from serve.api.rpc import RpcTable
 from serve.observability.metrics import Metrics
+from tests.fake_wire import FakeWire
 
 DIGITS, INFERENCE = "digits.v1.DigitGenerator", "inference.GRPCInferenceService"
 NEEDS = {
@@ -47,65 +49,28 @@ LET_IN = {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_
 NOT_KNOWN, NOT_ALLOWED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 
 
-class AbortedError(Exception):
-    """A handler has ended the call."""
-
-
-class Context:
-    """A call from elsewhere, with or without a token."""
-
-    def __init__(self, token: str) -> None:
-        self.code = grpc.StatusCode.OK
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-
-    def peer(self) -> str:
-        return "ipv4:192.0.2.1:1234"
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return self._metadata
-
-    def time_remaining(self) -> None:
-        return None
-
-    async def abort(self, code: grpc.StatusCode, text: str, trailing: object = ()) -> None:
-        self.code = code
-        raise AbortedError(text)
-
-
 def tables(accounts: Accounts) -> list[RpcTable]:
     """The services' own tables, with nothing behind them."""
-    admission = Admission(Metrics(CollectorRegistry()), InFlight(), accounts)
+    admission = Admission(Metrics(CollectorRegistry()), accounts, Budget(1 << 20))
     nothing: Any = SimpleNamespace()
+    workers = ThreadPoolExecutor(1)
     return [
-        DigitService(nothing, list).table(admission),
-        OpenInferenceService(nothing, lambda: True, Metrics(CollectorRegistry()), list).table(admission),
+        DigitService(nothing, nothing).table(admission, workers),
+        OpenInferenceService(nothing, lambda: None, Metrics(CollectorRegistry()), nothing).table(admission, workers),
     ]
-
-
-async def one_empty_message() -> AsyncIterator[bytes]:
-    yield b""
 
 
 def call(accounts: Accounts, service: str, method: str, token: str) -> grpc.StatusCode:
     """The status that a call ends with."""
-    [handler] = [table.methods[method] for table in tables(accounts) if table.service == service and method in table.methods]
-    context = Context(token)
-
-    async def run() -> None:
-        try:
-            if handler.unary_unary is not None:
-                await handler.unary_unary(b"", context)
-            elif handler.stream_stream is not None:
-                async for _ in handler.stream_stream(one_empty_message(), context):
-                    pass
-            else:
-                async for _ in handler.unary_stream(b"", context):
-                    pass
-        except AbortedError:
-            pass
-
-    asyncio.run(run())
-    return context.code
+    path = f"/{service}/{method}"
+    [found] = [table.methods[path] for table in tables(accounts) if path in table.methods]
+    wire = FakeWire(token)
+    if found.begin is not None:
+        found.begin(wire, b"")
+    else:
+        assert found.task is not None
+        asyncio.run(found.task(wire, b""))
+    return wire.ended()
 
 
 @pytest.fixture
@@ -123,7 +88,7 @@ def accounts(tmp_path: Path) -> Accounts:
 
 
 def test_every_rpc_of_every_service_is_in_the_matrix() -> None:
-    there = {(table.service, method) for table in tables(Accounts(None, 0, 0.0)) for method in table.methods}
+    there = {tuple(path[1:].split("/")) for table in tables(Accounts(None, 0, 0.0)) for path in table.methods}
     assert there == NEEDS.keys()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.resources import usable_cores
+from serve.engine.resources import usable_cores
 
 
 def cgroups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:

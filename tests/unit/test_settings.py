@@ -44,6 +44,7 @@ OTHER: dict[str, Any] = {
     "linger_us": 500,
     "max_queue_images": 5000,
     "max_count": 128,
+    "max_inflight_mib": 512,
     "watchdog_s": 5.0,
     "self_check_interval_s": 1.5,
     "drain_grace_s": 2.5,

@@ -153,7 +153,7 @@ def test_a_model_is_not_released_before_its_last_call_has_left_and_takes_none_af
 
 def test_a_drain_waits_for_calls_that_end_in_other_threads() -> None:
     metrics = Metrics(CollectorRegistry())
-    accounts = Accounts(None, images=0, requests_per_s=0.0, open_admin=False)
+    accounts = Accounts(None, images=0, requests_per_s=0.0)
     admission = Admission(metrics, accounts, Budget(1 << 20))
     observed = RpcMetrics(metrics, "unary", "a.B", "Generate")
 

@@ -1,0 +1,1 @@
+"""Callers that mean harm, and one that does not."""
