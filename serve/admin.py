@@ -159,14 +159,15 @@ class _Change:
 
     def _versions(self, action: str) -> list[int]:
         """The versions that are served, lowest first, as far as the file and the folder tell."""
+        routed = self._state.route.versions if self._state.route else set()
         if isinstance(self._state.versions, tuple):
-            return sorted(self._state.versions)
+            return sorted({*self._state.versions, *routed})
         if self._there is None:
             raise SettingsError(f"{action} needs --models-dir: the file does not list the versions of {self._name}")
         policies = parse_policies(self._flags.versions)
-        routed = self._state.route.versions if self._state.route else set()
-        picked = pick(self._state.policy(policies.get(self._name, policies[""])), self._there)
-        return sorted({*picked, *routed & set(self._there)})
+        return sorted(
+            {*pick(self._state.policy(policies.get(self._name, policies[""])), self._there), *routed & set(self._there)}
+        )
 
     def _checked(self, version: int) -> int:
         if self._there is not None and version not in self._there:

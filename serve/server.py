@@ -229,8 +229,11 @@ class Server:
         return tls.Certificates(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
 
     def _tokens(self) -> TokenFile | None:
-        path = self._settings.tokens_file
-        return None if path is None else TokenFile(path, self._note_reload("tokens"))
+        if self._settings.tokens_file is None:
+            return None
+        tokens = TokenFile(self._settings.tokens_file, self._note_reload("tokens"))
+        tokens.watch()
+        return tokens
 
     def _note_reload(self, what: str) -> Callable[[str], None]:
         self._metrics.access_reloads.labels(what, "failed")  # born at 0, as above all a first failure is to be seen

@@ -43,7 +43,8 @@ class Settings:
 
     models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
     default_model: str = _setting(
-        "", f"the model that answers requests that name none (default: {DEFAULT_MODEL} if it is served, else the first by name)"
+        "",
+        f"the model that answers requests that name none (default: {DEFAULT_MODEL} if it is there, else the first by name)",
     )
     versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
     serving_file: Path | None = _setting(

@@ -88,20 +88,36 @@ def parse_tokens(content: bytes, where: str) -> dict[str, Token]:
 
 
 class TokenFile:
-    """The tokens of a file, read anew when it changes. One that cannot be read then leaves the old ones in force."""
+    """The tokens of a file, read anew by ``look``. A file that cannot be read then leaves the old ones in force."""
 
     def __init__(self, path: Path, note_reload: Callable[[str], None] = lambda result: None) -> None:
         """Raises SettingsError. ``note_reload`` gets ``ok`` or ``failed`` at each later reading."""
         self._note_reload = note_reload
         self._tokens = Watched([(FLAG, path)], lambda contents: parse_tokens(contents[0], f"{FLAG} {path}"))
-        self._look_again_at = time.monotonic() + RELOAD_CHECK_S
-        self._lock = threading.Lock()
         if any("admin" in token.scopes for token in self._tokens.value.values()):
             log.warning("%s: the scope admin has no meaning any more; which models are served is a file (docs/models.md)", path)
 
+    def watch(self) -> None:
+        """Look at the file twice a second until the process ends, in a thread that nobody waits for: no call waits for a disk."""
+
+        def go_on() -> None:
+            while True:
+                time.sleep(RELOAD_CHECK_S)
+                try:
+                    self.look()
+                except Exception:  # the next look may go well, and a revoked token must not stay for want of one
+                    log.exception("looking at the tokens has failed")
+                    self._note_reload("failed")
+
+        threading.Thread(target=go_on, name="tokens", daemon=True).start()
+
+    def look(self) -> None:
+        """Take up a change of the file. In one thread at a time."""
+        if result := self._tokens.look():
+            self._note_reload(result)
+
     def check(self, presented: str) -> Token:
         """The entry of a token. Raises UnauthenticatedError with one of the reasons malformed, unknown, expired."""
-        self._reload()
         name, separator, _ = presented.partition(".")
         if not separator or len(presented) > MAX_TOKEN_CHARACTERS:
             raise UnauthenticatedError("the bearer token is not of the form <name>.<secret>", "malformed")
@@ -113,16 +129,6 @@ class TokenFile:
         if token.expires_at <= time.time():
             raise UnauthenticatedError(f"the bearer token {name!r} expired at {token.expires}", "expired")
         return token
-
-    def _reload(self) -> None:
-        now = time.monotonic()
-        if now < self._look_again_at:
-            return
-        with self._lock:
-            if now >= self._look_again_at:  # no other thread has looked meanwhile
-                self._look_again_at = now + RELOAD_CHECK_S
-                if result := self._tokens.look():
-                    self._note_reload(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from serve.access.tls import Certificates, TlsFiles
 from serve.access.tokens import TokenFile, main, parse_tokens
 from serve.errors import CallerLimitError, ForbiddenError, OverloadedError, SettingsError, UnauthenticatedError
 from serve.files import Watched
+from tests.waiting import wait_until
 
 SHA = "ab" * 32
 
@@ -41,11 +42,6 @@ def add(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "tokens.json"
-
-
-@pytest.fixture
-def always_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "RELOAD_CHECK_S", 0.0)
 
 
 def test_a_token_is_let_in_and_the_file_holds_no_trace_of_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +82,7 @@ def test_a_token_ends_when_it_expires(path: Path, capsys: pytest.CaptureFixture[
     assert caught.value.denial == "expired"
 
 
-@pytest.mark.usefixtures("always_look")
-def test_a_revoked_token_is_out_at_once_and_a_damaged_file_changes_nothing(
+def test_a_revoked_token_is_out_at_the_next_look_and_a_damaged_file_changes_nothing(
     path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = add(path, capsys, "--name=first"), add(path, capsys, "--name=second")
@@ -95,15 +90,42 @@ def test_a_revoked_token_is_out_at_once_and_a_damaged_file_changes_nothing(
     tokens = TokenFile(path, reloads.append)
     assert tokens.check(first).name == "first"
     assert main(["remove", str(path), "--name=first"]) == 0
+    tokens.look()
     with pytest.raises(UnauthenticatedError):
         tokens.check(first)
     path.write_text("{")
+    tokens.look()
     assert tokens.check(second).name == "second"
     path.unlink()
+    tokens.look()
     assert tokens.check(second).name == "second"
     assert reloads == ["ok", "failed", "failed"]
     assert "what was read before stays in force" in caplog.text
     assert second not in caplog.text
+
+
+def test_the_file_is_looked_at_by_itself_and_a_failure_ends_nothing(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counter moves when a reading fails, not when a call comes; and no call looks at a disk."""
+    token = add(path, capsys, "--name=jobs")
+    monkeypatch.setattr(tokens_module, "RELOAD_CHECK_S", 0.01)
+    honest, failures = tokens_module.Watched.look, [MemoryError(), MemoryError()]
+
+    def look(self: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return honest(self)
+
+    monkeypatch.setattr(tokens_module.Watched, "look", look)
+    reloads: list[str] = []
+    tokens = TokenFile(path, reloads.append)
+    tokens.watch()
+    assert main(["remove", str(path), "--name=jobs"]) == 0
+    wait_until(lambda: "ok" in reloads)
+    assert reloads == ["failed", "failed", "ok"]
+    with pytest.raises(UnauthenticatedError):
+        tokens.check(token)
 
 
 def test_tokens_that_are_added_at_the_same_time_are_all_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

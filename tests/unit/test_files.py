@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from serve import files
-from serve.access import tokens as tokens_module
 from serve.access.tokens import TokenFile, main
 from serve.errors import SettingsError, UnauthenticatedError
 from serve.files import Watched
@@ -153,15 +152,16 @@ def test_a_token_revoked_while_the_file_could_not_be_read_is_out_once_it_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue: after one failed reading, as when descriptors are used up, a revoked token worked for ever."""
-    monkeypatch.setattr(tokens_module, "RELOAD_CHECK_S", 0.0)
     path = tmp_path / "tokens.json"
     assert main(["add", str(path), "--name=leaving"]) == 0
     token, reloads = capsys.readouterr().out.strip(), []  # type: tuple[str, list[str]]
     tokens = TokenFile(path, reloads.append)
     assert main(["remove", str(path), "--name=leaving"]) == 0
     active = failing(errno.EMFILE, monkeypatch, path)
+    tokens.look()
     assert tokens.check(token).name == "leaving", "what was read before stays in force"
     active.clear()
+    tokens.look()
     with pytest.raises(UnauthenticatedError):
         tokens.check(token)
     assert reloads == ["failed", "ok"]
