@@ -40,9 +40,11 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_is_missing(
     os.close(reading)
     said = [json.loads(line)["message"] for line in content.decode().splitlines()]
     kept, dropped = [text for text in said if "dropped" not in text], [text for text in said if "dropped" in text]
-    assert [int(text.split()[0]) for text in kept] == list(range(len(kept))), "in order"
-    assert len(dropped) == 1
-    assert len(kept) + int(dropped[0].split()[0]) == 3 * LINES_AHEAD
+    numbers = [int(text.split()[0]) for text in kept]
+    assert numbers == sorted(set(numbers)), "in order, and each once"
+    assert numbers[: LINES_AHEAD // 2] == list(range(LINES_AHEAD // 2))
+    assert 1 <= len(dropped) <= 3
+    assert len(kept) + sum(int(text.split()[0]) for text in dropped) == 3 * LINES_AHEAD
 
 
 def test_a_muted_logger_says_its_text_a_line_a_second_and_never_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
