@@ -306,6 +306,37 @@ def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypat
     run(scenario, Echo=Method(begin=echo))
 
 
+def test_a_call_that_cannot_be_begun_is_ended_and_those_begun_with_it_are_answered() -> None:
+    others_have_come = threading.Event()
+
+    def begin(wire: Wire, raw: bytes) -> None:
+        if raw == b"first":
+            others_have_come.wait(10)  # so that the others are received meanwhile, and begun together
+        if raw == b"bad":
+            raise RuntimeError("not to be begun")
+        echo(wire, raw)
+
+    async def answered(call: Any) -> bytes | grpc.StatusCode:
+        try:
+            answer: bytes = await call
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return answer
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        method = unary(channel, "Begin")
+        first = asyncio.ensure_future(answered(method(b"first", timeout=20)))
+        await asyncio.sleep(0.3)  # it holds the receiving thread
+        requests = [b"bad" if number == 10 else b"%d" % number for number in range(20)]
+        calls = [asyncio.ensure_future(answered(method(request, timeout=20))) for request in requests]
+        await asyncio.sleep(0.3)  # they have all come
+        others_have_come.set()
+        ends = await asyncio.wait_for(asyncio.gather(first, *calls), 15)
+        assert ends == [b"first", *(Code.INTERNAL if request == b"bad" else request for request in requests)]
+
+    run(scenario, Begin=Method(begin=begin))
+
+
 def test_liveness_fails_while_the_receiving_thread_hangs_and_when_it_has_ended() -> None:
     go_on = threading.Event()
 
