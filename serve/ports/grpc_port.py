@@ -11,6 +11,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serve.access.identity import peer_address
 from serve.access.tls import Certificates
 from serve.api.rpc import Method
 from serve.background import until
@@ -37,6 +39,7 @@ LEAST_PING_MS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5_000, 60_000, 20_000
 CONNECTION_AGE_GRACE_S = 60
 STREAMS_OF_A_CONNECTION = 1024
 MOST_CALLS = 8192  # open at once, each of some 24 KiB
+FEW_CALLS = 1024  # beyond so many, one address has half of the rest at most; asking for a call's address takes a while
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
@@ -66,6 +69,7 @@ class GrpcPort:
         self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
         self._open: dict[GrpcCall, None] = {}  # calls whose status has not been sent
+        self._open_by: Counter[str] = Counter()  # those that were begun while there were more than a few, by address
         self._tasks: dict[GrpcCall, asyncio.Task[None]] = {}
         self._received: list[tuple[GrpcCall, Method, bytes]] = []  # calls with their requests, to be begun
         self._asked = 0  # calls that may come
@@ -138,6 +142,10 @@ class GrpcPort:
         self._queue.shutdown()
         await until(lambda: not self._thread.is_alive(), time.monotonic() + END_S)
 
+    @property
+    def open_calls(self) -> int:
+        return len(self._open)
+
     def not_alive(self) -> str | None:
         """Why no call is received any more; None when calls are."""
         if self._shut_down:
@@ -207,8 +215,8 @@ class GrpcPort:
         self._open[call] = None
         if self._stopping:
             self._end(call, grpc.StatusCode.UNAVAILABLE, STOPPING)
-        elif len(self._open) > MOST_CALLS:
-            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MOST_CALLS} calls are open; try again")
+        elif len(self._open) > FEW_CALLS and (reason := self._too_many(call)):
+            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
         elif method is None:
             self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
         elif method.streams_requests:
@@ -216,6 +224,17 @@ class GrpcPort:
             self._begin(call, method, None)
         else:
             call.receive(partial(self._has_request, call, method))
+
+    def _too_many(self, call: GrpcCall) -> str | None:
+        """Why one more call is refused, or None; then it is counted for its caller's address."""
+        if len(self._open) > MOST_CALLS:
+            return f"{MOST_CALLS} calls are open; try again"
+        address = peer_address(call.peer())
+        if self._open_by[address] >= (MOST_CALLS - FEW_CALLS) // 2:
+            return f"{address} has {self._open_by[address]} calls open; try again"
+        self._open_by[address] += 1
+        call.counted_for = address
+        return None
 
     def _has_request(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
         if call.received:  # it has been ended: the request came too late
@@ -247,6 +266,10 @@ class GrpcPort:
 
     def _over(self, call: GrpcCall) -> None:
         self._open.pop(call, None)
+        if call.counted_for:
+            self._open_by[call.counted_for] -= 1
+            if not self._open_by[call.counted_for]:
+                del self._open_by[call.counted_for]
         if call.sent_bytes > MUCH_BYTES:
             self._sent_much_at = time.monotonic()
 
