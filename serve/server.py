@@ -41,8 +41,8 @@ from serve.models.repository import Repository
 from serve.models.serving_file import FILE_NAME, watched_serving_file
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
-from serve.ports.check import check_ports
-from serve.ports.grpc_port import GrpcPort, address, check
+from serve.ports.check import check_calls, check_ports
+from serve.ports.grpc_port import GrpcPort, address
 from serve.ports.health import HEALTH, Health
 from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.ports.load_report import Load, LoadReports
@@ -137,7 +137,7 @@ class Server:
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
         methods = self._methods(core, admission)
         self._health.publish()
-        await check(self._health.methods())
+        await check_calls(self._health.methods())
         self._grpc = GrpcPort(settings, methods, certificates, LoadReports(self._load) if settings.load_reports else None)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)

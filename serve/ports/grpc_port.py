@@ -1,14 +1,14 @@
 """The gRPC port on grpcio's core, without ``grpc.aio``: one thread receives the core's events and begins calls.
 
 ``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). grpcio's own blocking server
-uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence the bound on its version, and ``check``.
+uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence the bound on its version, and
+``serve.ports.check.check_calls``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.access.identity import peer_address
 from serve.access.tls import Certificates
@@ -45,7 +44,6 @@ ASKED_FOR = 64
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
 WATCHED_AFTER_S = 0.05
 REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
-CHECK_TIMEOUT_S = 10.0
 END_S = 1.0  # for the core to end what has been cancelled
 # An answer of this size can be with the core for so long after it has told that it is sent.
 MUCH_BYTES, SENDING_S = 64 << 10, 60.0
@@ -301,30 +299,6 @@ class GrpcPort:
         self._to_be_watched = False
         for call in list(self._open):
             call.watch()
-
-
-async def check(methods: Mapping[str, Method]) -> None:
-    """Call health through a port of this kind, on a socket that nobody else reaches. Raises StartError when that fails.
-
-    What grpcio's core promises to nobody may have changed: that must be found out now, and not by calls without an answer.
-    """
-
-    def call(target: str) -> None:
-        with grpc.insecure_channel(target) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
-            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S))
-
-    with tempfile.TemporaryDirectory() as folder:
-        port = GrpcPort(Settings(host=f"{UNIX}{folder}/check", max_connection_age_s=0), methods)
-        await port.start()
-        try:
-            await asyncio.to_thread(call, f"{UNIX}{folder}/check")
-        except grpc.RpcError as error:
-            text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
-            raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
-        finally:
-            await port.stop(END_S)
 
 
 def address(host: str, port: int) -> str:

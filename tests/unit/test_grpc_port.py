@@ -14,8 +14,9 @@ import pytest
 
 from serve.api.rpc import Method, Wire
 from serve.errors import StartError
-from serve.ports import grpc_port
-from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, GrpcPort, check
+from serve.ports import check, grpc_port
+from serve.ports.check import check_calls
+from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, GrpcPort
 from serve.ports.health import HEALTH
 from serve.settings import Settings
 
@@ -410,7 +411,7 @@ def test_a_port_is_had_once() -> None:
 
 def test_a_grpcio_whose_core_has_changed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async def checked(method: Method) -> None:
-        await check({f"/{HEALTH}/{name}": method for name in ("Check", "Watch")})
+        await check_calls({f"/{HEALTH}/{name}": method for name in ("Check", "Watch")})
 
     async def health(wire: Wire, raw: bytes | None) -> None:
         await wire.send(b"")
@@ -420,12 +421,12 @@ def test_a_grpcio_whose_core_has_changed_is_refused_in_one_line(monkeypatch: pyt
         wire.ending(Code.OK, message=b"")()
 
     async def good() -> None:
-        await check({f"/{HEALTH}/Check": Method(task=one), f"/{HEALTH}/Watch": Method(task=health)})
+        await check_calls({f"/{HEALTH}/Check": Method(task=one), f"/{HEALTH}/Watch": Method(task=health)})
 
     asyncio.run(good())
     with pytest.raises(StartError, match=r"INTERNAL.*install grpcio"):
         asyncio.run(checked(Method(task=broken_task)))
-    monkeypatch.setattr(grpc_port, "CHECK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 0.5)
     monkeypatch.setattr("serve.ports.grpc_call.core.SendStatusFromServerOperation", lambda message: None)  # fewer arguments
     with pytest.raises(StartError, match="install grpcio"):
         asyncio.run(good())
