@@ -225,7 +225,7 @@ class Server:
 
     def _give_memory_back(self) -> None:
         """After much was held, what glibc keeps of it would be taken for a leak, and count against the container's limit."""
-        held = self._admission.budget.held_bytes + self._grpc.open_calls * OPEN_CALL_BYTES
+        held = self._admission.budget.held_bytes + len(self._grpc.open) * OPEN_CALL_BYTES
         self._most_held = max(self._most_held, held)
         if self._most_held > MUCH_BYTES and held < self._most_held // 4:
             self._most_held = held

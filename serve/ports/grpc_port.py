@@ -11,14 +11,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import grpc
 
-from serve.access.identity import peer_address
 from serve.access.tls import Certificates
 from serve.api.rpc import Method
 from serve.background import until
@@ -27,6 +25,7 @@ from serve.errors import StartError
 from serve.observability.logs import mute
 from serve.ports.grpc_call import GrpcCall, core
 from serve.ports.load_report import LoadReports
+from serve.ports.open_calls import OpenCalls
 from serve.settings import UNIX, Settings
 
 log = logging.getLogger(__name__)
@@ -37,16 +36,12 @@ STOPPING = "the server is stopping; ask another replica"
 LEAST_PING_MS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5_000, 60_000, 20_000
 CONNECTION_AGE_GRACE_S = 60
 STREAMS_OF_A_CONNECTION = 1024
-MOST_CALLS = 8192  # open at once, each of some 24 KiB
-FEW_CALLS = 1024  # beyond so many, one address has half of the rest at most; asking for a call's address takes a while
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
 WATCHED_AFTER_S = 0.05
 REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
 END_S = 1.0  # for the core to end what has been cancelled
-# An answer of this size can be with the core for so long after it has told that it is sent.
-MUCH_BYTES, SENDING_S = 64 << 10, 60.0
 
 
 class GrpcPort:
@@ -66,8 +61,7 @@ class GrpcPort:
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
-        self._open: dict[GrpcCall, None] = {}  # calls whose status has not been sent
-        self._open_by: Counter[str] = Counter()  # those that were begun while there were more than a few, by address
+        self.open = OpenCalls()
         self._tasks: dict[GrpcCall, asyncio.Task[None]] = {}
         self._received: list[tuple[GrpcCall, Method, bytes]] = []  # calls with their requests, to be begun
         self._asked = 0  # calls that may come
@@ -75,7 +69,6 @@ class GrpcPort:
         self._watched: float | None = None  # that time as the watchdog saw it last, and for how long it has
         self._watched_s = 0.0
         self._to_be_watched = False  # whether a call of ``_watch`` is due
-        self._sent_much_at = -SENDING_S  # time.monotonic()
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
         options = [
@@ -121,28 +114,23 @@ class GrpcPort:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
-        await until(lambda: not self._open, deadline)
+        await until(lambda: not self.open, deadline)
         ended = threading.Event()
         with self._lock:
             self._shut_down = True
             self._server.shutdown(self._queue, lambda _: ended.set())
         # Connections end by themselves once they have sent what they hold, but for those of peers that do not answer.
-        sending = time.monotonic() - self._sent_much_at < SENDING_S
-        await until(ended.is_set, deadline if sending else min(deadline, time.monotonic() + END_S))
+        await until(ended.is_set, deadline if self.open.sending else min(deadline, time.monotonic() + END_S))
         for task in list(self._tasks.values()):
             task.cancel()
         self._server.cancel_all_calls()
-        await until(lambda: ended.is_set() and not self._open and not self._tasks, time.monotonic() + END_S)
-        if not ended.is_set() or self._open:
-            log.error("%d gRPC calls could not be ended", len(self._open))
+        await until(lambda: ended.is_set() and not self.open and not self._tasks, time.monotonic() + END_S)
+        if not ended.is_set() or self.open:
+            log.error("%d gRPC calls could not be ended", len(self.open))
             return
         self._server.destroy()
         self._queue.shutdown()
         await until(lambda: not self._thread.is_alive(), time.monotonic() + END_S)
-
-    @property
-    def open_calls(self) -> int:
-        return len(self._open)
 
     def not_alive(self) -> str | None:
         """Why no call is received any more; None when calls are."""
@@ -163,7 +151,7 @@ class GrpcPort:
         self._watched_s = 0.0 if busy_since is None or busy_since != self._watched else self._watched_s + seen_s
         self._watched = busy_since
         now = time.monotonic()
-        for call in list(self._open):
+        for call in self.open.all():
             if not call.received and now - call.begun_at > REQUEST_TIMEOUT_S:
                 call.received = True
                 self._end(call, grpc.StatusCode.DEADLINE_EXCEEDED, f"no request has come within {REQUEST_TIMEOUT_S:g} s")
@@ -203,18 +191,18 @@ class GrpcPort:
         if not event.success:
             return
         try:
-            self._accept(GrpcCall(event, self._loop, self._over, self._load_reports))
+            self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))
         except Exception:
             log.exception("a call could not be accepted")
             event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")
 
     def _accept(self, call: GrpcCall) -> None:
         method = self._methods.get(call.method)
-        self._open[call] = None
+        refusal = self.open.add(call)
         if self._stopping:
             self._end(call, grpc.StatusCode.UNAVAILABLE, STOPPING)
-        elif len(self._open) > FEW_CALLS and (reason := self._too_many(call)):
-            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        elif refusal is not None:
+            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
         elif method is None:
             self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
         elif method.streams_requests:
@@ -222,17 +210,6 @@ class GrpcPort:
             self._begin(call, method, None)
         else:
             call.receive(partial(self._has_request, call, method))
-
-    def _too_many(self, call: GrpcCall) -> str | None:
-        """Why one more call is refused, or None; then it is counted for its caller's address."""
-        if len(self._open) > MOST_CALLS:
-            return f"{MOST_CALLS} calls are open; try again"
-        address = peer_address(call.peer())
-        if self._open_by[address] >= (MOST_CALLS - FEW_CALLS) // 2:
-            return f"{address} has {self._open_by[address]} calls open; try again"
-        self._open_by[address] += 1
-        call.counted_for = address
-        return None
 
     def _has_request(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
         if call.received:  # it has been ended: the request came too late
@@ -262,15 +239,6 @@ class GrpcPort:
         if not call.ended:
             attempt(call.ending(code, text))
 
-    def _over(self, call: GrpcCall) -> None:
-        self._open.pop(call, None)
-        if call.counted_for:
-            self._open_by[call.counted_for] -= 1
-            if not self._open_by[call.counted_for]:
-                del self._open_by[call.counted_for]
-        if call.sent_bytes > MUCH_BYTES:
-            self._sent_much_at = time.monotonic()
-
     # On the event loop.
 
     def _begin_task(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
@@ -297,7 +265,7 @@ class GrpcPort:
     def _watch(self) -> None:
         """Notice from here on when the callers of what is open leave."""
         self._to_be_watched = False
-        for call in list(self._open):
+        for call in self.open.all():
             call.watch()
 
 

@@ -139,7 +139,7 @@ def test_deadline_metadata_and_peer_reach_the_method_and_leaving_is_told() -> No
         assert (await failure(unary(channel, "Wait")(b"", timeout=0.2)))[0] is Code.DEADLINE_EXCEEDED
         assert await asyncio.to_thread(left.wait, 20)
         assert await asyncio.to_thread(over.wait, 20)
-        while port._open:  # noqa: ASYNC110  # changed by another thread
+        while port.open:  # noqa: ASYNC110  # changed by another thread
             await asyncio.sleep(0.01)
 
     run(scenario, Look=Method(begin=look), Wait=Method(begin=wait))
@@ -232,7 +232,7 @@ def test_a_call_without_a_request_is_told_so_and_one_whose_request_never_comes_i
         assert (await failure(method(iter(()), timeout=20)))[0] is Code.INVALID_ARGUMENT
         silent = method(timeout=20)
         await silent.wait_for_connection()
-        while not port._open:  # noqa: ASYNC110
+        while not port.open:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         port.watch(1.0)
         assert not silent.done()
@@ -376,7 +376,7 @@ def test_answered_calls_leave_no_garbage() -> None:
         gc.disable()
         try:
             await asyncio.to_thread(many)
-            while port._open:  # noqa: ASYNC110
+            while port.open:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
