@@ -28,7 +28,7 @@ TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
 ENGINE = "tests/unit/test_engine.py"
 LOADS = "tests/integration/test_load_reports.py"
-FRONTS = "tests/unit/test_fronts.py"
+FRONTS = "tests/unit/test_grpc_port.py"
 THREADS = "tests/unit/test_threads.py"
 THE_WAITING = "tests/unit/test_waiting.py"
 
