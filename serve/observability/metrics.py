@@ -254,11 +254,11 @@ class ModelMetrics:
             return metrics.bucket_runs.labels(*labels, name).inc, metrics.bucket_seconds.labels(*labels, name).inc
 
         def observe_batches(records: Sequence[tuple[int, int, float, float]]) -> None:
+            padding(sum(bucket - images for images, bucket, _, _ in records))
             for images, bucket, assembly_s, compute_s in records:
                 batch_images(images)
                 assembly(assembly_s)
                 compute(compute_s)
-                padding(bucket - images)
                 count, seconds = bucket_counters(bucket)
                 count(1)
                 seconds(compute_s)

@@ -150,7 +150,7 @@ FAULTS = [
     Fault("liveness never fails", "serve/ports/health.py:Health.not_alive", "> WITHOUT_SLOTS_S:", "> 1e9:", RUNTIME),
     Fault("a background task dies of its first error", "serve/background.py:repeat", "except Exception:", "except ZeroDivisionError:", RUNTIME),
     # observability
-    Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "padding(bucket - images)", "pass", WIRING),
+    Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
     Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
     Fault("digits are counted as requests", f"{METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
     Fault("a gauge keeps a released model", f"{METRICS}:Metrics.drop_gauges", "gauge.labels(model, str(version)).set_function(float)", "pass", MODEL),
