@@ -121,7 +121,7 @@ FAULTS = [
     Fault("readiness leaves out the canary", "serve/models/catalog.py:Catalog.ready", "in served.route.versions", "in [served.route.default]", f"{WIRING} {RECONCILE}"),
     Fault("one failing look unloads a served model", "serve/models/reconcile.py:Reconciler._look_at_models", "{**before.get(name, {}), **now.get(name, {})}", "now.get(name, {})", RECONCILE),
     Fault("a file's digest is not looked at", "serve/models/repository.py:read_bundle", "sha256(content) != digest", "False", "tests/unit/test_bundle_reading.py"),
-    Fault("the golden check at loading passes all", "serve/engine/golden.py:check_golden", "golden_difference(manifest, expected, got)", "None", "tests/unit/test_engine.py tests/unit/test_bundle_reading.py"),
+    Fault("the golden check at loading passes all", "serve/engine/session.py:Engine.check_golden", "golden_difference(manifest, samples.pixels, got)", "None", "tests/unit/test_engine.py tests/unit/test_bundle_reading.py"),
     Fault("connections live for ever", f"{FRONT}:GrpcPort.__init__", "settings.max_connection_age_s:", "False:", WIRING),
     Fault("two processes may share the port", f"{FRONT}:GrpcPort.__init__", 'so_reuseport", 0)', 'so_reuseport", 1)', FRONTS),
     Fault("a large request is taken", f"{FRONT}:GrpcPort.__init__", "MAX_REQUEST_BYTES", "-1", FRONTS),
