@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
+from serve.api.http_call import error_answer
 from serve.api.status import refusal
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,6 @@ def usable_host(host: str) -> str:
     """``::`` is every address of either family, and where this kernel has no IPv6, of IPv4, as gRPC has it."""
     bare = host.strip("[]")
     return "0.0.0.0" if bare == ANY_ADDRESS and not socket.has_dualstack_ipv6() else bare
-
-
-def error_answer(status: int, text: str, **headers: str) -> web.Response:
-    """An error in the form of all others."""
-    return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
 
 
 class Connections:
