@@ -28,7 +28,6 @@ from serve.models.version_policy import Policy, parse_policy
 FILE_NAME = "serving.json"
 FLAG = "--serving-file"
 SCHEMA_VERSION = 1
-HISTORY = 16  # routes of a model that a rollback can go back through
 
 Version = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 

@@ -53,10 +53,7 @@ class Metrics:
         self.images = Counter("digits_images", "Images returned, by format", (*MODEL, "format"), registry=registry)
         self.bucket_runs = Counter("digits_bucket_runs", "Runs of the model, by rows computed", BUCKET, registry=registry)
         self.bucket_seconds = Counter(
-            "digits_bucket_run_seconds",
-            "Time of those runs, by rows up to a power of two",
-            BUCKET,
-            registry=registry,
+            "digits_bucket_run_seconds", "Time of those runs, by rows up to a power of two", BUCKET, registry=registry
         )
         self.graph_captures = Counter(
             "digits_cuda_graph_captures", "CUDA graphs captured and checked, by result", (*MODEL, "result"), registry=registry
@@ -266,13 +263,10 @@ class ModelMetrics:
         # A version that is loaded anew goes on with the records of the one before it, which may still be answering.
         self._answers = metrics.later.setdefault(("answers", *labels), Later(observe_answers))
         self._batches = metrics.later.setdefault(("batches", *labels), Later(observe_batches))
-        self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
-        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
+        self._metrics, self._labels = metrics, labels
         self._splits = metrics.splits.labels(*labels).inc
-        self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
-        self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
         for reason in RUN_FAILURES:
-            self._run_failures(reason)  # born at 0
+            metrics.run_failures.labels(*labels, reason)  # born at 0
         for result in SELF_CHECKS:
             self.self_checks(result)
 
@@ -284,13 +278,16 @@ class ModelMetrics:
         self._batches.add((images, bucket, assembly_s, compute_s))
 
     def graph_capture(self, result: str) -> None:
-        self._graph_captures(result).inc()
+        self._metrics.graph_captures.labels(*self._labels, result).inc()
 
     def split(self, chunks: int) -> None:
         self._splits(chunks)
 
     def dropped(self, images: int, reason: str) -> None:
-        self._dropped(reason).inc(images)
+        self._metrics.dropped.labels(*self._labels, reason).inc(images)
 
     def failed(self, reason: str) -> None:
-        self._run_failures(reason).inc()
+        self._metrics.run_failures.labels(*self._labels, reason).inc()
+
+    def self_checks(self, result: str) -> Counter:
+        return self._metrics.self_checks.labels(*self._labels, result)
