@@ -32,8 +32,16 @@ from serve.errors import BundleError, SettingsError
 from serve.files import locked, replace_file
 from serve.manifest import BUNDLED_DIR, NAME_PATTERN
 from serve.models.repository import Repository
-from serve.models.serving_file import FILE_NAME, ModelState, Route, ServingState, parse_serving_state, watched_serving_file
-from serve.models.version_policy import parse_policies, pick
+from serve.models.serving_file import (
+    FILE_NAME,
+    ModelState,
+    Route,
+    ServingState,
+    parse_policies,
+    parse_serving_state,
+    pick,
+    watched_serving_file,
+)
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 

@@ -37,6 +37,7 @@ REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MAX_VERSION_DIGITS = 18  # so that every version fits an int64
 MAX_MANIFEST_BYTES = 4 << 20
 
 Level = Annotated[int, Meta(ge=0, le=255)]
@@ -147,6 +148,11 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         if not holds:
             raise BundleError(f"{where}: field {name!r} has an unusable value; export the model again")
     return manifest
+
+
+def is_version(text: str) -> bool:
+    """Whether a text, a folder's name for one, is a version number: decimal, 1 or more, no leading zero."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_VERSION_DIGITS and not text.startswith("0")
 
 
 def sha256(content: bytes) -> str:

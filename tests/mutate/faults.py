@@ -185,7 +185,7 @@ FAULTS = [
     Fault("joined files are written in their places", "serve/files.py:replacing", 'path.with_name(f".{path.name}-{secrets.token_hex(8)}")', "path", "tests/integration/test_dataset.py -k full_disk"),
     Fault("two may rewrite a file at the same time", "serve/files.py:_has_locked", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", "tests/unit/test_access.py tests/unit/test_admin.py -k same_time"),
     Fault("a token is added beside others' adding", f"{TOKENS}:main", "with locked(flags.file.parent)", "if True", "tests/unit/test_access.py -k same_time"),
-    Fault("an edit undoes another's", "serve/admin.py:main", "with locked(path.parent): before = _read(path)", "before = _read(path)\n        with locked(path.parent):", "tests/unit/test_admin.py -k same_time"),
+    Fault("an edit undoes another's", "serve/admin.py:main", "with locked(path.parent): before = watched_serving_file(path).value", "before = watched_serving_file(path).value\n        with locked(path.parent):", "tests/unit/test_admin.py -k same_time"),
     Fault("a version that answers is unloaded", "serve/admin.py:_Change._unload", "route.share(version)", "False", "tests/unit/test_admin.py"),
     Fault("a version that is not there is routed to", "serve/admin.py:_Change._checked", "version not in self._there", "False", "tests/unit/test_admin.py"),
     Fault("the routes before grow without end", "serve/admin.py:_Change._routed", "[-HISTORY:]", "", "tests/unit/test_admin.py"),
