@@ -32,7 +32,7 @@ from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
 from serve.background import for_each, repeat
 from serve.core.generate import Core
-from serve.engine.resources import memory_bytes, usable_cores
+from serve.engine.resources import give_memory_back, memory_bytes, usable_cores
 from serve.errors import StartError
 from serve.models.catalog import Catalog
 from serve.models.model import JOIN_S, Model
@@ -41,8 +41,8 @@ from serve.models.repository import Repository
 from serve.models.serving_file import FILE_NAME, watched_serving_file
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing, set_up
-from serve.ports.check import check_ports
-from serve.ports.grpc_port import GrpcPort, address, check
+from serve.ports.check import check_calls, check_ports
+from serve.ports.grpc_port import GrpcPort, address
 from serve.ports.health import HEALTH, Health
 from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
 from serve.ports.load_report import Load, LoadReports
@@ -51,7 +51,7 @@ from serve.settings import Settings, is_loopback, release
 
 log = logging.getLogger(__name__)
 
-SUPERVISION_S = 1.0
+MUCH_BYTES, OPEN_CALL_BYTES = 32 << 20, 24 << 10
 YOUNG_OBJECTS = 10_000  # made and not yet freed, between two garbage collections of the youngest
 ENDED_AT_ONCE, ENDED_LATE = 130, 1  # exit statuses
 FLUSH_GRACE_S = 0.25  # for answers to be written when the drain's deadline has passed
@@ -81,7 +81,9 @@ class Server:
         self._stopping = asyncio.Event()
         self._when_stopping = when_stopping
         self.broken: str | None = None  # why the process ends by itself
+        self._watch_interval_s = min(1.0, settings.watchdog_s / 4)
         self._watched_at = time.monotonic()
+        self._most_held = 0  # bytes, since memory was given back last
         self._workers = ThreadPoolExecutor(usable_cores(), "worker")
         self._admission: Admission
         self._tracing: Tracing | None = None
@@ -121,8 +123,10 @@ class Server:
 
     async def _start(self) -> Ports:
         settings = self._settings
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):  # also while models are loaded: then it stops after that
-            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGHUP, log.info, "SIGHUP is ignored: files are read anew when they change")
         certificates, tokens = self._certificates(), self._tokens()
         self._held = check_ports(settings)  # models take their time
         self._tracing = set_up(os.environ)
@@ -133,7 +137,7 @@ class Server:
         core = Core(self.catalog, settings.max_count, settings.max_count_float32)
         methods = self._methods(core, admission)
         self._health.publish()
-        await check(self._health.methods())
+        await check_calls(self._health.methods())
         self._grpc = GrpcPort(settings, methods, certificates, LoadReports(self._load) if settings.load_reports else None)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
@@ -175,7 +179,7 @@ class Server:
     def _start_background(self) -> None:
         settings = self._settings
         tasks: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
-            "watchdog": (SUPERVISION_S, self._watch),
+            "watchdog": (self._watch_interval_s, self._watch),
             "reconcile": (settings.poll_interval_s, self._reconciler.poll),
         }
         if settings.self_check_interval_s:
@@ -209,14 +213,23 @@ class Server:
     async def _watch(self) -> None:
         """Look for what hangs. Time that passed while this process was stopped, as a whole, does not count."""
         now = time.monotonic()
-        seen_s, self._watched_at = min(now - self._watched_at, 2 * SUPERVISION_S), now
+        seen_s, self._watched_at = min(now - self._watched_at, 2 * self._watch_interval_s), now
         self._grpc.watch(seen_s)
+        self._give_memory_back()
         for model in self.catalog.models():
             model.batcher.watch(seen_s)
             if model.batcher.broken and not self.broken:
                 self.broken = model.batcher.broken
                 self.stop()
         self._health.publish()
+
+    def _give_memory_back(self) -> None:
+        """After much was held, what glibc keeps of it would be taken for a leak, and count against the container's limit."""
+        held = self._admission.budget.held_bytes + len(self._grpc.open) * OPEN_CALL_BYTES
+        self._most_held = max(self._most_held, held)
+        if self._most_held > MUCH_BYTES and held < self._most_held // 4:
+            self._most_held = held
+            self._workers.submit(give_memory_back)
 
     async def _self_check(self) -> None:
         await for_each(self.catalog.models(), Model.self_check)

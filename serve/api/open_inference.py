@@ -298,9 +298,19 @@ def read_inputs(request: pb.ModelInferRequest) -> Tensors:
             raise RequestError(f"inputs: {name} has both contents and raw_input_contents")
         given = len(raw[index]) / np.dtype(dtype).itemsize if raw else len(getattr(tensor.contents, contents_field))
         check_shape(name, shape, given)
-        values = np.frombuffer(raw[index], dtype) if raw else np.array(getattr(tensor.contents, contents_field), dtype)
+        values = np.frombuffer(raw[index], dtype) if raw else _typed(tensor.contents, contents_field, dtype)
         tensors[name] = values.reshape(shape)
     return tensors
+
+
+def _typed(contents: pb.InferTensorContents, field: str, dtype: str) -> NDArray[np.generic]:
+    """The values of typed contents. Floats lie in a message as in an array: read one by one, 4,096 digits' take 50 ms."""
+    values = getattr(contents, field)
+    if field == "fp32_contents":
+        packed, size = contents.SerializeToString(), 4 * len(values)
+        if len(packed) - size == 1 + (size.bit_length() + 6) // 7:  # the field's key and length, and no other field
+            return np.frombuffer(packed, dtype, len(values), len(packed) - size)
+    return np.array(values, dtype)
 
 
 def _encode(request: pb.ModelInferRequest, digits: Digits) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,13 @@ def memory_bytes(cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUP
     """The memory of the machine, or of the smallest limit that applies if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([total, *_limits(cgroup_root, own_cgroups, "memory", _memory)])
+
+
+def give_memory_back() -> None:
+    """Give the system what the allocator keeps of freed memory. Without glibc nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _limits(root: Path, own_cgroups: Path, controller: str, limit_of: Callable[[Path], int | None]) -> Iterator[int]:

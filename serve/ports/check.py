@@ -1,19 +1,27 @@
-"""Checks that the ports are free before the models are loaded."""
+"""Checks before the server says that it is ready: that the ports are free, and that grpcio's core answers calls."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import socket
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from serve.api.rpc import Method
 from serve.errors import StartError
-from serve.ports.grpc_port import port_taken
+from serve.ports.grpc_port import GrpcPort, port_taken
 from serve.ports.http_connections import usable_host
 from serve.ports.http_port import http_port_taken
 from serve.settings import UNIX, Settings
 
 ANSWER_S = 1.0
+CHECK_TIMEOUT_S, END_S = 10.0, 1.0
 
 
 def check_ports(settings: Settings) -> IO[bytes] | None:
@@ -72,3 +80,27 @@ def _try(host: str, port: int) -> None:
             if family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(where)
+
+
+async def check_calls(methods: Mapping[str, Method]) -> None:
+    """Call health through a port of this kind, on a socket that nobody else reaches. Raises StartError when that fails.
+
+    What grpcio's core promises to nobody may have changed: that must be found out now, and not by calls without an answer.
+    """
+
+    def call(target: str) -> None:
+        with grpc.insecure_channel(target) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
+            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S))
+
+    with tempfile.TemporaryDirectory() as folder:
+        port = GrpcPort(Settings(host=f"{UNIX}{folder}/check", max_connection_age_s=0), methods)
+        await port.start()
+        try:
+            await asyncio.to_thread(call, f"{UNIX}{folder}/check")
+        except grpc.RpcError as error:
+            text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
+            raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
+        finally:
+            await port.stop(END_S)

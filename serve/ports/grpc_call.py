@@ -26,8 +26,7 @@ class GrpcCall:
 
     __slots__ = (
         "_begun", "_call", "_deadline", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
-        "ended",         "has_left", "metadata", "method", "received",
-        "sent_bytes",
+        "counted_for", "ended", "has_left", "metadata", "method", "received", "sent_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +44,7 @@ class GrpcCall:
         self.has_left = False
         self.ended = False  # whether it has been given its status
         self.sent_bytes = 0
+        self.counted_for = ""  # the address that it is counted for
         self._call = event.call
         self._deadline: float = event.call_details.deadline
         self._loop = loop

@@ -1,14 +1,14 @@
 """The gRPC port on grpcio's core, without ``grpc.aio``: one thread receives the core's events and begins calls.
 
 ``grpc.aio`` spends more than twice as much on a call (docs/decisions/0013-completion-queue.md). grpcio's own blocking server
-uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence the bound on its version, and ``check``.
+uses the same classes of ``cygrpc``, but grpcio guarantees nothing about them: hence the bound on its version, and
+``serve.ports.check.check_calls``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.access.tls import Certificates
 from serve.api.rpc import Method
@@ -26,6 +25,7 @@ from serve.errors import StartError
 from serve.observability.logs import mute
 from serve.ports.grpc_call import GrpcCall, core
 from serve.ports.load_report import LoadReports
+from serve.ports.open_calls import OpenCalls
 from serve.settings import UNIX, Settings
 
 log = logging.getLogger(__name__)
@@ -36,16 +36,12 @@ STOPPING = "the server is stopping; ask another replica"
 LEAST_PING_MS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5_000, 60_000, 20_000
 CONNECTION_AGE_GRACE_S = 60
 STREAMS_OF_A_CONNECTION = 1024
-MOST_CALLS = 8192  # open at once, each of some 24 KiB
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
 WATCHED_AFTER_S = 0.05
 REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
-CHECK_TIMEOUT_S = 10.0
 END_S = 1.0  # for the core to end what has been cancelled
-# An answer of this size can be with the core for so long after it has told that it is sent.
-MUCH_BYTES, SENDING_S = 64 << 10, 60.0
 
 
 class GrpcPort:
@@ -65,7 +61,7 @@ class GrpcPort:
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._receive, name="grpc-receive", daemon=True)
         self._lock = threading.Lock()
-        self._open: dict[GrpcCall, None] = {}  # calls whose status has not been sent
+        self.open = OpenCalls()
         self._tasks: dict[GrpcCall, asyncio.Task[None]] = {}
         self._received: list[tuple[GrpcCall, Method, bytes]] = []  # calls with their requests, to be begun
         self._asked = 0  # calls that may come
@@ -73,7 +69,6 @@ class GrpcPort:
         self._watched: float | None = None  # that time as the watchdog saw it last, and for how long it has
         self._watched_s = 0.0
         self._to_be_watched = False  # whether a call of ``_watch`` is due
-        self._sent_much_at = -SENDING_S  # time.monotonic()
         self._stopping = False
         self._shut_down = False  # guarded by the lock: no call may be asked for afterwards
         options = [
@@ -119,20 +114,19 @@ class GrpcPort:
         deadline = time.monotonic() + grace_s
         self._stopping = True
         # Once it is shut down the core cancels what still comes; until there is nothing left to wait for, it can be refused.
-        await until(lambda: not self._open, deadline)
+        await until(lambda: not self.open, deadline)
         ended = threading.Event()
         with self._lock:
             self._shut_down = True
             self._server.shutdown(self._queue, lambda _: ended.set())
         # Connections end by themselves once they have sent what they hold, but for those of peers that do not answer.
-        sending = time.monotonic() - self._sent_much_at < SENDING_S
-        await until(ended.is_set, deadline if sending else min(deadline, time.monotonic() + END_S))
+        await until(ended.is_set, deadline if self.open.sending else min(deadline, time.monotonic() + END_S))
         for task in list(self._tasks.values()):
             task.cancel()
         self._server.cancel_all_calls()
-        await until(lambda: ended.is_set() and not self._open and not self._tasks, time.monotonic() + END_S)
-        if not ended.is_set() or self._open:
-            log.error("%d gRPC calls could not be ended", len(self._open))
+        await until(lambda: ended.is_set() and not self.open and not self._tasks, time.monotonic() + END_S)
+        if not ended.is_set() or self.open:
+            log.error("%d gRPC calls could not be ended", len(self.open))
             return
         self._server.destroy()
         self._queue.shutdown()
@@ -157,7 +151,7 @@ class GrpcPort:
         self._watched_s = 0.0 if busy_since is None or busy_since != self._watched else self._watched_s + seen_s
         self._watched = busy_since
         now = time.monotonic()
-        for call in list(self._open):
+        for call in self.open.all():
             if not call.received and now - call.begun_at > REQUEST_TIMEOUT_S:
                 call.received = True
                 self._end(call, grpc.StatusCode.DEADLINE_EXCEEDED, f"no request has come within {REQUEST_TIMEOUT_S:g} s")
@@ -197,18 +191,18 @@ class GrpcPort:
         if not event.success:
             return
         try:
-            self._accept(GrpcCall(event, self._loop, self._over, self._load_reports))
+            self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))
         except Exception:
             log.exception("a call could not be accepted")
             event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")
 
     def _accept(self, call: GrpcCall) -> None:
         method = self._methods.get(call.method)
-        self._open[call] = None
+        refusal = self.open.add(call)
         if self._stopping:
             self._end(call, grpc.StatusCode.UNAVAILABLE, STOPPING)
-        elif len(self._open) > MOST_CALLS:
-            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MOST_CALLS} calls are open; try again")
+        elif refusal is not None:
+            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
         elif method is None:
             self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
         elif method.streams_requests:
@@ -245,11 +239,6 @@ class GrpcPort:
         if not call.ended:
             attempt(call.ending(code, text))
 
-    def _over(self, call: GrpcCall) -> None:
-        self._open.pop(call, None)
-        if call.sent_bytes > MUCH_BYTES:
-            self._sent_much_at = time.monotonic()
-
     # On the event loop.
 
     def _begin_task(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
@@ -276,32 +265,8 @@ class GrpcPort:
     def _watch(self) -> None:
         """Notice from here on when the callers of what is open leave."""
         self._to_be_watched = False
-        for call in list(self._open):
+        for call in self.open.all():
             call.watch()
-
-
-async def check(methods: Mapping[str, Method]) -> None:
-    """Call health through a port of this kind, on a socket that nobody else reaches. Raises StartError when that fails.
-
-    What grpcio's core promises to nobody may have changed: that must be found out now, and not by calls without an answer.
-    """
-
-    def call(target: str) -> None:
-        with grpc.insecure_channel(target) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
-            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S))
-
-    with tempfile.TemporaryDirectory() as folder:
-        port = GrpcPort(Settings(host=f"{UNIX}{folder}/check", max_connection_age_s=0), methods)
-        await port.start()
-        try:
-            await asyncio.to_thread(call, f"{UNIX}{folder}/check")
-        except grpc.RpcError as error:
-            text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
-            raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
-        finally:
-            await port.stop(END_S)
 
 
 def address(host: str, port: int) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from serve.api.rpc import Method, Wire
+from serve.api.rpc import Method, Wire, parse
+from serve.api.wire_format import check_size
+from serve.errors import RequestError
 
 V1ALPHA, V1 = "grpc.reflection.v1alpha", "grpc.reflection.v1"
 
@@ -22,18 +23,23 @@ def reflection_methods(services: Collection[str]) -> dict[str, Method]:
     servicer = reflection.aio.ReflectionServicer(names)
 
     async def answer(wire: Wire, raw: bytes | None) -> None:
-        requests = (reflection_pb2.ServerReflectionRequest.FromString(request) async for request in wire.requests())
+        requests = (_parsed(request) async for request in wire.requests())
         try:
             responses: Any = servicer.ServerReflectionInfo(requests, None)
             async for response in responses:
                 await wire.send(response.SerializeToString())
-        except DecodeError:
-            wire.ending(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid ServerReflectionRequest message")()
+        except RequestError as error:
+            wire.ending(grpc.StatusCode.INVALID_ARGUMENT, str(error))()
         else:
             wire.ending(grpc.StatusCode.OK)()
 
     method = Method(task=answer, streams_requests=True)
     return {f"/{package}.ServerReflection/ServerReflectionInfo": method for package in (V1ALPHA, V1)}
+
+
+def _parsed(request: bytes) -> reflection_pb2.ServerReflectionRequest:
+    check_size(request, {})
+    return parse(reflection_pb2.ServerReflectionRequest, request)
 
 
 def _describe_v1() -> None:

@@ -28,7 +28,7 @@ TRAIN = "tests/integration/test_train.py"
 EXPORT = "tests/integration/test_export.py"
 ENGINE = "tests/unit/test_engine.py"
 LOADS = "tests/integration/test_load_reports.py"
-FRONTS = "tests/unit/test_fronts.py"
+FRONTS = "tests/unit/test_grpc_port.py"
 THREADS = "tests/unit/test_threads.py"
 THE_WAITING = "tests/unit/test_waiting.py"
 
@@ -250,11 +250,11 @@ FAULTS = [
     Fault("load reports are sent to everybody", f"{RPC}:RpcTable._report_load", "self._admission.load_reports is not None", "True", LOADS),
     Fault("a load report has its fields swapped", "serve/ports/load_report.py:", "bytes([6 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
     Fault("a busy process reports that it is idle", "serve/ports/load_report.py:LoadReports._refresh", "load.busy_s - self._busy_s", "self._busy_s - load.busy_s", LOADS),
-    Fault("a kernel without IPv6 is asked for it", "serve/ports/http_port.py:usable_host", "not socket.has_dualstack_ipv6()", "False", "tests/integration/test_serve_start.py -k ipv6"),
+    Fault("a kernel without IPv6 is asked for it", "serve/ports/http_connections.py:usable_host", "not socket.has_dualstack_ipv6()", "False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", f"{LOOP}:Trainer._is_log_point", "% self.steps_per_epoch", "", REFERENCE),
     Fault("a mean's window is one batch too long", f"{LOOP}:Trainer._log", "log_points else -1", "log_points else 0", REFERENCE),
     Fault("the last save is not in a run's time", f"{LOOP}:Trainer._finish", "self._count_time()", "pass", "tests/integration/test_runs.py -k stopped"),
-    Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_port.py:", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
+    Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_connections.py:", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
     # CUDA, by its stand-ins
     Fault("a lost device leaves its model ready", "serve/models/model.py:Model.ready", "and self.batcher.device_lost is None", "", WIRING),
     Fault("a lost device's process goes on", f"{SERVER}:Server._check_stalled", "model.batcher.device_lost and not self.device_lost", "False", WIRING),

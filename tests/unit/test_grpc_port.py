@@ -14,8 +14,9 @@ import pytest
 
 from serve.api.rpc import Method, Wire
 from serve.errors import StartError
-from serve.ports import grpc_port
-from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, GrpcPort, check
+from serve.ports import check, grpc_port
+from serve.ports.check import check_calls
+from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, GrpcPort
 from serve.ports.health import HEALTH
 from serve.settings import Settings
 
@@ -138,7 +139,7 @@ def test_deadline_metadata_and_peer_reach_the_method_and_leaving_is_told() -> No
         assert (await failure(unary(channel, "Wait")(b"", timeout=0.2)))[0] is Code.DEADLINE_EXCEEDED
         assert await asyncio.to_thread(left.wait, 20)
         assert await asyncio.to_thread(over.wait, 20)
-        while port._open:  # noqa: ASYNC110  # changed by another thread
+        while port.open:  # noqa: ASYNC110  # changed by another thread
             await asyncio.sleep(0.01)
 
     run(scenario, Look=Method(begin=look), Wait=Method(begin=wait))
@@ -231,7 +232,7 @@ def test_a_call_without_a_request_is_told_so_and_one_whose_request_never_comes_i
         assert (await failure(method(iter(()), timeout=20)))[0] is Code.INVALID_ARGUMENT
         silent = method(timeout=20)
         await silent.wait_for_connection()
-        while not port._open:  # noqa: ASYNC110
+        while not port.open:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         port.watch(1.0)
         assert not silent.done()
@@ -306,6 +307,37 @@ def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypat
     run(scenario, Echo=Method(begin=echo))
 
 
+def test_a_call_that_cannot_be_begun_is_ended_and_those_begun_with_it_are_answered() -> None:
+    others_have_come = threading.Event()
+
+    def begin(wire: Wire, raw: bytes) -> None:
+        if raw == b"first":
+            others_have_come.wait(10)  # so that the others are received meanwhile, and begun together
+        if raw == b"bad":
+            raise RuntimeError("not to be begun")
+        echo(wire, raw)
+
+    async def answered(call: Any) -> bytes | grpc.StatusCode:
+        try:
+            answer: bytes = await call
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return answer
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        method = unary(channel, "Begin")
+        first = asyncio.ensure_future(answered(method(b"first", timeout=20)))
+        await asyncio.sleep(0.3)  # it holds the receiving thread
+        requests = [b"bad" if number == 10 else b"%d" % number for number in range(20)]
+        calls = [asyncio.ensure_future(answered(method(request, timeout=20))) for request in requests]
+        await asyncio.sleep(0.3)  # they have all come
+        others_have_come.set()
+        ends = await asyncio.wait_for(asyncio.gather(first, *calls), 15)
+        assert ends == [b"first", *(Code.INTERNAL if request == b"bad" else request for request in requests)]
+
+    run(scenario, Begin=Method(begin=begin))
+
+
 def test_liveness_fails_while_the_receiving_thread_hangs_and_when_it_has_ended() -> None:
     go_on = threading.Event()
 
@@ -344,7 +376,7 @@ def test_answered_calls_leave_no_garbage() -> None:
         gc.disable()
         try:
             await asyncio.to_thread(many)
-            while port._open:  # noqa: ASYNC110
+            while port.open:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
@@ -379,7 +411,7 @@ def test_a_port_is_had_once() -> None:
 
 def test_a_grpcio_whose_core_has_changed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async def checked(method: Method) -> None:
-        await check({f"/{HEALTH}/{name}": method for name in ("Check", "Watch")})
+        await check_calls({f"/{HEALTH}/{name}": method for name in ("Check", "Watch")})
 
     async def health(wire: Wire, raw: bytes | None) -> None:
         await wire.send(b"")
@@ -389,12 +421,12 @@ def test_a_grpcio_whose_core_has_changed_is_refused_in_one_line(monkeypatch: pyt
         wire.ending(Code.OK, message=b"")()
 
     async def good() -> None:
-        await check({f"/{HEALTH}/Check": Method(task=one), f"/{HEALTH}/Watch": Method(task=health)})
+        await check_calls({f"/{HEALTH}/Check": Method(task=one), f"/{HEALTH}/Watch": Method(task=health)})
 
     asyncio.run(good())
     with pytest.raises(StartError, match=r"INTERNAL.*install grpcio"):
         asyncio.run(checked(Method(task=broken_task)))
-    monkeypatch.setattr(grpc_port, "CHECK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(check, "CHECK_TIMEOUT_S", 0.5)
     monkeypatch.setattr("serve.ports.grpc_call.core.SendStatusFromServerOperation", lambda message: None)  # fewer arguments
     with pytest.raises(StartError, match="install grpcio"):
         asyncio.run(good())

@@ -57,3 +57,12 @@ def test_large_answers_are_left_to_the_workers() -> None:
     assert open_inference._takes_long(raw, digits_of(4096))
     assert not open_inference._takes_long(raw, digits_of(300))
     assert not open_inference._takes_long(request_for("pixels"), digits_of(2))
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 5000])
+def test_typed_floats_are_read_as_they_are_whatever_lies_beside_them(count: int) -> None:
+    values = np.random.default_rng(count).random(count, dtype=np.float32)
+    contents = pb.InferTensorContents(fp32_contents=values)
+    assert np.array_equal(open_inference._typed(contents, "fp32_contents", "<f4"), values)
+    contents.fp64_contents.append(1.0)
+    assert np.array_equal(open_inference._typed(contents, "fp32_contents", "<f4"), values)
