@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from export.errors import ExportError
-from serve.engine.factory import make_engine
+from serve.engine.cuda_engine import make_engine
 from serve.engine.provider import EngineOptions, Provider
 from serve.files import replace_file
 from serve.manifest import MANIFEST_FILE, SCHEMA_VERSION

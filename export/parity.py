@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from export.errors import AxesDifferError, NamesDifferError, ShapesDifferError, ValuesDifferError
 from export.generator import Arrays, Form
-from serve.engine.factory import make_engine
+from serve.engine.cuda_engine import make_engine
 from serve.engine.provider import EngineOptions, choose_provider
 from serve.engine.session import PIXELS_AND_IMAGES, Engine
 from serve.errors import ProviderError

@@ -29,11 +29,19 @@ from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
 from serve.command_line import INT63, TIMEOUT_S, OneLineParser, run_command, within
 from serve.errors import BundleError, SettingsError
-from serve.files import MOST_BYTES, locked, read_regular, replace_file
+from serve.files import locked, replace_file
 from serve.manifest import BUNDLED_DIR, NAME_PATTERN
 from serve.models.repository import Repository
-from serve.models.serving_file import FILE_NAME, ModelState, Route, ServingState, parse_serving_state
-from serve.models.version_policy import parse_policies, pick
+from serve.models.serving_file import (
+    FILE_NAME,
+    ModelState,
+    Route,
+    ServingState,
+    parse_policies,
+    parse_serving_state,
+    pick,
+    watched_serving_file,
+)
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 
@@ -59,12 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SettingsError("which file is not said; give --serving-file FILE, or --models-dir DIR for the one in it")
         path = path.resolve()
         if flags.action == "show":
-            print(_text(_read(path)), end="")
+            print(_text(watched_serving_file(path).value), end="")
             return 0
         if path.parent == BUNDLED_DIR.resolve():
             raise SettingsError("the bundled models are part of the program; name another folder, or --serving-file")
         with locked(path.parent):
-            before = _read(path)
+            before = watched_serving_file(path).value
             after = ServingState(models={**before.models, flags.model: _Change(before, flags).state()})
             content = _text(after)
             parse_serving_state(content.encode(), str(path))
@@ -181,15 +189,6 @@ class _Change:
 
 def _listed(versions: Sequence[int]) -> str:
     return f"there are {', '.join(map(str, versions))}" if versions else "there is none"
-
-
-def _read(path: Path) -> ServingState:
-    try:
-        return parse_serving_state(read_regular(path, MOST_BYTES)[0], str(path))
-    except FileNotFoundError:
-        return ServingState()
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _text(state: ServingState) -> str:

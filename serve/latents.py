@@ -95,10 +95,10 @@ class LatentReader:
         All spans' bits are drawn first and transformed together: a batch of many callers' single digits costs
         little more than one span of the same size.
         """
-        row = 0
-        pending = 0
+        row = pending = 0
         given: list[tuple[int, Span]] = []  # spans that bring latents or labels of their own
-        cuts: list[tuple[int, int, float]] = []  # rows of this block that are truncated
+        tails: NDArray[np.float32] | None = None  # of this block's rows, if any is truncated
+
         for span in spans:
             if span.explicit is not None or span.labels is not None:
                 given.append((row + pending, span))
@@ -108,16 +108,16 @@ class LatentReader:
                 if span.explicit is None:
                     self._draw(span.seed, span.start + done, self._words[pending : pending + rows])
                 if span.truncation:
-                    cuts.append((pending, pending + rows, span.truncation))
+                    tails = np.zeros((BLOCK_ROWS, 1), np.float32) if tails is None else tails
+                    tails[pending : pending + rows] = tail_beyond(span.truncation)
                 pending += rows
                 done += rows
                 if pending == BLOCK_ROWS:
-                    self._transform(row, pending, out, labels, cuts)
+                    self._transform(row, pending, out, labels, tails)
                     row += pending
-                    pending = 0
-                    cuts = []
+                    pending, tails = 0, None
         if pending:
-            self._transform(row, pending, out, labels, cuts)
+            self._transform(row, pending, out, labels, tails)
         for first, span in given:
             if span.explicit is not None:
                 out[first : first + span.count] = span.explicit[span.start : span.start + span.count]
@@ -139,19 +139,13 @@ class LatentReader:
         rows: int,
         out: NDArray[np.float32],
         labels: NDArray[np.int64] | None,
-        cuts: Sequence[tuple[int, int, float]],
+        tails: NDArray[np.float32] | None,
     ) -> None:
         words = self._words[:rows].astype("<u8", copy=False).view(np.uint32)
-        tails = None
-        if cuts:
-            tails = np.zeros((rows, 1), np.float32)
-            for begin, end, truncation in cuts:
-                tails[begin:end] = tail_beyond(truncation)
-        to_normal(words[:, : self._latent_size], out[first : first + rows], tails)
+        to_normal(words[:, : self._latent_size], out[first : first + rows], None if tails is None else tails[:rows])
         if labels is not None:
-            labels[first : first + rows] = words[:, self._latent_size].astype(np.uint64) * np.uint64(self._labels) >> np.uint64(
-                32
-            )
+            chosen = words[:, self._latent_size].astype(np.uint64) * np.uint64(self._labels) >> np.uint64(32)
+            labels[first : first + rows] = chosen
 
 
 def blocks_per_row(values: int) -> int:

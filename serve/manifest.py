@@ -37,6 +37,7 @@ REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MAX_VERSION_DIGITS = 18  # so that every version fits an int64
 MAX_MANIFEST_BYTES = 4 << 20
 
 Level = Annotated[int, Meta(ge=0, le=255)]
@@ -113,18 +114,28 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
 
 
+class _Versioned(msgspec.Struct):
+    """What tells which schema the rest is of."""
+
+    schema_version: Any = None
+
+
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """Read ``manifest.json``'s bytes. Raises BundleError naming ``where`` and the field that is wrong."""
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{where} is over {MAX_MANIFEST_BYTES} bytes; export the model again")
-    schema = _schema_version(content, where)
+    try:
+        schema = msgspec.json.decode(content, type=_Versioned).schema_version
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise BundleError(f"{where} is not valid JSON, or no object; export the model again") from None
     if schema not in READABLE_SCHEMA_VERSIONS:
         known = " and ".join(map(str, READABLE_SCHEMA_VERSIONS))
         raise BundleError(f"{where} has schema version {ascii(schema)[:20]}, this server reads {known}; export again")
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: {_one_line(error)}; export the model again") from None
+        reason = str(error).partition("\n")[0][:200]
+        raise BundleError(f"{where}: {reason}; export the model again") from None
     golden = manifest.golden
     checks = {
         "golden.latents": len(golden.latents) == golden.count * manifest.latent_size * 4,
@@ -139,20 +150,11 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
+def is_version(text: str) -> bool:
+    """Whether a text, a folder's name for one, is a version number: decimal, 1 or more, no leading zero."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_VERSION_DIGITS and not text.startswith("0")
+
+
 def sha256(content: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(content).hexdigest()
-
-
-def _schema_version(content: bytes, where: str) -> Any:
-    try:
-        document = msgspec.json.decode(content)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        raise BundleError(f"{where} is not valid JSON; export the model again") from None
-    if not isinstance(document, dict):
-        raise BundleError(f"{where} is not a JSON object; export the model again")
-    return document.get("schema_version")
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]

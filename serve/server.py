@@ -239,7 +239,7 @@ class Server:
         cert, key = self._settings.tls_cert, self._settings.tls_key
         if cert is None or key is None:
             return None
-        return tls.Certificates(tls.TlsFiles(cert, key, self._settings.tls_client_ca), self._note_reload("certificate"))
+        return tls.Certificates(cert, key, self._settings.tls_client_ca, self._note_reload("certificate"))
 
     def _tokens(self) -> TokenFile | None:
         if self._settings.tokens_file is None:

@@ -28,7 +28,7 @@ from msgspec import Meta
 
 from serve.command_line import OneLineParser, run_command, within
 from serve.errors import SettingsError, UnauthenticatedError
-from serve.files import MOST_BYTES, Watched, locked, read_regular, replace_file
+from serve.files import Watched, locked, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _change(flags: argparse.Namespace) -> None:
     """Change the file; a token that is added is printed first: one that nobody has seen must not be in force."""
-    tokens = _read(flags.file) if flags.file.exists() else {}
+    no_tokens: dict[str, Token] = {}
+    tokens = Watched([("the file", flags.file)], lambda contents: parse_tokens(contents[0], str(flags.file)), no_tokens).value
     if flags.action == "add":
         if "admin" in flags.scopes.split(","):
             raise SettingsError("the scope admin is gone: python -m serve.admin edits the serving file; give --scopes generate")
@@ -190,13 +191,6 @@ def _parse_entry(entry: bytes | msgspec.Raw, where: str) -> Token:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         # Where, and not what: msgspec's texts name types, bounds and fields, and an unknown field's name.
         raise SettingsError(f"{where}: {ascii(str(error))[1:-1][:200]}") from None
-
-
-def _read(path: Path) -> dict[str, Token]:
-    try:
-        return parse_tokens(read_regular(path, MOST_BYTES)[0], str(path))
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _write(path: Path, tokens: Mapping[str, Token]) -> None:

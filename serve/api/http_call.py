@@ -86,11 +86,15 @@ def _caller(request: web.Request) -> Caller:
     return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), headers)
 
 
+def error_answer(status: int, text: str, **headers: str) -> web.Response:
+    """An error in the form of all others."""
+    return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
+
+
 def _refused(refusal: Refusal) -> web.Response:
-    headers = {}
+    answer = error_answer(refusal.http_status, refusal.text)
     if refusal.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
+        answer.headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
     if refusal.code is grpc.StatusCode.UNAUTHENTICATED:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = json.dumps({"error": refusal.text})
-    return web.Response(status=refusal.http_status, text=body, content_type="application/json", headers=headers)
+        answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.command_line import OneLineParser
+from serve.command_line import INT63, UINT32, UINT64, OneLineParser, within
 from serve.dataset.filter import BUNDLED_JUDGE, Judge
 from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
@@ -30,7 +30,7 @@ from serve.dataset.shards import Generator, write_shard
 from serve.engine.provider import EngineOptions, choose_provider
 from serve.engine.resources import usable_cores
 from serve.errors import ServeError, SettingsError
-from serve.latents import INDEX_LIMIT, SEED_LIMIT
+from serve.latents import INDEX_LIMIT
 from serve.manifest import BUNDLED_DIR, Manifest
 from serve.models.repository import Bundle, Repository
 from serve.settings import DEFAULT_MODEL
@@ -60,17 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(flags: argparse.Namespace) -> None:
-    bounds = {
-        "--count": (flags.count, 1, INDEX_LIMIT),
-        "--seed": (flags.seed, 0, SEED_LIMIT - 1),
-        "--start": (flags.start, 0, INDEX_LIMIT - flags.count),
-        "--shards": (flags.shards, 1, MOST_SHARDS),
-        "--shard": (flags.shard, 0, flags.shards - 1),
-        "--threads": (flags.threads, 0, 256),
-    }
-    for flag, (value, low, high) in bounds.items():
-        if not low <= value <= high:
-            raise SettingsError(f"{flag} must be from {low} to {high}, got {value}")
+    for flag, value, high in (("--start", flags.start, INDEX_LIMIT - flags.count), ("--shard", flags.shard, flags.shards - 1)):
+        if value > high:
+            raise SettingsError(f"{flag} must be from 0 to {high}, got {value}")
     bundle = _bundle(flags.models_dir, flags.model, flags.version)
     manifest = bundle.manifest
     for label in flags.labels:
@@ -129,12 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.dataset", description="Make a data set of any size, shard by shard.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     write = actions.add_parser("write", help="write one shard")
-    write.add_argument("--count", type=int, required=True, help="digits of the whole data set")
-    write.add_argument("--seed", type=int, default=0, help="seed of the stream of digits (default: 0)")
-    write.add_argument("--start", type=int, default=0, help="index of the data set's first digit (default: 0)")
-    write.add_argument("--shards", type=int, default=1, help="how many shards there are (default: 1)")
+    write.add_argument("--count", type=within(1, INDEX_LIMIT), required=True, help="digits of the whole data set")
+    write.add_argument("--seed", type=UINT64, default=0, help="seed of the stream of digits (default: 0)")
+    write.add_argument("--start", type=INT63, default=0, help="index of the data set's first digit (default: 0)")
+    write.add_argument("--shards", type=within(1, MOST_SHARDS), default=1, help="how many shards there are (default: 1)")
     index = os.environ.get(INDEX_VARIABLE, "0")
-    write.add_argument("--shard", type=int, default=index, help=f"the shard to write (default: ${INDEX_VARIABLE}, or 0)")
+    write.add_argument("--shard", type=UINT32, default=index, help=f"the shard to write (default: ${INDEX_VARIABLE}, or 0)")
     write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
     write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the stream's own)")
     write.add_argument(
@@ -145,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep only digits whose label the judge gives this probability or more; later ones replace others (default: 0)",
     )
     write.add_argument("--judge", type=Path, default=BUNDLED_JUDGE, help="the judge's file (default: the bundled one)")
-    write.add_argument("--version", type=int, default=0, help="model version (default: the highest)")
+    write.add_argument("--version", type=INT63, default=0, help="model version (default: the highest)")
     write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
     write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
     text = f"concurrent runs (default, 0: one per core, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
-    write.add_argument("--threads", type=int, default=0, help=text)
+    write.add_argument("--threads", type=within(0, 256), default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
     join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
     for action in (write, join_them):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from serve.dataset.filter import Judge, filtered_digits
 from serve.dataset.header import Dataset, agree
-from serve.engine.factory import make_engine
+from serve.engine.cuda_engine import make_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
 from serve.files import replacing

@@ -57,7 +57,7 @@ class CudaEngine(Engine):
             raise
         # Bucket → whether its graphs, with and without the float32 images, were captured and replay rightly.
         self.captures: dict[int, bool] = {}
-        self._drawing: DeviceLatents | None = None  # until ``warm`` has seen that it draws the host's bits
+        self.drawing: DeviceLatents | None = None  # until ``warm`` has seen that it draws the host's bits
         self._drawn: Arrays | None = None  # feeds whose latents the device is to draw
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
 
@@ -67,9 +67,9 @@ class CudaEngine(Engine):
 
     def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
         """As ``Engine.assemble``. What the device draws has its labels after ``run``, and its latents never."""
-        if self._drawing is None or any(span.explicit is not None for span in spans):
+        if self.drawing is None or any(span.explicit is not None for span in spans):
             return super().assemble(reader, spans, count)
-        self._drawing.fill(spans)
+        self.drawing.fill(spans)
         self._drawn = self.allocate(count)
         return self._drawn
 
@@ -77,7 +77,7 @@ class CudaEngine(Engine):
         """As ``Engine.run``, for at most ``largest`` rows. The arrays returned are never written again."""
         count = len(feeds["latents"])
         bucket = self.bucket(count)
-        drawing = self._drawing if feeds is self._drawn else None
+        drawing = self.drawing if feeds is self._drawn else None
         self._drawn = None
         inputs = self._buffers.inputs if drawing is None else ()
         for name in inputs:
@@ -112,16 +112,11 @@ class CudaEngine(Engine):
         """As ``Engine.close``. A lost device takes nothing back: its process ends."""
         self._bindings.clear()
         self._buffers.release()
-        if self._drawing is not None:
-            self._drawing.release()
+        if self.drawing is not None:
+            self.drawing.release()
         del self._session
         with suppress(EngineError):
             self._device.close_stream(self._stream)
-
-    @property
-    def draws_latents(self) -> bool:
-        """Whether the device draws latents."""
-        return self._drawing is not None
 
     def warm(self) -> dict[int, bool]:
         """Run every bucket, the largest first, so that the device's memory is taken once; capture graphs if asked for."""
@@ -160,7 +155,7 @@ class CudaEngine(Engine):
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = described(error)
         if problem is None:
-            self._drawing = drawing
+            self.drawing = drawing
             return
         log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
         if drawing is not None:
@@ -245,3 +240,9 @@ def _buffers(manifest: Manifest, largest: int, device: Device, stream: int) -> D
             f"model {manifest.name}/{manifest.version}: no memory on {device.name} for batches of {largest} "
             f"({described(error)}); name a smaller --max-batch-size"
         ) from None
+
+
+def make_engine(model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> Engine:
+    """A loaded model where ``options`` say, for batches of up to ``largest`` rows. Raises ProviderError or BundleError."""
+    kind = CudaEngine if options.provider == "cuda" else Engine
+    return kind(model, manifest, options, largest)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.errors import GoldenError
 from serve.manifest import Manifest
 
 
@@ -44,9 +43,3 @@ def golden_difference(manifest: Manifest, expected: NDArray[np.uint8], got: NDAr
             f"allowed are {tolerance.pixel_levels} and {tolerance.pixel_identical_share:.2%}"
         )
     return None
-
-
-def check_golden(manifest: Manifest, provider: str, expected: NDArray[np.uint8], got: NDArray[np.uint8]) -> None:
-    """Raises GoldenError naming the model, the provider and the row that is off."""
-    if problem := golden_difference(manifest, expected, got):
-        raise GoldenError(f"model {manifest.name}/{manifest.version} on {provider}: {problem}")

@@ -38,19 +38,16 @@ class EngineOptions:
     record_assignment: bool = False  # keep which provider has which node, for checks
     cuda_options: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def padded(self) -> bool:
-        return self.pad_to_powers or self.provider == "cuda"
-
     def bucket(self, count: int, largest: int) -> int:
         """The rows that are computed for a batch of ``count``, at most ``largest``: on CUDA 1, 8, 64, 512, 1024, 2048, 4096.
 
         There a bucket costs memory, time to capture and a convolution plan of its own, which is made anew whenever the size
         changes outside a graph (onnxruntime #23006), and a few hundred rows more cost a GPU next to nothing.
         """
-        if not self.padded:
+        on_cuda = self.provider == "cuda"
+        if not (on_cuda or self.pad_to_powers):
             return count
-        bits = 3 if self.provider == "cuda" and count <= FILLS_A_GPU else 1
+        bits = 3 if on_cuda and count <= FILLS_A_GPU else 1
         return min(largest, 1 << -(-(count - 1).bit_length() // bits) * bits)
 
 

@@ -6,12 +6,9 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-
-NumberT = TypeVar("NumberT", int, float)
 
 
 def usable_cores(cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUPS) -> int:
@@ -20,13 +17,13 @@ def usable_cores(cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUP
     A quota of two and a half cores counts as two: one thread more would be throttled together with the others.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return max(1, min([affinity, *(int(quota) for quota in _quotas(cgroup_root, own_cgroups))]))
+    return max(1, min([affinity, *_limits(cgroup_root, own_cgroups, "cpu", _cores)]))
 
 
 def memory_bytes(cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUPS) -> int:
     """The memory of the machine, or of the smallest limit that applies if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *_limits(cgroup_root, own_cgroups, "memory", _memory_version_1, _memory_version_2)])
+    return min([total, *_limits(cgroup_root, own_cgroups, "memory", _memory)])
 
 
 def give_memory_back() -> None:
@@ -36,28 +33,14 @@ def give_memory_back() -> None:
         trim(0)
 
 
-def _quotas(root: Path, own_cgroups: Path) -> Iterator[float]:
-    """The quota, in cores, of this process's cgroup and of each above it that has one."""
-    return _limits(root, own_cgroups, "cpu", _version_1, _version_2)
-
-
-def _limits(
-    root: Path,
-    own_cgroups: Path,
-    controller: str,
-    version_1: Callable[[Path], NumberT | None],
-    version_2: Callable[[Path], NumberT | None],
-) -> Iterator[NumberT]:
+def _limits(root: Path, own_cgroups: Path, controller: str, limit_of: Callable[[Path], int | None]) -> Iterator[int]:
     """What a controller's files say of this process's cgroup and of each above it."""
     for line in _read(own_cgroups).splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2: one tree for all controllers
-            top, limit_of = root, version_2
-        elif controller in controllers.split(","):
-            top, limit_of = root / controller, version_1
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        own: Path = top / path.lstrip("/")
+        top = root / controller if controllers else root  # version 2 has one tree for all controllers
+        own = top / path.lstrip("/")
         # In a container the path may be the host's while the root is the container's own: both are looked at.
         for folder in (own, *own.parents):
             limit = limit_of(folder) if folder.is_relative_to(top) else None
@@ -65,28 +48,21 @@ def _limits(
                 yield limit
 
 
-def _version_2(folder: Path) -> float | None:
-    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+def _cores(folder: Path) -> int | None:
+    """Whole cores of a quota; None without one, which is ``max`` in version 2 and -1 in version 1."""
+    quota, _, period = _read(folder / "cpu.max").partition(" ")
+    if not period:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    return int(quota) // int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 
 
-def _version_1(folder: Path) -> float | None:
-    quota, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None  # -1: none
-
-
-def _memory_version_2(folder: Path) -> int | None:
-    limit = _read(folder / "memory.max").strip()
+def _memory(folder: Path) -> int | None:
+    limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
     return int(limit) if limit.isdecimal() else None  # max: none
-
-
-def _memory_version_1(folder: Path) -> int | None:
-    limit = _read(folder / "memory.limit_in_bytes").strip()
-    return int(limit) if limit.isdecimal() else None
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text().strip()
     except OSError:
         return ""

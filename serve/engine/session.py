@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.golden import check_golden, golden_samples
+from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.graph import check_graph
 from serve.engine.onnx_runtime import ort
-from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, Provider, described
-from serve.errors import BundleError, ProviderError
+from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, described
+from serve.errors import BundleError, GoldenError, ProviderError
 from serve.latents import LatentReader, Span
 from serve.manifest import Manifest, TensorSpec
 
@@ -45,10 +45,6 @@ class Engine:
         self.options = options
         self.largest = largest
         self._session = open_session(model, manifest, options)
-
-    @property
-    def provider(self) -> Provider:
-        return self.options.provider
 
     def allocate(self, count: int) -> dict[str, Array]:
         """Arrays for the inputs of a run of ``count`` rows, to be filled and given to ``run``."""
@@ -106,10 +102,11 @@ class Engine:
         """Release what the engine holds, in the thread that made it. It is not used after that."""
 
     def check_golden(self) -> None:
-        """Run the manifest's golden samples. Raises GoldenError naming the row that is off."""
-        samples = golden_samples(self.manifest)
+        """Run the manifest's golden samples. Raises GoldenError naming the model, the provider and the row that is off."""
+        manifest, samples = self.manifest, golden_samples(self.manifest)
         got = self.compute(samples.latents, samples.labels)["pixels"]
-        check_golden(self.manifest, self.provider, samples.pixels, got)
+        if problem := golden_difference(manifest, samples.pixels, got):
+            raise GoldenError(f"model {manifest.name}/{manifest.version} on {self.options.provider}: {problem}")
 
     def blank(self, count: int) -> dict[str, Array]:
         """As ``allocate``, filled with zeros: something to run when it does not matter what."""

@@ -23,8 +23,7 @@ from serve.models.catalog import Catalog
 from serve.models.loader import Key, Loader
 from serve.models.model import Model
 from serve.models.repository import Fingerprint, Repository, Scan
-from serve.models.serving_file import Route, ServingState
-from serve.models.version_policy import parse_policies, pick
+from serve.models.serving_file import Route, ServingState, parse_policies, pick
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
 

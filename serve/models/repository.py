@@ -18,8 +18,17 @@ from typing import Any, TypeVar
 
 from serve.errors import BundleError, DigestError
 from serve.files import FileState, file_state, read_regular
-from serve.manifest import MANIFEST_FILE, NAME_PATTERN, ONNX_FILE, PARITY_FILE, QUALITY_FILE, Manifest, parse_manifest, sha256
-from serve.models.version_policy import is_version
+from serve.manifest import (
+    MANIFEST_FILE,
+    NAME_PATTERN,
+    ONNX_FILE,
+    PARITY_FILE,
+    QUALITY_FILE,
+    Manifest,
+    is_version,
+    parse_manifest,
+    sha256,
+)
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ for a rollback.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +23,13 @@ from msgspec import Meta
 
 from serve.errors import SettingsError
 from serve.files import Watched
-from serve.manifest import NAME_PATTERN
-from serve.models.version_policy import Policy, parse_policy
+from serve.manifest import NAME_PATTERN, is_version
 
 FILE_NAME = "serving.json"
 FLAG = "--serving-file"
 SCHEMA_VERSION = 1
-HISTORY = 16  # routes of a model that a rollback can go back through
 
+Policy = int | tuple[int, ...]  # the latest so many versions, or those
 Version = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 
 
@@ -106,3 +106,33 @@ def watched_serving_file(path: Path) -> Watched[ServingState]:
     """The file, read anew when it changes. Raises SettingsError when there is a file and it cannot be used."""
     where = f"{FLAG} {path}"
     return Watched([(FLAG, path)], lambda contents: parse_serving_state(contents[0], where), missing=ServingState())
+
+
+def pick(policy: Policy, versions: Collection[int]) -> list[int]:
+    """The versions to serve out of those there are, lowest first."""
+    return sorted(versions)[-policy:] if isinstance(policy, int) else sorted(set(policy) & set(versions))
+
+
+def parse_policies(text: str) -> dict[str, Policy]:
+    """Read ``latest``, ``latest:3``, ``1+4`` and ``mlp=latest:2,dcgan=1+4,latest``: by model, ``""`` for all others.
+
+    Raises SettingsError.
+    """
+    policies: dict[str, Policy] = {"": 1}
+    for entry in text.split(","):
+        name, separator, policy = entry.strip().rpartition("=")
+        if separator and not NAME_PATTERN.fullmatch(name):
+            raise SettingsError(f"--versions: {name[:64]!r} is no model name")
+        policies[name] = parse_policy(policy)
+    return policies
+
+
+def parse_policy(text: str) -> Policy:
+    """Read one policy: ``latest``, ``latest:3`` or ``1+4``. Raises SettingsError."""
+    kind, _, number = text.partition(":")
+    if kind == "latest" and (not number or is_version(number)):
+        return int(number or 1)
+    numbers = text.split("+")
+    if all(is_version(each) for each in numbers):
+        return tuple(map(int, numbers))
+    raise SettingsError(f"--versions: {text[:64]!r} is no policy; give latest, latest:N, or numbers as in 1+4")

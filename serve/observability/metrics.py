@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Metric
-
-from serve.observability.histogram import Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SHORT_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.1, 0.3, 1.0, 3.0)
@@ -42,21 +40,20 @@ class Metrics:
         registry.register(self)  # the first to be asked, so that the others are up to date
         self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
         self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
-        self.rpc_seconds = Histogram(
-            "grpc_server_handling_seconds", "Time from the RPC's start to its end", RPC, SECONDS_BUCKETS, registry
+        self.rpc_seconds = self._histogram(
+            "grpc_server_handling_seconds", "Time from the RPC's start to its end", RPC, SECONDS_BUCKETS
         )
-        self.queue_wait = self._short("digits_queue_wait_seconds", "Time from acceptance until the first row goes into a batch")
-        self.assembly = self._short("digits_assembly_seconds", "Time to write one batch's latents")
-        self.compute = self._short("digits_compute_seconds", "Time of one run of the model")
-        self.encode = self._short("digits_encode_seconds", "Time to turn rows into the response's bytes")
-        self.batch_images = Histogram("digits_batch_images", "Images in one run of the model", MODEL, IMAGES_BUCKETS, registry)
+        self.queue_wait = self._histogram(
+            "digits_queue_wait_seconds", "Time from acceptance until the first row goes into a batch"
+        )
+        self.assembly = self._histogram("digits_assembly_seconds", "Time to write one batch's latents")
+        self.compute = self._histogram("digits_compute_seconds", "Time of one run of the model")
+        self.encode = self._histogram("digits_encode_seconds", "Time to turn rows into the response's bytes")
+        self.batch_images = self._histogram("digits_batch_images", "Images in one run of the model", buckets=IMAGES_BUCKETS)
         self.images = Counter("digits_images", "Images returned, by format", (*MODEL, "format"), registry=registry)
         self.bucket_runs = Counter("digits_bucket_runs", "Runs of the model, by rows computed", BUCKET, registry=registry)
         self.bucket_seconds = Counter(
-            "digits_bucket_run_seconds",
-            "Time of those runs, by rows up to a power of two",
-            BUCKET,
-            registry=registry,
+            "digits_bucket_run_seconds", "Time of those runs, by rows up to a power of two", BUCKET, registry=registry
         )
         self.graph_captures = Counter(
             "digits_cuda_graph_captures", "CUDA graphs captured and checked, by result", (*MODEL, "result"), registry=registry
@@ -162,8 +159,10 @@ class Metrics:
             gauge.remove(model, str(version))
         self.provider.remove(model, str(version), provider, digest)
 
-    def _short(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, MODEL, SHORT_SECONDS_BUCKETS, self.registry)
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str] = MODEL, buckets: Sequence[float] = SHORT_SECONDS_BUCKETS
+    ) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, MODEL, registry=self.registry)
@@ -205,10 +204,10 @@ class RpcMetrics:
         handled = cache(lambda code: metrics.rpc_handled.labels(*labels, code).inc)
 
         def observe(records: Sequence[tuple[str, float]]) -> None:
-            codes, taken = zip(*records, strict=True)
-            for code, calls in Tally(codes).items():
+            for code, calls in Tally(code for code, _ in records).items():
                 handled(code)(calls)
-            seconds(taken)
+            for _, taken_s in records:
+                seconds(taken_s)
 
         def count(records: Sequence[None]) -> None:
             begun(len(records))
@@ -233,11 +232,10 @@ class ModelMetrics:
         images_in = cache(lambda name: metrics.images.labels(*labels, name).inc)
 
         def observe_answers(records: Sequence[tuple[str, int, float, float]]) -> None:
-            encodings, counts, queue_s, encode_s = zip(*records, strict=True)
-            queue_wait(queue_s)
-            encode(encode_s)
             totals: Tally[str] = Tally()
-            for encoding, images in zip(encodings, counts, strict=True):
+            for encoding, images, queue_s, encode_s in records:
+                queue_wait(queue_s)
+                encode(encode_s)
                 totals[encoding] += images
             for encoding, images in totals.items():
                 images_in(encoding)(images)
@@ -253,26 +251,22 @@ class ModelMetrics:
             return metrics.bucket_runs.labels(*labels, name).inc, metrics.bucket_seconds.labels(*labels, name).inc
 
         def observe_batches(records: Sequence[tuple[int, int, float, float]]) -> None:
-            images, buckets, assembly_s, compute_s = zip(*records, strict=True)
-            batch_images(images)
-            assembly(assembly_s)
-            compute(compute_s)
-            padding(sum(buckets) - sum(images))
-            for bucket, took_s in zip(buckets, compute_s, strict=True):
+            padding(sum(bucket - images for images, bucket, _, _ in records))
+            for images, bucket, assembly_s, compute_s in records:
+                batch_images(images)
+                assembly(assembly_s)
+                compute(compute_s)
                 count, seconds = bucket_counters(bucket)
                 count(1)
-                seconds(took_s)
+                seconds(compute_s)
 
         # A version that is loaded anew goes on with the records of the one before it, which may still be answering.
         self._answers = metrics.later.setdefault(("answers", *labels), Later(observe_answers))
         self._batches = metrics.later.setdefault(("batches", *labels), Later(observe_batches))
-        self.self_checks: Callable[[str], Counter] = cache(lambda result: metrics.self_checks.labels(*labels, result))
-        self._graph_captures: Callable[[str], Counter] = cache(lambda result: metrics.graph_captures.labels(*labels, result))
+        self._metrics, self._labels = metrics, labels
         self._splits = metrics.splits.labels(*labels).inc
-        self._dropped: Callable[[str], Counter] = cache(lambda reason: metrics.dropped.labels(*labels, reason))
-        self._run_failures: Callable[[str], Counter] = cache(lambda reason: metrics.run_failures.labels(*labels, reason))
         for reason in RUN_FAILURES:
-            self._run_failures(reason)  # born at 0
+            metrics.run_failures.labels(*labels, reason)  # born at 0
         for result in SELF_CHECKS:
             self.self_checks(result)
 
@@ -284,13 +278,16 @@ class ModelMetrics:
         self._batches.add((images, bucket, assembly_s, compute_s))
 
     def graph_capture(self, result: str) -> None:
-        self._graph_captures(result).inc()
+        self._metrics.graph_captures.labels(*self._labels, result).inc()
 
     def split(self, chunks: int) -> None:
         self._splits(chunks)
 
     def dropped(self, images: int, reason: str) -> None:
-        self._dropped(reason).inc(images)
+        self._metrics.dropped.labels(*self._labels, reason).inc(images)
 
     def failed(self, reason: str) -> None:
-        self._run_failures(reason).inc()
+        self._metrics.run_failures.labels(*self._labels, reason).inc()
+
+    def self_checks(self, result: str) -> Counter:
+        return self._metrics.self_checks.labels(*self._labels, result)

@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
+from serve.api.http_call import error_answer
 from serve.api.status import refusal
 
 log = logging.getLogger(__name__)
@@ -48,13 +49,8 @@ def usable_host(host: str) -> str:
     return "0.0.0.0" if bare == ANY_ADDRESS and not socket.has_dualstack_ipv6() else bare
 
 
-def error_answer(status: int, text: str, **headers: str) -> web.Response:
-    """An error in the form of all others."""
-    return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
-
-
 class Connections:
-    """The port's open connections, by the protocol object that aiohttp has for each. For the event loop's thread alone.
+    """The port's open connections. For the event loop's thread alone.
 
     When there are too many, the one that has waited longest for a request makes room: those who probe find a place, whoever
     holds the others.
@@ -65,7 +61,7 @@ class Connections:
         self._most_busy = limit - limit // 4  # the rest answers probes, or waits and can make room
         self._head_timeout_s = head_timeout_s
         self._is_probe = is_probe
-        self._open: dict[Any, Connection] = {}
+        self._open: set[Connection] = set()
         self.idle: dict[Connection, None] = {}  # in the order in which they began to wait
 
     def add(self, connection: Connection) -> bool:
@@ -76,18 +72,18 @@ class Connections:
             oldest = next(iter(self.idle))
             oldest.end()
             self.remove(oldest)
-        self._open[connection.inner] = connection
+        self._open.add(connection)
         connection.wait(self._head_timeout_s)
         return True
 
     def remove(self, connection: Connection) -> None:
-        self._open.pop(connection.inner, None)
+        self._open.discard(connection)
 
     @web.middleware
     async def note_requests(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
         """A head has come: there is time again until its answer is there."""
-        connection = self._open.get(request.protocol)
-        if connection is None:
+        connection = request.protocol
+        if not isinstance(connection, Connection) or connection not in self._open:
             raise ConnectionResetError  # it has just made room for another
         connection.stop_waiting()
         try:
@@ -96,26 +92,32 @@ class Connections:
             answer: web.StreamResponse = await handler(request)
             return answer
         finally:
-            if request.protocol in self._open:
+            if connection in self._open:
                 connection.wait(self._head_timeout_s)
 
 
-class Connection(asyncio.Protocol):
-    """Stands between a transport and aiohttp's protocol, and ends what is too much or takes too long."""
+class Connection(web.RequestHandler):
+    """aiohttp's protocol, which ends what is too much or takes too long.
 
-    def __init__(self, inner: Any, connections: Connections) -> None:
-        self.inner = inner
+    Its own errors are answered like all others, and not logged with what the caller sent.
+    """
+
+    __slots__ = ("_connections", "_head_bytes", "_taken", "_timer")
+
+    def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: Connections) -> None:
+        limits = {"max_line_size": LONGEST_LINE, "max_field_size": LONGEST_HEADER, "max_headers": MOST_HEADERS}
+        # Compressed bodies are read by their handler, which knows what is a caller's mistake and where it ends.
+        super().__init__(server, loop=loop, access_log=None, auto_decompress=False, **limits)  # type: ignore[arg-type]
         self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
         self._taken = False
-        self._transport: Any = None
         self._head_bytes = 0
 
     def wait(self, timeout_s: float) -> None:
         """Close the connection unless a request begins in time."""
         self.stop_waiting()
         self._head_bytes = 0
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._transport.abort)
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._abort)
         self._connections.idle[self] = None
 
     def stop_waiting(self) -> None:
@@ -126,21 +128,25 @@ class Connection(asyncio.Protocol):
 
     def end(self) -> None:
         self.stop_waiting()
-        self._transport.abort()
+        self._abort()
+
+    def _abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
+        self.transport = transport
         self._taken = self._connections.add(self)
         if self._taken:
-            self.inner.connection_made(transport)
+            super().connection_made(transport)
         else:
-            transport.abort()
+            self._abort()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: BaseException | None) -> None:
         self.stop_waiting()
         if self._taken:
             self._connections.remove(self)
-            self.inner.connection_lost(exc)
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._timer is not None:
@@ -149,27 +155,7 @@ class Connection(asyncio.Protocol):
                 self.end()
                 return
         if self._taken:
-            self.inner.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        return self.inner.eof_received() if self._taken else None
-
-    def pause_writing(self) -> None:
-        self.inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.inner.resume_writing()
-
-
-class Protocol(web.RequestHandler):
-    """aiohttp's protocol, whose own errors are answered like all others, and not logged with what the caller sent."""
-
-    __slots__ = ()
-
-    def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
-        limits = {"max_line_size": LONGEST_LINE, "max_field_size": LONGEST_HEADER, "max_headers": MOST_HEADERS}
-        # Compressed bodies are read by their handler, which knows what is a caller's mistake and where it ends.
-        super().__init__(server, loop=loop, access_log=None, auto_decompress=False, **limits)  # type: ignore[arg-type]
+            super().data_received(data)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -219,4 +205,4 @@ class Site(web.BaseSite):
         if self._host == ANY_ADDRESS:  # asyncio would listen on IPv6 alone; gRPC's port takes both
             where = {"sock": socket.create_server((self._host, self._port), family=socket.AF_INET6, dualstack_ipv6=True)}
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(Protocol(server, loop), self._connections), **where)
+        self._server = await loop.create_server(lambda: Connection(server, loop, self._connections), **where)

@@ -10,10 +10,10 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 
-from serve.api.http_call import CONTENT_ENCODINGS
+from serve.api.http_call import CONTENT_ENCODINGS, error_answer
 from serve.errors import StartError
 from serve.observability.logs import mute
-from serve.ports.http_connections import ANSWER_HEADERS, Connections, Site, connection_limit, error_answer, usable_host
+from serve.ports.http_connections import ANSWER_HEADERS, Connections, Site, connection_limit, usable_host
 
 Reason = Callable[[], str | None]
 ReasonOf = Callable[[str | None], str | None]

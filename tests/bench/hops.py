@@ -23,7 +23,7 @@ from serve.api.admission import Admission, Call
 from serve.api.digits_v1 import DigitService
 from serve.core.generate import Core
 from serve.core.request import Addresses, DigitsRequest
-from serve.engine.factory import make_engine
+from serve.engine.cuda_engine import make_engine
 from serve.engine.provider import EngineOptions
 from serve.latents import LatentReader, Span
 from serve.manifest import BUNDLED_DIR

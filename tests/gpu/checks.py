@@ -31,9 +31,8 @@ from export.graphs.to_torchscript import load_torchscript
 from serve.api.encoding import as_bytes, field_key, pack_field
 from serve.engine import cuda
 from serve.engine.cuda import Device
-from serve.engine.cuda_engine import CudaEngine, _graph_id
+from serve.engine.cuda_engine import CudaEngine, _graph_id, make_engine
 from serve.engine.device_buffers import NO_GRAPH
-from serve.engine.factory import make_engine
 from serve.engine.provider import EngineOptions, Provider
 from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Engine
 from serve.latents import LatentReader, Span, draw_span
@@ -439,7 +438,7 @@ def device_latents(plan: Plan) -> Outcome:
         for engine in (host, drawing):
             engine.warm()
         ratios = {bucket: _batch_s(drawing, bucket, plan) / _batch_s(host, bucket, plan) for bucket in host.buckets()}
-        accepted = isinstance(drawing, CudaEngine) and drawing.draws_latents
+        accepted = isinstance(drawing, CudaEngine) and drawing.drawing is not None
         figures[model] = {"same_bits": accepted, "batch_time_ratio": ratios}
         targets.append(Target(f"{model}: the device draws the host's latents", float(accepted), 1))
     return Outcome(figures, tuple(targets))

@@ -150,13 +150,22 @@ def test_a_finished_shard_is_kept_and_the_index_comes_from_the_job(
     assert "digits by mlp/1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--count=0", "--seed=-1", "--shards=0", "--shard=-1", "--threads=257", f"--start={1 << 63}"])
+def test_a_number_out_of_bounds_is_refused_by_its_flag(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*BASE, f"--out={tmp_path / 'set'}", flag])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: argument {flag.partition('=')[0]}: must be from")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--seed=8"], "seed 7, not 8; name another --out"),
         (["--shards=3"], "shards 2, not 3"),
         (["--shard=2"], "--shard must be from 0 to 1, got 2"),
-        (["--count=0"], "--count must be from 1 to"),
         (["--model=vae"], "has no model 'vae'"),
         (["--version=9"], "cannot be read"),
         (["--labels", "3"], "--labels 3: model mlp/1 is unconditional"),

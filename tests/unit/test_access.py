@@ -20,10 +20,9 @@ from serve.access import identity as callers_module
 from serve.access import tokens as tokens_module
 from serve.access.budget import Budget, Hold
 from serve.access.identity import Account, Accounts, Caller, peer_address
-from serve.access.tls import Certificates, TlsFiles
+from serve.access.tls import Certificates
 from serve.access.tokens import TokenFile, main, parse_tokens
 from serve.errors import CallerLimitError, ForbiddenError, OverloadedError, SettingsError, UnauthenticatedError
-from serve.files import Watched
 from tests.waiting import wait_until
 
 SHA = "ab" * 32
@@ -382,7 +381,7 @@ def test_certificates_that_cannot_be_used_are_refused_by_file(fault: str, tmp_pa
     issued.private_key_pem.write_to_path(key)
     cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     authority.cert_pem.write_to_path(ca)
-    Watched(TlsFiles(cert, key, ca).flags, TlsFiles(cert, key, ca).use)
+    Certificates(cert, key, ca, print)
     if fault == "missing":
         key.unlink()
     elif fault == "empty":
@@ -393,7 +392,7 @@ def test_certificates_that_cannot_be_used_are_refused_by_file(fault: str, tmp_pa
         ca.write_text("nothing")
     together = r"--tls-cert .*tls\.crt.*--tls-key .*tls\.key.*--tls-client-ca "
     with pytest.raises(SettingsError, match=r"--tls-key .*tls\.key" if fault == "missing" else together):
-        Certificates(TlsFiles(cert, key, ca), print)
+        Certificates(cert, key, ca, print)
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None:
@@ -409,4 +408,4 @@ def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None
         )
     )
     with pytest.raises(SettingsError, match="encrypted"):
-        Certificates(TlsFiles(cert, key, None), print)
+        Certificates(cert, key, None, print)

@@ -23,7 +23,7 @@ from serve.errors import BundleError, ProviderError, SettingsError
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE, parse_manifest, sha256
 from serve.models.model import DEFAULT_BATCH_SIZES, batch_size
 from serve.models.repository import Repository, read_bundle
-from serve.models.version_policy import parse_policies, pick
+from serve.models.serving_file import parse_policies, pick
 
 
 def repository(folder: Path) -> Repository:

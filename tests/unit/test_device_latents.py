@@ -93,7 +93,7 @@ def test_nvrtc_compiles_the_source_without_fused_arithmetic() -> None:
 def test_an_engine_that_draws_answers_as_one_that_does_not(name: str) -> None:
     device = HostDevice()
     engine = make_engine(name, device)
-    assert engine.draws_latents
+    assert engine.drawing is not None
     size, labels = engine.manifest.latent_size, engine.manifest.labels
     reader, chance = LatentReader(size, labels), random.Random(4)
     for rows in (1, 7, 16, 3):
@@ -143,7 +143,7 @@ def test_the_host_draws_where_the_device_does_not_draw_the_same(
     with caplog.at_level(logging.WARNING):
         engine = make_engine("mlp", device())
     assert [record.getMessage() for record in caplog.records] == [f"mlp/1: the host draws latents ({why})"]
-    assert not engine.draws_latents
+    assert engine.drawing is None
     spans = [Span(3, 0, 4)]
     feeds = engine.assemble(LatentReader(64), spans, 4)
     assert np.array_equal(feeds["latents"], draw_span(spans[0], 64, 0)[0])
