@@ -80,6 +80,7 @@ class Server:
         self._metrics.expected_provider.labels(settings.provider).set(1)
         self._stopping = asyncio.Event()
         self._when_stopping = when_stopping
+        self._has_signal = False
         self.broken: str | None = None  # why the process ends by itself
         self._watch_interval_s = min(1.0, settings.watchdog_s / 4)
         self._watched_at = time.monotonic()
@@ -116,9 +117,10 @@ class Server:
         self._stopping.set()
 
     def _signalled(self) -> None:
-        """The first signal drains, the second ends the process at once."""
-        if self._stopping.is_set():
+        """The first signal drains, the second ends the process at once; that it drains by itself is no signal."""
+        if self._has_signal:
             os._exit(ENDED_AT_ONCE)
+        self._has_signal = True
         self.stop()
 
     async def _start(self) -> Ports:

@@ -99,6 +99,7 @@ def test_no_request_of_a_large_shape_holds_up_a_single_digit(
         assert held_at_most(victim, attack) < HELD_MS
 
 
+@pytest.mark.long
 def test_no_request_of_a_shape_made_by_chance_holds_up_a_single_digit(victim: Victim, shared_server: ServerProcess) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     late: list[tuple[str, float]] = []

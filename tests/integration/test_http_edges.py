@@ -90,6 +90,7 @@ def probed(server: ServerProcess, path: str = "/healthz") -> Iterator[list[float
         thread.join(30)
 
 
+@pytest.mark.long
 def test_a_probe_finds_a_place_among_600_idle_connections(start_server: Callable[..., ServerProcess]) -> None:
     with open_files(4096), ExitStack() as stack:
         server = start_server()
@@ -105,6 +106,7 @@ def test_a_probe_finds_a_place_among_600_idle_connections(start_server: Callable
         assert time.monotonic() - begun < HEAD_TIMEOUT_S / 2, "they were idle all the while"
 
 
+@pytest.mark.long
 def test_requests_that_never_end_take_no_place_from_a_probe(start_server: Callable[..., ServerProcess]) -> None:
     with open_files(4096), ExitStack() as stack:
         server = start_server()

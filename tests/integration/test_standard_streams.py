@@ -69,6 +69,7 @@ def test_a_token_that_nobody_has_seen_is_not_in_force(tmp_path: Path) -> None:
     assert tokens_in(path) == ["jobs"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streams", [*CLOSED, "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"])
 def test_a_server_without_streams_serves_and_stops_in_order(streams: str, tmp_path: Path) -> None:
     """Issue: with closed streams it aborted at SIGTERM (134); a full standard output ended it at start."""
@@ -82,6 +83,7 @@ def test_a_server_without_streams_serves_and_stops_in_order(streams: str, tmp_pa
     assert b"Traceback" not in log
 
 
+@pytest.mark.long
 def test_a_log_that_nobody_reads_stops_no_thread_that_serves(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """Issue: 64 KiB of unread log stopped the gRPC port, while /healthz said alive."""
     (tmp_path / "tokens.json").write_text('{"tokens": []}')

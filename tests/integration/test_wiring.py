@@ -177,6 +177,20 @@ def test_a_hung_run_fails_its_batch_and_liveness_and_ends_the_process(served: Se
         served(test, watchdog_s=1.5)
 
 
+def test_a_signal_while_the_process_drains_by_itself_does_not_cut_it_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("serve.server.os._exit", exits.append)
+
+    async def test(server: Running) -> None:
+        server.server.stop()
+        server.server._signalled()
+        assert exits == []
+        server.server._signalled()
+        assert exits == [130], "the second one does"
+
+    served(test)
+
+
 def test_a_run_that_raises_fails_its_caller_alone_and_tells_nothing_of_the_inside(served: Served) -> None:
     async def test(server: Running) -> None:
         server.orders.fails = RuntimeError("planted")

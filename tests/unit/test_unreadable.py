@@ -217,6 +217,7 @@ def test_a_look_that_hangs_is_given_up_and_the_next_waits_until_it_has_ended(
     with_replica(test, models, versions="1")
 
 
+@pytest.mark.long
 def test_a_load_that_hangs_is_given_up_and_other_models_go_on_meanwhile(
     models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
