@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -30,7 +31,7 @@ from serve.api.http import HttpApi, page_routes
 from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
-from serve.background import for_each, repeat
+from serve.background import finished, for_each, in_daemon_thread, repeat
 from serve.core.generate import Core
 from serve.engine.resources import give_memory_back, memory_bytes, usable_cores
 from serve.errors import StartError
@@ -57,7 +58,8 @@ ENDED_AT_ONCE, ENDED_LATE = 130, 1  # exit statuses
 FLUSH_GRACE_S = 0.25  # for answers to be written when the drain's deadline has passed
 HTTP_CLEANUP_S = 1.0  # twice: for connections whose clients do not read
 # What stopping may take beyond --drain-grace-s and --drain-deadline-s: hung runs, open connections, spans not yet sent.
-DRAIN_OVERHEAD_S = JOIN_S + FLUSH_GRACE_S + 2 * HTTP_CLEANUP_S + 3.0
+SPANS_S = 3.0
+DRAIN_OVERHEAD_S = JOIN_S + FLUSH_GRACE_S + 2 * HTTP_CLEANUP_S + SPANS_S
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,8 @@ class Server:
             self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
         if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.shut_down)
+            with contextlib.suppress(TimeoutError):  # a collector that is silent or gone
+                await finished(in_daemon_thread("tracing", self._tracing.shut_down), SPANS_S, "sending spans")
 
     async def _watch(self) -> None:
         """Look for what hangs. Time that passed while this process was stopped, as a whole, does not count."""

@@ -62,8 +62,10 @@ class Tracing:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         parent = TraceContextTextMapPropagator().extract(metadata)
-        service, _, method = name.rpartition("/")
+        service, _, method = name.partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        if service == "http":
+            name, attributes = method, {"http.route": method}
         span = self.tracer.start_span(name, parent, SpanKind.SERVER, attributes)
         return Span(self.tracer, span, set_span_in_context(span, parent))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -22,6 +25,7 @@ from serve.observability import tracing
 from serve.observability.logs import JsonFormatter, current_call
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from serve.server import DRAIN_OVERHEAD_S
 from tests.server_process import ServerProcess
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -133,3 +137,22 @@ def test_an_endpoint_without_the_packages_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*tracing"):
         tracing.set_up({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"})
+
+
+def test_an_http_call_is_in_its_callers_trace_and_a_silent_collector_does_not_hold_the_end_up(
+    collecting: Collector, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Issue: stopping took 30 s with a collector that was gone."""
+    server = start_server(environment={"OTEL_EXPORTER_OTLP_ENDPOINT": collecting.endpoint})
+    request = urllib.request.Request(f"http://{server.http}/v1/digits?model=mlp", headers=dict((TRACEPARENT,)))
+    urllib.request.urlopen(request, timeout=20).close()
+    assert server.terminate()[0] == 0
+    [span] = [each for each in collecting.spans if each.parent_span_id.hex() == PARENT_ID]
+    assert (span.name, span.trace_id.hex()) == ("/v1/digits", TRACE_ID)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server = start_server("--drain-deadline-s=1", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+        urllib.request.urlopen(f"http://{server.http}/v1/digits?model=mlp", timeout=20).close()
+        began = time.monotonic()
+        assert server.terminate()[0] == 0
+        assert time.monotonic() - began < 1 + DRAIN_OVERHEAD_S
