@@ -60,7 +60,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.later: dict[tuple[str, ...], Later[Any]] = {}  # as many as there are children that they observe
-        self.read_served: Callable[[], Iterable[Served]] = tuple  # whoever knows the models sets it
+        # Whoever knows them sets these: the served versions, and those that could not be loaded.
+        self.read_served: Callable[[], Iterable[Served]] = tuple
+        self.read_failed: Callable[[], Iterable[tuple[str, int]]] = tuple
         registry.register(self)  # the first to be asked, so that the others are up to date
         self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
         self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
@@ -106,9 +108,6 @@ class Metrics:
         self.drained = Counter(
             "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
         )
-        self.model_failed = Gauge(
-            "digits_model_failed", "1 for a version that should be served and could not be loaded", MODEL, registry=registry
-        )
         self.model_loads = Counter(
             "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
         )
@@ -126,7 +125,7 @@ class Metrics:
         self.serving_file_reads.labels("failed")  # born at 0: what Prometheus first sees at 1 has not increased
 
     def collect(self) -> list[Metric]:
-        """The served models' gauges, for the registry; before it asks the others, what was kept for later is observed."""
+        """The models' gauges, for the registry; before it asks the others, what was kept for later is observed."""
         for records in self.later.values():
             records.flush()
         served = list(self.read_served())
@@ -139,8 +138,13 @@ class Metrics:
             for name, gauge in gauges.items():
                 gauge.add_metric(labels, float(each.gauges[name]))
             provider.add_metric((*labels, each.provider, each.digest), 1.0)
+        failed = GaugeMetricFamily(
+            "digits_model_failed", "1 for a version that should be served and could not be loaded", labels=MODEL
+        )
+        for model, version in self.read_failed():
+            failed.add_metric((model, str(version)), 1.0)
         loaded = GaugeMetricFamily("digits_models_loaded", "Model versions loaded", len(served))
-        return [*gauges.values(), provider, loaded]
+        return [*gauges.values(), provider, loaded, failed]
 
     def totals(self) -> dict[str, float]:
         """Counters since the start, from whose differences a reader has rates: images, and answered calls with their time."""
