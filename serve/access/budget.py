@@ -50,14 +50,13 @@ class Budget:
 class Hold:
     """What one call holds, of its caller's limits and of the budget, until its answer has been sent."""
 
-    __slots__ = ("_budget", "_bytes", "_caller", "_images", "account", "caller")
+    __slots__ = ("_budget", "_taken", "account", "caller")
 
     def __init__(self, account: Account, caller: Caller, budget: Budget) -> None:
         self.account = account
         self.caller = caller
         self._budget = budget
-        self._images = self._bytes = 0
-        self._caller = ""  # whom the bytes are counted for
+        self._taken: list[tuple[int, int, str]] = []  # images, bytes, whom the bytes are counted for
 
     @property
     def images_limit(self) -> int:
@@ -65,23 +64,22 @@ class Hold:
         return self.account.images_limit
 
     def take(self, images: int, size: int) -> None:
-        """Hold so many images in flight and bytes, once. Raises CallerLimitError or OverloadedError, and then holds nothing."""
+        """Hold so many images in flight and bytes more. Raises CallerLimitError or OverloadedError, and then nothing is added."""
         caller = ""
         if size > LARGE_BYTES:
             caller = self.caller.address if self.account.everyone else self.account.name
-        images = self.account.take(images)
+        images = self.account.take(images) if self.account.images_limit else 0
         try:
             self._budget.take(size, caller)
         except OverloadedError:
             self.account.give_back(images)
             raise
-        self._images, self._bytes, self._caller = images, size, caller
+        self._taken.append((images, size, caller))
 
     def give_back(self) -> None:
         """Hold nothing any more; may be called again."""
-        images, size = self._images, self._bytes
-        self._images = self._bytes = 0
-        if images:
-            self.account.give_back(images)
-        if size:
-            self._budget.give_back(size, self._caller)
+        while self._taken:
+            images, size, caller = self._taken.pop()
+            if images:
+                self.account.give_back(images)
+            self._budget.give_back(size, caller)

@@ -181,7 +181,6 @@ def _parsed(
         encoding=ENCODINGS[image_format],
         priority=priority,
         deadline=call.deadline,
-        size=2 * request.ByteSize(),
         row_bytes=ROW_BYTES[ENCODINGS[image_format]],
     )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from serve.access.budget import Hold
 from serve.api.admission import Admission, Call
 from serve.api.encoding import Piece, as_bytes, field_key, pack_field, packed_varints
-from serve.api.rpc import DigitsMethod, RpcTable, parse
+from serve.api.rpc import REQUEST_COPIES, DigitsMethod, RpcTable, parse
 from serve.api.status import refusal
 from serve.api.tensors import (
     INPUTS,
@@ -224,6 +224,7 @@ class OpenInferenceService:
         request = pb.ModelInferRequest()
         hold = call.another_hold()
         try:
+            hold.take(0, REQUEST_COPIES * len(raw))
             check_size(raw, BULK)
             request = parse(pb.ModelInferRequest, raw)
             call.hold.account.count_request()
@@ -262,7 +263,6 @@ def infer(request: pb.ModelInferRequest, call: Call) -> DigitsRequest:
         read_inputs(request),
         names,
         deadline=call.deadline,
-        size=2 * request.ByteSize(),
         row_bytes=(4 if "images" in names else 1) * row_bytes,
     )
 

@@ -46,6 +46,7 @@ from serve.settings import release
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC
 ROW_BYTES = 24 * 784  # what a digit takes up in memory until its answer is sent: values as JSON, and before that as objects
+BODY_COPIES = 2  # of its bytes, in memory: as they came, and as numbers
 SMALL_BODY_BYTES = 64 << 10  # read at once; reading what is larger would hold up others on the event loop
 MOST_VALUES = 1 << 20  # of a tensor in JSON
 VALUES_AT_ONCE = 1 << 14  # written in one step, in which no other thread runs
@@ -137,13 +138,14 @@ class OpenInferenceHttp:
         return web.json_response({"name": model.manifest.name, "ready": True})
 
     async def _infer(self, request: web.Request, call: Call) -> web.Response:
+        call.hold.take(0, BODY_COPIES * min(request.content_length or MAX_BODY_BYTES, MAX_BODY_BYTES))  # before it is read
         body, encoding = await _body(request), request.headers.get("Content-Encoding", "identity").strip().lower()
         read = partial(read_inference, body, encoding, request.headers.get(JSON_BYTES))
         in_thread = len(body) > SMALL_BODY_BYTES or encoding != "identity"
         inference, tensors, names = await asyncio.to_thread(read) if in_thread else read()
         model, version = request.match_info["model"], request.match_info.get("version", "")
         row_bytes = (4 if "images" in names else 1) * ROW_BYTES
-        parsed = to_request(model, version, tensors, names, deadline=call.deadline, size=2 * len(body), row_bytes=row_bytes)
+        parsed = to_request(model, version, tensors, names, deadline=call.deadline, row_bytes=row_bytes)
         digits = await self._core.generate(parsed, call.hold)
         started = time.perf_counter()
         answer = await asyncio.to_thread(_encode, inference, digits, names)  # values in JSON take their time

@@ -29,6 +29,8 @@ from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+REQUEST_COPIES = 2  # of its bytes, in memory: as they came, and parsed
+SMALL_REQUEST_BYTES = 1 << 10  # what is smaller need not be counted: so many calls cannot be open
 LARGE_REQUEST_BYTES = 16 << 10  # what is larger is parsed by a worker: the thread that receives is everybody's
 
 RequestT = TypeVar("RequestT", bound=Message)
@@ -98,15 +100,21 @@ class RpcTable:
 
         def begin(wire: Wire, raw: bytes) -> None:
             call = self._call(wire, observed)
-            if method.heavy or len(raw) > LARGE_REQUEST_BYTES:
-                self._workers.submit(call.within, take, wire, call, raw)
-            else:
-                call.within(take, wire, call, raw)
-
-        def take(wire: Wire, call: Call, raw: bytes) -> None:
             try:
                 call.admit("generate")
-                check_size(raw, method.bulk)
+                if len(raw) > SMALL_REQUEST_BYTES:
+                    call.hold.take(0, REQUEST_COPIES * len(raw))
+                if method.heavy or len(raw) > LARGE_REQUEST_BYTES:
+                    self._workers.submit(call.within, ask, wire, call, raw)
+                else:
+                    call.within(ask, wire, call, raw)
+            except Exception as error:
+                call.within(_refuse, wire, call, error)()
+
+        def ask(wire: Wire, call: Call, raw: bytes) -> None:
+            try:
+                if len(raw) > LARGE_REQUEST_BYTES:
+                    check_size(raw, method.bulk)
                 message = parse(method.request_type, raw)
                 request = method.to_request(message, call)
                 wire.when_left(core.begin(request, call.hold, partial(finish, wire, call, message)))
@@ -114,6 +122,7 @@ class RpcTable:
                 _refuse(wire, call, error)()
 
         def finish(wire: Wire, call: Call, message: Message, result: Digits | Exception) -> Send | None:
+            """In the thread of the instance that ran the last of the digits."""
             if isinstance(result, Exception):
                 return call.within(_refuse, wire, call, result)
             if method.takes_long(message, result):
@@ -123,7 +132,11 @@ class RpcTable:
 
         def answer(wire: Wire, call: Call, message: Message, digits: Digits) -> Send:
             try:
-                return _answer(wire, call, digits, partial(method.encode, message))
+                started = time.perf_counter()
+                encoded = method.encode(message, digits)
+                call.encoded(digits, time.perf_counter() - started)
+                call.answered()
+                return wire.ending(grpc.StatusCode.OK, message=encoded)
             except Exception as error:
                 return _refuse(wire, call, error)
 
@@ -153,6 +166,7 @@ class RpcTable:
 
         async def run(wire: Wire, call: Call, raw: bytes | None) -> None:
             assert raw is not None
+            call.hold.take(0, REQUEST_COPIES * len(raw))
             check_size(raw, {})
             await _send_all(wire, call, answers(parse(request_type, raw), call))
 
@@ -204,14 +218,6 @@ async def _send_all(wire: Wire, call: Call, answers: AsyncGenerator[bytes]) -> N
         async for answer in answers:
             call.check_again()  # a token may have been revoked since
             await wire.send(answer)
-
-
-def _answer(wire: Wire, call: Call, digits: Digits, encode: Callable[[Digits], bytes]) -> Send:
-    started = time.perf_counter()
-    message = encode(digits)
-    call.encoded(digits, time.perf_counter() - started)
-    call.answered()
-    return wire.ending(grpc.StatusCode.OK, message=message)
 
 
 def _refuse(wire: Wire, call: Call, error: Exception) -> Send:

@@ -67,10 +67,9 @@ def to_request(
     names: Sequence[str],
     *,
     deadline: float | None,
-    size: int,
     row_bytes: int,
 ) -> DigitsRequest:
-    """The request that some tensors are; the last two as in ``DigitsRequest``. Raises RequestError naming the tensor."""
+    """The request that some tensors are; ``row_bytes`` as in ``DigitsRequest``. Raises RequestError naming the tensor."""
     labels = tensors.get("labels", NO_LABELS)
     if labels.ndim != 1:
         raise RequestError(f"inputs: labels must have shape [1] or [n], got {list(labels.shape)}")
@@ -83,7 +82,6 @@ def to_request(
         outputs=tuple(output for output in MODEL_OUTPUTS if output in names) or MODEL_OUTPUTS[:1],
         encoding="float32" if "images" in names else "uint8",
         deadline=deadline,
-        size=size,
         row_bytes=row_bytes,
     )
 

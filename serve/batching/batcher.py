@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from serve.batching.instance import Engine, Instance, Observer
 from serve.batching.policy import BatchPolicy
@@ -24,8 +23,6 @@ from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredE
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
-
-ResultT = TypeVar("ResultT")
 
 TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
 
@@ -180,10 +177,12 @@ class Batcher:
                 if chunks:
                     instance.batch, instance.busy_since, instance.watched_s = chunks, now, 0.0
                     self._working += 1
+                    instance.images = 0
                     for ticket, first, count in chunks:
-                        self._running_images += count
+                        instance.images += count
                         if first == 0:
                             ticket.queue_seconds = now - ticket.queued_at
+                    self._running_images += instance.images
                 self._wake_an_instance(now)
             if expired:
                 complete(expired)
@@ -198,13 +197,13 @@ class Batcher:
             chunks, now = instance.batch, time.monotonic()
             if instance.busy_since is not None:
                 self._busy_s += now - instance.busy_since
-            images = self._release(instance)
+            self._release(instance)
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
             else:
                 finished = scatter(chunks, rows, compute_s)
-                self._policy.note_run(images, compute_s)
+                self._policy.note_run(instance.images, compute_s)
         if finished:
             complete(finished)
 
@@ -262,13 +261,11 @@ class Batcher:
         elif self._policy.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
-    def _release(self, instance: Instance) -> int:
-        """Take an instance's batch from it; returns its images."""
-        images = sum(chunk.count for chunk in instance.batch)
-        self._running_images -= images
+    def _release(self, instance: Instance) -> None:
+        """Take an instance's batch from it."""
+        self._running_images -= instance.images
         self._working -= 1
         instance.batch, instance.busy_since = [], None
-        return images
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
         """Mark tickets failed and drop their waiting rows; returns those that had not failed already."""
@@ -287,16 +284,14 @@ def complete(tickets: Sequence[Ticket]) -> None:
     processor's caches, and each sending lets another thread have the interpreter.
     """
     for first in range(0, len(tickets), TOGETHER):
-        sends = [attempt(ticket.complete) for ticket in tickets[first : first + TOGETHER]]
-        for send in sends:
-            if send is not None:
-                attempt(send)
-
-
-def attempt(function: Callable[[], ResultT]) -> ResultT | None:
-    """Call the function. What it raises is logged and no concern of the other requests'."""
-    try:
-        return function()
-    except Exception:
-        log.exception("an answer could not be made or sent")
-        return None
+        sends = []
+        for ticket in tickets[first : first + TOGETHER]:
+            try:
+                sends.append(ticket.complete())
+            except Exception:  # no concern of the other tickets'
+                log.exception("an answer could not be made")
+        for send in filter(None, sends):
+            try:
+                send()
+            except Exception:
+                log.exception("an answer could not be sent")

@@ -61,6 +61,7 @@ class Instance:
         self.number = number
         self.wake = threading.Condition(lock)
         self.batch: list[Chunk] = []
+        self.images = 0  # of the batch
         self.busy_since: float | None = None  # time.monotonic()
         self.watched_s = 0.0  # for how long the batcher's watchdog has seen it run this batch
         self._make_engine = make_engine
@@ -102,11 +103,11 @@ class Instance:
 
     def _run(self, dispatcher: Dispatcher, engine: Engine, chunks: list[Chunk]) -> None:
         started = time.perf_counter()
-        images = 0
+        images, splits = self.images, 0
         spans = []
         outputs: Sequence[str] = chunks[0].ticket.outputs
         for ticket, first, count in chunks:
-            images += count
+            splits += first == 0 and count < ticket.span.count
             spans.append(ticket.span.part(first, count))
             if ticket.outputs is not outputs and not set(ticket.outputs) <= set(outputs):
                 outputs = tuple(dict.fromkeys((*outputs, *ticket.outputs)))
@@ -127,6 +128,6 @@ class Instance:
             rows["labels"] = feeds["labels"].copy()  # the next batch may be assembled in the same memory
         # Before the answers are: who has one finds its batch in the metrics.
         self._observer.batch(images, engine.bucket(images), assembled - started, compute_s)
-        if splits := sum(first == 0 and count < ticket.span.count for ticket, first, count in chunks):
+        if splits:
             self._observer.split(splits)
         dispatcher.end_batch(self, rows, compute_s)

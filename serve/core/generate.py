@@ -26,6 +26,7 @@ from serve.models.model import Model, ordered
 DEFAULT_CHUNK = 256
 LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
+LABEL_BYTES = 16  # of a stream's label, as it came and as a number
 MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
 
 Completed = Callable[[Digits | Exception], Send | None]
@@ -56,7 +57,7 @@ class Core:
             if not 1 <= count <= most:
                 raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}")
             labels = _checked_labels(request.labels, model, count)
-            holder.take(count, request.size + count * request.row_bytes)
+            holder.take(count, count * request.row_bytes)
             ticket = Ticket(_span(rows, model, labels), request.outputs, request.priority, request.deadline)
 
             def complete(ticket: Ticket) -> Send | None:
@@ -106,7 +107,7 @@ class Core:
                 raise RequestError("count must be 1 or more, got 0")
             labels = _checked_labels(request.labels, model)
             held = min(count, ahead * chunk)
-            holder.take(held, request.size + held * request.row_bytes)
+            holder.take(held, held * request.row_bytes + LABEL_BYTES * len(request.labels))
             whole = _span(rows, model, None)
             given = 0
             while given < count or under_way:

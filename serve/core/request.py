@@ -44,7 +44,7 @@ class Interpolation(msgspec.Struct, frozen=True, eq=False):
 class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     """One request. ``encoding`` is what the protocol will make of the rows: for limits, metrics and error texts.
 
-    ``size`` and ``row_bytes`` are what it holds in memory until its answer has been sent: for itself, and for each row.
+    ``row_bytes`` is what each row takes up in memory until the answer has been sent.
     """
 
     rows: Addresses | Latents | Interpolation
@@ -55,7 +55,6 @@ class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     encoding: str = "uint8"
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None = None  # on time.monotonic()
-    size: int = 0
     row_bytes: int = 0
 
 
@@ -89,5 +88,5 @@ class Holder(Protocol):
         ...
 
     def take(self, images: int, size: int) -> None:
-        """Hold so many images and bytes. Raises CallerLimitError or OverloadedError."""
+        """Hold so many images and bytes more. Raises CallerLimitError or OverloadedError."""
         ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.api.rpc import Method
 from serve.errors import StartError
-from serve.ports.grpc_port import GrpcPort, port_taken
+from serve.ports.grpc_port import GrpcPort, address, port_taken
 from serve.ports.http_connections import usable_host
 from serve.ports.http_port import http_port_taken
 from serve.settings import UNIX, Settings
@@ -83,24 +82,25 @@ def _try(host: str, port: int) -> None:
 
 
 async def check_calls(methods: Mapping[str, Method]) -> None:
-    """Call health through a port of this kind, on a socket that nobody else reaches. Raises StartError when that fails.
+    """Call health through a port of this kind, on loopback. Raises StartError when that fails.
 
     What grpcio's core promises to nobody may have changed: that must be found out now, and not by calls without an answer.
+    Not through a Unix socket: a container whose root is read-only has no folder for one.
     """
 
     def call(target: str) -> None:
-        with grpc.insecure_channel(target) as channel:
+        with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
             next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S))
 
-    with tempfile.TemporaryDirectory() as folder:
-        port = GrpcPort(Settings(host=f"{UNIX}{folder}/check", max_connection_age_s=0), methods)
-        await port.start()
-        try:
-            await asyncio.to_thread(call, f"{UNIX}{folder}/check")
-        except grpc.RpcError as error:
-            text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
-            raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
-        finally:
-            await port.stop(END_S)
+    settings = Settings(host="127.0.0.1", grpc_port=0, max_connection_age_s=0)
+    port = GrpcPort(settings, methods)
+    await port.start()
+    try:
+        await asyncio.to_thread(call, address(settings.host, port.port))
+    except grpc.RpcError as error:
+        text = f"grpcio {grpc.__version__} does not answer calls ({error.code().name}: {error.details()})"
+        raise StartError(f"{text}; install grpcio >=1.85.1,<1.86") from None
+    finally:
+        await port.stop(END_S)

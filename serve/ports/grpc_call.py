@@ -90,10 +90,9 @@ class GrpcCall:
         if self._to_be_watched():
             self._call.start_server_batch((core.ReceiveCloseOnServerOperation(FLAGS),), self._closed)
 
-    def receive(self, received: Callable[[bytes | None], None]) -> None:
-        """Have the one request given to ``received``, in the thread of the core's events; None if there is none."""
-        operations = (core.ReceiveMessageOperation(FLAGS),)
-        self._call.start_server_batch(operations, lambda event: received(event.batch_operations[0].message()))
+    def receive(self, received: Callable[[Any], None]) -> None:
+        """Have the core's event of the one request given to ``received``, in the thread of the core's events."""
+        self._call.start_server_batch((core.ReceiveMessageOperation(FLAGS),), received)
 
     async def requests(self) -> AsyncIterator[bytes]:
         """The requests of a stream, until the caller sends no more."""

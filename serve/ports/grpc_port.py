@@ -20,7 +20,6 @@ import grpc
 from serve.access.tls import Certificates
 from serve.api.rpc import Method
 from serve.background import until
-from serve.batching.batcher import attempt
 from serve.errors import StartError
 from serve.observability.logs import mute
 from serve.ports.grpc_call import GrpcCall, core
@@ -169,8 +168,11 @@ class GrpcPort:
             self._busy_since = time.monotonic()
             if event.completion_type == core.CompletionType.queue_shutdown:
                 return
-            if event.tag is not None:
-                attempt(partial(event.tag, event))
+            try:
+                if event.tag is not None:
+                    event.tag(event)
+            except Exception:
+                log.exception("an event of grpcio's core could not be handled")
             if self._received and (event.tag is None or len(self._received) >= ASKED_FOR):
                 received, self._received = self._received, []
                 for call, method, request in received:
@@ -211,7 +213,9 @@ class GrpcPort:
         else:
             call.receive(partial(self._has_request, call, method))
 
-    def _has_request(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
+    def _has_request(self, call: GrpcCall, method: Method, event: Any) -> None:
+        """The request of a call with one request has come, or there is none."""
+        request: bytes | None = event.batch_operations[0].message()
         if call.received:  # it has been ended: the request came too late
             return
         call.received = True
@@ -236,8 +240,11 @@ class GrpcPort:
 
     def _end(self, call: GrpcCall, code: grpc.StatusCode, text: str) -> None:
         """Give a call a status unless it has one: without, its caller would wait for ever."""
-        if not call.ended:
-            attempt(call.ending(code, text))
+        try:
+            if not call.ended:
+                call.ending(code, text)()
+        except Exception:
+            log.exception("a call could not be given its status")
 
     # On the event loop.
 

@@ -37,7 +37,10 @@ SECRETS = {
     "digits-parity-watch-token": {"token"},
 }
 # Resident memory of the server by instances, in MiB: ``python -m tests.bench.memory``, table in deploy/README.md.
-MEMORY_MIB, MEMORY_MIB_PER_INSTANCE, HEADROOM = 180, 6, 2.0
+MEMORY_MIB, MEMORY_MIB_PER_INSTANCE = 180, 6
+BUDGET_SHARE = 4  # of the memory limit one part is for open calls, where --max-inflight-mib does not say (serve.server)
+# What Python, connections and streams take beside that budget under attack: tests/integration/test_bounds_memory.py.
+BESIDE_MIB = 136
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"
 
@@ -152,9 +155,8 @@ def probes_ask_what_the_server_answers(items: Sequence[Object]) -> Iterator[str]
                 yield f"{title(item)}: {name} asks {asked}, not {path if secure else service}"
             elif asked["port"] not in (*ports_of(item).values(), *ports_of(item)):
                 yield f"{title(item)}: {name} asks at {asked['port']}, which is no port of it"
-        allowed_s = container["startupProbe"].get("periodSeconds", 10) * container["startupProbe"].get("failureThreshold", 3)
-        if allowed_s < 120:
-            yield f"{title(item)} has {allowed_s} s to start"
+        if failing_s(container["startupProbe"]) < 120:
+            yield f"{title(item)} has {failing_s(container['startupProbe'])} s to start"
 
 
 def stopping_fits_into_the_grace_period(items: Sequence[Object]) -> Iterator[str]:
@@ -164,9 +166,22 @@ def stopping_fits_into_the_grace_period(items: Sequence[Object]) -> Iterator[str
         asleep = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if not asleep:
             yield f"{title(item)} has no preStop: callers are sent to it after it has begun to refuse"
-        longest = asleep + settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
+        longest = asleep + stopping_s(settings)
         if longest > pod.get("terminationGracePeriodSeconds", 30):
             yield f"{title(item)} may take {longest} s to stop and is given {pod.get('terminationGracePeriodSeconds', 30)}"
+        if failing_s(container["livenessProbe"]) < stopping_s(settings):
+            yield f"{title(item)} drains and ends by itself when a run hangs, and its liveness probe does not wait for it"
+
+
+def stopping_s(settings: Settings) -> float:
+    """The longest time from SIGTERM, or from a hung run, to the process's end."""
+    return settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
+
+
+def failing_s(probe: Mapping[str, Any]) -> float:
+    """For how long a probe must fail to have an effect."""
+    allowed: float = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+    return allowed
 
 
 def files_are_where_they_are_looked_for(items: Sequence[Object]) -> Iterator[str]:
@@ -302,22 +317,33 @@ def prometheus_finds_the_pods(items: Sequence[Object]) -> Iterator[str]:
 def memory_is_what_was_measured(items: Sequence[Object]) -> Iterator[str]:
     for item in servers(items):
         [container] = containers(item)
-        wanted = container["resources"]["requests"]
-        fields = {each["name"]: each.get("valueFrom", {}).get("resourceFieldRef", {}) for each in container.get("env", ())}
-        on_gpu = GPU in wanted
-        instances = 1.0
-        if not on_gpu:
-            if fields.get("DIGITS_INSTANCES", {}).get("resource") != "requests.cpu":
-                yield f"{title(item)} runs as many instances as its node has cores: memory follows the node"
-            instances = max(1.0, quantity(wanted["cpu"]))
-        needed = (MEMORY_MIB + MEMORY_MIB_PER_INSTANCE * instances) * HEADROOM + (CUDA_MIB if on_gpu else 0)
-        if quantity(wanted["memory"]) / (1 << 20) < needed:
-            yield f"{title(item)} asks for {wanted['memory']} and may need {needed:.0f} MiB"
+        for complaint in memory_complaints(container, settings_of(items, container)):
+            yield f"{title(item)} {complaint}"
     for item in workloads(items):
         for container in containers(item):
-            wanted, limits = (container["resources"][name] for name in ("requests", "limits"))
+            wanted, limits = (container["resources"].get(name, {}) for name in ("requests", "limits"))
             if "memory" not in limits or any(wanted.get(name) != value for name, value in limits.items()):
                 yield f"{title(item)} is not guaranteed what it may take: {wanted} and {limits}"
+
+
+def memory_complaints(container: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+    """What is wrong with a server's memory: its base, what open calls may hold, and what those cost beside it must fit."""
+    wanted, limits = container["resources"]["requests"], container["resources"].get("limits", {})
+    fields = {each["name"]: each.get("valueFrom", {}).get("resourceFieldRef", {}) for each in container.get("env", ())}
+    on_gpu = GPU in wanted
+    instances = 1.0
+    if not on_gpu:
+        if fields.get("DIGITS_INSTANCES", {}).get("resource") != "requests.cpu":
+            yield "runs as many instances as its node has cores: memory follows the node"
+        instances = max(1.0, quantity(wanted["cpu"]))
+    if "memory" not in limits:
+        yield "has no memory limit: open calls may hold a part of the node's memory"
+        return
+    limit = quantity(limits["memory"]) / (1 << 20)
+    base = MEMORY_MIB + MEMORY_MIB_PER_INSTANCE * instances + (CUDA_MIB if on_gpu else 0)
+    budget = settings.max_inflight_mib or limit / BUDGET_SHARE
+    if base + budget + BESIDE_MIB > limit:
+        yield f"has {limit:.0f} MiB and may need {base:.0f}, {budget:.0f} for open calls and {BESIDE_MIB} beside them"
 
 
 def gpus_are_asked_for_where_they_are_tolerated(items: Sequence[Object]) -> Iterator[str]:

@@ -155,6 +155,7 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         assert process.stderr is not None
         for line in process.stderr:
             logged += line
+            assert line.startswith("{"), logged + process.stderr.read()
             said += json.loads(line)["message"] + "\n"
             if said.splitlines()[-1].startswith("next"):
                 break
@@ -171,6 +172,8 @@ def test_it_serves_read_only_as_its_user_without_capabilities_and_drains_on_sigt
         assert inside.split()[0] == "65532"
         memory = image.run("podman", "exec", "digits", "grep", "VmRSS", "/proc/1/status")
         assert int(memory.split()[1]) << 10 < memory_limit() / 2, "as it was measured"
+        asked = "from serve.engine.resources import memory_bytes; print(memory_bytes())"
+        assert int(image.run("podman", "exec", "digits", "python", "-c", asked)) == memory_limit(), "a quarter is for open calls"
         first = image.run("podman", "exec", "digits", "cat", "/proc/1/cmdline")
         assert first.split("\0")[:3] == ["python", "-m", "serve"], "signals go to Python"
         begun = time.monotonic()

@@ -16,7 +16,8 @@ import pytest
 
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
-from tests.deploy.manifests import containers, of_kind, rendered
+from tests.deploy.manifests import containers, of_kind, rendered, settings_of
+from tests.deploy.relations import failing_s, memory_complaints, stopping_s
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
@@ -66,6 +67,17 @@ def test_kserves_client_is_answered_as_by_kserves_own_server(tmp_path: Path) -> 
             assert int(np.abs(pixels - client.generate(latents=rows, model="mlp").pixels.astype(int)).max()) <= 1
     finally:
         server.kill()
+
+
+def test_a_pod_of_kserves_has_the_memory_and_the_time_to_stop_that_the_server_takes() -> None:
+    [container] = containers(of_kind("kserve", "ServingRuntime"))
+    settings = settings_of(rendered("kserve"), container)
+    assert list(memory_complaints(container, settings)) == []
+    assert failing_s(container["livenessProbe"]) >= stopping_s(settings)
+    longest_s = container["lifecycle"]["preStop"]["sleep"]["seconds"] + stopping_s(settings)
+    for item in rendered("kserve"):
+        if item["kind"] == "InferenceService":
+            assert item["spec"]["predictor"]["terminationGracePeriodSeconds"] >= longest_s
 
 
 def test_there_is_an_inference_service_for_every_bundled_model() -> None:

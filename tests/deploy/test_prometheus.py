@@ -192,6 +192,8 @@ def test_a_server_that_is_gone_fires_and_clears_when_it_is_back(watched: tuple[P
     grpc_port, http_port = (address.rpartition(":")[2] for address in (loaded.server.target, loaded.server.http))
     loaded.server = ServerProcess(*loaded.flags, f"--grpc-port={grpc_port}", f"--http-port={http_port}")
     prometheus.until(lambda: "DigitsDown" not in prometheus.firing())
+    prometheus.until(lambda: "DigitsRestarted" in prometheus.firing())
+    prometheus.until(lambda: "DigitsRestarted" not in prometheus.firing())
 
 
 def test_the_metrics_are_as_prometheus_wants_them(shared_server: ServerProcess) -> None:
@@ -324,12 +326,19 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
         },
         "25m",
     ),
-    ("DigitsInstancesMissing", True, "one of two"): ({"digits_instances_live": "1x20", "digits_instances_wanted": "2x20"}, "10m"),
-    ("DigitsInstancesMissing", False, "one is being replaced"): (
-        {"digits_instances_live": "2 1 2x20", "digits_instances_wanted": "2x20"},
+    ("DigitsRestarted", True, "a container ended by itself"): ({"process_start_time_seconds": "60x5 _x2 480x10"}, "10m"),
+    ("DigitsRestarted", False, "it was long ago"): ({"process_start_time_seconds": "60x5 _x2 480x40"}, "40m"),
+    ("DigitsRestarted", False, "a roll: another pod in its place"): (
+        {'process_start_time_seconds{instance="a"}': "60x5 _x20", 'process_start_time_seconds{instance="b"}': "_x5 300x20"},
         "10m",
     ),
+    ("DigitsRestarted", False, "another's container"): ({'process_start_time_seconds{job="else/where"}': "60x5 480x10"}, "10m"),
     ("DigitsRunsHang", True, "one hung"): ({'digits_run_failures_total{reason="hung"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsHang", True, "a thread has ended"): ({'digits_run_failures_total{reason="died"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsHang", True, "one scrape has seen it, and the process is another"): (
+        {'digits_run_failures_total{reason="hung"}': "0 0 0 1 _ 0x9"},
+        "8m",
+    ),
     ("DigitsRunsHang", False, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
     ("DigitsSelfCheckBreach", True, "the first check"): ({'digits_self_checks_total{result="breach"}': "0 0 0 1 1 1"}, "5m"),
     ("DigitsSelfCheckBreach", False, "all pass"): ({'digits_self_checks_total{result="passed"}': "0+1x20"}, "5m"),

@@ -176,6 +176,13 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         CPU,
         of_container(put("resources", value={"requests": {"cpu": "2", "memory": "64Mi"}, "limits": {"memory": "64Mi"}})),
     ),
+    "no memory limit": (CPU, of_container(take("resources", "limits", "memory"))),
+    "open calls may hold all the memory": (CPU, lambda items: settings(items).update(DIGITS_MAX_INFLIGHT_MIB="900")),
+    "liveness does not wait for a process that ends by itself": (
+        CPU,
+        of_container(put("livenessProbe", "failureThreshold", value=3)),
+    ),
+    "a drain that takes longer": (CPU, lambda items: settings(items).update(DIGITS_DRAIN_DEADLINE_S="40")),
     "a limit over what is asked for": (CPU, of_container(put("resources", "limits", "memory", value="4Gi"))),
     "instances by the node's cores": (CPU, of_container(take("env"))),
     "no preStop": (CPU, of_container(take("lifecycle"))),

@@ -30,7 +30,19 @@ from tests.waiting import wait_until
 
 CALLERS = 6
 CHECK = "inter 100ms fall 1 rise 1"
-SETTINGS = ("--default-model=mlp", "--instances=1", "--drain-grace-s=1", "--drain-deadline-s=10")
+SETTINGS = ("--default-model=mlp", "--instances=1", "--drain-grace-s=1", "--drain-deadline-s=10", "--watchdog-s=1")
+# A server whose runs hang once there is this file.
+HANGING = """
+import pathlib, runpy, threading
+from serve.batching.instance import Instance
+run = Instance._run
+def hang(*arguments):
+    if pathlib.Path({flag!r}).exists():
+        threading.Event().wait()
+    run(*arguments)
+Instance._run = hang
+runpy.run_module("serve", run_name="__main__", alter_sys=True)
+"""
 
 
 def free_port() -> int:
@@ -103,6 +115,7 @@ class Rehearsal:
             shutil.copytree(BUNDLED_DIR / "mlp", models / "mlp")
             if version == 2:
                 add_version(models, "mlp", 2)
+        self.hangs = [folder / f"hang-{number}" for number in range(2)]
         self.ports = [(free_port(), free_port()) for _ in range(2)]
         self.replicas = [self.start(number, 1) for number in range(2)]
         self.proxy = Proxy(folder, self.ports)
@@ -116,9 +129,9 @@ class Rehearsal:
 
     def start(self, number: int, release: int) -> ServerProcess:
         grpc_port, http_port = self.ports[number]
-        return ServerProcess(
-            *SETTINGS, f"--models-dir={self.models[release]}", f"--grpc-port={grpc_port}", f"--http-port={http_port}"
-        )
+        ports = (f"--grpc-port={grpc_port}", f"--http-port={http_port}")
+        module = ("-c", HANGING.format(flag=str(self.hangs[number])))
+        return ServerProcess(*SETTINGS, f"--models-dir={self.models[release]}", *ports, module=module)
 
     def _call(self, seed: int) -> None:
         with DigitClient(f"127.0.0.1:{self.proxy.port}", timeout_s=30) as client:
@@ -175,6 +188,19 @@ def test_a_replica_killed_outright_costs_a_second_try_of_what_it_was_at_and_no_m
     assert rehearsal.failures == []
     # Each caller has one call in flight; until the proxy has noticed, a tenth of a second, more may be sent there.
     assert rehearsal.proxy.retries - before <= 10 * CALLERS
+
+
+def test_a_replica_whose_run_hangs_ends_by_itself_and_costs_the_callers_of_that_run_and_no_more(rehearsal: Rehearsal) -> None:
+    hung = rehearsal.replicas[0]
+    rehearsal.hangs[0].touch()
+    _, log = hung.process.communicate(timeout=60)  # as its supervisor waits for it
+    assert hung.process.returncode == 2
+    assert "start the server again" in log
+    rehearsal.hangs[0].unlink()
+    rehearsal.replicas[0] = rehearsal.start(0, 1)
+    wait_until(lambda: rehearsal.replicas[0].metric("grpc_server_handled_total", grpc_method="Generate") > 50)
+    assert {failure.partition(":")[0] for failure in rehearsal.failures} <= {"INTERNAL"}
+    assert 1 <= len(rehearsal.failures) <= CALLERS
 
 
 FASTER = 5  # than the manifests' own times

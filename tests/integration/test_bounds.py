@@ -47,6 +47,7 @@ def held_at_most(victim: Victim, attack: Callable[[], object], attempts: int = 3
         held = victim.held()
         assert not held.failures
         beyond.append(held.longest_ms - 3 * quiet.longest_ms)
+        print(f"the victim's longest call: {held.longest_ms:.1f} ms, without the attack {quiet.longest_ms:.1f} ms")
     return statistics.median(beyond)
 
 
@@ -74,6 +75,7 @@ def test_metadata_that_is_not_utf_8_holds_up_nobody_and_is_not_logged(tmp_path: 
         text = logged.read_text(errors="replace")
         assert "qz" not in text
         assert "secret" not in text
+        print(f"written to the log: {logged.stat().st_size - before} bytes")
         assert logged.stat().st_size - before < 20_000
         assert beyond_ms < 250
     finally:

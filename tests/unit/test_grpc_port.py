@@ -409,6 +409,21 @@ def test_a_port_is_had_once() -> None:
     run(scenario)
 
 
+def test_the_check_of_the_core_needs_no_folder_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: in a container with a read-only root the server did not start."""
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+
+    async def health(wire: Wire, raw: bytes | None) -> None:
+        await wire.send(b"")
+        wire.ending(Code.OK)()
+
+    async def one(wire: Wire, raw: bytes | None) -> None:
+        wire.ending(Code.OK, message=b"")()
+
+    asyncio.run(check_calls({f"/{HEALTH}/Check": Method(task=one), f"/{HEALTH}/Watch": Method(task=health)}))
+
+
 def test_a_grpcio_whose_core_has_changed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async def checked(method: Method) -> None:
         await check_calls({f"/{HEALTH}/{name}": method for name in ("Check", "Watch")})
