@@ -258,7 +258,7 @@ class Reconciler:
     def _served(self, model: Model) -> Served:
         name, version = model.manifest.name, model.manifest.version
         gauges = model.gauges() | {"model_traffic_share": self._share(name, version)}
-        return Served(name, version, model.provider, model.bundle.digest, gauges)
+        return Served(name, str(version), model.provider, model.bundle.digest, gauges)
 
     def _share(self, name: str, version: int) -> float:
         return self.catalog.route(name).share(version)

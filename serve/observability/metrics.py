@@ -48,7 +48,7 @@ class Served(NamedTuple):
     """A served version, with the values of ``GAUGES``."""
 
     model: str
-    version: int
+    version: str
     provider: str
     digest: str
     gauges: Mapping[str, float]
@@ -128,22 +128,20 @@ class Metrics:
         """The models' gauges, for the registry; before it asks the others, what was kept for later is observed."""
         for records in self.later.values():
             records.flush()
-        served = list(self.read_served())
         gauges = {name: GaugeMetricFamily(f"digits_{name}", text, labels=MODEL) for name, text in GAUGES.items()}
         provider = GaugeMetricFamily(
             "digits_provider", "1 for the execution provider in use", labels=(*MODEL, "provider", "digest")
         )
-        for each in served:
-            labels = (each.model, str(each.version))
+        for each in self.read_served():
             for name, gauge in gauges.items():
-                gauge.add_metric(labels, float(each.gauges[name]))
-            provider.add_metric((*labels, each.provider, each.digest), 1.0)
+                gauge.add_metric(each[:2], float(each.gauges[name]))
+            provider.add_metric(each[:4], 1.0)
         failed = GaugeMetricFamily(
             "digits_model_failed", "1 for a version that should be served and could not be loaded", labels=MODEL
         )
         for model, version in self.read_failed():
             failed.add_metric((model, str(version)), 1.0)
-        loaded = GaugeMetricFamily("digits_models_loaded", "Model versions loaded", len(served))
+        loaded = GaugeMetricFamily("digits_models_loaded", "Model versions loaded", len(provider.samples))
         return [*gauges.values(), provider, loaded, failed]
 
     def totals(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ def with_model(test: Callable[[Model, CollectorRegistry], Any], **settings: Any)
         chosen = Settings(instances=1, max_batch_size=16, **settings)
         metrics = Metrics(registry)
         model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics)
-        metrics.read_served = lambda: [Served("mlp", 1, "cpu", "digest", model.gauges() | {"model_traffic_share": 1.0})]
+        metrics.read_served = lambda: [Served("mlp", "1", "cpu", "digest", model.gauges() | {"model_traffic_share": 1.0})]
         try:
             await asyncio.wait_for(test(model, registry), 60)
         finally:
