@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from msgspec.structs import replace
 
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
-from serve.command_line import INT63, TIMEOUT_S, OneLineParser, run_command, within
+from serve.command_line import INT63, TIMEOUT_S, OneLineParser, failed, run_command, within
 from serve.errors import BundleError, SettingsError
 from serve.files import locked, replace_file
 from serve.manifest import BUNDLED_DIR, NAME_PATTERN
@@ -79,12 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if after != before:
                 replace_file(path, content.encode(), 0o644)
     except (SettingsError, BundleError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     except OSError as error:
         way_out = "change it where it comes from, or make room"
-        print(f"error: {path} cannot be written ({error.strerror}); {way_out}", file=sys.stderr)
-        return 2
+        return failed(f"{path} cannot be written ({error.strerror}); {way_out}")
     old, new = _text(before).splitlines(), content.splitlines()
     print("\n".join(difflib.unified_diff(old, new, str(path), str(path), lineterm="")) or f"{path} is unchanged")
     return 0
@@ -203,11 +200,9 @@ def _status(flags: argparse.Namespace) -> int:
             stub = pb_grpc.DigitGeneratorStub(channel)
             print(as_table(stub.Status(request, timeout=flags.timeout, metadata=access.metadata)))
     except grpc.RpcError as error:
-        print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
-        return 1
+        return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
     except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     return 0
 
 

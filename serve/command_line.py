@@ -44,6 +44,12 @@ UINT32, INT63, UINT64 = within(0, (1 << 32) - 1), within(0, (1 << 63) - 1), with
 TIMEOUT_S = within(0.001, 86400.0)
 
 
+def failed(text: object, status: int = 2) -> int:
+    """Say in one line on standard error what went wrong. Returns the exit status: 2 for what is to be asked otherwise."""
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
 class OutputError(Exception):
     """Standard output takes no more. No OSError: commands tell of those as of the files that they write."""
 
@@ -96,8 +102,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         drop_output()
         status = ENDED_BY_SIGNAL + signal.SIGPIPE
         if error.args[0] != errno.EPIPE:
-            print(f"error: standard output cannot be written to ({error.args[1]})", file=sys.stderr)
-            status = 2
+            status = failed(f"standard output cannot be written to ({error.args[1]})")
     sys.exit(status)
 
 

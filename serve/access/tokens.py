@@ -15,7 +15,6 @@ import hashlib
 import hmac
 import logging
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from serve.command_line import OneLineParser, run_command, within
+from serve.command_line import OneLineParser, failed, run_command, within
 from serve.errors import SettingsError, UnauthenticatedError
 from serve.files import Watched, locked, replace_file
 
@@ -138,11 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with locked(flags.file.parent):
             _change(flags)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     except OSError as error:
-        print(f"error: {flags.file} cannot be written ({error.strerror}); name another file", file=sys.stderr)
-        return 2
+        return failed(f"{flags.file} cannot be written ({error.strerror}); name another file")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.diagnosis import described
-from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser
+from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, failed
 from serve.errors import SettingsError
 from serve.pictures import to_grid, to_png
 
@@ -46,16 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 version=flags.version,
             )
     except grpc.RpcError as error:
-        print(f"error: {flags.target}: {described(error, flags.target, access)}", file=sys.stderr)
-        return 1
+        return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
     except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     try:
         flags.out.write_bytes(to_png(to_grid(digits.pixels)))
     except OSError as error:
-        print(f"error: cannot write {flags.out} ({error.strerror}); name another file with --out", file=sys.stderr)
-        return 1
+        return failed(f"cannot write {flags.out} ({error.strerror}); name another file with --out", 1)
     with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
         print(as_text(digits.pixels, columns=5))
     print(

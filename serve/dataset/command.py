@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.command_line import INT63, UINT32, UINT64, OneLineParser, within
+from serve.command_line import INT63, UINT32, UINT64, OneLineParser, failed, within
 from serve.dataset.filter import BUNDLED_JUDGE, Judge
 from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
@@ -50,12 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _write(flags)
     except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     except OSError as error:  # a disk that is full, a folder that may not be written to
         where = error.filename or flags.out
-        print(f"error: {where}: {error.strerror or error}; make room there, or name another --out", file=sys.stderr)
-        return 2
+        return failed(f"{where}: {error.strerror or error}; make room there, or name another --out")
     return 0
 
 

@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -90,7 +89,7 @@ def _join_idx(folder: Path, dataset: Dataset, parts: list[Path]) -> list[Path]:
     with replacing(paths) as files:
         for (skip, count), images, labels in zip(ranges, files[::2], files[1::2], strict=True):
             images.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
-            _copy(parts, skip * digit, count * digit, images)
+            images.writelines(_pieces(parts, skip * digit, count * digit))
             labels.write(struct.pack(">2I", LABELS_MAGIC, count))
             labels.writelines(label_bytes(folder, dataset, skip, count))
     return paths
@@ -103,30 +102,28 @@ def _join_npz(folder: Path, dataset: Dataset, parts: list[Path]) -> Path:
     """
     path = folder / "digits.npz"
     shape = (dataset.count, dataset.height, dataset.width)
+    pixels = _pieces(parts, 0, dataset.count * dataset.height * dataset.width)
+    arrays = {"images": ("|u1", shape, pixels), "labels": ("|u1", shape[:1], label_bytes(folder, dataset, 0, dataset.count))}
+    if dataset.filter:
+        indices = [dataset.indices_file(folder, shard) for shard in range(dataset.shards)]
+        arrays["indices"] = "<i8", shape[:1], _pieces(indices, 0, 8 * dataset.count)
     with replacing([path]) as (whole,), zipfile.ZipFile(whole, "w") as archive:
-        with archive.open("images.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            _copy(parts, 0, dataset.count * dataset.height * dataset.width, file)
-        with archive.open("labels.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape[:1]})
-            for some in label_bytes(folder, dataset, 0, dataset.count):
-                file.write(some)
-        if dataset.filter:
-            with archive.open("indices.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape[:1]})
-                indices = [dataset.indices_file(folder, shard) for shard in range(dataset.shards)]
-                _copy(indices, 0, 8 * dataset.count, file)
+        for name, (kind, size, content) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": size})
+                for some in content:
+                    file.write(some)
     return path
 
 
-def _copy(parts: list[Path], skip: int, size: int, to: Any) -> None:
-    """Copy ``size`` bytes of the files read as one, after the first ``skip``."""
+def _pieces(parts: list[Path], skip: int, size: int) -> Iterator[bytes]:
+    """``size`` bytes of the files read as one, after the first ``skip``, some at a time."""
     for part in parts:
         here = part.stat().st_size
         if skip < here and size:
             with part.open("rb") as file:
                 file.seek(skip)
                 while size and (chunk := file.read(min(size, COPY_BYTES))):
-                    to.write(chunk)
+                    yield chunk
                     size -= len(chunk)
         skip = max(0, skip - here)

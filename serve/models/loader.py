@@ -50,6 +50,7 @@ class Loader:
         self._provider: Provider = "cpu"
         self.loading: set[Key] = set()
         self.failures: dict[Key, Failure] = {}
+        metrics.read_failed = lambda: self.failures
 
     async def choose_provider(self) -> None:
         """Settle where models run. Raises ProviderError."""
@@ -83,7 +84,7 @@ class Loader:
             raise
         finally:
             self.loading.discard(key)
-        self.forget(key)
+        self.failures.pop(key, None)
         self._metrics.model_loads.labels(name, "ok").inc()
         log.info("%s/%d is loaded, in %.2f s", name, version, time.perf_counter() - started)
         return model
@@ -100,16 +101,11 @@ class Loader:
             reason = str(error)
         self.failures[key] = Failure(reason, fingerprint)
         self._metrics.model_loads.labels(name, kind or "unforeseen").inc()
-        self._metrics.model_failed.labels(name, str(version)).set(1)
-
-    def forget(self, key: Key) -> None:
-        if self.failures.pop(key, None):
-            self._metrics.model_failed.remove(key[0], str(key[1]))
 
     def forget_all_but(self, name: str, kept: Collection[int] = ()) -> None:
         """Forget the failures of a model's versions, but for those ``kept``."""
         for key in [key for key in self.failures if key[0] == name and key[1] not in kept]:
-            self.forget(key)
+            del self.failures[key]
 
 
 def _discard(loading: Future[Model]) -> None:

@@ -88,17 +88,16 @@ class Model:
             log.error("%d instances of %s/%s did not end", stuck, self.manifest.name, self.manifest.version)
         return cut_off
 
-    def gauges(self) -> Mapping[str, Callable[[], float]]:
-        """What ``Metrics.bind_gauges`` reads whenever it is scraped."""
-        batcher = self.batcher
+    def gauges(self) -> dict[str, float]:
+        """The values of ``GAUGES`` in serve/observability/metrics.py that a model knows by itself."""
         return {
-            "queue_images": lambda: batcher.queued_images,
-            "queue_limit": lambda: batcher.limits.max_queue_images,
-            "running_images": lambda: batcher.running_images,
-            "instances_busy": lambda: batcher.busy_instances,
-            "instances_live": lambda: batcher.live_instances,
-            "instances_wanted": lambda: batcher.limits.instances,
-            "model_ready": lambda: self.ready,
+            "queue_images": self.batcher.queued_images,
+            "queue_limit_images": self.batcher.limits.max_queue_images,
+            "running_images": self.batcher.running_images,
+            "instances_busy": self.batcher.busy_instances,
+            "instances_live": self.batcher.live_instances,
+            "instances_wanted": self.batcher.limits.instances,
+            "model_ready": self.ready,
         }
 
     def submit(self, ticket: Ticket) -> None:

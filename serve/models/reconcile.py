@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from serve.background import finished, in_daemon_thread
@@ -24,7 +23,7 @@ from serve.models.loader import Key, Loader
 from serve.models.model import Model
 from serve.models.repository import Fingerprint, Repository, Scan
 from serve.models.serving_file import Route, ServingState, parse_policies, pick
-from serve.observability.metrics import Metrics
+from serve.observability.metrics import Metrics, Served
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,6 +70,7 @@ class Reconciler:
         self._closing = False
         self._draining: dict[Model, asyncio.Task[None]] = {}
         self._cut_off = 0
+        metrics.read_served = lambda: map(self._served, catalog.models())
 
     async def start(self) -> None:
         """Load what is wanted. Raises StartError; with ``wait_for_models`` an unusable bundle is only reported."""
@@ -193,7 +193,6 @@ class Reconciler:
 
     async def _load(self, key: Key, fingerprint: Fingerprint, starting: bool) -> None:
         """Load one version beside what is served and put it into the catalog, or note what is wrong with it."""
-        name, version = key
         try:
             model = await self.loader.open(key)
         except Exception as error:
@@ -203,9 +202,6 @@ class Reconciler:
             self.loader.note_failure(key, error, fingerprint)
             return
         self.catalog.put(model)
-        gauges: dict[str, Callable[[], float]] = {**model.gauges(), "traffic_share": partial(self._share, name, version)}
-        self._metrics.bind_gauges(name, version, model.provider, model.bundle.digest, gauges)
-        self._metrics.models_loaded.set(len(self.catalog.models()))
 
     def status(self) -> list[VersionStatus]:
         """Every version there is, on disk at the last poll or served, by name and version."""
@@ -257,9 +253,12 @@ class Reconciler:
             del self._draining[model]
             log.info("%s/%d is released", model.manifest.name, model.manifest.version)
 
-        self._metrics.drop_gauges(model.manifest.name, model.manifest.version, model.provider, model.bundle.digest)
-        self._metrics.models_loaded.set(len(self.catalog.models()))
         self._draining[model] = asyncio.create_task(drain())
+
+    def _served(self, model: Model) -> Served:
+        name, version = model.manifest.name, model.manifest.version
+        gauges = model.gauges() | {"model_traffic_share": self._share(name, version)}
+        return Served(name, str(version), model.provider, model.bundle.digest, gauges)
 
     def _share(self, name: str, version: int) -> float:
         return self.catalog.route(name).share(version)

@@ -12,9 +12,10 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
+from prometheus_client.core import GaugeMetricFamily
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SHORT_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.1, 0.3, 1.0, 3.0)
@@ -28,7 +29,29 @@ MOST_LATER = 256
 RUN_FAILURES = ("raised", "hung", "died")
 SELF_CHECKS = ("passed", "breach", "failed", "skipped")
 
+# Of a served version, each with digits_ before its name.
+GAUGES = {
+    "queue_images": "Images that wait",
+    "queue_limit_images": "Images that may wait",
+    "running_images": "Images in running batches",
+    "instances_busy": "Instances running a batch",
+    "instances_live": "Instances that can run a batch",
+    "instances_wanted": "Instances that there should be",
+    "model_ready": "1 when the model answers requests",
+    "model_traffic_share": "Share of requests naming no version it answers",
+}
+
 RecordT = TypeVar("RecordT")
+
+
+class Served(NamedTuple):
+    """A served version, with the values of ``GAUGES``."""
+
+    model: str
+    version: str
+    provider: str
+    digest: str
+    gauges: Mapping[str, float]
 
 
 class Metrics:
@@ -37,6 +60,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.later: dict[tuple[str, ...], Later[Any]] = {}  # as many as there are children that they observe
+        # Whoever knows them sets these: the served versions, and those that could not be loaded.
+        self.read_served: Callable[[], Iterable[Served]] = tuple
+        self.read_failed: Callable[[], Iterable[tuple[str, int]]] = tuple
         registry.register(self)  # the first to be asked, so that the others are up to date
         self.rpc_started = Counter("grpc_server_started", "RPCs started", RPC, registry=registry)
         self.rpc_handled = Counter("grpc_server_handled", "RPCs ended, by code", (*RPC, "grpc_code"), registry=registry)
@@ -82,17 +108,6 @@ class Metrics:
         self.drained = Counter(
             "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
         )
-        self._gauges = {
-            "queue_images": self._gauge("digits_queue_images", "Images that wait"),
-            "queue_limit": self._gauge("digits_queue_limit_images", "Images that may wait"),
-            "running_images": self._gauge("digits_running_images", "Images in running batches"),
-            "instances_busy": self._gauge("digits_instances_busy", "Instances running a batch"),
-            "instances_live": self._gauge("digits_instances_live", "Instances that can run a batch"),
-            "instances_wanted": self._gauge("digits_instances_wanted", "Instances that there should be"),
-            "model_ready": self._gauge("digits_model_ready", "1 when the model answers requests"),
-            "traffic_share": self._gauge("digits_model_traffic_share", "Share of requests naming no version it answers"),
-        }
-        self.model_failed = self._gauge("digits_model_failed", "1 for a version that should be served and could not be loaded")
         self.model_loads = Counter(
             "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
         )
@@ -106,18 +121,28 @@ class Metrics:
         self.background_failures = Counter(
             "digits_background_failures", "Rounds of a background task that raised", ("task",), registry=registry
         )
-        self.models_loaded = Gauge("digits_models_loaded", "Model versions loaded", registry=registry)
-        self.provider = Gauge(
-            "digits_provider", "1 for the execution provider in use", (*MODEL, "provider", "digest"), registry=registry
-        )
         self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
         self.serving_file_reads.labels("failed")  # born at 0: what Prometheus first sees at 1 has not increased
 
-    def collect(self) -> Iterable[Metric]:
-        """For the registry: whoever reads the metrics is about to."""
+    def collect(self) -> list[Metric]:
+        """The models' gauges, for the registry; before it asks the others, what was kept for later is observed."""
         for records in self.later.values():
             records.flush()
-        return ()
+        gauges = {name: GaugeMetricFamily(f"digits_{name}", text, labels=MODEL) for name, text in GAUGES.items()}
+        provider = GaugeMetricFamily(
+            "digits_provider", "1 for the execution provider in use", labels=(*MODEL, "provider", "digest")
+        )
+        for each in self.read_served():
+            for name, gauge in gauges.items():
+                gauge.add_metric(each[:2], float(each.gauges[name]))
+            provider.add_metric(each[:4], 1.0)
+        failed = GaugeMetricFamily(
+            "digits_model_failed", "1 for a version that should be served and could not be loaded", labels=MODEL
+        )
+        for model, version in self.read_failed():
+            failed.add_metric((model, str(version)), 1.0)
+        loaded = GaugeMetricFamily("digits_models_loaded", "Model versions loaded", len(provider.samples))
+        return [*gauges.values(), provider, loaded, failed]
 
     def totals(self) -> dict[str, float]:
         """Counters since the start, from whose differences a reader has rates: images, and answered calls with their time."""
@@ -144,28 +169,10 @@ class Metrics:
                     own[sample.name] = own.get(sample.name, 0.0) + sample.value
         return sums
 
-    def bind_gauges(
-        self, model: str, version: int, provider: str, digest: str, gauges: Mapping[str, Callable[[], float]]
-    ) -> None:
-        """Read a model version's gauges from these functions from now on."""
-        for name, gauge in self._gauges.items():
-            gauge.labels(model, str(version)).set_function(gauges[name])
-        self.provider.labels(model, str(version), provider, digest).set(1)
-
-    def drop_gauges(self, model: str, version: int, provider: str, digest: str) -> None:
-        """The version is served no longer: its gauges go, its counters stay."""
-        for gauge in self._gauges.values():
-            gauge.labels(model, str(version)).set_function(float)  # the function it had holds the model
-            gauge.remove(model, str(version))
-        self.provider.remove(model, str(version), provider, digest)
-
     def _histogram(
         self, name: str, text: str, labels: Sequence[str] = MODEL, buckets: Sequence[float] = SHORT_SECONDS_BUCKETS
     ) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, MODEL, registry=self.registry)
 
 
 class Later(Generic[RecordT]):

@@ -153,7 +153,6 @@ FAULTS = [
     Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
     Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
     Fault("digits are counted as requests", f"{METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
-    Fault("a gauge keeps a released model", f"{METRICS}:Metrics.drop_gauges", "gauge.labels(model, str(version)).set_function(float)", "pass", MODEL),
     Fault("what was kept is not observed when metrics are read", f"{METRICS}:Metrics.collect", "records.flush()", "pass", WIRING),
     # CUDA
     Fault("the kernel takes the block before", "serve/engine/latents.cu:", "+ block + 1;", "+ block;", DEVICE_LATENTS),

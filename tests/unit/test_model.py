@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,7 @@ from serve.latents import Span, draw
 from serve.manifest import BUNDLED_DIR
 from serve.models.model import Model, open_model, ordered
 from serve.models.repository import read_bundle
-from serve.observability.metrics import Metrics
+from serve.observability.metrics import Metrics, Served
 from serve.settings import Settings
 
 MLP = BUNDLED_DIR / "mlp" / "1"
@@ -36,7 +34,7 @@ def with_model(test: Callable[[Model, CollectorRegistry], Any], **settings: Any)
         chosen = Settings(instances=1, max_batch_size=16, **settings)
         metrics = Metrics(registry)
         model = await asyncio.to_thread(open_model, read_bundle(MLP), "cpu", chosen, metrics)
-        metrics.bind_gauges("mlp", 1, model.provider, model.bundle.digest, {**model.gauges(), "traffic_share": lambda: 1.0})
+        metrics.read_served = lambda: [Served("mlp", "1", "cpu", "digest", model.gauges() | {"model_traffic_share": 1.0})]
         try:
             await asyncio.wait_for(test(model, registry), 60)
         finally:
@@ -183,23 +181,3 @@ def test_all_instances_of_a_cpu_model_share_one_session(monkeypatch: pytest.Monk
         assert await asyncio.to_thread(model.batcher.close, 30) == 0
 
     asyncio.run(run())
-
-
-def test_a_version_that_is_released_leaves_nothing_behind_in_the_metrics() -> None:
-    """A gauge's function held its model until a garbage collection."""
-    metrics = Metrics(CollectorRegistry())
-
-    class Owner:
-        def value(self) -> float:
-            return 1.0
-
-    owner = Owner()
-    reference = weakref.ref(owner)
-    metrics.bind_gauges("mlp", 1, "cpu", "digest", dict.fromkeys(metrics._gauges, owner.value))
-    gc.disable()
-    try:
-        metrics.drop_gauges("mlp", 1, "cpu", "digest")
-        del owner
-        assert reference() is None
-    finally:
-        gc.enable()
