@@ -45,10 +45,10 @@ from serve.observability.tracing import Tracing, set_up
 from serve.ports.check import check_calls, check_ports
 from serve.ports.grpc_port import GrpcPort, address
 from serve.ports.health import HEALTH, Health
-from serve.ports.http_port import LOOPBACK_NAMES, make_app, start_http
+from serve.ports.http_port import make_app, start_http
 from serve.ports.load_report import Load, LoadReports
 from serve.ports.reflection import reflection_methods
-from serve.settings import Settings, is_loopback, release
+from serve.settings import Settings, release
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,13 @@ class Server:
 
         Raises StartError before any port is bound, and when what cannot be mended in this process has failed.
         """
-        announce(self, await self._start())
-        await self._stopping.wait()
+        starting, stopping = asyncio.create_task(self._start()), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not (await asyncio.wait((starting,), timeout=JOIN_S))[0]:  # asked to stop, and a load goes on
+            log.error("stopped while models were loaded")
+            return
+        announce(self, starting.result())
+        await stopping
         await self._stop()
         if self.broken:
             raise StartError(f"{self.broken}; start the server again")
@@ -152,7 +157,7 @@ class Server:
         if settings.page:
             app.add_routes(page_routes())
         self._http, http_port = await start_http(
-            app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, _http_names(settings)
+            app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, settings.answered_http_names
         )
         await self._grpc.start()
         self._health.process_not_alive = lambda: self.broken or self._grpc.not_alive()
@@ -282,14 +287,6 @@ def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
     uvloop.run(run())
-
-
-def _http_names(settings: Settings) -> set[str] | None:
-    """The names that the HTTP port answers to; None for all. On loopback nobody but this machine has any business there."""
-    named = {name.strip().lower() for name in settings.http_names.split(",") if name.strip()}
-    if not named and not is_loopback(settings.http_host):
-        return None
-    return {*named, *LOOPBACK_NAMES, settings.http_host.strip("[]").lower()}
 
 
 def _new_registry() -> CollectorRegistry:

@@ -22,6 +22,7 @@ from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 
 ENV_PREFIX = "DIGITS_"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 UNIX = "unix:"  # how a --host begins that is a Unix socket's path
 # What others read, and what Kubernetes sets in every container for a Service called digits or digits-serve.
 NO_SETTINGS = re.compile(r"DIGITS_(TOKEN|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|(\w+_)?PORT(_\w+)?)")
@@ -121,6 +122,14 @@ class Settings:
     def max_count_float32(self) -> int:
         """``max_count`` for float images, four times the bytes: the default stays under gRPC's usual limit of 4 MiB."""
         return max(1, self.max_count // 4)
+
+    @property
+    def answered_http_names(self) -> set[str] | None:
+        """The names that the HTTP port answers to; None for all. On loopback nobody but this machine has any business there."""
+        named = {name.strip().lower() for name in self.http_names.split(",") if name.strip()}
+        if not named and not is_loopback(self.http_host):
+            return None
+        return {*named, *LOOPBACK_NAMES, self.http_host.strip("[]").lower()}
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import grpc
-
 from serve.access.budget import Budget, Hold
 from serve.access.identity import Accounts, Caller, Scope
 from serve.api.status import Refusal, refusal
@@ -129,7 +127,7 @@ class Call:
 
     def answered(self) -> None:
         """The answer has been made."""
-        self._ended(grpc.StatusCode.OK)
+        self._ended("OK")
 
     def failed(self, error: Exception) -> Refusal:
         """Count what went wrong; returns what to answer."""
@@ -139,7 +137,7 @@ class Call:
         if isinstance(error, DrainingError):
             self._admission.metrics.drain_refusals.inc()
         answer = refusal(error)
-        self._ended(answer.code)
+        self._ended(answer.code.name)
         return answer
 
     def left(self) -> None:
@@ -151,7 +149,7 @@ class Call:
         if self._admission.open.pop(self, self) is None and hasattr(self, "hold"):
             self.hold.give_back()
 
-    def _ended(self, code: grpc.StatusCode) -> None:
-        self._observed.ended(code.name, time.perf_counter() - self._started)
+    def _ended(self, code: str) -> None:
+        self._observed.ended(code, time.perf_counter() - self._started)
         if self._span is not None:
-            self._span.end(code.name)
+            self._span.end(code)

@@ -128,8 +128,10 @@ class Core:
         """The model that answers, in use from here on, the rows with their seed, and how many there are."""
         rows = request.rows
         if isinstance(rows, Addresses):
-            seed = secrets.randbits(64) if rows.seed is None else rows.seed
-            rows, count = Addresses(seed, rows.start, rows.count, rows.truncation), rows.count
+            seed, count = rows.seed, rows.count
+            if seed is None:
+                seed = secrets.randbits(64)
+                rows = Addresses(seed, rows.start, count, rows.truncation)
             _check_range(rows.start, count, rows.truncation)
         elif isinstance(rows, Interpolation):
             seed, count = rows.begin[0], rows.steps

@@ -14,13 +14,13 @@ from serve.api.http_call import CONTENT_ENCODINGS, error_answer
 from serve.errors import StartError
 from serve.observability.logs import mute
 from serve.ports.http_connections import ANSWER_HEADERS, Connections, Site, connection_limit, usable_host
+from serve.settings import LOOPBACK_NAMES
 
 Reason = Callable[[], str | None]
 ReasonOf = Callable[[str | None], str | None]
 
 HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, from the connection's start or the answer before
 OPEN_TO_EVERY_NAME = re.compile(r"/metrics|/healthz|/readyz(/[^/]+)?")  # asked by address, by those who watch
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@]+))(?::[0-9]{0,5})?", re.ASCII)
 GZIP = re.compile(r"\b(?:x-)?gzip\s*(?:;\s*q=([0-9.]*))?", re.ASCII)
 

@@ -248,3 +248,22 @@ def test_the_socket_of_a_server_that_was_killed_is_replaced(start_server: Callab
     assert (tmp_path / "grpc").is_socket()
     with DigitClient(start_server(host).target) as client:
         assert client.generate(1).model == "rpgan"
+
+
+def test_a_start_that_hangs_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    """As a load from a network volume that is stuck."""
+    code = (
+        "import sys, threading, serve.models.loader as loader, serve.__main__\n"
+        "from serve.command_line import run_command\n"
+        "from serve.cli import main\n"
+        "loader.open_model = lambda *_: (print('loading', flush=True), threading.Event().wait())\n"
+        "run_command(main)\n"
+    )
+    command = [sys.executable, "-c", code, "--grpc-port=0", "--http-port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "stopped while models were loaded" in log

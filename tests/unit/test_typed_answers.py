@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from serve.api import open_inference
+from serve.api import open_inference_messages
 from serve.core.request import Digits
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
@@ -38,7 +38,7 @@ def request_for(*names: str) -> pb.ModelInferRequest:
 @pytest.mark.parametrize("count", [2, 300])
 def test_typed_contents_hold_the_values(count: int) -> None:
     digits = digits_of(count)
-    answer = pb.ModelInferResponse.FromString(open_inference._encode(request_for("labels", "pixels", "images"), digits))
+    answer = pb.ModelInferResponse.FromString(open_inference_messages.encode(request_for("labels", "pixels", "images"), digits))
     assert [output.name for output in answer.outputs] == ["labels", "pixels", "images"]
     labels, pixels, images = answer.outputs
     assert digits.labels is not None
@@ -53,16 +53,16 @@ def test_large_answers_are_left_to_the_workers() -> None:
     """Issue: a typed answer of 4,096 digits held the event loop for 108 ms."""
     raw = request_for("pixels")
     raw.raw_input_contents.append(b"")
-    assert open_inference._takes_long(request_for("pixels"), digits_of(300))
-    assert open_inference._takes_long(raw, digits_of(4096))
-    assert not open_inference._takes_long(raw, digits_of(300))
-    assert not open_inference._takes_long(request_for("pixels"), digits_of(2))
+    assert open_inference_messages.takes_long(request_for("pixels"), digits_of(300))
+    assert open_inference_messages.takes_long(raw, digits_of(4096))
+    assert not open_inference_messages.takes_long(raw, digits_of(300))
+    assert not open_inference_messages.takes_long(request_for("pixels"), digits_of(2))
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 5000])
 def test_typed_floats_are_read_as_they_are_whatever_lies_beside_them(count: int) -> None:
     values = np.random.default_rng(count).random(count, dtype=np.float32)
     contents = pb.InferTensorContents(fp32_contents=values)
-    assert np.array_equal(open_inference._typed(contents, "fp32_contents", "<f4"), values)
+    assert np.array_equal(open_inference_messages._typed(contents, "fp32_contents", "<f4"), values)
     contents.fp64_contents.append(1.0)
-    assert np.array_equal(open_inference._typed(contents, "fp32_contents", "<f4"), values)
+    assert np.array_equal(open_inference_messages._typed(contents, "fp32_contents", "<f4"), values)
