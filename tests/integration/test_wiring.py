@@ -160,6 +160,38 @@ def test_a_model_knows_the_calls_that_use_it_until_they_are_answered(served: Ser
     served(test)
 
 
+def test_an_answered_call_holds_nothing_by_whichever_protocol_it_came(served: Served) -> None:
+    async def test(server: Running) -> None:
+        admission = server.server._admission
+
+        async def held() -> tuple[int, int]:
+            return admission.budget.held_bytes, len(admission.open)
+
+        for method, call in CALLS.items():
+            await call(server, None)
+            await until(held, lambda seen: seen == (0, 0))
+            server.orders.hold()
+            calling = asyncio.ensure_future(call(server, None))
+            await server.until_held()
+            assert (await held())[0] > 2 * 784, method
+            server.orders.release()
+            await calling
+        assert (await server.get("/v1/digits?count=3"))[0] == 200
+        assert (await server.get("/v1/digits?count=0"))[0] == 400
+        await until(held, lambda seen: seen == (0, 0))
+
+    served(test)
+
+
+def test_a_port_that_is_deaf_fails_liveness(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: Running) -> None:
+        assert (await server.get("/healthz"))[0] == 200
+        monkeypatch.setattr(server.server._grpc, "not_alive", lambda: "deaf")
+        assert (await server.get("/healthz"))[:2] == (503, "deaf\n")
+
+    served(test)
+
+
 def test_a_hung_run_fails_its_batch_and_liveness_and_ends_the_process(served: Served) -> None:
     async def test(server: Running) -> None:
         server.orders.hang_once()
