@@ -8,7 +8,7 @@ import pytest
 
 from serve.api.digits_v1 import BULK as GENERATE_BULK
 from serve.api.open_inference import BULK as INFER_BULK
-from serve.api.wire_format import SMALL_BYTES, check_size
+from serve.api.wire_format import FIELD_BYTES, SMALL_BYTES, check_size
 from serve.errors import RequestError
 from serve.pb.digits.v1 import digits_pb2 as digits
 from serve.pb.inference import open_inference_pb2 as inference
@@ -40,6 +40,10 @@ REFUSED = {
     "empty tensors": (EMPTY_INPUT * (SMALL_BYTES // 2 + 1), INFER_BULK),
     "empty raw tensors": (b"\x3a\0" * (SMALL_BYTES // 2 + 1), INFER_BULK),
     "numbers, one by one": (b"\x20\x01" * (SMALL_BYTES // 2 + 1), GENERATE_BULK),
+    "few bytes of many numbers, beside latents": (
+        TAKEN["latents"][0] + b"\x20\x01" * (SMALL_BYTES // FIELD_BYTES + 1),
+        GENERATE_BULK,
+    ),
     "fixed numbers of unknown fields": ((b"\xf9\x7f" + struct.pack("<d", 1.0)) * (SMALL_BYTES // 8), GENERATE_BULK),
     "groups": (b"\xfb\x7f" * SMALL_BYTES, GENERATE_BULK),
     "a number that does not end": (b"\x08" + b"\xff" * MUCH, GENERATE_BULK),
