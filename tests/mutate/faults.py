@@ -237,7 +237,7 @@ FAULTS = [
     Fault("what comes while stopping is cut off", f"{PORT}:GrpcPort.stop", "await until(lambda: not self.open, deadline)", "pass", f"{GRPC_PORT} -k stopping"),
     Fault("a silent peer costs the whole drain", f"{PORT}:GrpcPort.stop", "min(deadline, time.monotonic() + END_S)", "deadline", f"{GRPC_PORT} -k says_nothing"),
     Fault("an answer on its way is cut off", f"{PORT}:GrpcPort.stop", "deadline if self.open.sending else", "", "tests/integration/test_slow_readers.py -k on_its_way"),
-    Fault("tasks outlive the port", f"{PORT}:GrpcPort.stop", "task.cancel()", "pass", f"{GRPC_PORT} -k cut_off"),
+    Fault("tasks outlive the port", f"{PORT}:GrpcPort.stop", "task.cancel()", "pass", f"{GRPC_PORT} -k after_its_answer"),
     Fault("tasks are remembered for ever", f"{PORT}:GrpcPort._answer", "del self._tasks[call]", "pass", f"{GRPC_PORT} -k whatever"),
     Fault("more calls are open than may be", f"{PORT}:GrpcPort._accept", "refusal is not None", "False", f"{GRPC_PORT} -k beyond"),
     Fault("open calls have no bound", f"{OPEN_CALLS}:OpenCalls.add", "len(self._calls) > MOST_CALLS", "False", THE_OPEN_CALLS),

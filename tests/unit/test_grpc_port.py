@@ -291,6 +291,24 @@ def test_what_takes_longer_than_the_grace_is_cut_off() -> None:
     run(scenario, stops=False, Endless=Method(task=endless))
 
 
+def test_a_task_that_goes_on_after_its_answer_ends_with_the_port() -> None:
+    cancelled: list[int] = []
+
+    async def lingering(wire: Wire, raw: bytes | None) -> None:
+        wire.ending(Code.OK, message=raw)()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.append(1)
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        assert await unary(channel, "Lingering")(b"x", timeout=20) == b"x"
+        assert not cancelled
+
+    run(scenario, Lingering=Method(task=lingering))
+    assert cancelled
+
+
 def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue: 64 failures between a call's event and the next request for one left the port accepting nothing."""
     honest = grpc_port.GrpcCall
