@@ -261,7 +261,7 @@ FAULTS = [
     Fault("the receiving thread has hung since before its event", f"{PORT}:GrpcPort.watch", "or busy_since != self._watched", "", f"{GRPC_PORT} -k liveness"),
     Fault("who has left is computed for", f"{CALL}:GrpcCall.leave", "self._left()", "pass", f"{GRPC_PORT} -k leaving_is_told"),
     Fault("who had left before is computed for", f"{CALL}:GrpcCall.when_left", "if self.has_left:", "if False:", f"{GRPC_PORT} -k left_before"),
-    Fault("a call holds what gives it up", f"{CALL}:GrpcCall._ended", "self._left = None", "pass", f"{GRPC_PORT} -k garbage"),
+    Fault("who leaves after the answer is given up", f"{CALL}:GrpcCall._ended", "self._left = None", "pass", f"{GRPC_PORT} -k nobody_to_go_to"),
     Fault("a call tells of its end twice", f"{CALL}:GrpcCall._ended", "sent, self._sent = self._sent, None", "sent = self._sent", f"{GRPC_PORT} -k garbage or nobody_to_go_to"),
     Fault("an ended call stays open", f"{CALL}:GrpcCall._ended", "self._over(self)", "pass", f"{GRPC_PORT} -k leaving_is_told"),
     Fault("a stream runs ahead of its reader", f"{CALL}:GrpcCall.send", "await self._done(self._sending(core.SendMessageOperation(message, FLAGS)))", "self._call.start_server_batch(self._sending(core.SendMessageOperation(message, FLAGS)), lambda event: None)", f"{GRPC_PORT} -k further_ahead"),
