@@ -21,6 +21,7 @@ from serve.errors import DeviceLostError, StartError
 from serve.models.serving_file import Route
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
+from serve.ports.load_report import LoadReports
 from tests.bundle_copies import add_version
 from tests.in_process import Running, record_runs, until, with_server
 
@@ -190,6 +191,20 @@ def test_a_port_that_is_deaf_fails_liveness(served: Served, monkeypatch: pytest.
         assert (await server.get("/healthz"))[:2] == (503, "deaf\n")
 
     served(test)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_load_reports_are_made_where_the_settings_ask_for_them(
+    asked: bool, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+    monkeypatch.setattr(LoadReports, "answered", lambda reports: made.append(b"") or b"")
+
+    async def test(server: Running) -> None:
+        await server.digits.Generate(pb.GenerateRequest(count=2))
+        assert len(made) == asked
+
+    served(test, load_reports=asked)
 
 
 def test_a_hung_run_fails_its_batch_and_liveness_and_ends_the_process(served: Served) -> None:

@@ -385,7 +385,8 @@ FAULTS = [
     Fault("a quality of another step is published", f"{BUNDLE}:_quality", 'step != checkpoint["step"]', "False", EXPORT),
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points
-    Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{LOADS} -k only_where"),
+    Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{WIRING} -k load_reports"),
+    Fault("errors end with a load report", f"{CALL}:GrpcCall.ending", "code is grpc.StatusCode.OK and", "", f"{LOADS} -k only_where"),
     Fault("ready only with every model", "serve/ports/health.py:Health.not_ready", "if any(self.", "if all(self.", RUNTIME),
     Fault("one model's readiness is any's", "serve/ports/health.py:Health.not_ready", "if model is None else [model]", "", RUNTIME),
     Fault("a refusal while draining counts as a fault", f"{ADMISSION}:Call.failed", "isinstance(error, DrainingError)", "False", WIRING),
