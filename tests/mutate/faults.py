@@ -288,7 +288,7 @@ FAULTS = [
     Fault("nobody is told how long stopping may take", f"{SERVER}:Server._stop", "self._when_stopping(settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S)", "pass", f"{THE_SERVER} -k beforehand"),
     Fault("a process that hangs while stopping goes on", f"{SERVER}:_end_process_after.end", "os._exit(ENDED_LATE)", "pass", f"{THE_SERVER} -k hangs"),
     Fault("a stopping server refuses nobody", f"{SERVER}:Server._stop", "await self._admission.close(settings.drain_deadline_s)", "pass", f"{WIRING} -k draining"),
-    Fault("watchers hold up the end", f"{SERVER}:Server._stop", "self._health.end_watches()", "pass", f"{STOPPING} -k watchers"),
+    Fault("watchers hold up the end", f"{SERVER}:Server._stop", "self._health.end_watches()", "pass", f"{THE_SERVER} -k watches_health"),
     # observability
     Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "sum(buckets) - sum(images)", "0", WIRING),
     Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve import server as server_module
 from serve.errors import EngineError, StartError
@@ -154,8 +155,31 @@ def test_stopping_tells_beforehand_how_long_it_may_take(mlp: Path, monkeypatch: 
     assert times == [pytest.approx(3.1 + DRAIN_OVERHEAD_S)]
 
 
+def test_who_watches_health_costs_no_drain(mlp: Path) -> None:
+    chosen = Settings(models_dir=mlp, grpc_port=0, http_port=0, instances=1, provider="cpu", drain_deadline_s=20.0)
+
+    async def watch(server: Server, port: int) -> list[int]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            told = []
+            async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+                told.append(answer.status)
+                server.stop()
+            return told
+
+    async def whole() -> None:
+        watching: list[asyncio.Task[list[int]]] = []
+        server = Server(chosen)
+        started = time.monotonic()
+        await server.run(lambda server, ports: watching.append(asyncio.create_task(watch(server, ports.grpc))))
+        assert time.monotonic() - started < 12
+        assert await watching[0] == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+
+
 def test_a_process_that_hangs_while_stopping_ends_all_the_same() -> None:
-    program = "import time; from serve.server import _end_process_after; _end_process_after(0.1); time.sleep(60)"
+    program = "import time; from serve.server import _end_process_after; _end_process_after(0.1); time.sleep(20)"
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
     done = subprocess.run([sys.executable, "-c", program], timeout=50, check=False, env=environment)
     assert done.returncode == ENDED_LATE
