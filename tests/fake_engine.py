@@ -83,6 +83,11 @@ class Gate:
         self.reached.set()
         assert self._open.wait(TIMEOUT_S)
 
+    @property
+    def passed(self) -> bool:
+        """Whether it has been opened."""
+        return self._open.is_set()
+
     def open(self) -> None:
         self._open.set()
 

@@ -25,7 +25,7 @@ class FakeWire:
         self.over = threading.Event()
         self._streamed = streamed
         self._most = most
-        self._sent: Callable[[], None] = lambda: None
+        self._sent: Callable[[], None] = _nothing
 
     def peer(self) -> str:
         return "ipv4:192.0.2.1:1234"
@@ -44,7 +44,8 @@ class FakeWire:
             assert self.code is None, "a call was ended twice"
             self.code, self.text = code, text
             self.answers += [] if message is None else [message]
-            self._sent()
+            sent, self._sent = self._sent, _nothing  # it holds the call, which holds this
+            sent()
             self.over.set()
 
         return send
@@ -63,3 +64,16 @@ class FakeWire:
         assert self.over.wait(TIMEOUT_S), "a call hangs"
         assert self.code is not None
         return self.code
+
+
+class SlowWire(FakeWire):
+    """A caller who takes its answer late: until ``taken`` is called it lies with the core."""
+
+    taken: Callable[[], None]
+
+    def when_over(self, sent: Callable[[], None]) -> None:
+        self.taken = sent
+
+
+def _nothing() -> None:
+    pass

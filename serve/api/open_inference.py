@@ -18,7 +18,7 @@ from serve.access.budget import Hold
 from serve.api.admission import Admission, Call
 from serve.api.encoding import field_key, pack_field
 from serve.api.open_inference_messages import BULK, encode, infer, takes_long
-from serve.api.rpc import REQUEST_COPIES, DigitsMethod, RpcTable, parse
+from serve.api.rpc import REQUEST_COPIES, SMALL_REQUEST_BYTES, DigitsMethod, RpcTable, parse
 from serve.api.status import refusal
 from serve.api.tensors import (
     INPUTS,
@@ -170,35 +170,34 @@ class OpenInferenceService:
     async def model_stream_infer(self, requests: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """Each request as ``ModelInfer`` answers it, some side by side, so that they share batches; answers in order."""
         under_way: asyncio.Queue[asyncio.Task[tuple[bytes, Hold]] | None] = asyncio.Queue(STREAM_AHEAD)
-        held = deque[Hold]()  # what the answers hold that have not been taken, oldest first
+        begun = deque[asyncio.Task[tuple[bytes, Hold]]]()  # whose answers have not been sent, oldest first
 
         async def begin() -> None:
             async for raw in requests:
-                await under_way.put(asyncio.create_task(self._answer_one(raw, call)))
+                begun.append(asyncio.create_task(self._answer_one(raw, call)))
+                await under_way.put(begun[-1])
             await under_way.put(None)
 
         reading = asyncio.create_task(begin())
         try:
             while (answer := await under_way.get()) is not None:
                 response, hold = await answer
-                held.append(hold)
                 yield response  # goes on when it is sent
-                held.popleft().give_back()
+                hold.give_back()
+                begun.popleft()
         finally:
             reading.cancel()
-            for hold in held:
-                hold.give_back()
-            while not under_way.empty():
-                if (left := under_way.get_nowait()) is not None:
-                    left.cancel()
-                    left.add_done_callback(_give_back)
+            for left in begun:
+                left.cancel()
+                left.add_done_callback(_give_back)
 
     async def _answer_one(self, raw: bytes, call: Call) -> tuple[bytes, Hold]:
         """One response of a stream, and what it holds; what a caller did wrong with one request is no end of the others."""
         request = pb.ModelInferRequest()
         hold = call.another_hold()
         try:
-            hold.take(0, REQUEST_COPIES * len(raw))
+            if len(raw) > SMALL_REQUEST_BYTES:
+                hold.take(0, REQUEST_COPIES * len(raw))
             check_size(raw, BULK)
             request = parse(pb.ModelInferRequest, raw)
             call.hold.account.count_request()

@@ -177,6 +177,7 @@ class GrpcPort:
                 received, self._received = self._received, []
                 for call, method, request in received:
                     self._begin(call, method, request)
+                del received, call, method, request
             del event  # what it holds of an ended call must not outlive the next wait
 
     def _ask(self) -> None:

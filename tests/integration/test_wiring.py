@@ -21,6 +21,7 @@ from serve.errors import DeviceLostError, StartError
 from serve.models.serving_file import Route
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
+from serve.ports.load_report import LoadReports
 from tests.bundle_copies import add_version
 from tests.in_process import Running, record_runs, until, with_server
 
@@ -158,6 +159,52 @@ def test_a_model_knows_the_calls_that_use_it_until_they_are_answered(served: Ser
         assert model.in_use.calls == 0
 
     served(test)
+
+
+def test_an_answered_call_holds_nothing_by_whichever_protocol_it_came(served: Served) -> None:
+    async def test(server: Running) -> None:
+        admission = server.server._admission
+
+        async def held() -> tuple[int, int]:
+            return admission.budget.held_bytes, len(admission.open)
+
+        for method, call in CALLS.items():
+            await call(server, None)
+            await until(held, lambda seen: seen == (0, 0))
+            server.orders.hold()
+            calling = asyncio.ensure_future(call(server, None))
+            await server.until_held()
+            assert (await held())[0] > 2 * 784, method
+            server.orders.release()
+            await calling
+        assert (await server.get("/v1/digits?count=3"))[0] == 200
+        assert (await server.get("/v1/digits?count=0"))[0] == 400
+        await until(held, lambda seen: seen == (0, 0))
+
+    served(test)
+
+
+def test_a_port_that_is_deaf_fails_liveness(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: Running) -> None:
+        assert (await server.get("/healthz"))[0] == 200
+        monkeypatch.setattr(server.server._grpc, "not_alive", lambda: "deaf")
+        assert (await server.get("/healthz"))[:2] == (503, "deaf\n")
+
+    served(test)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_load_reports_are_made_where_the_settings_ask_for_them(
+    asked: bool, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+    monkeypatch.setattr(LoadReports, "answered", lambda reports: made.append(b"") or b"")
+
+    async def test(server: Running) -> None:
+        await server.digits.Generate(pb.GenerateRequest(count=2))
+        assert len(made) == asked
+
+    served(test, load_reports=asked)
 
 
 def test_a_hung_run_fails_its_batch_and_liveness_and_ends_the_process(served: Served) -> None:
@@ -347,7 +394,7 @@ def test_every_protocol_splits_traffic_by_the_same_seeds(served: Served, models_
             assert (await server.digits.Interpolate(pb.InterpolateRequest(**ends, steps=2))).version == version
             assert (await server.inference.ModelInfer(infer_request(1, seed))).model_version == str(version)
             assert (await server.inference.ModelInfer(infer_request(1, seed, version="1"))).model_version == "1"
-            assert f'"version":{version},' in (await server.get(f"/v1/digits?seed={seed}"))[1]
+            assert json.loads((await server.get(f"/v1/digits?seed={seed}"))[1])["version"] == version
 
     served(test, versions="latest:2", poll_interval_s=3600)
 

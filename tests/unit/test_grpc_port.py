@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from serve.api import digits_v1
 from serve.api.rpc import Method, Wire
 from serve.errors import StartError
-from serve.ports import check, grpc_port
+from serve.pb.digits.v1 import digits_pb2 as digits
+from serve.ports import check, grpc_port, open_calls
 from serve.ports.check import check_calls
-from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, GrpcPort
+from serve.ports.grpc_call import GrpcCall
+from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, STREAMS_OF_A_CONNECTION, GrpcPort
 from serve.ports.health import HEALTH
 from serve.settings import Settings
+from tests.fake_service import FakeService
+from tests.waiting import wait_until
 
 SERVICE = "test.Service"
 SETTINGS = Settings(grpc_port=0, watchdog_s=1.0)
 Code = grpc.StatusCode
+SETTINGS_FRAME, MAX_CONCURRENT_STREAMS = 4, 3  # RFC 9113, 6.5
 Task = Callable[[Wire, bytes | None], Coroutine[Any, Any, None]]
 Scenario = Callable[[GrpcPort, grpc.aio.Channel], Coroutine[Any, Any, None]]
 
@@ -39,6 +48,7 @@ def run(scenario: Scenario, stops: bool = True, **methods: Method) -> None:
         if stops:
             await port.stop(5)
             assert not port._thread.is_alive()
+            assert not port._tasks
 
     asyncio.run(asyncio.wait_for(whole(), 60))
 
@@ -238,7 +248,8 @@ def test_a_call_without_a_request_is_told_so_and_one_whose_request_never_comes_i
         assert not silent.done()
         await asyncio.sleep(0.25)
         port.watch(1.0)
-        assert (await failure(silent))[0] is Code.DEADLINE_EXCEEDED
+        code, text = await failure(silent)
+        assert (code, "no request" in text) == (Code.DEADLINE_EXCEEDED, True), "the server's words"
 
     run(scenario, Echo=Method(begin=echo))
 
@@ -279,6 +290,24 @@ def test_what_takes_longer_than_the_grace_is_cut_off() -> None:
         assert (await failure(call))[0] in (Code.CANCELLED, Code.UNAVAILABLE)
 
     run(scenario, stops=False, Endless=Method(task=endless))
+
+
+def test_a_task_that_goes_on_after_its_answer_ends_with_the_port() -> None:
+    cancelled: list[int] = []
+
+    async def lingering(wire: Wire, raw: bytes | None) -> None:
+        wire.ending(Code.OK, message=raw)()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.append(1)
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        assert await unary(channel, "Lingering")(b"x", timeout=20) == b"x"
+        assert not cancelled
+
+    run(scenario, Lingering=Method(task=lingering))
+    assert cancelled
 
 
 def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,39 +395,167 @@ def test_liveness_fails_while_the_receiving_thread_hangs_and_when_it_has_ended()
     run(scenario, Hang=Method(begin=hang))
 
 
-def test_answered_calls_leave_no_garbage() -> None:
+def test_answered_calls_leave_no_garbage_all_the_way_to_the_batcher_and_back() -> None:
     """A ring of objects that only the garbage collector frees cost 1.23 to 1.31 of a call's processor time."""
+    asked = digits.GenerateRequest(count=2, seed=7).SerializeToString()
+
+    def many(target: str, calls: int) -> None:
+        with grpc.insecure_channel(target) as channel:
+            for _ in range(calls):
+                assert channel.unary_unary(f"/{SERVICE}/Generate")(asked, timeout=20)
 
     async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
-        await asyncio.gather(*(unary(channel, "Echo")(b"x", timeout=20) for _ in range(10)))
-        await asyncio.sleep(0.2)
+        target = f"127.0.0.1:{port.port}"
+        await asyncio.to_thread(many, target, 10)
         gc.collect()
         gc.disable()
         try:
-            await asyncio.to_thread(many)
+            await asyncio.to_thread(many, target, 1000)
             while port.open:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            ours = [each for each in gc.garbage if type(each).__module__.startswith("serve.")]
+            ours = [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith("serve.")]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
             gc.enable()
         assert not ours
 
-    def many() -> None:
-        with grpc.insecure_channel(target[0]) as channel:
-            for _ in range(1000):
-                channel.unary_unary(f"/{SERVICE}/Echo")(b"x", timeout=20)
+    with FakeService() as service:
+        run(scenario, Generate=service.methods[f"/{digits_v1.SERVICE}/Generate"])
 
-    target: list[str] = []
 
-    async def outer(port: GrpcPort, channel: grpc.aio.Channel) -> None:
-        target.append(f"127.0.0.1:{port.port}")
-        await scenario(port, channel)
+def test_an_ended_call_is_not_kept_until_the_next_one_comes() -> None:
+    """With its request, which may have megabytes."""
 
-    run(outer, Echo=Method(begin=echo))
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        assert await unary(channel, "Echo")(b"x", timeout=20) == b"x"
+        await asyncio.to_thread(wait_until, lambda: not port.open and port._busy_since is None)
+        kept = [each for each in gc.get_objects() if isinstance(each, GrpcCall) and each._over == port.open.remove]
+        assert not kept
+
+    run(scenario, Echo=Method(begin=echo))
+
+
+def test_an_event_that_cannot_be_handled_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        honest, calls = port._has_request, list[GrpcCall]()
+
+        def raising(call: GrpcCall, *arguments: Any) -> None:
+            calls.append(call)
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(port, "_has_request", raising)
+        waiting = asyncio.ensure_future(unary(channel, "Echo")(b"x", timeout=20))
+        while not calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(port, "_has_request", honest)
+        assert await unary(channel, "Echo")(b"x", timeout=20) == b"x"
+        port._end(calls[0], Code.ABORTED, "")
+        assert (await failure(waiting))[0] is Code.ABORTED
+
+    run(scenario, Echo=Method(begin=echo))
+
+
+def test_calls_beyond_what_may_be_open_are_refused_and_a_request_that_comes_too_late_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(open_calls, "MOST_CALLS", 2)
+    monkeypatch.setattr(open_calls, "FEW_CALLS", 0)
+    begun: list[Any] = []
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        first = asyncio.ensure_future(unary(channel, "Wait")(b"first", timeout=20))
+        while not begun:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        code, text = await failure(unary(channel, "Wait")(b"second", timeout=20))
+        assert (code, "127.0.0.1 has 1" in text) == (Code.RESOURCE_EXHAUSTED, True), "half of two"
+        assert begun[0].received
+        late = SimpleNamespace(batch_operations=[SimpleNamespace(message=lambda: b"late")])
+        port._has_request(begun[0], port._methods[f"/{SERVICE}/Wait"], late)
+        assert not port._received
+        echo(begun[0], b"done")
+        assert await first == b"done"
+        await asyncio.to_thread(wait_until, lambda: not port.open)
+        third = asyncio.ensure_future(unary(channel, "Wait")(b"third", timeout=20))
+        while len(begun) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        echo(begun[1], b"done")
+        assert await third == b"done"
+
+    run(scenario, Wait=Method(begin=lambda wire, raw: begun.append(wire)))
+
+
+class FakeCore:
+    """A call of the core's whose operations all fail: its caller has left."""
+
+    def start_server_batch(self, operations: Any, tag: Callable[[Any], None]) -> None:
+        tag(SimpleNamespace(success=False, batch_operations=operations))
+
+
+async def _a_call() -> GrpcCall:
+    details = SimpleNamespace(method=b"/a.B/C", deadline=float("inf"))
+    event = SimpleNamespace(call_details=details, invocation_metadata=(), call=FakeCore())
+    return GrpcCall(event, asyncio.get_running_loop(), lambda call: None)
+
+
+def test_what_could_not_be_sent_is_not_taken_for_sent() -> None:
+    """A stream that nobody watched went on for ever for a caller who had left."""
+
+    async def scenario() -> None:
+        call = await _a_call()
+        with pytest.raises(asyncio.CancelledError):
+            await call.send(b"x")
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_who_has_left_before_is_told_of_at_once() -> None:
+    async def scenario() -> None:
+        call, told = await _a_call(), list[str]()
+        call.leave()
+        call.when_left(lambda: told.append("left"))
+        assert told == ["left"]
+
+    asyncio.run(scenario())
+
+
+def test_a_status_that_has_nobody_to_go_to_ends_the_call_too() -> None:
+    async def scenario() -> None:
+        call, told = await _a_call(), list[str]()
+        call.when_over(lambda: told.append("over"))
+        call.when_left(lambda: told.append("left"))
+        call.ending(Code.OK, message=b"x")()
+        call._ended(None)
+        call.leave()
+        assert told == ["over"], "once, and who leaves afterwards is of no interest"
+
+    asyncio.run(scenario())
+
+
+def silent_peer(port: int) -> tuple[socket.socket, dict[int, int]]:
+    """A connection that reads the server's settings and then says nothing any more."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+    answers = connection.makefile("rb")
+    while True:
+        length, kind = struct.unpack(">IB", b"\0" + answers.read(4))
+        _, body = answers.read(5), answers.read(length)
+        if kind == SETTINGS_FRAME and body:
+            return connection, dict(struct.iter_unpack(">HI", body))
+
+
+def test_a_peer_that_says_nothing_costs_no_drain_and_knows_how_many_streams_it_may_have() -> None:
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        connection, told = await asyncio.to_thread(silent_peer, port.port)
+        with connection:
+            assert told[MAX_CONCURRENT_STREAMS] == STREAMS_OF_A_CONNECTION
+            started = time.monotonic()
+            await port.stop(15)
+            assert time.monotonic() - started < 7
+
+    run(scenario, stops=False)
 
 
 def test_a_port_is_had_once() -> None:

@@ -107,6 +107,7 @@ def test_a_model_is_released_once_what_it_runs_has_come_back() -> None:
         assert await model.release(30) == 0
         assert len(await running) == 4096
         await model.self_check()  # of a model that is released: nothing
+        assert [checks(registry, result) for result in ("passed", "failed", "skipped", "breach")] == [0, 0, 0, 0]
 
     with_model(test)
 

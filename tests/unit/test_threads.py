@@ -193,7 +193,7 @@ def test_what_calls_hold_of_the_budget_is_bounded_together_and_for_each_caller_a
             budget.give_back(4 << 20, caller)
 
     side_by_side(calls)
-    assert budget.held_bytes == 0
+    assert (budget.held_bytes, budget._held_by) == (0, {})
     assert most[0] <= 10 << 20
     budget.take(5 << 20, "a")
     with pytest.raises(OverloadedError, match="half"):

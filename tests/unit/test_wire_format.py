@@ -1,58 +1,69 @@
-"""What a request may become before it is parsed: many small fields are refused, few large ones are not."""
+"""What a request may become is bounded before it is parsed: by the bytes of fields that are not cheap, and by their number."""
 
 from __future__ import annotations
 
+import struct
 import time
 
-import numpy as np
 import pytest
 
-from serve.api import digits_v1
-from serve.api.open_inference_messages import BULK as TENSORS
-from serve.api.wire_format import SMALL_BYTES, Bulk, check_size
+from serve.api.digits_v1 import BULK as GENERATE_BULK
+from serve.api.open_inference_messages import BULK as INFER_BULK
+from serve.api.wire_format import FIELD_BYTES, SMALL_BYTES, check_size
 from serve.errors import RequestError
 from serve.pb.digits.v1 import digits_pb2 as digits
-from serve.pb.inference import open_inference_pb2 as oip
+from serve.pb.inference import open_inference_pb2 as inference
 
-Tensor = oip.ModelInferRequest.InferInputTensor
-MUCH = 4 << 20
-
-
-def refused(raw: bytes, bulk: Bulk) -> bool:
-    try:
-        check_size(raw, bulk)
-    except RequestError:
-        return True
-    return False
+MUCH = 4 * SMALL_BYTES
 
 
-def test_large_latents_are_taken_by_each_protocol() -> None:
-    latents = np.zeros((4096, 100), "<f4")
-    assert not refused(digits.GenerateRequest(latents=latents.tobytes(), labels=[3] * 4096).SerializeToString(), digits_v1.BULK)
-    raw = oip.ModelInferRequest(inputs=[Tensor(name="latents", shape=latents.shape)], raw_input_contents=[latents.tobytes()])
-    assert not refused(raw.SerializeToString(), TENSORS)
-    contents = oip.InferTensorContents(fp32_contents=latents.ravel())
-    assert not refused(oip.ModelInferRequest(inputs=[Tensor(contents=contents)]).SerializeToString(), TENSORS)
+def infer(*, raw: bytes = b"", floats: int = 0, integers: int = 0) -> bytes:
+    request = inference.ModelInferRequest(model_name="mlp", raw_input_contents=[raw] if raw else [])
+    tensor = request.inputs.add(name="latents", datatype="FP32", shape=[1, 64])
+    tensor.contents.fp32_contents.extend([0.5] * floats)
+    tensor.contents.int_contents.extend([1] * integers)
+    return request.SerializeToString()
 
 
-@pytest.mark.parametrize(
-    ("raw", "bulk"),
-    [
-        (b"\x2a\x00" * (MUCH // 2), TENSORS),  # empty inputs
-        (b"\x3a\x00" * (MUCH // 2), TENSORS),  # empty raw contents
-        (b"\x32\x00" * (MUCH // 2), TENSORS),  # empty outputs
-        (b"\x2a\x02\x2a\x00" * (MUCH // 4), TENSORS),  # inputs with empty contents
-        (oip.ModelInferRequest(inputs=[Tensor(shape=[1] * MUCH)]).SerializeToString(), TENSORS),
-        (digits.GenerateRequest(labels=[1] * MUCH).SerializeToString(), digits_v1.BULK),
-        (digits.GenerateRequest(model="m" * MUCH).SerializeToString(), digits_v1.BULK),
-        (b"\x33" * MUCH, digits_v1.BULK),  # groups within groups
-        (b"\xff" * MUCH, digits_v1.BULK),  # a number without an end
-        (b"\x0d" * MUCH, {}),  # numbers of 32 bits
-    ],
-    ids=["inputs", "raw", "outputs", "contents", "shape", "labels", "model", "groups", "varint", "fixed"],
-)
-def test_many_small_fields_are_refused_in_little_time(raw: bytes, bulk: Bulk) -> None:
+TAKEN = {
+    "a small request": (digits.GenerateRequest(model="mlp", count=3, labels=[1] * 4096).SerializeToString(), GENERATE_BULK),
+    "latents": (digits.GenerateRequest(latents=bytes(MUCH)).SerializeToString(), GENERATE_BULK),
+    "raw tensors": (infer(raw=bytes(MUCH)), INFER_BULK),
+    "typed floats": (infer(floats=MUCH), INFER_BULK),
+}
+EMPTY_INPUT = b"\x2a\0"  # field 5, of no length
+REFUSED = {
+    "labels": (digits.GenerateRequest(labels=[1] * MUCH).SerializeToString(), GENERATE_BULK),
+    "a long name": (digits.GenerateRequest(model="x" * MUCH).SerializeToString(), GENERATE_BULK),
+    "latents of a request that has none": (digits.GenerateRequest(latents=bytes(MUCH)).SerializeToString(), {}),
+    "typed integers within a tensor": (infer(integers=MUCH), INFER_BULK),
+    "a name within a tensor": (b"\x2a" + b"\x86\x80\x10" + b"\x0a\x82\x80\x10" + bytes((1 << 18) + 2), INFER_BULK),
+    "empty tensors": (EMPTY_INPUT * (SMALL_BYTES // 2 + 1), INFER_BULK),
+    "empty raw tensors": (b"\x3a\0" * (SMALL_BYTES // 2 + 1), INFER_BULK),
+    "numbers, one by one": (b"\x20\x01" * (SMALL_BYTES // 2 + 1), GENERATE_BULK),
+    "few bytes of many numbers, beside latents": (
+        TAKEN["latents"][0] + b"\x20\x01" * (SMALL_BYTES // FIELD_BYTES + 1),
+        GENERATE_BULK,
+    ),
+    "fixed numbers of unknown fields": ((b"\xf9\x7f" + struct.pack("<d", 1.0)) * (SMALL_BYTES // 8), GENERATE_BULK),
+    "groups": (b"\xfb\x7f" * SMALL_BYTES, GENERATE_BULK),
+    "a number that does not end": (b"\x08" + b"\xff" * MUCH, GENERATE_BULK),
+}
+
+
+def test_the_fields_are_those_of_the_messages() -> None:
+    assert inference.ModelInferRequest.FromString(EMPTY_INPUT * 3).inputs == [inference.ModelInferRequest.InferInputTensor()] * 3
+    assert inference.ModelInferRequest.FromString(b"\x3a\0").raw_input_contents == [b""]
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_what_is_cheap_to_parse_is_taken_at_any_length(what: str) -> None:
+    check_size(*TAKEN[what])
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_become_many_objects_is_refused(what: str) -> None:
     began = time.perf_counter()
-    assert refused(raw, bulk)
-    assert time.perf_counter() - began < 0.25
-    assert not refused(raw[: SMALL_BYTES // 4], bulk), "a small one is for the parser"
+    with pytest.raises(RequestError, match=str(SMALL_BYTES)):
+        check_size(*REFUSED[what])
+    assert time.perf_counter() - began < 0.25, "in little time"
