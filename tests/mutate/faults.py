@@ -138,7 +138,7 @@ FAULTS = [
     Fault("callers who hold nothing are remembered", f"{BUDGET}:Budget.give_back", "if left:", "if True:", f"{THREADS} -k budget"),
     Fault("the budget is counted by two threads at once", f"{BUDGET}:Budget.give_back", "with self._lock: self.held_bytes -= size if caller:", 'left = self.held_bytes; __import__("time").sleep(0); self.held_bytes = left - size\n        with self._lock:\n            if caller:', f"{THREADS} -k budget"),
     Fault("what the budget refused is held of the caller's limit", f"{BUDGET}:Hold.take", "self.account.give_back(images)", "pass", f"{ACCESS} -k in_flight"),
-    Fault("a call gives back twice", f"{BUDGET}:Hold.give_back", "self._taken.pop()", "self._taken[0]; self._taken = self._taken[:1] * (len(self._taken) > 1)", f"{ACCESS} -k in_flight"),
+    Fault("a call gives back twice", f"{BUDGET}:Hold.give_back", "while self._taken: images, size, caller = self._taken.pop()", "for images, size, caller in list(self._taken):", f"{ACCESS} -k in_flight"),
     Fault("large calls are counted for nobody", f"{BUDGET}:Hold.take", "size > LARGE_BYTES", "False", f"{ACCESS} -k large_calls"),
     Fault("the large calls of a token are counted for its address", f"{BUDGET}:Hold.take", "self.caller.address if self.account.everyone else self.account.name", "self.caller.address", f"{ACCESS} -k large_calls"),
     Fault("an expired token is taken", f"{TOKENS}:TokenFile.check", "token.expires_at <= time.time()", "False", f"{ACCESS} {AUTHORISATION}"),
