@@ -25,7 +25,7 @@ class Load(NamedTuple):
     """What the process has done and has before it: seconds of runs since the start, runs side by side, share of the queue."""
 
     busy_s: float
-    slots: int
+    instances: int
     queue_fill: float
 
 
@@ -54,7 +54,7 @@ class LoadReports:
         load = self._read()
         period_s = max(now - self._at, 1e-3)
         self._rps += NEWEST_SHARE * (self._calls / period_s - self._rps)
-        busy = max(0.0, load.busy_s - self._busy_s) / period_s / max(1, load.slots)
+        busy = max(0.0, load.busy_s - self._busy_s) / period_s / max(1, load.instances)
         self._utilization += NEWEST_SHARE * (busy - self._utilization)
         self._calls, self._at, self._busy_s = 0, now, load.busy_s
         # Over 1 where work waits: of two replicas that are always busy, the one with the longer queue is the fuller.

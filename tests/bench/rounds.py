@@ -88,13 +88,13 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def thread_s(process: psutil.Process) -> dict[str, float]:
-    """Processor time so far by kind of thread: the event loop's, the slots', and the transport's."""
-    seconds = dict.fromkeys(("event loop", "slots", "transport"), 0.0)
+    """Processor time so far by kind of thread: the event loop's, the instances', and the transport's."""
+    seconds = dict.fromkeys(("event loop", "instances", "transport"), 0.0)
     for thread in process.threads():
         try:
             name = Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        kind = "event loop" if thread.id == process.pid else "slots" if name.startswith(INSTANCE_THREAD) else "transport"
+        kind = "event loop" if thread.id == process.pid else "instances" if name.startswith(INSTANCE_THREAD) else "transport"
         seconds[kind] += thread.user_time + thread.system_time
     return seconds

@@ -58,7 +58,7 @@ def test_figures_follow_what_is_done_and_are_made_anew_ten_times_a_second(monkey
         return load[0]
 
     reports = LoadReports(read)
-    for turn in range(1, 401):  # 100 calls a second; both slots busy for three quarters of the time
+    for turn in range(1, 401):  # 100 calls a second; both instances busy for three quarters of the time
         now[0] += 0.01
         load[0] = Load(turn * 0.01 * 2 * 0.75, 2, 0.5)
         latest = reports.answered()
