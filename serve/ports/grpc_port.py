@@ -193,11 +193,15 @@ class GrpcPort:
         self._ask()  # before anything else, which may raise: a port that asks for no calls is deaf
         if not event.success:
             return
+        call = None
         try:
-            self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))
+            call = GrpcCall(event, self._loop, self.open.remove, self._load_reports)
+            self._accept(call)
         except Exception:
             log.exception("a call could not be accepted")
             event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")
+            if call is not None:
+                self.open.remove(call)
 
     def _accept(self, call: GrpcCall) -> None:
         method = self._methods.get(call.method)

@@ -326,6 +326,12 @@ def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypat
     async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
         for _ in range(200):
             assert (await failure(unary(channel, "Echo")(b"", timeout=20)))[0] in (Code.CANCELLED, Code.INTERNAL)
+        monkeypatch.setattr(honest, "receive", lambda *_: 1 / 0)
+        failures[0] = 0
+        assert (await failure(unary(channel, "Echo")(b"", timeout=20)))[0] in (Code.CANCELLED, Code.INTERNAL)
+        while port.open:  # noqa: ASYNC110  # a call that could not be accepted is not open
+            await asyncio.sleep(0.01)
+        monkeypatch.undo()
         assert await unary(channel, "Echo")(b"x", timeout=20) == b"x"
         assert port._asked == ASKED_FOR
         assert port.not_alive() is None
