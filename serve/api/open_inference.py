@@ -45,7 +45,7 @@ STATISTICS = {
     "queue": "digits_queue_wait_seconds",
     "compute_input": "digits_assembly_seconds",
     "compute_infer": "digits_compute_seconds",
-    "compute_output": "digitsencode_seconds",
+    "compute_output": "digits_encode_seconds",
 }
 # What else Triton's client can call, and why not, or what to do instead.
 _SHARED_MEMORY = "there is no shared memory with callers; send the tensors in the message"

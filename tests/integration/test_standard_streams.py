@@ -36,7 +36,7 @@ COMMANDS = {
     "client": "serve.client --target {target} --out {folder}/digits.png",
     "dataset": "serve.dataset write --count 1 --provider cpu --out {folder}/digits",
     "help": "serve --help",
-    "train": "train list --runs-dir {folder}",
+    "train": "train --help",
 }
 
 

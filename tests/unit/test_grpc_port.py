@@ -438,7 +438,7 @@ def test_an_ended_call_is_not_kept_until_the_next_one_comes() -> None:
     async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
         assert await unary(channel, "Echo")(b"x", timeout=20) == b"x"
         await asyncio.to_thread(wait_until, lambda: not port.open and port._busy_since is None)
-        kept = [each for each in gc.get_objects() if isinstance(each, GrpcCall) and each._over == port.open.remove]
+        kept = [each for each in gc.get_objects() if type(each) is GrpcCall and each._over == port.open.remove]
         assert not kept
 
     run(scenario, Echo=Method(begin=echo))
