@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -17,43 +18,77 @@ from tests.deploy.tools import run
 DEPLOY = Path("deploy")
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
 JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
-WITH_COMPONENTS = {
-    "overlays/cpu + components/keda": ("overlays/cpu", "components/keda"),
-    "overlays/cpu + components/models-image": ("overlays/cpu", "components/models-image"),
-    "overlays/cpu + components/serving-file": ("overlays/cpu", "components/serving-file"),
-    "overlays/gpu + components/gateway": ("overlays/gpu", "components/gateway"),
+# Overlays as deploy/README.md tells to write them: what they are above of, and their components.
+OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "cpu with KEDA": (("overlays/cpu",), ("components/keda",)),
+    "cpu with models from an image": (("overlays/cpu",), ("components/models-image",)),
+    "cpu with a serving file": (("overlays/cpu",), ("components/serving-file",)),
+    "cpu on OpenShift": (("overlays/cpu", "parity-watch"), ("components/openshift",)),
+    "cpu with TLS, tokens and a watch": (
+        ("overlays/cpu", "parity-watch"),
+        ("components/tls", "components/tokens", "components/watch-access"),
+    ),
+    "gpu behind a gateway": (("overlays/gpu",), ("components/gateway",)),
+    "gpu with KEDA and certificates": (("overlays/gpu",), ("components/keda", "components/certificate")),
 }
 FOLDERS = (
     *OVERLAYS, *JOBS, "jobs/trainjob", "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring", "kserve",
-    *WITH_COMPONENTS,
+    *OWN,
 )  # fmt: skip
 EVERYWHERE = ("monitoring", "jobs/models-volume", *JOBS)
 # What is applied to one namespace, as deploy/README.md says.
 TOGETHER: Mapping[str, Sequence[str]] = {
     "cpu, dev and the parity watch": ("overlays/cpu", "overlays/dev", "parity-watch", *EVERYWHERE),
     "gpu and the parity watch": ("overlays/gpu", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
-    "cpu with KEDA": ("overlays/cpu + components/keda", "parity-watch", *EVERYWHERE),
-    "gpu behind a gateway": ("overlays/gpu + components/gateway", *EVERYWHERE),
-    "cpu with a serving file": ("overlays/cpu + components/serving-file", *EVERYWHERE),
-    "cpu with models from an image": ("overlays/cpu + components/models-image", *EVERYWHERE),
+    "all overlays and both watches": (*OVERLAYS, "parity-watch", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
+    "cpu with KEDA": ("cpu with KEDA", "parity-watch", *EVERYWHERE),
+    **{name: (name, *EVERYWHERE) for name in OWN if name != "cpu with KEDA"},
 }
+PREFIX = "mine-"
 
 Object = dict[str, Any]
 
 
 @cache
 def _rendered(folder: str) -> list[Object]:
-    if folder not in WITH_COMPONENTS:
-        done = run("kubectl", "kustomize", str(DEPLOY / folder))
-    else:
-        overlay, component = WITH_COMPONENTS[folder]
-        Path("build").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir="build") as scratch:  # beside deploy/, as an overlay of one's own would be
-            kustomization = {"resources": [f"../../deploy/{overlay}"], "components": [f"../../deploy/{component}"]}
-            (Path(scratch) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-            done = run("kubectl", "kustomize", scratch)
+    if folder in OWN:
+        resources, components = OWN[folder]
+        return kustomized(resources=resources, components=components)
+    return _built(DEPLOY / folder)
+
+
+def kustomized(*, resources: Sequence[str], components: Sequence[str] = (), **fields: Any) -> list[Object]:
+    """The objects of an overlay of one's own, above folders of deploy/."""
+    with tempfile.TemporaryDirectory() as scratch:
+        deploy = Path(scratch) / "deploy"
+        shutil.copytree(DEPLOY, deploy)  # an overlay of one's own lies beside it
+        own = Path(scratch) / "own"
+        own.mkdir()
+        fields |= {"resources": [f"../deploy/{each}" for each in resources]}
+        fields |= {"components": [f"../deploy/{each}" for each in components]}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump(fields))
+        return _built(own)
+
+
+def _built(folder: Path) -> list[Object]:
+    done = run("kubectl", "kustomize", str(folder))
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+@cache
+def _prefixed(name: str) -> list[Object]:
+    resources, components = [], []
+    for folder in TOGETHER[name]:
+        below, with_them = OWN.get(folder, ((folder,), ()))
+        resources += below
+        components += with_them
+    return kustomized(resources=resources, components=components, namePrefix=PREFIX)
+
+
+def prefixed(name: str) -> list[Object]:
+    """The objects of one of ``TOGETHER`` from one kustomization, with a prefix before every name."""
+    return copy.deepcopy(_prefixed(name))
 
 
 def rendered(folder: str) -> list[Object]:

@@ -100,9 +100,11 @@ def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
 
 def services_are_as_clients_know_them(items: Sequence[Object]) -> Iterator[str]:
     """By the names and ports of the README and the client's default, and by what balances by ``appProtocol``."""
-    names = {item["metadata"]["name"].removeprefix("dev-") for item in of(items, "Service")}
-    if missing := {"digits-serve", "digits-serve-pods"} - names:
-        yield f"there is no Service {missing}"
+    for item in servers(items):
+        name = item["metadata"]["name"]
+        own = {each["metadata"]["name"] for each in of(items, "Service") if selects(each["spec"]["selector"], labels_of(item))}
+        if own != {name, f"{name}-pods"}:
+            yield f"{title(item)} is behind {sorted(own)}, not behind {name} and {name}-pods"
     for service in of(items, "Service"):
         for item in selected(items, service["spec"]["selector"]):
             [settings] = [settings_of(items, each) for each in containers(item)]
@@ -214,10 +216,21 @@ def paths_of(items: Sequence[Object], item: Object, container: Mapping[str, Any]
         named = (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.tokens_file)
         found = [path for path in named if path is not None]
         return [*found, settings.models_dir] if settings.models_dir.parts[:2] == ("/", "models") else found
-    arguments = container.get("args", [])
-    pairs = itertools.pairwise(arguments)
-    flags = ("--runs-dir", "--models-dir", "--data-dir", "--out", "--ca", "--cert", "--key", "--token-file")
-    return [Path(value) for flag, value in pairs if flag in flags]
+    files = ("--runs-dir", "--models-dir", "--data-dir", "--out", "--ca", "--cert", "--key", "--token-file")
+    return [Path(value) for flag, value in flags_of(container).items() if flag in files]
+
+
+def claims_of(item: Object) -> set[str]:
+    volumes = [volume for pod in pod_specs(item) for volume in pod.get("volumes", ())]
+    return {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume}
+
+
+def flags_of(container: Mapping[str, Any]) -> dict[str, str]:
+    """The flags with values of a command line, written either way; ``$(NAME)`` is replaced as the kubelet does it."""
+    named = {each["name"]: each.get("value", "") for each in container.get("env", ())}
+    words = [re.sub(r"\$\((\w+)\)", lambda match: named.get(match[1], match[0]), each) for each in container.get("args", ())]
+    found = dict(each.split("=", 1) for each in words if each.startswith("--") and "=" in each)
+    return found | {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--") and "=" not in flag}
 
 
 def traffic_is_let_through(items: Sequence[Object]) -> Iterator[str]:
@@ -309,9 +322,9 @@ def prometheus_finds_the_pods(items: Sequence[Object]) -> Iterator[str]:
         watching = [monitor for monitor in monitors if selects(monitor["spec"]["selector"], labels_of(item))]
         if len(watching) != 1:
             yield f"{title(item)} is scraped by {[title(monitor) for monitor in watching]}, not by one PodMonitor"
-        jobs = {monitor["metadata"]["name"] for monitor in watching}
-        if jobs and jobs != {item["metadata"]["name"].removeprefix("dev-")}:
-            yield f"{title(item)} is scraped as the job {jobs}, and alerts ask for its own name"
+        jobs = {labels_of(item).get(monitor["spec"].get("jobLabel", "")) for monitor in watching}
+        if jobs and jobs != {labels_of(item)["app.kubernetes.io/name"]}:
+            yield f"{title(item)} is scraped as the job {jobs}, and alerts ask for its name"
 
 
 def memory_is_what_was_measured(items: Sequence[Object]) -> Iterator[str]:
@@ -429,14 +442,23 @@ def the_watch_finds_the_server(items: Sequence[Object]) -> Iterator[str]:
     services = {item["metadata"]["name"]: item for item in of(items, "Service")}
     for item in of(items, "Deployment"):
         for container in containers(item):
-            arguments = container.get("args", [])
-            if "--target" in arguments:
-                host, _, port = arguments[arguments.index("--target") + 1].removeprefix("dns:///").rpartition(":")
-                if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
-                    yield f"{title(item)} watches {host}:{port}, which is no Service"
-                secure = any(settings_of(items, each).tls_cert for server in servers(items) for each in containers(server))
-                if secure != ("--ca" in arguments):
-                    yield f"{title(item)} speaks {'TLS' if '--ca' in arguments else 'plaintext'}, and the server does not"
+            flags = flags_of(container)
+            if "--target" not in flags:
+                continue
+            host, _, port = flags["--target"].removeprefix("dns:///").rpartition(":")
+            if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
+                yield f"{title(item)} watches {host}:{port}, which is no Service"
+                continue
+            for server in selected(items, services[host]["spec"]["selector"]):
+                settings = settings_of(items, containers(server)[0])
+                if (settings.tls_cert is not None) != ("--ca" in flags):
+                    yield f"{title(item)} speaks {'TLS' if '--ca' in flags else 'plaintext'}, and {title(server)} does not"
+                if (settings.tls_client_ca is not None) != ("--cert" in flags) or ("--cert" in flags) != ("--key" in flags):
+                    yield f"{title(item)} has no certificate that {title(server)} asks for, or one for nothing"
+                if (settings.tokens_file is not None) != ("--token-file" in flags):
+                    yield f"{title(item)} has no token that {title(server)} asks for, or one for nothing"
+                if claims_of(item) != claims_of(server):
+                    yield f"{title(item)} compares bundles that {title(server)} does not serve"
 
 
 def routes_lead_to_the_service(items: Sequence[Object]) -> Iterator[str]:

@@ -25,8 +25,8 @@ from tests.deploy.manifests import (
     DEPLOY,
     FOLDERS,
     JOBS,
+    OWN,
     TOGETHER,
-    WITH_COMPONENTS,
     containers,
     everything,
     of_kind,
@@ -39,10 +39,10 @@ from train.cli import build_parser as train_parser
 
 # From the least that is stated in deploy/README.md on.
 KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
-LEAST = {"overlays/cpu + components/models-image": "1.33"}
+LEAST = {"cpu with models from an image": "1.33"}
 
 # Custom resources, and who has their published schemas: npm's @kubernetes-models, or the makers' own Python packages.
-BY_NODE = {"PodMonitor", "PrometheusRule", "ScaledObject", "GRPCRoute", "BackendTLSPolicy"}
+BY_NODE = {"PodMonitor", "PrometheusRule", "ScaledObject", "GRPCRoute", "BackendTLSPolicy", "Certificate"}
 BY_PYTHON = {"ServingRuntime", "InferenceService", "TrainingRuntime", "TrainJob"}
 CUSTOM = BY_NODE | BY_PYTHON
 # Checks that are left out, and why.
@@ -79,11 +79,8 @@ def test_the_readme_states_the_least_version_that_is_tried() -> None:
 
 
 def test_every_component_is_tried_in_an_overlay() -> None:
-    used = {component for _, component in WITH_COMPONENTS.values()} | {
-        "components/tls",
-        "components/tokens",
-        "components/models-volume",
-    }
+    used = {component for _, components in OWN.values() for component in components}
+    used |= {"components/models-volume", "components/watch-models-volume"}
     assert {f"components/{path.name}" for path in (DEPLOY / "components").iterdir()} == used
     tried = {folder for folders in TOGETHER.values() for folder in folders}
     assert set(FOLDERS) - tried == {"kserve"}, "KServe's objects stand by themselves"
@@ -101,7 +98,7 @@ def complaints(items: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
             script = folder / "validate.mjs"
             shutil.copyfile("tests/deploy/validate_custom.mjs", script)
             if not (folder / "node_modules").exists():
-                (folder / "node_modules").symlink_to(Path("build/crd-schemas/node_modules").resolve())
+                (folder / "node_modules").symlink_to(Path("build/schemas/node_modules").resolve())
             command = ["node", str(script)]
         else:
             command = ["build/integrations/bin/python", "tests/deploy/validate_custom.py"]

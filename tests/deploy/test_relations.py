@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.manifests import TOGETHER, Object, everything, rendered, together
+from tests.deploy.manifests import JOBS, OVERLAYS, PREFIX, TOGETHER, Object, everything, prefixed, rendered, together
 from tests.deploy.relations import RELATIONS, complaints
 from tests.deploy.server_rules import RULES, refused
 
@@ -20,18 +20,30 @@ def test_what_is_applied_together_fits_together(name: str) -> None:
     assert complaints(together(name)) == []
 
 
+# kustomize itself cannot put a prefix before two overlays of one base at once.
+ONE_OVERLAY = [name for name, folders in TOGETHER.items() if len({*folders} & {*OVERLAYS}) < 2]
+
+
+@pytest.mark.parametrize("name", ONE_OVERLAY)
+def test_it_fits_together_under_a_prefix_too(name: str) -> None:
+    items = prefixed(name)
+    assert all(item["metadata"]["name"].startswith(PREFIX) for item in items)
+    assert complaints(items) == []
+
+
 def test_an_api_server_would_take_every_object() -> None:
     assert refused(item for _, item in everything()) == []
 
 
-def test_overlays_beside_each_other_have_names_of_their_own() -> None:
-    seen = [(item["kind"], item["metadata"]["name"]) for folder in ("overlays/cpu", "overlays/dev") for item in rendered(folder)]
+def test_what_is_applied_to_one_namespace_has_names_of_its_own() -> None:
+    folders = [*OVERLAYS, "parity-watch", "parity-watch-secure", *JOBS, "jobs/trainjob", "jobs/models-volume", "monitoring", "kserve"]
+    seen = [(item["kind"], item["metadata"]["name"]) for folder in folders for item in rendered(folder)]
     assert len(seen) == len(set(seen))
 
 
 def find(items: Sequence[Object], kind: str, name: str = "digits-serve") -> Object:
-    [item] = [item for item in items if item["kind"] == kind and item["metadata"]["name"] == name]
-    return item
+    found = {item["metadata"]["name"]: item for item in items if item["kind"] == kind}
+    return found.get(name) or found[f"gpu-{name}"]
 
 
 def container(items: Sequence[Object], name: str = "digits-serve", kind: str = "Deployment") -> Any:
@@ -209,17 +221,11 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     "shards and completions apart": (CPU, of("Job", put("spec", "completions", value=9), "digits-dataset")),
     "the watch asks another name": (
         CPU,
-        of_container(
-            lambda each: each["args"].__setitem__(each["args"].index("--target") + 1, "dns:///digits:50051"),
-            "digits-parity-watch",
-        ),
+        of_container(lambda each: named(each["env"], "SERVICE").update(value="digits"), "digits-parity-watch"),
     ),
     "a plaintext watch of a TLS server": (
         GPU,
-        lambda items: items.__setitem__(
-            items.index(find(items, "Deployment", "digits-parity-watch")),
-            find(rendered("parity-watch"), "Deployment", "digits-parity-watch"),
-        ),
+        of_container(lambda each: each["args"].remove("--ca=/etc/digits-parity-watch/tls/ca.crt"), "digits-parity-watch"),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),
 }
