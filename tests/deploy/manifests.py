@@ -127,7 +127,12 @@ def pod_specs(item: Mapping[str, Any]) -> list[Object]:
 
 
 def containers(item: Mapping[str, Any]) -> list[Object]:
-    return [container for pod in pod_specs(item) for container in pod["containers"]]
+    return [each for pod in pod_specs(item) for each in containers_of(pod)]
+
+
+def containers_of(pod: Mapping[str, Any]) -> list[Object]:
+    """Those that run before the others, and the others."""
+    return [*pod.get("initContainers", ()), *pod["containers"]]
 
 
 def settings_of(items: Sequence[Object], container: Mapping[str, Any]) -> Settings:

@@ -22,7 +22,7 @@ from serve.errors import SettingsError
 from serve.ports.health import LIVENESS
 from serve.server import DRAIN_OVERHEAD_S
 from serve.settings import Settings, env_name
-from tests.deploy.manifests import DEPLOY, Object, containers, pod_specs, pod_templates, settings_of
+from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, pod_templates, settings_of
 from tests.deploy.server_rules import quantity
 
 Relation = Callable[[Sequence[Object]], Iterator[str]]
@@ -196,7 +196,7 @@ def files_are_where_they_are_looked_for(items: Sequence[Object]) -> Iterator[str
                     yield f"{title(item)} claims {volume['persistentVolumeClaim']['claimName']}, which nobody makes"
                 if "secret" in volume and volume["secret"]["secretName"] not in SECRETS:
                     yield f"{title(item)} wants the Secret {volume['secret']['secretName']}, of which the README says nothing"
-            for container in pod["containers"]:
+            for container in containers_of(pod):
                 mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", ())}
                 for path in paths_of(items, item, container):
                     place = next((path.parents[n] for n in range(len(path.parents)) if str(path.parents[n]) in mounts), None)
@@ -362,7 +362,7 @@ def memory_complaints(container: Mapping[str, Any], settings: Settings) -> Itera
 def gpus_are_asked_for_where_they_are_tolerated(items: Sequence[Object]) -> Iterator[str]:
     for item in workloads(items):
         for pod in pod_specs(item):
-            wants = any(GPU in container["resources"]["limits"] for container in pod["containers"])
+            wants = any(GPU in container["resources"]["limits"] for container in containers_of(pod))
             tolerates = any(each["key"] == GPU for each in pod.get("tolerations", ()))
             if wants != tolerates:
                 yield f"{title(item)} wants a GPU: {wants}; tolerates the taint of nodes that have some: {tolerates}"
@@ -414,7 +414,7 @@ def pods_are_restricted(items: Sequence[Object]) -> Iterator[str]:
         for pod in pod_specs(item):
             if item["kind"] != "ServingRuntime" and pod.get("automountServiceAccountToken") is not False:
                 yield f"{title(item)} mounts an account's token"
-            for container in pod["containers"]:
+            for container in containers_of(pod):
                 security = {**pod.get("securityContext", {}), **container["securityContext"]}
                 wanted = {
                     "runAsNonRoot": True, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
