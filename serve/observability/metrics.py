@@ -11,7 +11,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    Metric,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily, Sample
 
 from serve.observability.later import Later
@@ -177,3 +188,13 @@ class Metrics:
 
 def _samples(metric: Counter | Histogram) -> Iterable[Sample]:
     return (sample for family in metric.collect() for sample in family.samples)
+
+
+def new_registry() -> CollectorRegistry:
+    """With the process's own metrics."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    collectors: list[Any] = [ProcessCollector, PlatformCollector, GCCollector]
+    for collector in collectors:
+        collector(registry=registry)
+    return registry
