@@ -15,6 +15,7 @@ from serve.background import settle, until
 from serve.batching.batcher import Batcher, Limits
 from serve.batching.instance import Engine
 from serve.batching.ticket import Priority, Ticket
+from serve.cuda_options import parse_cuda_options
 from serve.engine.cuda_engine import make_engine
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
@@ -24,8 +25,9 @@ from serve.errors import EngineError, ProviderError, QueueFullError, ServeError,
 from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
-from serve.observability.metrics import Metrics, ModelMetrics
-from serve.settings import Settings, parse_cuda_options
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 

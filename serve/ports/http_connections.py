@@ -37,10 +37,10 @@ ANSWER_HEADERS = {
 }
 
 
-def connection_limit() -> int:
-    """How many HTTP connections may be open: a quarter of the descriptors at most, so that gRPC has its own."""
+def connection_limit(ports: int) -> int:
+    """How many connections each HTTP port may have: all a quarter of the descriptors, so that gRPC has its own."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MOST_CONNECTIONS, soft // 4))
+    return max(8, (MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 4)) // ports)
 
 
 def usable_host(host: str) -> str:
@@ -102,16 +102,28 @@ class Connection(web.RequestHandler):
     Its own errors are answered like all others, and not logged with what the caller sent.
     """
 
-    __slots__ = ("_connections", "_head_bytes", "_taken", "_timer")
+    __slots__ = ("_connections", "_handshake", "_head_bytes", "_taken", "_timer")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: Connections) -> None:
         limits = {"max_line_size": LONGEST_LINE, "max_field_size": LONGEST_HEADER, "max_headers": MOST_HEADERS}
         # Compressed bodies are read by their handler, which knows what is a caller's mistake and where it ends.
         super().__init__(server, loop=loop, access_log=None, auto_decompress=False, **limits)  # type: ignore[arg-type]
         self._connections = connections
+        self._handshake: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._taken = False
         self._head_bytes = 0
+
+    def shake_hands(self, handshake: asyncio.Task[None]) -> bool:
+        """Take a place already while TLS is agreed on, which counts against a head's time; False when there is no room."""
+        self._handshake = handshake
+        self._taken = self._connections.add(self)
+        return self._taken
+
+    def give_up(self) -> None:
+        """Give the place back: TLS was not agreed on."""
+        self.stop_waiting()
+        self._connections.remove(self)
 
     def wait(self, timeout_s: float) -> None:
         """Close the connection unless a request begins in time."""
@@ -133,10 +145,12 @@ class Connection(web.RequestHandler):
     def _abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+        elif self._handshake is not None:
+            self._handshake.cancel()
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self._taken = self._connections.add(self)
+        self._taken = self._taken or self._connections.add(self)
         if self._taken:
             super().connection_made(transport)
         else:

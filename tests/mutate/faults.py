@@ -56,7 +56,8 @@ OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.
 MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py", "serve/batching/policy.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
-METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/server.py", "train/trainer/loop.py"
+METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
+SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
 OPEN_CALLS, CHECK = "serve/ports/open_calls.py", "serve/ports/check.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
@@ -291,16 +292,16 @@ FAULTS = [
     Fault("a stopping server refuses nobody", f"{SERVER}:Server._stop", "await self._admission.close(settings.drain_deadline_s)", "pass", f"{WIRING} -k draining"),
     Fault("watchers hold up the end", f"{SERVER}:Server._stop", "self._health.end_watches()", "pass", f"{THE_SERVER} -k watches_health"),
     # observability
-    Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
-    Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
-    Fault("digits are counted as requests", f"{METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
+    Fault("padding is not counted", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
+    Fault("dropped rows are counted as one", f"{MODEL_METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
+    Fault("digits are counted as requests", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
     Fault("what was kept is not observed when metrics are read", f"{METRICS}:Metrics.collect", "records.flush()", "pass", WIRING),
     # CUDA
     Fault("the kernel takes the block before", "serve/engine/latents.cu:", "+ block + 1;", "+ block;", DEVICE_LATENTS),
     Fault("the kernel forgets the counter's carry", "serve/engine/latents.cu:", "+ (low < base)", "", DEVICE_LATENTS),
     Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu:", ".label < 0 ?", ".label < 1ll << 62 ?", DEVICE_LATENTS),
     Fault("the kernel truncates nothing", "serve/engine/latents.cu:", "(tail != 0.0f", "(tail < 0.0f", DEVICE_LATENTS),
-    Fault("the trap among cuDNN's searches is offered", "serve/settings.py:", '"HEURISTIC")', '"HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
+    Fault("the trap among cuDNN's searches is offered", "serve/cuda_options.py:", '"HEURISTIC")', '"HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
     Fault("the device is not told which label is wanted", "serve/engine/device_latents.py:DeviceLatents.fill", "if span.labels is None else span.labels", "", DEVICE_LATENTS),
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py:CudaEngine._begin_drawing", "self._drawing_problem(drawing, LatentReader(*shape))", "None", DEVICE_LATENTS),
     Fault("a thread keeps the capture mode that forbids what it does", "serve/engine/cuda.py:_call", 'of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures")', "False", "tests/unit/test_cuda_calls.py"),
