@@ -64,7 +64,10 @@ class Prometheus:
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(folder / "rules.yml")],
             "scrape_configs": [
-                {"job_name": "digits-serve", "static_configs": [{"targets": [target], "labels": {"namespace": "digits", "overlay": "cpu"}}]}
+                {
+                    "job_name": "digits-serve",
+                    "static_configs": [{"targets": [target], "labels": {"namespace": "digits", "overlay": "cpu"}}],
+                }
             ],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -222,8 +225,8 @@ def test_the_rules_are_valid(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-OURS = {"namespace": "digits", "overlay": "cpu", "instance": "pod", "model": "dcgan", "version": "1", "job": "digits/digits-serve"}
-WATCH = 'job="digits/digits-parity-watch"'
+OURS = {"namespace": "digits", "overlay": "cpu", "instance": "pod", "model": "dcgan", "version": "1", "job": "digits-serve"}
+WATCH = 'job="digits-parity-watch"'
 HPA = 'horizontalpodautoscaler="digits-serve"'
 OK, BAD = 'grpc_server_handled_total{grpc_code="OK"}', 'grpc_server_handled_total{grpc_code="INTERNAL"}'
 REFUSED = "digits_drain_refusals_total"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.manifests import JOBS, OVERLAYS, PREFIX, TOGETHER, Object, everything, prefixed, rendered, together
+from tests.deploy.manifests import EVERYWHERE, OVERLAYS, PREFIX, TOGETHER, Object, everything, prefixed, rendered, together
 from tests.deploy.relations import RELATIONS, complaints
 from tests.deploy.server_rules import RULES, refused
 
@@ -36,7 +36,7 @@ def test_an_api_server_would_take_every_object() -> None:
 
 
 def test_what_is_applied_to_one_namespace_has_names_of_its_own() -> None:
-    folders = [*OVERLAYS, "parity-watch", "parity-watch-secure", *JOBS, "jobs/trainjob", "jobs/models-volume", "monitoring", "kserve"]
+    folders = [*OVERLAYS, "parity-watch", "parity-watch-secure", "jobs/trainjob", "kserve", *EVERYWHERE]
     seen = [(item["kind"], item["metadata"]["name"]) for folder in folders for item in rendered(folder)]
     assert len(seen) == len(set(seen))
 

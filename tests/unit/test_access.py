@@ -283,6 +283,9 @@ def test_images_in_flight_are_limited_and_come_back() -> None:
     second.give_back()
     with pytest.raises(OverloadedError):
         third.take(40, 20 << 20)
+    with pytest.raises(CallerLimitError) as caught:
+        third.take(40, 6 << 20)
+    assert caught.value.denial == "memory"
     assert (account.images, budget.held_bytes) == (60, 1), "what was refused holds nothing"
     first.give_back()
     first.give_back()
@@ -301,7 +304,7 @@ def test_what_was_taken_without_a_limit_is_not_given_back_to_a_limit_that_came_l
 def test_large_calls_are_counted_for_their_callers_address_or_token() -> None:
     budget, everyone = Budget(10 << 20), Accounts(None, 0, 0.0).admit(caller(), "generate")
     Hold(everyone, caller(peer="ipv4:10.0.0.1:1"), budget).take(1, 5 << 20)
-    with pytest.raises(OverloadedError, match=r"10\.0\.0\.1 "):
+    with pytest.raises(CallerLimitError, match=r"10\.0\.0\.1 "):
         Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 20)
     Hold(Account("jobs", 0, 0.0), caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 4 << 20)
     Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 10)
