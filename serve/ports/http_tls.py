@@ -18,7 +18,6 @@ from serve.ports.http_connections import ANY_ADDRESS, Connection, Connections
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_S = 1.0  # for the other side to end TLS, too: until then its place is taken
 PAUSE_S = 0.1  # before the next try where descriptors or memory are used up
 USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 BACKLOG = 128
@@ -83,7 +82,7 @@ class TlsServer:
     async def _shake_hands(self, accepted: socket.socket, connection: Connection) -> None:
         context = await asyncio.to_thread(self._context)  # it looks at files
         loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: connection, accepted, ssl=context, ssl_shutdown_timeout=SHUTDOWN_S)
+        await loop.connect_accepted_socket(lambda: connection, accepted, ssl=context)
 
     def _after_handshake(self, accepted: socket.socket, connection: Connection, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

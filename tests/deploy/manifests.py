@@ -30,6 +30,8 @@ OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "gpu behind a gateway": (("overlays/gpu",), ("components/gateway",)),
     "gpu with KEDA and certificates": (("overlays/gpu",), ("components/keda", "components/certificate")),
+    "cpu with the HTTP API": (("overlays/cpu",), ("components/http-api",)),
+    "gpu with the HTTP API over TLS": (("overlays/gpu", "parity-watch-secure"), ("components/https-api",)),
 }
 FOLDERS = (
     *OVERLAYS, *JOBS, "jobs/trainjob", "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring", "kserve",

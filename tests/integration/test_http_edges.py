@@ -22,7 +22,8 @@ import pytest
 from serve.api import http as http_api
 from serve.api import http_call
 from serve.manifest import BUNDLED_DIR
-from serve.ports.http_port import HEAD_TIMEOUT_S, host_name, takes_gzip
+from serve.ports.http_origins import host_name
+from serve.ports.http_port import HEAD_TIMEOUT_S, takes_gzip
 from tests.in_process import Running, with_server
 from tests.server_process import ServerProcess
 
