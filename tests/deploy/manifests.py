@@ -145,4 +145,9 @@ def settings_of(items: Sequence[Object], container: Mapping[str, Any]) -> Settin
         data |= maps[source["configMapRef"]["name"]]
     own = [each for each in container.get("env", ()) if each["name"].startswith("DIGITS_") and "value" in each]
     data |= {each["name"]: each["value"] for each in own}
-    return from_arguments(container.get("args", []), data)
+    return _settings(tuple(container.get("args", [])), tuple(data.items()))
+
+
+@cache
+def _settings(arguments: Sequence[str], environment: Sequence[tuple[str, str]]) -> Settings:
+    return from_arguments(arguments, dict(environment))

@@ -6,7 +6,6 @@ an autoscaler finds its target and its metric, and a pod gets the memory that th
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +19,28 @@ from serve.api.digits_v1 import SERVICE
 from serve.client.channel import DEFAULT_TARGET
 from serve.errors import SettingsError
 from serve.ports.health import LIVENESS
-from serve.server import DRAIN_OVERHEAD_S
 from serve.settings import Settings, env_name
-from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, pod_templates, settings_of
+from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, settings_of
+from tests.deploy.network import who_may_reach_whom
+from tests.deploy.objects import (
+    claims_of,
+    failing_s,
+    flags_of,
+    labels_of,
+    of,
+    ports_of,
+    selected,
+    selects,
+    servers,
+    stopping_s,
+    title,
+    workloads,
+)  # fmt: skip
+from tests.deploy.promises import PROMISES
 from tests.deploy.server_rules import quantity
 
 Relation = Callable[[Sequence[Object]], Iterator[str]]
 
-SERVER = {"app.kubernetes.io/name": "digits-serve"}
 GRPC_PORT = int(DEFAULT_TARGET.rpartition(":")[2])
 # Secrets that deploy/README.md tells to make, with their keys, and the ConfigMap of the gateway's platform.
 SECRETS = {
@@ -43,45 +56,6 @@ BUDGET_SHARE = 4  # of the memory limit one part is for open calls, where --max-
 BESIDE_MIB = 136
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"
-
-
-def of(items: Sequence[Object], *kinds: str) -> list[Object]:
-    return [item for item in items if item["kind"] in kinds]
-
-
-def title(item: Object) -> str:
-    return f"{item['kind']}/{item['metadata']['name']}"
-
-
-def workloads(items: Sequence[Object]) -> list[Object]:
-    return [item for item in items if pod_templates(item)]
-
-
-def servers(items: Sequence[Object]) -> list[Object]:
-    return [item for item in of(items, "Deployment") if labels_of(item).items() >= SERVER.items()]
-
-
-def labels_of(item: Object) -> Mapping[str, str]:
-    [template] = pod_templates(item)
-    found: Mapping[str, str] = template["metadata"].get("labels", {})
-    return found
-
-
-def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether a label selector, or a Service's plain one, selects pods with these labels."""
-    plain = selector.get("matchLabels", {} if "matchExpressions" in selector else selector)
-    chosen = all(labels.get(key) == value for key, value in plain.items())
-    for each in selector.get("matchExpressions", ()):
-        chosen = chosen and (labels.get(each["key"]) in each["values"]) == (each["operator"] == "In")
-    return chosen
-
-
-def selected(items: Sequence[Object], selector: Mapping[str, Any]) -> list[Object]:
-    return [item for item in workloads(items) if item["kind"] != "ServingRuntime" and selects(selector, labels_of(item))]
-
-
-def ports_of(item: Object) -> dict[str, int]:
-    return {port["name"]: port["containerPort"] for each in containers(item) for port in each.get("ports", ())}
 
 
 def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
@@ -182,17 +156,6 @@ def stopping_fits_into_the_grace_period(items: Sequence[Object]) -> Iterator[str
             yield f"{title(item)} drains and ends by itself when a run hangs, and its liveness probe does not wait for it"
 
 
-def stopping_s(settings: Settings) -> float:
-    """The longest time from SIGTERM, or from a hung run, to the process's end."""
-    return settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
-
-
-def failing_s(probe: Mapping[str, Any]) -> float:
-    """For how long a probe must fail to have an effect."""
-    allowed: float = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-    return allowed
-
-
 def files_are_where_they_are_looked_for(items: Sequence[Object]) -> Iterator[str]:
     claims = {item["metadata"]["name"] for item in of(items, "PersistentVolumeClaim")}
     for item in workloads(items):
@@ -225,57 +188,6 @@ def paths_of(items: Sequence[Object], item: Object, container: Mapping[str, Any]
         return [*found, settings.models_dir] if settings.models_dir.parts[:2] == ("/", "models") else found
     files = ("--runs-dir", "--models-dir", "--data-dir", "--out", "--ca", "--cert", "--key", "--token-file")
     return [Path(value) for flag, value in flags_of(container).items() if flag in files]
-
-
-def claims_of(item: Object) -> set[str]:
-    volumes = [volume for pod in pod_specs(item) for volume in pod.get("volumes", ())]
-    return {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume}
-
-
-def flags_of(container: Mapping[str, Any]) -> dict[str, str]:
-    """The flags with values of a command line, written either way; ``$(NAME)`` is replaced as the kubelet does it."""
-    named = {each["name"]: each.get("value", "") for each in container.get("env", ())}
-    words = [re.sub(r"\$\((\w+)\)", lambda match: named.get(match[1], match[0]), each) for each in container.get("args", ())]
-    found = dict(each.split("=", 1) for each in words if each.startswith("--") and "=" in each)
-    return found | {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--") and "=" not in flag}
-
-
-def traffic_is_let_through(items: Sequence[Object]) -> Iterator[str]:
-    """Callers, Prometheus and name look-ups; and the parity watch to the server."""
-    policies = of(items, "NetworkPolicy")
-    for item in of(items, "Deployment"):
-        own = [policy for policy in policies if selects(policy["spec"]["podSelector"], labels_of(item))]
-        if len(own) != 1:
-            yield f"{title(item)} is selected by {[title(policy) for policy in own]}, not by one NetworkPolicy"
-            continue
-        spec, there = own[0]["spec"], ports_of(item)
-        let_in = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
-        if strangers := {name for name in let_in if name not in (*there, *there.values())}:
-            yield f"{title(own[0])} lets in to {strangers}, which are no ports of {title(item)}"
-        if missing := set(there) - {name for name in there if name in let_in or there[name] in let_in}:
-            yield f"{title(own[0])} lets nobody in to {missing}"
-        callers = {port["port"] for rule in spec["ingress"] if {"podSelector": {}} in rule["from"] for port in rule["ports"]}
-        if item in servers(items) and callers != (wanted := called_at(settings_of(items, containers(item)[0]))):
-            yield f"{title(own[0])} lets callers in to {sorted(callers)}, and {title(item)} answers them at {sorted(wanted)}"
-        let_out = {(port["port"], port["protocol"]) for rule in spec["egress"] for port in rule["ports"]}
-        if missing_out := {(53, "UDP"), (53, "TCP")} - let_out:
-            yield f"{title(own[0])} lets no name be looked up: {sorted(missing_out)}"
-        if item not in servers(items):
-            reached = [
-                server
-                for rule in spec["egress"]
-                for peer in rule["to"]
-                if "podSelector" in peer and any(port["port"] == GRPC_PORT for port in rule["ports"])
-                for server in servers(items)
-                if selects(peer["podSelector"], labels_of(server))
-            ]
-            if not reached:
-                yield f"{title(own[0])} keeps the watch from every server"
-
-
-def called_at(settings: Settings) -> set[str]:
-    """The ports at which callers get digits. Probes and metrics are not theirs, where they have a port without digits."""
-    return {"grpc", "https" if settings.https else "http"} if settings.http_api else {"grpc"}
 
 
 def disruptions_are_bounded(items: Sequence[Object]) -> Iterator[str]:
@@ -496,10 +408,10 @@ RELATIONS: Mapping[str, Relation] = {
     for relation in (
         services_reach_one_workload_each, services_are_as_clients_know_them, the_server_gets_the_settings_it_is_given,
         probes_ask_what_the_server_answers, stopping_fits_into_the_grace_period, files_are_where_they_are_looked_for,
-        traffic_is_let_through, disruptions_are_bounded, scaling_finds_its_target_and_its_metric, prometheus_finds_the_pods,
+        who_may_reach_whom, disruptions_are_bounded, scaling_finds_its_target_and_its_metric, prometheus_finds_the_pods,
         memory_is_what_was_measured, gpus_are_asked_for_where_they_are_tolerated, images_are_built_here,
         pods_are_spread_and_have_their_account, pods_are_restricted, jobs_outlive_evictions, the_watch_finds_the_server,
-        routes_lead_to_the_service,
+        routes_lead_to_the_service, *PROMISES,
     )
 }  # fmt: skip
 
