@@ -23,7 +23,7 @@ def test_what_is_applied_together_fits_together(name: str) -> None:
     assert complaints(together(name)) == []
 
 
-# kustomize itself cannot put a prefix before two overlays of one base at once; the certificate has its names from what is below it.
+# kustomize itself cannot put a prefix before two overlays of one base at once; a certificate has its names from what is below it.
 ONE_OVERLAY = [name for name, folders in TOGETHER.items() if len({*folders} & {*OVERLAYS}) < 2 and "certificates" not in name]
 
 
