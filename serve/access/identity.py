@@ -82,6 +82,7 @@ class Account:
                     f"{self.name} is over its {self.requests_per_s:g} requests a second",
                     (1 - self.allowance) / self.requests_per_s,
                     "requests",
+                    self.requests_per_s,
                 )
             self.allowance -= 1
 
@@ -95,6 +96,7 @@ class Account:
                     f"{self.name} has {self.images} images in flight and asks for {images}; its limit is {self.images_limit}",
                     IMAGES_RETRY_S,
                     "images",
+                    self.images_limit,
                 )
             self.images += images
             return images

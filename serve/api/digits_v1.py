@@ -134,9 +134,11 @@ def generate(request: pb.GenerateRequest, call: Call) -> DigitsRequest:
     rows: Addresses | Latents
     if request.latents:
         if request.HasField("seed") or request.start or request.truncation:
-            raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
+            raise RequestError(
+                "seed, start and truncation cannot go with latents: a digit has an address or a latent vector", "latents"
+            )
         if len(request.latents) % 4:
-            raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
+            raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)", "latents")
         rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
     else:
         rows = _addresses(request)
@@ -147,7 +149,7 @@ def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:
     """Raises RequestError naming the field that is wrong."""
     for name in ("begin", "end"):
         if not request.HasField(name):
-            raise RequestError(f"{name} is missing; give the seed and index of both ends")
+            raise RequestError(f"{name} is missing; give the seed and index of both ends", name)
     begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
     rows = Interpolation(begin, end, request.steps, request.truncation)
     return _parsed(request, rows, Priority.INTERACTIVE, call)
@@ -168,10 +170,12 @@ def _parsed(
     image_format = request.format or pb.IMAGE_FORMAT_UINT8
     if image_format not in ENCODINGS:
         known = ", ".join(pb.ImageFormat.Name(number) for number in ENCODINGS)
-        raise RequestError(f"format {image_format} is unknown; there are {known}")
+        raise RequestError(f"format {image_format} is unknown; there are {known}", "format")
     priority = PRIORITIES.get(request.priority) if request.priority else default_priority
     if priority is None:
-        raise RequestError(f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK")
+        raise RequestError(
+            f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK", "priority"
+        )
     return DigitsRequest(
         rows=rows,
         model=request.model,

@@ -92,7 +92,8 @@ def error_answer(status: int, text: str, **headers: str) -> web.Response:
 
 
 def _refused(refusal: Refusal) -> web.Response:
-    answer = error_answer(refusal.http_status, refusal.text)
+    text = json.dumps(refusal.fields())
+    answer = web.Response(status=refusal.http_status, text=text, content_type="application/json")
     if refusal.retry_after_s is not None:
         answer.headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
     if refusal.code is grpc.StatusCode.UNAUTHENTICATED:

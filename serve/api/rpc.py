@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, Message
 
 from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
+from serve.api.status import Refusal
 from serve.api.wire_format import Bulk, check_size
 from serve.batching.ticket import Send
 from serve.core.generate import Core
@@ -28,7 +29,6 @@ from serve.errors import CallerLeftError, RequestError
 from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
 
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
 REQUEST_COPIES = 2  # of its bytes, in memory: as they came, and parsed
 SMALL_REQUEST_BYTES = 1 << 10  # what is smaller need not be counted: so many calls cannot be open
 LARGE_REQUEST_BYTES = 16 << 10  # what is larger is parsed by a worker: the thread that receives is everybody's
@@ -222,11 +222,12 @@ async def _send_all(wire: Wire, call: Call, answers: AsyncGenerator[bytes]) -> N
 
 def _refuse(wire: Wire, call: Call, error: Exception) -> Send:
     """What sends the status of an error."""
-    answer = call.failed(error)
-    trailing: Metadata = ()
-    if answer.retry_after_s is not None:
-        trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
-    return wire.ending(answer.code, answer.text, trailing)
+    return refused(wire, call.failed(error))
+
+
+def refused(wire: Wire, answer: Refusal) -> Send:
+    """What sends the status of a call that failed, with what programs are told."""
+    return wire.ending(answer.code, answer.text, answer.trailing())
 
 
 def caller_of(wire: Wire, *, traced: bool = False) -> Caller:
@@ -247,4 +248,4 @@ def parse(request_type: type[RequestT], raw: bytes) -> RequestT:
     try:
         return request_type.FromString(raw)
     except DecodeError:
-        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message") from None
+        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message", "") from None
