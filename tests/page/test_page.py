@@ -235,7 +235,9 @@ def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser
 
 def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
     page = open_page(shared_server, "?seed=-1&start=abc&count=1e9&truncation=x&labels=77&model=vae&begin=3&end=9&version=99")
-    expect(page.locator("#message")).to_contain_text("cannot be used: seed=-1, start=abc, count=1e9, truncation=x, model=vae, version=99, labels=77.")
+    expect(page.locator("#message")).to_contain_text(
+        "cannot be used: seed=-1, start=abc, count=1e9, truncation=x, model=vae, version=99, labels=77."
+    )
     assert page.locator("#seed").input_value().isdecimal()
     values = {name: page.locator(f"#{name}").input_value() for name in ("start", "count", "truncation", "digit", "version")}
     assert values == {"start": "0", "count": "25", "truncation": "2.5", "digit": "", "version": ""}
