@@ -28,7 +28,7 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     peer: Callable[[], str] = str  # as the transport has it, asked when it is needed: grpcio takes its time to tell
     authorization: Sequence[str | bytes] = ()  # the values of every ``authorization`` header
     request_id: str = ""
-    metadata: Mapping[str, str] = {}  # what a trace is continued from; empty without tracing
+    trace: Mapping[str, str] = {}  # its trace context; empty without tracing
 
     @property
     def address(self) -> str:

@@ -72,6 +72,7 @@ class DigitService:
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncGenerator[bytes]:
         parsed = _parsed(request, _addresses(request), Priority.BULK, call)
+        call.asks(parsed)
         async with aclosing(self._core.stream(parsed, request.chunk, call.hold)) as answers:
             async for digits in answers:
                 started = time.perf_counter()

@@ -93,6 +93,7 @@ class HttpApi:
             deadline=call.deadline,
             row_bytes=ROW_BYTES,
         )
+        call.asks(request)
         digits = await self._core.generate(request, call.hold)
         started = time.perf_counter()
         as_picture = request.encoding == "png_grid"

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeAlias
 
 import grpc
@@ -18,6 +19,7 @@ from serve.api.status import Refusal
 from serve.errors import ExpiredError
 from serve.observability.logs import REQUEST_ID_KEY
 from serve.observability.metrics import RpcMetrics
+from serve.observability.tracing import Described, server_of, trace_context
 
 SERVICE = "http"  # as the RPC metrics call it
 TIMEOUT_S = 30.0
@@ -39,13 +41,15 @@ def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "g
     observed = RpcMetrics(admission.metrics, "unary", SERVICE, name)
 
     async def handle(request: web.Request) -> web.Response:
-        call = Call(admission, observed, _caller(request), time.monotonic() + TIMEOUT_S)
+        traced = admission.tracing is not None
+        describe = partial(_described, request, name) if traced else None
+        call = Call(admission, observed, _caller(request, traced=traced), time.monotonic() + TIMEOUT_S, describe)
         call.enter_log()
         try:
             try:
                 call.admit(scope)
                 answer = await _in_time(handler(request, call))
-                call.answered()
+                call.answered(answer.status)
             except asyncio.CancelledError:
                 call.left()
                 raise
@@ -80,10 +84,25 @@ async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
         raise ExpiredError(f"there was no answer within {TIMEOUT_S:g} s") from None
 
 
-def _caller(request: web.Request) -> Caller:
+def _caller(request: web.Request, *, traced: bool) -> Caller:
     headers = request.headers
     authorization = headers.getall("Authorization", [])
-    return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), headers)
+    trace = trace_context((key.lower(), value) for key, value in headers.items()) if traced else {}
+    return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), trace)
+
+
+def _described(request: web.Request, route: str) -> Described:
+    about = {
+        "http.request.method": request.method,
+        "http.route": route,
+        "url.scheme": request.scheme,
+        "url.path": request.path,
+        "url.query": request.query_string,
+        "network.protocol.version": f"{request.version.major}.{request.version.minor}",
+        "client.address": request.remote,
+        "user_agent.original": request.headers.get("User-Agent"),
+    }
+    return Described(f"{request.method} {route}", {**about, **server_of(request.host)}, of_http=True)
 
 
 def error_answer(status: int, text: str, **headers: str) -> web.Response:

@@ -147,6 +147,7 @@ class OpenInferenceHttp:
         model, version = request.match_info["model"], request.match_info.get("version", "")
         row_bytes = (4 if "images" in names else 1) * ROW_BYTES
         parsed = to_request(model, version, tensors, names, deadline=call.deadline, row_bytes=row_bytes)
+        call.asks(parsed)
         digits = await self._core.generate(parsed, call.hold)
         started = time.perf_counter()
         answer = await asyncio.to_thread(_encode, inference, digits, names)  # values in JSON take their time

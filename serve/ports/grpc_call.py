@@ -26,7 +26,7 @@ class GrpcCall:
     """``requests`` and ``send`` need the event loop; what else there is may be called in any thread."""
 
     __slots__ = (
-        "_begun", "_call", "_deadline", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
+        "_begun", "_call", "_details", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
         "counted_for", "ended", "has_left", "metadata", "method", "received", "sent_bytes",
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ class GrpcCall:
         self.sent_bytes = 0
         self.counted_for = ""  # the address that it is counted for
         self._call = event.call
-        self._deadline: float = event.call_details.deadline
+        self._details = event.call_details
         self._loop = loop
         self._over = over
         self._load_reports = load_reports
@@ -64,7 +64,13 @@ class GrpcCall:
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None without one."""
-        return None if self._deadline > NO_DEADLINE else max(0.0, self._deadline - time.time())
+        deadline: float = self._details.deadline
+        return None if deadline > NO_DEADLINE else max(0.0, deadline - time.time())
+
+    def authority(self) -> str:
+        """The server's name and port as the caller has them."""
+        host: bytes = self._details.host
+        return host.decode(errors="replace")
 
     def when_over(self, sent: Callable[[], None]) -> None:
         """Have ``sent`` called once when the status has been sent or cannot be."""
