@@ -15,6 +15,7 @@ from serve.errors import SettingsError
 
 ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 EXPORTER_VARIABLE, SAMPLER_VARIABLE, RATIO_VARIABLE = "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"
+DEFAULT_SAMPLER = "parentbased_always_on"
 SAMPLERS = ["always_on", "always_off", "traceidratio"]
 SAMPLERS += [f"parentbased_{name}" for name in SAMPLERS]
 OTLP = ("OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_")  # for all signals, and for traces alone
