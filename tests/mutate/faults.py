@@ -36,6 +36,8 @@ SIZES = "tests/unit/test_wire_format.py"
 THE_OPEN_CALLS = "tests/unit/test_open_calls.py"
 WATCHERS = "tests/unit/test_health.py"
 STATUS, THE_STATUS = "serve/api/status.py", "tests/unit/test_status.py"
+TRACING, SPANS = "tests/integration/test_tracing.py", "serve/observability/tracing.py"
+SPAN_SETTINGS = "serve/observability/tracing_settings.py"
 THE_SERVER = "tests/unit/test_server.py"
 BOUNDS = "tests/integration/test_bounds.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
@@ -189,7 +191,13 @@ FAULTS = [
     Fault("a stream's caller is looked at once", f"{RPC}:_send_all", "call.check_again()", "pass", f"{OVER_THE_WIRE} -k revoked_tokens_stream"),
     Fault("what a caller sent of its trace is left out", f"{RPC}:caller_of", "if traced else {}", "if False else {}", f"{REQUEST_PATH} -k traced"),
     Fault("all metadata are kept though nothing is traced", f"{RPC}:caller_of", "if traced else {}", "if True else {}", f"{REQUEST_PATH} -k traced"),
-    Fault("the caller's trace is not gone on with", "serve/observability/tracing.py:Tracing.begin", "TraceContextTextMapPropagator().extract(metadata)", "None", "tests/integration/test_observability.py -k hang_together"),
+    Fault("the caller's trace is not gone on with", f"{SPANS}:Tracing._begin", "TraceContextTextMapPropagator().extract(context) if context else None", "None", f"{TRACING} -k phases"),
+    Fault("a call that is not sampled has a span", f"{SPANS}:Tracing.begin", "if sampled else", "if True else", f"{TRACING} -k variables"),
+    Fault("every chunk of a stream is a span", f"{SPANS}:Span.phases", "self._answers > MOST_ANSWERS", "False", f"{TRACING} -k phases"),
+    Fault("what OTLP cannot hold costs the spans of others", f"{SPANS}:exportable", "value >= 1 << 63", "False", f"{TRACING} -k cannot_hold_costs"),
+    Fault("a caller's mistake is an error of the server's", f"{SPANS}:Span.end", "code in SERVER_FAULTS", 'code != "OK"', f"{TRACING} -k phases"),
+    Fault("a protocol that is not spoken is taken", f"{SPAN_SETTINGS}:wanted", '_check(f"{prefix}PROTOCOL", given, ("grpc",), "; name the collector\'s gRPC port, usually 4317")', "pass", f"{TRACING} -k refused_by_name"),
+    Fault("an HTTP call is traced as one of gRPC", f"{HTTP}:_described", "of_http=True", "of_http=False", f"{TRACING} -k http"),
     Fault("a trace has no phases", f"{ADMISSION}:Call.encoded", "self._span is not None", "False", f"{REQUEST_PATH} -k traced"),
     Fault("an HTTP call holds for ever", f"{HTTP}:guarded.handle", "call.sent()", "pass", f"{WIRING} -k holds_nothing"),
     Fault("no hint when to return over HTTP", f"{HTTP}:_refused", "refusal.retry_after_s is not None", "False", f"{WIRING} tests/integration/test_http_api.py"),
