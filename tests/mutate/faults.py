@@ -278,7 +278,7 @@ FAULTS = [
     Fault("what could not be sent is taken for sent", f"{CALL}:GrpcCall._done.settle", "event.batch_operations if event.success else None", "event.batch_operations", f"{GRPC_PORT} -k could_not_be_sent"),
     Fault("a call that is watched is watched again at its end", f"{CALL}:GrpcCall._to_be_watched", "return not watched", "return True", GRPC_PORT),
     Fault("a status loses its metadata", f"{CALL}:GrpcCall.ending", "(trailing, NUMBERS[code]", "((), NUMBERS[code]", f"{GRPC_PORT} -k both_ways"),
-    Fault("no call has a deadline", f"{CALL}:GrpcCall.time_remaining", "self._deadline > NO_DEADLINE", "True", f"{GRPC_PORT} -k deadline"),
+    Fault("no call has a deadline", f"{CALL}:GrpcCall.time_remaining", "deadline > NO_DEADLINE", "True", f"{GRPC_PORT} -k deadline"),
     Fault("what health says is published and wakes nobody", f"{HEALTH}:Health.publish", "self._wake()", "pass", WATCHERS),
     Fault("a watcher who leaves takes the others' news along", f"{HEALTH}:Health._next_change", "asyncio.shield(self._changed)", "self._changed", WATCHERS),
     Fault("watches have no bound", f"{HEALTH}:Health._watch", "self._watches >= MOST_WATCHES", "False", WATCHERS),
