@@ -26,7 +26,7 @@ BUCKET = (*MODEL, "bucket")
 MEASURED_METHODS = {"Generate", "Interpolate", "ModelInfer", "/v1/digits", "/v1/interpolation"}
 RPC = ("grpc_type", "grpc_service", "grpc_method")
 MOST_LATER = 256
-RUN_FAILURES = ("raised", "hung", "died")
+RUN_FAILURES = ("raised", "hung", "died", "repeated")
 SELF_CHECKS = ("passed", "breach", "failed", "skipped")
 
 # Of a served version, each with digits_ before its name.
@@ -95,7 +95,7 @@ class Metrics:
         )
         self.splits = Counter("digits_split_requests", "Requests cut over more than one batch", MODEL, registry=registry)
         self.run_failures = Counter(
-            "digits_run_failures", "Runs that raised, hung or lost their thread", (*MODEL, "reason"), registry=registry
+            "digits_run_failures", "Runs that failed, and rows of them (repeated)", (*MODEL, "reason"), registry=registry
         )
         self.self_checks = Counter(
             "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry

@@ -19,6 +19,7 @@ core: Any = import_module("grpc._cython.cygrpc")
 
 NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without one, or more
 FLAGS = 0
+FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)  # the server's own, for which clients turn to another
 NUMBERS = {code: code.value[0] for code in grpc.StatusCode}  # an enumeration's own look-up takes half a microsecond
 
 
@@ -117,8 +118,8 @@ class GrpcCall:
     def ending(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> Send:
         """What sends the only answer, if there is one, and the status."""
         self.ended = True
-        if code is grpc.StatusCode.OK and self._load_reports is not None:
-            trailing = ((METADATA_KEY, self._load_reports.answered()),)
+        if self._load_reports is not None and (code is grpc.StatusCode.OK or code in FAULTS):
+            trailing = (*trailing, (METADATA_KEY, self._load_reports.answered(failed=code in FAULTS)))
         status = core.SendStatusFromServerOperation(trailing, NUMBERS[code], text, FLAGS)
         operations = [status]
         if message is not None:
