@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.command_line import OneLineParser
-from serve.cuda_options import parse_cuda_options
+from serve.engine.cuda_options import parse_cuda_options
 from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 

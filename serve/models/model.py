@@ -15,8 +15,8 @@ from serve.background import settle, until
 from serve.batching.batcher import Batcher, Limits
 from serve.batching.instance import Engine
 from serve.batching.ticket import Priority, Ticket
-from serve.cuda_options import parse_cuda_options
 from serve.engine.cuda_engine import make_engine
+from serve.engine.cuda_options import parse_cuda_options
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
 from serve.engine.resources import usable_cores
