@@ -301,7 +301,7 @@ FAULTS = [
     Fault("the kernel forgets the counter's carry", "serve/engine/latents.cu:", "+ (low < base)", "", DEVICE_LATENTS),
     Fault("the kernel draws over a label that was asked for", "serve/engine/latents.cu:", ".label < 0 ?", ".label < 1ll << 62 ?", DEVICE_LATENTS),
     Fault("the kernel truncates nothing", "serve/engine/latents.cu:", "(tail != 0.0f", "(tail < 0.0f", DEVICE_LATENTS),
-    Fault("the trap among cuDNN's searches is offered", "serve/engine/cuda_options.py:", '"HEURISTIC")', '"HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
+    Fault("the trap among cuDNN's searches is offered", "serve/settings.py:", '"HEURISTIC")', '"HEURISTIC", "DEFAULT")', "tests/unit/test_settings.py"),
     Fault("the device is not told which label is wanted", "serve/engine/device_latents.py:DeviceLatents.fill", "if span.labels is None else span.labels", "", DEVICE_LATENTS),
     Fault("latents on the device are believed untried", "serve/engine/cuda_engine.py:CudaEngine._begin_drawing", "self._drawing_problem(drawing, LatentReader(*shape))", "None", DEVICE_LATENTS),
     Fault("a thread keeps the capture mode that forbids what it does", "serve/engine/cuda.py:_call", 'of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures")', "False", "tests/unit/test_cuda_calls.py"),
