@@ -26,6 +26,7 @@ LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
 DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
+LANGUAGE_PACKAGES := npm protobuf-compiler protoc-gen-go-1-5 protoc-gen-go-grpc golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-serve serve generate train evaluate gallery export speedrun runs test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos protos-check bench bench-peers bench-instructions bench-train activations compare clean
@@ -121,6 +122,13 @@ build/crd-schemas/.ready:
 build/integrations/.ready: | $(BIN)/python
 	$(PYTHON) -m venv build/integrations
 	build/integrations/bin/python -m pip install --quiet kserve kubeflow-trainer-api cyclonedx-bom
+	@touch $@
+
+# What callers in Node and Go need: packages of npm and of Debian.
+build/languages/.ready:
+	@for each in npm protoc go protoc-gen-go protoc-gen-go-grpc; do command -v $$each >/dev/null || missing=1; done; \
+	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null; fi
+	npm install --silent --no-save --prefix build/languages @grpc/grpc-js@1 @grpc/proto-loader@0.8
 	@touch $@
 
 # The client beside each major version of protobuf that it takes, the first with the oldest of everything.

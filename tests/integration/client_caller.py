@@ -1,4 +1,4 @@
-"""A caller's few lines, for ``mypy --strict`` and for old and new libraries: run by an interpreter of its own, prints what it saw."""
+"""A caller's few lines, for ``mypy --strict`` and old and new libraries. Run by an interpreter of its own; prints what it saw."""
 
 import asyncio
 import json
