@@ -14,8 +14,9 @@ from serve.api.status import Refusal, refusal
 from serve.background import until
 from serve.core.request import Digits, DigitsRequest
 from serve.errors import CallerLeftError, DrainingError, ServeError
+from serve.observability.call_metrics import CallMetrics
 from serve.observability.logs import current_call
-from serve.observability.metrics import Metrics, RpcMetrics
+from serve.observability.metrics import Metrics
 from serve.observability.tracing import Described, Span, Tracing
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Call:
     def __init__(
         self,
         admission: Admission,
-        observed: RpcMetrics,
+        observed: CallMetrics,
         caller: Caller,
         deadline: float | None,
         describe: Callable[[], Described] | None = None,
@@ -166,6 +167,6 @@ class Call:
             self.hold.give_back()
 
     def _ended(self, code: str, http_status: int, reason: str = "") -> None:
-        self._observed.ended(code, time.perf_counter() - self._started)
+        self._observed.ended(code, http_status, time.perf_counter() - self._started)
         if self._span is not None:
             self._span.end(code, http_status, reason)

@@ -38,10 +38,10 @@ from serve.api.tensors import (
     shapes_of,
     to_request,
 )
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.core.request import Digits
 from serve.errors import RequestError, UnavailableError
-from serve.settings import release
 
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC

@@ -8,10 +8,10 @@ import math
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -124,7 +124,7 @@ class Core:
                     part = whole.part(given, min(chunk, count - given))
                     given += part.count
                     if labels is not None:
-                        part = msgspec.structs.replace(part, labels=in_turn(labels, part.start, part.count))
+                        part = replace(part, labels=in_turn(labels, part.start, part.count))
                     ticket = Ticket(part, request.outputs, request.priority, request.deadline, waits_for_room=True)
                     under_way.append(asyncio.ensure_future(model.run(ticket)))
                 yield _digits(model, await under_way.popleft(), request)
@@ -278,7 +278,8 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         start=span.start,
         count=span.count,
         pixels=cast("list[NDArray[np.uint8]]", ordered(ticket, "pixels")) if "pixels" in outputs else (),
-        images=cast("list[NDArray[np.float32]]", ordered(ticket, "images")) if "images" in outputs else (),
+        # The model's own range is [0, 1] up to rounding: -1e-7 has been seen.
+        images=[np.clip(rows, 0, 1, dtype=np.float32) for rows in ordered(ticket, "images")] if "images" in outputs else (),
         labels=labels,
         queued_at=ticket.queued_at,
         queue_seconds=ticket.queue_seconds,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from random import random
 from typing import Any, NamedTuple
 
+from serve.command_line import release
 from serve.errors import SettingsError
 from serve.observability.tracing_settings import DEFAULT_SAMPLER, ENDPOINT_VARIABLE, RATIO_VARIABLE, SAMPLER_VARIABLE, wanted
-from serve.settings import release
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
 # W3C Trace Context (https://www.w3.org/TR/trace-context): version, trace, parent, flags, of which the lowest bit is "sampled".

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from serve.access.tokens import main as tokens_main
 from serve.client.command import main as client_main
@@ -21,16 +20,6 @@ from tests.server_process import ServerProcess
 WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
 QUICK_MS = 15_000
 expect.set_options(timeout=QUICK_MS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    binary = shutil.which("chromium")
-    assert binary, "chromium is missing; make page-test installs it where it may"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
