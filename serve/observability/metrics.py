@@ -108,7 +108,7 @@ class Metrics:
         )
         self.splits = Counter("digits_split_requests", "Requests cut over more than one batch", MODEL, registry=registry)
         self.run_failures = Counter(
-            "digits_run_failures", "Runs that raised, hung or lost their thread", (*MODEL, "reason"), registry=registry
+            "digits_run_failures", "Runs that failed, and rows of them (repeated)", (*MODEL, "reason"), registry=registry
         )
         self.self_checks = Counter(
             "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry
