@@ -31,6 +31,7 @@ from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
 from serve.background import finished, for_each, in_daemon_thread, repeat
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.engine.resources import give_memory_back, memory_bytes, usable_cores
 from serve.errors import StartError
@@ -47,7 +48,7 @@ from serve.ports.health import HEALTH, Health
 from serve.ports.http_port import HttpPorts, make_app
 from serve.ports.load_report import Load, LoadReports
 from serve.ports.reflection import reflection_methods
-from serve.settings import Settings, release
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 

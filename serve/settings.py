@@ -13,12 +13,10 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from serve.command_line import OneLineParser
-from serve.cuda_options import parse_cuda_options
+from serve.command_line import OneLineParser, release
 from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 
@@ -68,14 +66,9 @@ class Settings:
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP and the HTTPS port listen on")
     http_port: int = _setting(
-        8080,
-        "port of /metrics, /healthz and /readyz, and without --tls-cert of the HTTP API and the page; 0 takes a free one",
-        low=0,
-        high=65535,
+        8080, "port of /metrics, /healthz, /readyz, and without --tls-cert of API and page; 0 takes a free one", low=0, high=65535
     )
-    https_port: int = _setting(
-        8443, "with --tls-cert: port of the HTTP API and the page, over TLS; 0 takes a free one", low=0, high=65535
-    )
+    https_port: int = _setting(8443, "port of API and page with --tls-cert, over TLS; 0 takes a free one", low=0, high=65535)
     http_names: str = _setting(
         "",
         "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
@@ -215,6 +208,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+# What --cuda-options may set, and to what. Not cuDNN's DEFAULT algorithm: an H100 made a third of the digits by it, for every
+# model with convolutions.
+CUDA_OPTIONS = {
+    "use_tf32": ("0", "1"),
+    "prefer_nhwc": ("0", "1"),
+    "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC"),
+    "cudnn_conv_use_max_workspace": ("0", "1"),
+    "tunable_op_enable": ("0", "1"),
+    "tunable_op_tuning_enable": ("0", "1"),
+}
+
+
+def parse_cuda_options(text: str) -> dict[str, str]:
+    """Read ``name=value,name=value``. Raises SettingsError naming the option and what it takes."""
+    options = {}
+    for entry in filter(None, text.split(",")):
+        name, _, value = entry.strip().partition("=")
+        if name not in CUDA_OPTIONS:
+            raise SettingsError(f"--cuda-options: {name[:64]!r} is unknown; there are {', '.join(CUDA_OPTIONS)}")
+        if value not in CUDA_OPTIONS[name]:
+            raise SettingsError(f"--cuda-options: {name} must be one of {', '.join(CUDA_OPTIONS[name])}, got {value[:64]!r}")
+        options[name] = value
+    return options
+
+
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -284,11 +302,3 @@ def _parse(text: str, kind: Any, source: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{source} must be {wanted}, got {text!r}") from None
-
-
-def release() -> str:
-    """The installed distribution's version, or ``source`` when it runs from a checkout that was never installed."""
-    try:
-        return version("digits-serve")
-    except PackageNotFoundError:
-        return "source"

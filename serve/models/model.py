@@ -15,7 +15,6 @@ from serve.background import settle, until
 from serve.batching.batcher import Batcher, Limits
 from serve.batching.instance import Engine
 from serve.batching.ticket import Priority, Ticket
-from serve.cuda_options import parse_cuda_options
 from serve.engine.cuda_engine import make_engine
 from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
@@ -27,7 +26,7 @@ from serve.manifest import Manifest
 from serve.models.repository import Bundle
 from serve.observability.metrics import Metrics
 from serve.observability.model_metrics import ModelMetrics
-from serve.settings import Settings
+from serve.settings import Settings, parse_cuda_options
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from serve.observability.later import Later
 from serve.observability.metrics import Metrics
 
-RUN_FAILURES = ("raised", "hung", "died")
+RUN_FAILURES = ("raised", "hung", "died", "repeated")
 SELF_CHECKS = ("passed", "breach", "failed", "skipped")
 
 

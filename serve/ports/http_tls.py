@@ -89,8 +89,11 @@ class TlsServer:
         if connection.transport is None:
             connection.give_up()
             accepted.close()
-        if not task.cancelled() and (error := task.exception()):
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, OSError):  # ssl.SSLError is one: the caller's affair
             log.debug("a TLS handshake failed: %s", error)
+        elif error is not None:
+            log.error("a TLS handshake failed", exc_info=error)
 
 
 async def _listening(host: str, port: int) -> list[socket.socket]:

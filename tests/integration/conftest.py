@@ -16,6 +16,7 @@ from serve.client import DigitClient
 from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.certificates import Certificates
+from tests.collector import Collector
 from tests.server_process import ServerProcess
 
 TRITON_PYTHON = Path("build/triton-client/bin/python")
@@ -64,3 +65,10 @@ def by_triton() -> Callable[..., dict[str, Any]]:
         return answers
 
     return seen
+
+
+@pytest.fixture
+def collecting() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.stop().wait(10)

@@ -275,22 +275,41 @@ def test_a_call_is_traced_with_what_its_caller_sent() -> None:
     seen: list[Any] = []
 
     class FakeTracing:
-        def begin(self, name: str, metadata: Any) -> Any:
-            seen.append((name, dict(metadata)))
-            return Span()
+        def begin(self, describe: Any, context: Any) -> Any:
+            seen.append((*describe(), dict(context)))
+            return "4bf9", Span()
 
     class Span:
-        trace_id = "4bf9"
+        def about(self, *asked: Any) -> None:
+            seen.append(asked)
 
         def phases(self, *figures: float) -> None:
-            seen.append("phases")
+            seen.append(("phases", figures[-1]))
 
-        def end(self, code: str) -> None:
-            seen.append(code)
+        def end(self, code: str, http_status: int, reason: str) -> None:
+            seen.append((code, http_status, reason))
 
     wire = FakeWire()
-    wire.metadata = (("traceparent", "00-1-2-01"), ("binary-bin", b"\xff"))
+    wire.metadata = (
+        ("traceparent", "00-1-2-01"),
+        ("binary-bin", b"\xff"),
+        ("x", "y"),
+        ("tracestate", "a=b"),
+        ("tracestate", "c=d"),
+    )
     with FakeService(tracing=FakeTracing()) as service:
         service.call("Generate", ONE, wire).ended()
-    assert seen == [(f"{digits_v1.SERVICE}/Generate", {"traceparent": "00-1-2-01"}), "phases", "OK"]
-    assert caller_of(wire).metadata == {}
+    about = {"rpc.system.name": "grpc", "rpc.method": f"{digits_v1.SERVICE}/Generate", "client.address": "192.0.2.1"}
+    assert seen == [
+        (
+            f"{digits_v1.SERVICE}/Generate",
+            about | {"server.address": "digits.test", "server.port": 50051},
+            False,
+            {"traceparent": "00-1-2-01", "tracestate": "a=b,c=d"},
+        ),
+        ("", 0, 1),
+        ("mlp", 1),
+        ("phases", 1),
+        ("OK", 200, ""),
+    ]
+    assert caller_of(wire).trace == {}

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from serve.command_line import release
 from serve.errors import SettingsError
-from serve.settings import Settings, env_name, flag_name, from_arguments, release
+from serve.settings import Settings, env_name, flag_name, from_arguments
 
 # A value other than the default for every setting; a new setting without one fails the first test.
 OTHER: dict[str, Any] = {

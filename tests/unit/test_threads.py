@@ -242,7 +242,7 @@ def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_
     assert (retired.in_use.calls, replacement.in_use.calls) == (0, 1)
 
     def nothing_left(*_: object) -> Any:
-        raise UnknownModelError("none")
+        raise UnknownModelError("none", "mlp")
 
     catalog = SimpleNamespace(find=nothing_left)
     with pytest.raises(UnknownModelError):
