@@ -217,8 +217,6 @@ class Server:
         await self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic()))
         await self._http.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)
-        if leftovers:
-            self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
         if self._tracing is not None:
             with contextlib.suppress(TimeoutError):  # a collector that is silent or gone
