@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypeVar
 
 ENDED_BY_SIGNAL = 128  # added to the signal's number: the exit status, as a shell gives it
@@ -109,3 +110,11 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 def drop_output() -> None:
     """Have what is still printed go nowhere: nobody reads standard output, and Python would complain when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def release() -> str:
+    """The installed distribution's version, or ``source`` when it runs from a checkout that was never installed."""
+    try:
+        return version("digits-serve")
+    except PackageNotFoundError:
+        return "source"

@@ -14,8 +14,9 @@ from serve.api.status import Refusal, refusal
 from serve.background import until
 from serve.core.request import Digits
 from serve.errors import CallerLeftError, DrainingError, ServeError
+from serve.observability.call_metrics import CallMetrics
 from serve.observability.logs import current_call
-from serve.observability.metrics import Metrics, RpcMetrics
+from serve.observability.metrics import Metrics
 from serve.observability.tracing import Span, Tracing
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Call:
 
     __slots__ = ("_admission", "_observed", "_scope", "_span", "_started", "caller", "deadline", "hold")
 
-    def __init__(self, admission: Admission, observed: RpcMetrics, caller: Caller, deadline: float | None) -> None:
+    def __init__(self, admission: Admission, observed: CallMetrics, caller: Caller, deadline: float | None) -> None:
         """``deadline`` on ``time.monotonic()``; None without one."""
         self._admission = admission
         self._observed = observed
@@ -125,9 +126,9 @@ class Call:
         if self._span is not None:
             self._span.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
 
-    def answered(self) -> None:
+    def answered(self, http_status: int = 200) -> None:
         """The answer has been made."""
-        self._ended("OK")
+        self._ended("OK", http_status)
 
     def failed(self, error: Exception) -> Refusal:
         """Count what went wrong; returns what to answer."""
@@ -137,7 +138,7 @@ class Call:
         if isinstance(error, DrainingError):
             self._admission.metrics.drain_refusals.inc()
         answer = refusal(error)
-        self._ended(answer.code.name)
+        self._ended(answer.code.name, answer.http_status)
         return answer
 
     def left(self) -> None:
@@ -149,7 +150,7 @@ class Call:
         if self._admission.open.pop(self, self) is None and hasattr(self, "hold"):
             self.hold.give_back()
 
-    def _ended(self, code: str) -> None:
-        self._observed.ended(code, time.perf_counter() - self._started)
+    def _ended(self, code: str, http_status: int) -> None:
+        self._observed.ended(code, http_status, time.perf_counter() - self._started)
         if self._span is not None:
             self._span.end(code)

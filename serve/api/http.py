@@ -20,13 +20,13 @@ from aiohttp import web
 
 from serve.api.admission import Admission, Call
 from serve.api.http_call import HEADERS, guarded
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.core.request import Addresses, Digits, DigitsRequest, Interpolation
 from serve.errors import RequestError
 from serve.latents import SEED_LIMIT
 from serve.models.reconcile import VersionStatus
 from serve.pictures import to_grid, to_png
-from serve.settings import release
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import TypeAlias
 
 import grpc
@@ -16,10 +17,9 @@ from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
 from serve.api.status import Refusal
 from serve.errors import ExpiredError
+from serve.observability.call_metrics import HttpMetrics
 from serve.observability.logs import REQUEST_ID_KEY
-from serve.observability.metrics import RpcMetrics
 
-SERVICE = "http"  # as the RPC metrics call it
 TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 60.0  # for a client to take its answer: until then it is held here
 CONTENT_ENCODINGS = ("identity", "gzip", "deflate")  # of a request's body
@@ -34,18 +34,18 @@ Handler: TypeAlias = Callable[[web.Request, Call], Awaitable[web.Response]]
 Guarded: TypeAlias = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "generate") -> Guarded:
-    """A handler for aiohttp. ``name`` is the call's in the metrics; ``scope`` is what a caller needs."""
-    observed = RpcMetrics(admission.metrics, "unary", SERVICE, name)
+def guarded(admission: Admission, route: str, handler: Handler, scope: Scope = "generate") -> Guarded:
+    """A handler for aiohttp. ``route`` is the call's in the metrics; ``scope`` is what a caller needs."""
+    observed = cache(lambda method: HttpMetrics(admission.metrics, method, route))  # of the methods that aiohttp lets come here
 
     async def handle(request: web.Request) -> web.Response:
-        call = Call(admission, observed, _caller(request), time.monotonic() + TIMEOUT_S)
+        call = Call(admission, observed(request.method), _caller(request), time.monotonic() + TIMEOUT_S)
         call.enter_log()
         try:
             try:
                 call.admit(scope)
                 answer = await _in_time(handler(request, call))
-                call.answered()
+                call.answered(answer.status)
             except asyncio.CancelledError:
                 call.left()
                 raise

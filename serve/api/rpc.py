@@ -25,8 +25,8 @@ from serve.batching.ticket import Send
 from serve.core.generate import Core
 from serve.core.request import Digits, DigitsRequest
 from serve.errors import CallerLeftError, RequestError
+from serve.observability.call_metrics import RpcMetrics
 from serve.observability.logs import REQUEST_ID_KEY
-from serve.observability.metrics import RpcMetrics
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 REQUEST_COPIES = 2  # of its bytes, in memory: as they came, and parsed

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from serve.command_line import release
 from serve.errors import SettingsError
-from serve.settings import release
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 # Statuses that are the server's own fault (OpenTelemetry, semantic conventions for gRPC).

@@ -19,7 +19,7 @@ import pytest
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
-from serve.ports.http_port import usable_host
+from serve.ports.http_connections import usable_host
 from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
 

@@ -41,6 +41,8 @@ FAILURES = "tests/integration/test_client_failures.py"
 CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
+HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
+OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
 
 
 class Fault(NamedTuple):
@@ -59,8 +61,10 @@ OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.
 MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py", "serve/batching/policy.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
-METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/server.py", "train/trainer/loop.py"
+METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
+SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
+CONNECTIONS, ORIGINS = "serve/ports/http_connections.py", "serve/ports/http_origins.py"
 OPEN_CALLS, CHECK = "serve/ports/open_calls.py", "serve/ports/check.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
@@ -247,7 +251,7 @@ FAULTS = [
     Fault("the core is not tried", f"{SERVER}:Server._start", "await check_calls(self._health.methods())", "pass", f"{THE_SERVER} -k tried"),
     Fault("a core that does not answer is taken", f"{CHECK}:check_calls", "except grpc.RpcError as error:", "except ZeroDivisionError as error:", f"{GRPC_PORT} -k core_has_changed"),
     Fault("a Unix socket is taken from another server", f"{CHECK}:_hold", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/integration/test_serve_start.py -k unix_socket"),
-    Fault("the port asks for the next call when it has the one before", f"{PORT}:GrpcPort._called", "self._ask() # before anything else, which may raise: a port that asks for no calls is deaf if not event.success: return try: self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))", "if not event.success:\n            return\n        try:\n            self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))\n            self._ask()", f"{GRPC_PORT} -k hundreds"),
+    Fault("the port asks for the next call when it has the one before", f"{PORT}:GrpcPort._called", "self._ask() # before anything else, which may raise: a port that asks for no calls is deaf if not event.success: return call = None try: call = GrpcCall(event, self._loop, self.open.remove, self._load_reports) self._accept(call)", "if not event.success:\n            return\n        call = None\n        try:\n            call = GrpcCall(event, self._loop, self.open.remove, self._load_reports)\n            self._accept(call)\n            self._ask()", f"{GRPC_PORT} -k hundreds"),
     Fault("a call that cannot be accepted waits for ever", f"{PORT}:GrpcPort._called", 'event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")', "pass", f"{GRPC_PORT} -k hundreds"),
     Fault("one event that fails ends the thread", f"{PORT}:GrpcPort._receive", "except Exception:", "except ZeroDivisionError:", f"{GRPC_PORT} -k cannot_be_handled"),
     Fault("an event is kept until the next", f"{PORT}:GrpcPort._receive", "del event # what", "pass # what", f"{GRPC_PORT} -k not_kept"),
@@ -311,9 +315,9 @@ FAULTS = [
     Fault("a stopping server refuses nobody", f"{SERVER}:Server._stop", "await self._admission.close(settings.drain_deadline_s)", "pass", f"{WIRING} -k draining"),
     Fault("watchers hold up the end", f"{SERVER}:Server._stop", "self._health.end_watches()", "pass", f"{THE_SERVER} -k watches_health"),
     # observability
-    Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
-    Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
-    Fault("digits are counted as requests", f"{METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
+    Fault("padding is not counted", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
+    Fault("dropped rows are counted as one", f"{MODEL_METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
+    Fault("digits are counted as requests", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
     Fault("what was kept is not observed when metrics are read", f"{METRICS}:Metrics.collect", "records.flush()", "pass", WIRING),
     # CUDA
     Fault("the kernel takes the block before", "serve/engine/latents.cu:", "+ block + 1;", "+ block;", DEVICE_LATENTS),
@@ -416,6 +420,19 @@ FAULTS = [
     Fault("a mean's window is one batch too long", f"{LOOP}:Trainer._log", "log_points else -1", "log_points else 0", REFERENCE),
     Fault("the last save is not in a run's time", f"{LOOP}:Trainer._finish", "self._count_time()", "pass", "tests/integration/test_runs.py -k stopped"),
     Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_connections.py:", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
+    # HTTP in production
+    Fault("client certificates are not asked for over HTTPS", f"{TLS}:_loaded", "context.verify_mode = ssl.CERT_REQUIRED", "pass", f"{HTTPS} -k client_certificate"),
+    Fault("a renewed certificate is gRPC's alone", f"{TLS}:Certificates.context", "self._newest()", "self._watched.value", f"{HTTPS} -k taken_up"),
+    Fault("a TLS connection has no place before its handshake", f"{CONNECTIONS}:Connection.shake_hands", "self._taken = self._connections.add(self) return self._taken", "return True", f"{HTTPS} -k say_nothing"),
+    Fault("the HTTP API is in plaintext beside TLS", "serve/ports/http_port.py:HttpPorts.start", '[web.route("*", ON_THE_OTHER_PORT, _on_port(self.https_port))]', "routes", f"{HTTPS} -k tls_alone"),
+    Fault("both HTTP ports may be one", "serve/settings.py:Settings._check_ports", "self.https and self.https_port == self.http_port != 0", "False", "tests/unit/test_settings.py -k plaintext_port"),
+    Fault("one site that is let in lets all in", f"{ORIGINS}:Origins.allow", "origin.lower() in self._allowed", "bool(self._allowed)", f"{OTHER_SITES} -k not_named"),
+    Fault("a site is let in to more than the API", f"{ORIGINS}:Origins.allow", "or not API.fullmatch(request.path)", "", f"{OTHER_SITES} -k nothing_but"),
+    Fault("a cache gives one site's answer to another", f"{ORIGINS}:Origins.add_headers", 'response.headers.add("Vary", "Origin")', "pass", OTHER_SITES),
+    Fault("heads are bounded one by one", f"{CONNECTIONS}:Connections.hold", "self._held_bytes > MOST_HELD_BYTES", "False", f"{HEADS} -k large_heads"),
+    Fault("what is behind a request has no bound", f"{CONNECTIONS}:Connection.data_received", "behind - self._body.total_bytes, MOST_BYTES_BEHIND", "0, 1", f"{HEADS} -k behind"),
+    Fault("a head's end in pieces is not seen", f"{CONNECTIONS}:Connection.data_received", "joined = self._last + data", "joined = data", f"{HEADS} -k pieces"),
+    Fault("an HTTP call that failed counts as a good one", f"{ADMISSION}:Call.failed", "answer.http_status", "200", f"{HTTP_API} -k status_counts"),
     # CUDA, by its stand-ins
     Fault("a lost device is one batch's affair", f"{BATCH}:Batcher.lose_device", "self.broken = str(error)", 'self.broken, lost = None, "lost"', f"{WIRING} -k lost"),
     Fault("a lost device's process goes on", f"{SERVER}:Server._watch", "model.batcher.broken and not self.broken", "False", f"{WIRING} -k lost"),

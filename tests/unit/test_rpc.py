@@ -17,8 +17,8 @@ from serve.api.admission import Call
 from serve.api.rpc import LARGE_REQUEST_BYTES, caller_of
 from serve.api.wire_format import SMALL_BYTES
 from serve.batching.instance import INSTANCE_THREAD
+from serve.observability.call_metrics import RpcMetrics
 from serve.observability.logs import current_call
-from serve.observability.metrics import RpcMetrics
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
 from tests.fake_engine import LATENT_SIZE
