@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if flags.out == STANDARD_OUTPUT:
         sys.stdout.buffer.write(digits.to_png())
+        sys.stdout.flush()
         print(about, file=sys.stderr)
         return 0
     try:
