@@ -25,7 +25,7 @@ LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 # Tests, a file's in one process: most of them wait for a server's start.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
-DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
+DEPLOY_PACKAGES := prometheus haproxy nginx-light podman buildah runc conmon catatonit mmdebstrap
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-serve serve generate train evaluate gallery export speedrun runs test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
@@ -132,7 +132,7 @@ image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TA
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
 deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
-	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
+	@for each in prometheus haproxy nginx podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)
 
