@@ -43,7 +43,7 @@ $(BIN)/python:
 .venv/.serve: pyproject.toml | $(BIN)/python
 	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
 		echo "installing what serving needs into .venv: $(if $(CUDA),3 GB,0.4 GB), and that once"; \
-		$(BIN)/python -m pip install --editable ".$(if $(CUDA),[$(CUDA)])" && touch $@; }'
+		$(BIN)/python -m pip install --editable ".[serve$(if $(CUDA),$(comma)$(CUDA))]" && touch $@; }'
 
 .venv/.all: pyproject.toml | $(BIN)/python
 	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
@@ -170,8 +170,14 @@ bench-instructions: .venv/.all ## count instructions per request with valgrind, 
 bench-train: .venv/.all ## time the training steps on this machine
 	@$(BIN)/python -m train bench $(ARGS)
 
-protos: .venv/.all ## generate serve/pb from protos/
-	$(BIN)/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
+# In a venv of their own: what the oldest protoc that serves generates, every later protobuf reads (the client takes 5, 6 and 7).
+build/proto-tools/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/proto-tools
+	build/proto-tools/bin/python -m pip install --quiet 'grpcio-tools==1.62.3' 'setuptools<81' 'buf-bin>=1.75'
+	@touch $@
+
+protos: build/proto-tools/.ready ## generate serve/pb from protos/
+	build/proto-tools/bin/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(cd protos && find . -name '*.proto' | sed 's|^\./|$(PB)/|')
 
 clean: ## delete what was built, not what was trained or exported

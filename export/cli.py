@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grpc
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
 from torch import nn
@@ -23,9 +22,8 @@ from export.gallery import Gallery
 from export.graphs.judge import export_judge
 from export.graphs.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
-from serve.client import DigitClient
+from serve.client import DigitClient, DigitError
 from serve.client.channel import access_from, add_flags
-from serve.client.diagnosis import described
 from serve.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
@@ -166,18 +164,20 @@ def _plain(flags: argparse.Namespace) -> int:
 
 
 def _watch(flags: argparse.Namespace) -> int:
-    access = access_from(flags)
-    with DigitClient(flags.target, access=access, wait_for_server=not flags.once) as client:
+    try:
+        opened = DigitClient(flags.target, access=access_from(flags), wait_for_server=not flags.once)
+    except DigitError as error:
+        raise ExportError(error.details()) from None
+    with opened as client:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:
                 done = watch.round()
-            except grpc.RpcError as error:
-                raise ExportError(f"{flags.target}: {described(error, flags.target, access)}") from None
+            except DigitError as error:
+                raise ExportError(f"{flags.target}: {error}") from None
             print(table(done.checks))
             for failure in done.failures:
-                text = described(failure, flags.target, access) if isinstance(failure, grpc.RpcError) else failure
-                print(f"error: {text}", file=sys.stderr)
+                print(f"error: {failure}", file=sys.stderr)
             return 1 if done.failures or any(check.breach for check in done.checks) else 0
         registry = CollectorRegistry()
         stop = threading.Event()

@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
+from serve.client.errors import DigitError
 from serve.command_line import INT63, TIMEOUT_S, OneLineParser, failed, run_command, within
 from serve.errors import BundleError, SettingsError
 from serve.files import locked, replace_file
@@ -196,13 +197,17 @@ def _status(flags: argparse.Namespace) -> int:
     """Print what a server says of its versions. Returns the exit status."""
     try:
         access, request = access_from(flags), pb.StatusRequest(model=flags.model)
-        with access.open_channel(flags.target, follow_health=False) as channel:
+        opened = access.open_channel(flags.target, follow_health=False)
+    except DigitError as error:
+        return failed(error.details())
+    except ValueError as error:  # protobuf refuses a name that is no text before anything is sent
+        return failed(error)
+    try:
+        with opened as channel:
             stub = pb_grpc.DigitGeneratorStub(channel)
             print(as_table(stub.Status(request, timeout=flags.timeout, metadata=access.metadata)))
     except grpc.RpcError as error:
         return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
-    except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        return failed(error)
     return 0
 
 

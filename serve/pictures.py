@@ -1,12 +1,12 @@
 """Digits as PNG pictures: one per digit, or a grid of all. A picture says how its digits were made, in a text chunk.
 
 The chunk is PNG's ``tEXt`` with the keyword ``digits`` (https://www.w3.org/TR/png-3/#11tEXt); its text is JSON, the same for the
-same digits. Seeds and indices are decimal text in it: JavaScript has no whole numbers of 64 bits.
+same digits. Seeds and indices are decimal text in it: JavaScript has no whole numbers of 64 bits. For the client too, which is
+installed without an imaging library.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -17,12 +17,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-
-from serve.errors import SettingsError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-HEAD_BYTES = 33  # the signature and the first chunk, IHDR
+GREY_8_BIT = bytes([8, 0, 0, 0, 0])  # bits a sample, colour type, compression, filter method, no interlace
 KEYWORD = b"digits\0"
 MOST_TEXT_BYTES = 1 << 20  # of the chunk that is read; labels of 64 MiB of digits take a third of it
 MOST_HEAD_BYTES = 2 << 20  # of a picture, in which the chunk is looked for
@@ -82,15 +79,18 @@ class Origin:
 
 
 def to_png(pixels: NDArray[np.uint8], origin: Origin | None = None) -> bytes:
-    """A grey PNG of uint8 (height, width), with its digits' origin if that is given."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    png = buffer.getvalue()
-    if origin is None:
-        return png
-    chunk = b"tEXt" + KEYWORD + origin.text().encode("ascii")
-    size, check = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
-    return b"".join((png[:HEAD_BYTES], size, chunk, check, png[HEAD_BYTES:]))
+    """A grey PNG of uint8 (height, width), with its digits' origin if that is given: PNG specification, third edition."""
+    height, width = pixels.shape
+    lines = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter's number: 0, none
+    lines[:, 1:] = pixels
+    told = [] if origin is None else [_chunk(b"tEXt", KEYWORD + origin.text().encode("ascii"))]
+    chunks = [
+        _chunk(b"IHDR", struct.pack(">II", width, height) + GREY_8_BIT),
+        *told,
+        _chunk(b"IDAT", zlib.compress(lines.tobytes())),
+        _chunk(b"IEND", b""),
+    ]
+    return SIGNATURE + b"".join(chunks)
 
 
 def to_grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -104,17 +104,21 @@ def to_grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def read_origin(png: bytes) -> Origin:
-    """The origin in a picture. Only its first ``MOST_HEAD_BYTES`` are looked at. Raises SettingsError in one line."""
+    """The origin in a picture. Only its first ``MOST_HEAD_BYTES`` are looked at. Raises ValueError in one line."""
     text = _chunk_text(png[:MOST_HEAD_BYTES])
     try:
         return _origin(json.loads(text, parse_constant=_refused))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SettingsError("its chunk does not say how its digits were made: it is damaged, or of a newer release") from None
+        raise ValueError("its chunk does not say how its digits were made: it is damaged, or of a newer release") from None
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def _chunk_text(png: bytes) -> bytes:
     if not png.startswith(SIGNATURE):
-        raise SettingsError("it is no PNG picture")
+        raise ValueError("it is no PNG picture")
     place = len(SIGNATURE)
     while place + 8 <= len(png):
         size, kind = struct.unpack_from(">I4s", png, place)
@@ -123,12 +127,12 @@ def _chunk_text(png: bytes) -> bytes:
             break
         if kind == b"tEXt" and chunk.startswith(KEYWORD, 4):
             if size > MOST_TEXT_BYTES:
-                raise SettingsError(f"its chunk has {size} bytes, over {MOST_TEXT_BYTES}")
+                raise ValueError(f"its chunk has {size} bytes, over {MOST_TEXT_BYTES}")
             if struct.pack(">I", zlib.crc32(chunk)) != png[place + 8 + size : place + 12 + size]:
-                raise SettingsError("its chunk is damaged: the check sum is another")
+                raise ValueError("its chunk is damaged: the check sum is another")
             return chunk[4 + len(KEYWORD) :]
         place += 12 + size
-    raise SettingsError("it does not say how its digits were made: it has no text chunk 'digits' before its pixels")
+    raise ValueError("it does not say how its digits were made: it has no text chunk 'digits' before its pixels")
 
 
 def _refused(constant: str) -> float:

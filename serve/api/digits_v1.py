@@ -134,12 +134,26 @@ def generate(request: pb.GenerateRequest, call: Call) -> DigitsRequest:
     if request.latents:
         if request.HasField("seed") or request.start or request.truncation:
             raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
-        if len(request.latents) % 4:
-            raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
-        rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
+        rows = _latents(request)
     else:
         rows = _addresses(request)
     return _parsed(request, rows, Priority.INTERACTIVE, call)
+
+
+def _latents(request: pb.GenerateRequest) -> Latents:
+    """The caller's own rows, in the shape that the caller says. Raises RequestError naming the field that is wrong."""
+    size = len(request.latents)
+    if size % 4:
+        raise RequestError(f"latents has {size} bytes, which is no multiple of 4 (float32 values)")
+    values = np.frombuffer(request.latents, "<f4")
+    if not request.latent_size:
+        return Latents(values, request.count)
+    rows, rest = divmod(len(values), request.latent_size)
+    if rest:
+        raise RequestError(f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values")
+    if request.count not in (0, rows):
+        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0")
+    return Latents(values.reshape(rows, request.latent_size))
 
 
 def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:

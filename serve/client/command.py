@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
-from serve.client.diagnosis import described
+from serve.client.errors import DigitError
 from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, failed
-from serve.errors import SettingsError
-from serve.pictures import to_grid, to_png
+
+STANDARD_OUTPUT = Path("-")
 
 
 def as_text(pixels: NDArray[np.uint8], columns: int) -> str:
@@ -33,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Ask a server for digits; write a picture and print them."""
     flags = _parser().parse_args(arguments)
     try:
-        access = access_from(flags)
-        with DigitClient(flags.target, flags.timeout, access, wait_for_server=False) as client:
+        client = DigitClient(flags.target, flags.timeout, access_from(flags), wait_for_server=False)
+    except DigitError as error:
+        return failed(error.details())
+    try:
+        with client:
             digits = client.generate(
                 flags.count,
                 seed=flags.seed,
@@ -44,21 +48,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model=flags.model,
                 version=flags.version,
             )
-    except grpc.RpcError as error:
-        return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
-    except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        return failed(error)
+    except DigitError as error:
+        return failed(f"{flags.target}: {error}", 2 if error.code() is grpc.StatusCode.INVALID_ARGUMENT else 1)
+    about = (
+        f"{flags.out}: {len(digits)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
+        f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
+    )
+    if flags.out == STANDARD_OUTPUT:
+        sys.stdout.buffer.write(digits.to_png())
+        print(about, file=sys.stderr)
+        return 0
     try:
-        flags.out.write_bytes(to_png(to_grid(digits.pixels)))
+        flags.out.write_bytes(digits.to_png())
     except OSError as error:
         return failed(f"cannot write {flags.out} ({error.strerror}); name another file with --out", 1)
     with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
         print(as_text(digits.pixels, columns=5))
-    print(
-        f"{flags.out}: {len(digits.pixels)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
-        f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
-    )
+    print(about)
     return 0
+
+
+def _picture(text: str) -> Path:
+    """A flag's ``type`` for argparse: a PNG file, or ``-``."""
+    path = Path(text)
+    if path.suffix.lower() not in ("", ".png"):
+        raise argparse.ArgumentTypeError(f"{text} would not hold what its name says: pictures are PNG; name it {path.stem}.png")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="", help="model name (default: the server's)")
     parser.add_argument("--version", type=INT63, default=0, help="model version (default: the model's)")
     parser.add_argument("--timeout", type=TIMEOUT_S, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write (default: digits.png)")
+    parser.add_argument(
+        "--out", type=_picture, default="digits.png", help="PNG to write; -: standard output (default: digits.png)"
+    )
     return parser
 
 

@@ -8,10 +8,10 @@ import math
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -122,7 +122,7 @@ class Core:
                     part = whole.part(given, min(chunk, count - given))
                     given += part.count
                     if labels is not None:
-                        part = msgspec.structs.replace(part, labels=in_turn(labels, part.start, part.count))
+                        part = replace(part, labels=in_turn(labels, part.start, part.count))
                     ticket = Ticket(part, request.outputs, request.priority, request.deadline, waits_for_room=True)
                     under_way.append(asyncio.ensure_future(model.run(ticket)))
                 yield _digits(model, await under_way.popleft(), request)

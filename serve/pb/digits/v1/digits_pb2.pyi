@@ -2,8 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -47,7 +46,7 @@ VERSION_STATE_DRAINING: VersionState
 VERSION_STATE_FAILED: VersionState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority", "labels", "truncation")
+    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority", "labels", "truncation", "latent_size")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +57,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    LATENT_SIZE_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -68,7 +68,8 @@ class GenerateRequest(_message.Message):
     priority: Priority
     labels: _containers.RepeatedScalarFieldContainer[int]
     truncation: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ...) -> None: ...
+    latent_size: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ..., latent_size: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("model", "version", "count", "seed", "start", "chunk", "format", "priority", "labels", "truncation")
@@ -182,7 +183,7 @@ class ModelSummary(_message.Message):
     ready: bool
     default_version: bool
     traffic_share: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., ready: _Optional[bool] = ..., default_version: _Optional[bool] = ..., traffic_share: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., ready: bool = ..., default_version: bool = ..., traffic_share: _Optional[float] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model", "version")
