@@ -107,6 +107,7 @@ class DigitService:
             precision=manifest.precision,
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
+            batch_invariant=model.batch_invariant,
         ).SerializeToString()
 
     async def status(self, request: pb.StatusRequest, call: Call) -> bytes:
