@@ -86,10 +86,18 @@ build/triton-client/.ready: | $(BIN)/python
 	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc,http]>=2.60'
 	@touch $@
 
+# What reads data sets, in a venv of its own above .venv, which has PyTorch.
+build/hub/.ready: .venv/.all
+	$(BIN)/python -m venv build/hub
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(build/hub/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
+	@touch $@
+
 test: .venv/.all build/triton-client/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
