@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ RETIRED = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make one change, or none. Returns the exit status; an error is one line on stderr."""
-    flags = _parser().parse_args(arguments)
+    flags = _parser().parse_args(_action_first(sys.argv[1:] if arguments is None else arguments))
     if flags.action == "status":
         return _status(flags)
     path: Path | None = flags.serving_file or (flags.models_dir and flags.models_dir / FILE_NAME)
@@ -86,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old, new = _text(before).splitlines(), content.splitlines()
     print("\n".join(difflib.unified_diff(old, new, str(path), str(path), lineterm="")) or f"{path} is unchanged")
     return 0
+
+
+def _action_first(arguments: Sequence[str]) -> list[str]:
+    """Flags before the action, each with its one value, moved behind it: argparse would take them for the actions' parent's."""
+    flags, rest = [], list(arguments)
+    while rest and rest[0].startswith("--") and rest[0] != "--help":
+        taken = 1 if "=" in rest[0] else 2
+        flags += rest[:taken]
+        rest = rest[taken:]
+    return rest[:1] + flags + rest[1:]
 
 
 class _Change:

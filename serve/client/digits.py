@@ -13,7 +13,7 @@ from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import to_grid, to_png
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Digits:
     """Digits and their address: a sequence of arrays (28, 28), which a notebook shows as a picture.
 

@@ -260,7 +260,8 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         start=span.start,
         count=span.count,
         pixels=cast("list[NDArray[np.uint8]]", ordered(ticket, "pixels")) if "pixels" in outputs else (),
-        images=cast("list[NDArray[np.float32]]", ordered(ticket, "images")) if "images" in outputs else (),
+        # The model's own range is [0, 1] up to rounding: -1e-7 has been seen.
+        images=[np.clip(rows, 0, 1, dtype=np.float32) for rows in ordered(ticket, "images")] if "images" in outputs else (),
         labels=labels,
         queued_at=ticket.queued_at,
         queue_seconds=ticket.queue_seconds,
