@@ -11,7 +11,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,6 +112,24 @@ def read_origin(png: bytes) -> Origin:
         raise ValueError("its chunk does not say how its digits were made: it is damaged, or of a newer release") from None
 
 
+def read_pixels(png: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
+    """The pixels (height, width) of a picture that ``to_png`` wrote; None for one of another size, or by another program."""
+    packed = []
+    for kind, place, size in _chunks(png):
+        if kind == b"IHDR" and png[place : place + size] != struct.pack(">II", width, height) + GREY_8_BIT:
+            return None
+        if kind == b"IDAT":
+            packed.append(png[place : place + size])
+    try:
+        lines = zlib.decompressobj().decompress(b"".join(packed), height * (1 + width) + 1)  # no more than that: it may be a bomb
+    except zlib.error:
+        return None
+    if len(lines) != height * (1 + width):
+        return None
+    pixels = np.frombuffer(lines, np.uint8).reshape(height, 1 + width)
+    return None if pixels[:, 0].any() else pixels[:, 1:]  # another program's lines are filtered
+
+
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -119,20 +137,26 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 def _chunk_text(png: bytes) -> bytes:
     if not png.startswith(SIGNATURE):
         raise ValueError("it is no PNG picture")
+    for kind, place, size in _chunks(png):
+        if kind == b"IDAT":
+            break
+        if kind == b"tEXt" and png.startswith(KEYWORD, place):
+            if size > MOST_TEXT_BYTES:
+                raise ValueError(f"its chunk has {size} bytes, over {MOST_TEXT_BYTES}")
+            content = png[place : place + size]
+            if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:
+                raise ValueError("its chunk is damaged: the check sum is another")
+            return content[len(KEYWORD) :]
+    raise ValueError("it does not say how its digits were made: it has no text chunk 'digits' before its pixels")
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk, the place of its content, and its size as it says."""
     place = len(SIGNATURE)
     while place + 8 <= len(png):
         size, kind = struct.unpack_from(">I4s", png, place)
-        chunk = png[place + 4 : place + 8 + size]
-        if kind == b"IDAT":
-            break
-        if kind == b"tEXt" and chunk.startswith(KEYWORD, 4):
-            if size > MOST_TEXT_BYTES:
-                raise ValueError(f"its chunk has {size} bytes, over {MOST_TEXT_BYTES}")
-            if struct.pack(">I", zlib.crc32(chunk)) != png[place + 8 + size : place + 12 + size]:
-                raise ValueError("its chunk is damaged: the check sum is another")
-            return chunk[4 + len(KEYWORD) :]
+        yield kind, place + 8, size
         place += 12 + size
-    raise ValueError("it does not say how its digits were made: it has no text chunk 'digits' before its pixels")
 
 
 def _refused(constant: str) -> float:
