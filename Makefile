@@ -26,9 +26,10 @@ LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
 DEPLOY_PACKAGES := prometheus haproxy nginx-light podman buildah runc conmon catatonit mmdebstrap
+LANGUAGE_PACKAGES := npm protobuf-compiler protoc-gen-go-1-5 protoc-gen-go-grpc golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve serve generate train evaluate gallery export speedrun runs test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos bench bench-peers bench-instructions bench-train activations compare clean
+.PHONY: help setup setup-serve serve generate train evaluate gallery export speedrun runs test test-all mutate page-test fuzz gpu-check image sbom deploy-test cluster-test lock check protos protos-check bench bench-peers bench-instructions bench-train activations compare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -94,15 +95,15 @@ build/hub/.ready: .venv/.all
 	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
 	@touch $@
 
-test: .venv/.all build/triton-client/.ready ## run the tests
+test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
 
-mutate: .venv/.all build/triton-client/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md (ARGS=--stale: list those whose place in the code is gone)
+mutate: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## plant faults one at a time and see whether the tests find them; writes docs/mutations.md (ARGS=--stale: list those whose place in the code is gone)
 	@$(BIN)/python -m tests.mutate $(ARGS)
 
 page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs it where it is missing)
@@ -131,6 +132,21 @@ build/integrations/.ready: | $(BIN)/python
 	build/integrations/bin/python -m pip install --quiet kserve kubeflow-trainer-api cyclonedx-bom
 	@touch $@
 
+# What callers in Node and Go need: packages of npm and of Debian.
+build/languages/.ready:
+	@for each in npm protoc go protoc-gen-go protoc-gen-go-grpc; do command -v $$each >/dev/null || missing=1; done; \
+	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null; fi
+	npm install --silent --no-save --prefix build/languages @grpc/grpc-js@1 @grpc/proto-loader@0.8
+	@touch $@
+
+# The client beside each major version of protobuf that it takes, the first with the oldest of everything.
+build/clients/.ready: | $(BIN)/python
+	for each in protobuf5 protobuf6 protobuf7; do $(PYTHON) -m venv build/clients/$$each || exit 1; done
+	build/clients/protobuf5/bin/python -m pip install --quiet 'protobuf==5.26.*' 'grpcio==1.66.*' 'numpy==1.26.*'
+	build/clients/protobuf6/bin/python -m pip install --quiet 'protobuf==6.*' 'grpcio==1.76.*' 'numpy==2.*'
+	build/clients/protobuf7/bin/python -m pip install --quiet protobuf grpcio numpy mypy hatchling
+	@touch $@
+
 image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman, BASE=...)
 	@engine=$$(command -v $(or $(ENGINE),docker) || command -v $(or $(ENGINE),podman)) || \
 	{ echo "error: $(or $(ENGINE),docker or podman) is needed and not installed" >&2; exit 2; }; \
@@ -156,7 +172,7 @@ cluster-test: .venv/.all build/deploy-tools/.ready ## apply the cpu overlay to t
 lock: .venv/.all ## lock what the images install: versions and hashes
 	@$(BIN)/python deploy/lock.py
 
-check: .venv/.all ## ruff, formatting, mypy, import arrows, generated code
+check: .venv/.all build/proto-tools/.ready protos-check ## ruff, formatting, mypy, import arrows, generated code, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -187,6 +203,15 @@ build/proto-tools/.ready: | $(BIN)/python
 protos: build/proto-tools/.ready ## generate serve/pb from protos/
 	build/proto-tools/bin/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(cd protos && find . -name '*.proto' | sed 's|^\./|$(PB)/|')
+
+# What callers have: the last tag's protos, and before there is a tag those of the committed image.
+TAG := $(shell git describe --tags --abbrev=0 2>/dev/null)
+RELEASED := $(if $(TAG),.git\#tag=$(TAG)$(comma)subdir=protos,protos/released.binpb)
+PROTOS ?= protos
+
+protos-check: build/proto-tools/.ready ## lint protos/ and compare them with the last release: nothing that callers use may change
+	build/proto-tools/bin/buf lint $(PROTOS)
+	build/proto-tools/bin/buf breaking $(PROTOS) --against '$(RELEASED)'
 
 clean: ## delete what was built, not what was trained or exported
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis

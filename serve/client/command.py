@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if out == STANDARD_OUTPUT:
         sys.stdout.buffer.write(digits.to_png(origin))
+        sys.stdout.flush()
         print(about, file=sys.stderr)
         return 0 if same else 1
     try:
