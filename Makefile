@@ -25,7 +25,7 @@ LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 # Tests, a file's in one process: most of them wait for a server's start.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
-DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
+DEPLOY_PACKAGES := prometheus haproxy nginx-light podman buildah runc conmon catatonit mmdebstrap
 LANGUAGE_PACKAGES := npm protobuf-compiler protoc-gen-go-1-5 protoc-gen-go-grpc golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev
 
 .DEFAULT_GOAL := help
@@ -87,10 +87,18 @@ build/triton-client/.ready: | $(BIN)/python
 	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc,http]>=2.60'
 	@touch $@
 
+# What reads data sets, in a venv of its own above .venv, which has PyTorch.
+build/hub/.ready: .venv/.all
+	$(BIN)/python -m venv build/hub
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(build/hub/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
+	@touch $@
+
 test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
@@ -148,7 +156,7 @@ image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TA
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
 deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
-	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
+	@for each in prometheus haproxy nginx podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)
 

@@ -73,8 +73,8 @@ GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/b
 
 FAULTS = [
     # core
-    Fault("one digit too many in an answer", f"{CORE}:Core.begin", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
-    Fault("an answer of no digits", f"{CORE}:Core.begin", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
+    Fault("one digit too many in an answer", f"{CORE}:Core._checked", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
+    Fault("an answer of no digits", f"{CORE}:Core._checked", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
     Fault("float32 images are bounded as pixels are", f"{CORE}:Core.most", "self.max_count_float32 if", "self.max_count if", f"{THE_CORE} -k refused"),
     Fault("a caller's images are not held", f"{CORE}:Core.begin", "holder.take(count,", "holder.take(0,", f"{THE_CORE} -k allowed"),
     Fault("the bytes of a request's rows are not held", f"{CORE}:Core.begin", "count * request.row_bytes", "0", f"{THE_CORE} -k allowed"),
