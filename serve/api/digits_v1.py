@@ -155,9 +155,9 @@ def _latents(request: pb.GenerateRequest) -> Latents:
     rows, rest = divmod(len(values), request.latent_size)
     if rest:
         text = f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values"
-        raise RequestError(text, "latents")
+        raise RequestError(text, "latents", request.latent_size)
     if request.count not in (0, rows):
-        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count")
+        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count", rows)
     return Latents(values.reshape(rows, request.latent_size))
 
 

@@ -297,5 +297,6 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         labels=labels,
         queued_at=ticket.queued_at,
         queue_seconds=ticket.queue_seconds,
+        wait_seconds=ticket.wait_seconds,
         compute_seconds=ticket.compute_seconds,
     )

@@ -77,6 +77,7 @@ class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     labels: NDArray[np.int64] | None  # (count,); None of an unconditional model
     queued_at: float  # on time.monotonic()
     queue_seconds: float
+    wait_seconds: float
     compute_seconds: float
 
     @property

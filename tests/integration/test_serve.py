@@ -308,7 +308,7 @@ def test_metrics_count_what_was_done(start_server: Any) -> None:
     assert server.metric("digits_compute_seconds_count", model="mlp") == 3
     assert server.metric("digits_encode_seconds_count", model="mlp") == 1
     assert server.metric("digits_models_loaded") == 4
-    assert server.metric("digits_provider", provider="cpu") == 4
+    assert server.metric("digits_provider_info", provider="cpu") == 4
     assert server.metric("digits_model_ready", model="mlp") == 1
     assert server.metric("digits_queue_images") == 0
     assert server.metric("digits_queue_limit_images", model="mlp") == 16384
