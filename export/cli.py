@@ -32,7 +32,7 @@ from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import DEFAULT_PRESET, PRESETS
-from train.data import DEFAULT_DATA_DIR, load_mnist
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist
 from train.device import limit_threads
 from train.errors import TrainError
 from train.evaluation.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors

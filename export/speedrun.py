@@ -27,7 +27,7 @@ from serve.pictures import to_grid, to_png
 from train.bench import milliseconds_per_step
 from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomically
 from train.config import DEFAULT_PRESET, preset
-from train.data import Mnist, load_mnist
+from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
 from train.evaluation.judge import training_seconds

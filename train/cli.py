@@ -15,7 +15,7 @@ import torch
 from train import bench
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
 from train.config import PRESETS, TrainConfig
-from train.data import DEFAULT_DATA_DIR, load_mnist, read_dataset
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist, read_dataset
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
 from train.evaluation import evaluate

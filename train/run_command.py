@@ -15,7 +15,7 @@ import torch
 
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import TrainConfig, parse_field, preset
-from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
 from train.errors import CheckpointError, ConfigError
 from train.reports import activations

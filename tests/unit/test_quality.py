@@ -16,7 +16,7 @@ from torch import nn
 from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
 from train.config import preset
-from train.data import load_mnist
+from train.data.mnist import load_mnist
 from train.errors import QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from train.checkpoint import Run, latest_checkpoint, write_json
 from train.config import TrainConfig
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.errors import QualityError
 from train.evaluation import quality
 from train.evaluation.judge import EPOCHS, LABELS, Judge, SecondJudge, judge_file, kept_judge, train_judge, training_seconds

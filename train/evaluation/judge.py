@@ -20,7 +20,7 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint, write_atomically
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.device import has_bf16
 from train.errors import QualityError
 
