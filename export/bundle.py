@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from serve.manifest import (
     sha256,
 )
 from serve.models.repository import read_bundle
-from train.checkpoint import RESULT_FILE, Run, final_checkpoint
+from train.checkpoint import RESULT_FILE, Run, check_finished, final_checkpoint
 from train.config import TrainConfig
 from train.evaluation import evaluate
 from train.models import trained_generator
@@ -72,7 +73,7 @@ def export_run(
     precision: Precision = "fp32",
     floors: Mapping[str, float] | None = None,
 ) -> Exported:
-    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
+    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError or CheckpointError, and then nothing has been published.
 
     The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
     what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
@@ -80,10 +81,7 @@ def export_run(
     name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
-    if not run.finished:
-        raise ExportError(
-            f"{run.folder} is not finished; finish it with: python -m train {run.config.preset} --resume {run.folder}"
-        )
+    check_finished(run)
     checkpoint = final_checkpoint(run)
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
@@ -146,7 +144,7 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
         "config": run.config.to_json(),
         "provenance": run.provenance,
         "step": checkpoint["step"],
-        "result": json.loads((run.folder / RESULT_FILE).read_text()),
+        "result": json.loads((run.folder / RESULT_FILE).read_bytes()),
     }
 
 
@@ -175,7 +173,10 @@ def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
 
 def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float]) -> bytes | None:
     """The run's quality.json, held against ``floors``; None when it was not judged. Raises ExportError."""
-    path, way_out = run.folder / evaluate.QUALITY_FILE, f"judge it with: python -m train evaluate --run {run.folder}"
+    path, way_out = (
+        run.folder / evaluate.QUALITY_FILE,
+        f"judge it with: python -m train evaluate --run {shlex.quote(str(run.folder))}",
+    )
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from train.checkpoint import write_atomically
+from train.checkpoint import Losses, write_atomically
 
 GRID_SCALE = 4  # a digit of 28 pixels is too small to look at
 LAPSE_REDUCED = GRID_SCALE // 2
@@ -23,9 +23,6 @@ LAPSE_LEAST_MS = 5000  # of a short lapse, its last frame not counted: its frame
 LAPSE_SLOWEST_FRAME_MS = 500
 LAPSE_LAST_FRAME_MS = 3000
 LAPSE_MAX_FRAMES = 1000  # more than any preset has log points
-
-
-Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def grid_array(images: Tensor, columns: int, separator: float = 0.0) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

