@@ -43,10 +43,11 @@ from serve.manifest import (
     sha256,
 )
 from serve.models.repository import read_bundle
-from train.checkpoint import RESULT_FILE, Run, check_finished, final_checkpoint
+from train.checkpoint import RESULT_FILE, Run, final_checkpoint
 from train.config import TrainConfig
+from train.data.mnist import data_name
 from train.evaluation import evaluate
-from train.models import trained_generator
+from train.models import trained_generator, weights_digest
 
 EAGER = "eager"
 TORCHSCRIPT = "torchscript"
@@ -73,7 +74,7 @@ def export_run(
     precision: Precision = "fp32",
     floors: Mapping[str, float] | None = None,
 ) -> Exported:
-    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError or CheckpointError, and then nothing has been published.
+    """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
 
     The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
     what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
@@ -81,7 +82,9 @@ def export_run(
     name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
-    check_finished(run)
+    if not run.finished:
+        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
+        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
     checkpoint = final_checkpoint(run)
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
@@ -143,6 +146,7 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": run.config.to_json(),
         "provenance": run.provenance,
+        "data": data_name(run.provenance.get("data", {})),
         "step": checkpoint["step"],
         "result": json.loads((run.folder / RESULT_FILE).read_bytes()),
     }
@@ -188,6 +192,8 @@ def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float
         step, reached = report["step"], report["model"]
         if step != checkpoint["step"]:
             raise ExportError(f"{path} is of step {step}, and the run has come to step {checkpoint['step']}; {way_out}")
+        if report.get("weights", weights := weights_digest(trained_generator(run.config, checkpoint))) != weights:
+            raise ExportError(f"{path} is of other weights than those of {run.folder}; {way_out}")
         for figure, floor in floors.items():
             value = reached[figure]
             good = value is not None and (value >= floor if evaluate.HIGHER_IS_BETTER[figure] else value <= floor)

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -184,13 +183,6 @@ def latest_checkpoint(run: Run) -> dict[str, Any]:
     if not paths:
         raise CheckpointError(f"{run.folder} has no checkpoint yet; start the run anew")
     return load_checkpoint(paths[-1])
-
-
-def check_finished(run: Run) -> None:
-    """Raises CheckpointError, which says how to finish it, for a run that is not finished."""
-    if not run.finished:
-        how = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
-        raise CheckpointError(f"{run.folder} is not finished; finish it with: {how}")
 
 
 def final_checkpoint(run: Run) -> dict[str, Any]:
