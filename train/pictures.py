@@ -6,10 +6,10 @@ Images are float tensors (n, 1, height, width) in [0, 1].
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -45,6 +45,10 @@ def save_losses(losses: Losses, folder: Path) -> None:
 
 def plot_losses(losses: Losses, folder: Path) -> None:
     """Draw them as ``losses.png``, the two networks' one above the other, each on its own scale."""
+    # What a notebook has set may name what is not installed here; nothing is shown. Imported where it is needed: it takes long.
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.08, top=0.98, hspace=0.06)
