@@ -25,6 +25,7 @@ from train.errors import DivergedError, StoppedError
 from train.models import build_discriminator, build_generator
 from train.pictures import grid_array, save_grid, save_time_lapse
 from train.progress import progress_bar
+from train.trainer.board import events_of
 from train.trainer.capture import Batch, Recording
 from train.trainer.log_points import LogPoints
 from train.trainer.parallel import Ranks
@@ -92,7 +93,7 @@ class Trainer:
         first_step, seconds_before = self.step, self.seconds
         quiet = not self.ranks.first
         with (
-            nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step) as board,
+            nullcontext() if quiet else events_of(self.run.folder / "tensorboard", self.step) as board,
             progress_bar(self.total_steps, self.config.preset, initial=self.step, disable=quiet) as bar,
             logging_redirect_tqdm(),  # or lines of the log would tear the bar
         ):
