@@ -155,14 +155,18 @@ def _as_it_is(response: Any) -> Any:
     return response
 
 
-def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
-    """The fields that all requests for digits share."""
+def as_numbers(labels: Labels) -> list[int]:
+    """One label for all, or one for each, as a list. Raises TypeError or DigitError."""
     given: Any = labels
     one = (
         not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
     )  # an array without an axis says that it can be iterated
-    numbers = [whole("labels", label, 32) for label in ([given] if one else given)]
-    return {**_named(model, version), "labels": numbers, "truncation": float(truncation)}
+    return [whole("labels", label, 32) for label in ([given] if one else given)]
+
+
+def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
+    """The fields that all requests for digits share."""
+    return {**_named(model, version), "labels": as_numbers(labels), "truncation": float(truncation)}
 
 
 def _named(model: str, version: SupportsIndex) -> dict[str, Any]:

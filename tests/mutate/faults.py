@@ -39,6 +39,9 @@ STATUS, THE_STATUS = "serve/api/status.py", "tests/unit/test_status.py"
 TRACING, SPANS = "tests/integration/test_tracing.py", "serve/observability/tracing.py"
 SPAN_SETTINGS = "serve/observability/tracing_settings.py"
 THE_SERVER = "tests/unit/test_server.py"
+REQUESTS = "tests/unit/test_client_requests.py"
+FAILURES = "tests/integration/test_client_failures.py"
+CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
 HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
@@ -70,8 +73,8 @@ GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/b
 
 FAULTS = [
     # core
-    Fault("one digit too many in an answer", f"{CORE}:Core.begin", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
-    Fault("an answer of no digits", f"{CORE}:Core.begin", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
+    Fault("one digit too many in an answer", f"{CORE}:Core._checked", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
+    Fault("an answer of no digits", f"{CORE}:Core._checked", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
     Fault("float32 images are bounded as pixels are", f"{CORE}:Core.most", "self.max_count_float32 if", "self.max_count if", f"{THE_CORE} -k refused"),
     Fault("a caller's images are not held", f"{CORE}:Core.begin", "holder.take(count,", "holder.take(0,", f"{THE_CORE} -k allowed"),
     Fault("the bytes of a request's rows are not held", f"{CORE}:Core.begin", "count * request.row_bytes", "0", f"{THE_CORE} -k allowed"),
@@ -236,6 +239,23 @@ FAULTS = [
     Fault("nobody looks whether callers have left", f"{PORT}:GrpcPort._watch", "call.watch()", "pass", GRPC_PORT),
     Fault("a stopping server says that it is ready", f"{SERVER}:Server._stop", "self._health.draining = True", "pass", WIRING),
     Fault("a background task dies of its first error", "serve/background.py:repeat", "except Exception:", "except ZeroDivisionError:", RUNTIME),
+    # the client, and what it is told
+    Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(rows, request.latent_size))", "Latents(values)", f"{FAILURES} -k wrong_shape"),
+    Fault("latents travel without the size of their rows", f"{CLIENT}/calls.py:Calls.generate", "rows.tobytes(), rows.shape[1]", "rows.tobytes(), 0", f"{REQUESTS} -k travel"),
+    Fault("a count goes beside latents", f"{CLIENT}/calls.py:Calls.generate", "if latents is not None and count is not None:", "if False:", f"{REQUESTS} -k bounds"),
+    Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k whole"),
+    Fault("float images leave [0, 1]", "serve/core/generate.py:_digits", "np.clip(rows, 0, 1, dtype=np.float32)", "rows", f"{FAILURES} -k within_0_and_1"),
+    Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
+    Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
+    Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("a stream begins anew", f"{CLIENT}/streaming.py:Progress.take", "request.start += response.count", "pass", f"{REQUESTS} -k not_come"),
+    Fault("large requests are not tried again", f"{CLIENT}/channel.py", '("grpc.per_rpc_retry_buffer_size", 8 << 20)', '("grpc.per_rpc_retry_buffer_size", 256 << 10)', f"{FAILURES} -k large"),
+    Fault("several addresses are a certificate's name", f"{CLIENT}/channel.py:Access._open", 'if "," in target:', "if False:", f"{FAILURES} -k several"),
+    Fault("a proxy is asked for this machine", f"{CLIENT}/channel.py:Access._open", "if is_loopback(target):", "if False:", f"{FAILURES} -k not_asked"),
+    Fault("an HTTP port is not told from others", f"{CLIENT}/diagnosis.py:_why_not_grpc", 'answer.startswith(b"HTTP/")', "False", f"{FAILURES} -k http_port"),
+    Fault("nobody is waited for as long as a call may take", f"{CLIENT}/client.py:DigitClient._connect", "ready.result(min(CONNECT_S, self._timeout_s))", "ready.result(self._timeout_s)", f"{FAILURES} -k nobody"),
+    Fault("a server's word of when to return is lost", f"{CLIENT}/errors.py:retry_after_s", "return int(value) / 1000", "pass", f"{REQUESTS} -k retry"),
+    Fault("flags before the action are lost", "serve/admin.py:_action_first", "return rest[:1] + flags + rest[1:]", "return rest", "tests/unit/test_admin.py -k before"),
     # the gRPC port, its open calls, health, the server
     Fault("the core is not tried", f"{SERVER}:Server._start", "await check_calls(self._health.methods())", "pass", f"{THE_SERVER} -k tried"),
     Fault("a core that does not answer is taken", f"{CHECK}:check_calls", "except grpc.RpcError as error:", "except ZeroDivisionError as error:", f"{GRPC_PORT} -k core_has_changed"),
