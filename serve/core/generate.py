@@ -19,13 +19,11 @@ from serve.background import settle
 from serve.batching.ticket import Send, Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Holder, Interpolation, Latents
 from serve.errors import RequestError
-from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
+from serve.latents import INDEX_LIMIT, LEAST_TRUNCATION, Span, draw_span, in_turn, slerp
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 
 DEFAULT_CHUNK = 256
-# As protobuf has it. Below it all digits are the same, and the tail's grid is too coarse to tell.
-LEAST_TRUNCATION = float(np.float32(0.01))
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number
 MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
