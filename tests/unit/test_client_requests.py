@@ -96,7 +96,7 @@ def test_a_value_out_of_bounds_is_named_with_its_field_and_not_sent(arguments: d
 
 @pytest.mark.parametrize("truncation", [0.001, -1.0, float("nan"), float("inf")])
 def test_latents_that_are_drawn_here_have_a_truncation_as_a_server_takes(truncation: float) -> None:
-    with DigitClient("localhost:1") as client, pytest.raises(DigitError, match="truncation must be 0.01 or more"):
+    with DigitClient("localhost:1") as client, pytest.raises(DigitError, match=r"truncation must be 0\.01 or more"):
         client.latents(1, truncation=truncation)
 
 

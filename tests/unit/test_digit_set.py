@@ -88,6 +88,20 @@ def test_a_pickled_set_goes_on_where_it_was() -> None:
     assert not np.array_equal(again[5][0], digits[5][0]), "it is a set of its own"
 
 
+def test_a_forked_process_opens_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = DigitSet(MLP, seed=1, count=10)
+    image, _ = digits[0]
+    opened: list[int] = []
+    honest = DigitSet._open
+    monkeypatch.setattr(DigitSet, "_open", lambda self, *named: (opened.append(1), honest(self, *named))[1])
+    digits[0]
+    assert not opened
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    assert np.array_equal(digits[0][0], image)
+    digits[1]
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize("index", [100, -101, 2**70])
 def test_an_index_beyond_the_end_is_an_index_error(index: int) -> None:
     digits = DigitSet(MLP, seed=1, count=100)
