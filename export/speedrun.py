@@ -24,14 +24,15 @@ from export.server_process import started
 from serve.client import DigitClient
 from serve.client.again import origin_of
 from serve.dataset.filter import Judge
-from train.bench import milliseconds_per_step
-from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomically
-from train.config import DEFAULT_PRESET, preset
-from train.data import Mnist, load_mnist
+from train.checkpoint import Run, latest_checkpoint, write_atomically
+from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
 from train.evaluation.judge import training_seconds
+from train.presets import DEFAULT_PRESET, preset
+from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
+from train.runs import newest_run
 
 EPOCHS = 8
 SCORE_EPOCHS = 3
@@ -84,7 +85,7 @@ def speedrun(options: Options) -> Path:
     figures = stages.run("scoring", lambda: _score(run, data, device, options))
     bundle = stages.run("exporting", lambda: _export(run, options))
     figures |= stages.run("serving", lambda: _serve(bundle, options))
-    figures["parity"] = json.loads((bundle / "parity.json").read_text())["worst_images"]
+    figures["parity"] = json.loads((bundle / "parity.json").read_bytes())["worst_images"]
     return _write_page(options, run, stages.took_s, figures)
 
 

@@ -71,6 +71,7 @@ class DigitService:
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncGenerator[bytes]:
         parsed = _parsed(request, _addresses(request), Priority.BULK, call)
+        call.asks(parsed)
         async with aclosing(self._core.stream(parsed, request.chunk, call.hold)) as answers:
             async for digits in answers:
                 started = time.perf_counter()
@@ -134,7 +135,9 @@ def generate(request: pb.GenerateRequest, call: Call) -> DigitsRequest:
     rows: Addresses | Latents
     if request.latents:
         if request.HasField("seed") or request.start or request.truncation:
-            raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
+            raise RequestError(
+                "seed, start and truncation cannot go with latents: a digit has an address or a latent vector", "latents"
+            )
         rows = _latents(request)
     else:
         rows = _addresses(request)
@@ -145,15 +148,16 @@ def _latents(request: pb.GenerateRequest) -> Latents:
     """The caller's own rows, in the shape that the caller says. Raises RequestError naming the field that is wrong."""
     size = len(request.latents)
     if size % 4:
-        raise RequestError(f"latents has {size} bytes, which is no multiple of 4 (float32 values)")
+        raise RequestError(f"latents has {size} bytes, which is no multiple of 4 (float32 values)", "latents")
     values = np.frombuffer(request.latents, "<f4")
     if not request.latent_size:
         return Latents(values, request.count)
     rows, rest = divmod(len(values), request.latent_size)
     if rest:
-        raise RequestError(f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values")
+        text = f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values"
+        raise RequestError(text, "latents", request.latent_size)
     if request.count not in (0, rows):
-        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0")
+        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count", rows)
     return Latents(values.reshape(rows, request.latent_size))
 
 
@@ -161,7 +165,7 @@ def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:
     """Raises RequestError naming the field that is wrong."""
     for name in ("begin", "end"):
         if not request.HasField(name):
-            raise RequestError(f"{name} is missing; give the seed and index of both ends")
+            raise RequestError(f"{name} is missing; give the seed and index of both ends", name)
     begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
     rows = Interpolation(begin, end, request.steps, request.truncation)
     return _parsed(request, rows, Priority.INTERACTIVE, call)
@@ -182,10 +186,12 @@ def _parsed(
     image_format = request.format or pb.IMAGE_FORMAT_UINT8
     if image_format not in ENCODINGS:
         known = ", ".join(pb.ImageFormat.Name(number) for number in ENCODINGS)
-        raise RequestError(f"format {image_format} is unknown; there are {known}")
+        raise RequestError(f"format {image_format} is unknown; there are {known}", "format")
     priority = PRIORITIES.get(request.priority) if request.priority else default_priority
     if priority is None:
-        raise RequestError(f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK")
+        raise RequestError(
+            f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK", "priority"
+        )
     return DigitsRequest(
         rows=rows,
         model=request.model,

@@ -23,13 +23,13 @@ from aiohttp import web
 from serve.api.admission import Admission, Call
 from serve.api.encoding import as_png_grid, as_pngs
 from serve.api.http_call import HEADERS, guarded
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.core.request import Addresses, Digits, DigitsRequest, Interpolation
 from serve.errors import RequestError
 from serve.latents import SEED_LIMIT
 from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
-from serve.settings import release
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {
@@ -81,7 +81,8 @@ class HttpApi:
         for name in ENDS:
             if name not in given:
                 raise RequestError(
-                    f"{name} is missing; give {', '.join(ENDS)}, and with them start and to_start, or index 0 is meant"
+                    f"{name} is missing; give {', '.join(ENDS)}, and with them start and to_start, or index 0 is meant",
+                    name,
                 )
         begin, end = ((given.get(f"{to}seed", 0), given.get(f"{to}start", 0)) for to in ("", "to_"))
         rows = Interpolation(begin, end, given.get("steps", 0), given.get("truncation", 0.0))
@@ -100,6 +101,7 @@ class HttpApi:
             deadline=call.deadline,
             row_bytes=ROW_BYTES,
         )
+        call.asks(request)
         pinned = pinned and bool(request.model and request.version)
         if pinned and asked.if_none_match:
             tag = self._tag(request, self._core.find(request))
@@ -156,9 +158,9 @@ def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, 
     values: dict[str, Any] = {}
     for name, text in query.items():
         if name not in known:
-            raise RequestError(f"parameter {name[:64]!r} is unknown; there are {', '.join(known)}")
+            raise RequestError(f"parameter {name[:64]!r} is unknown; there are {', '.join(known)}", name)
         if name in values:
-            raise RequestError(f"{name} is given twice")
+            raise RequestError(f"{name} is given twice", name)
         try:
             numbers = text.split(",") if name == "labels" and text else [text] if known[name] in (WHOLE, REAL) else []
             if not all(NUMBER.fullmatch(number) for number in numbers):
@@ -170,14 +172,14 @@ def read_query(query: Mapping[str, str], known: Mapping[str, str]) -> dict[str, 
             else:
                 values[name] = {WHOLE: int, REAL: float, TEXT: str}[known[name]](text)
         except KeyError:
-            raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {text[:64]!r}") from None
+            raise RequestError(f"format must be one of {', '.join(FORMATS)}, got {text[:64]!r}", name) from None
         except ValueError:
             wanted = "digits joined by commas" if name == "labels" else known[name]
-            raise RequestError(f"{name} must be {wanted}, got {text[:64]!r}") from None
+            raise RequestError(f"{name} must be {wanted}, got {text[:64]!r}", name) from None
         if name in LIMITS and not 0 <= values[name] < LIMITS[name]:
-            raise RequestError(f"{name} is out of range: {text[:64]}")
+            raise RequestError(f"{name} is out of range: {text[:64]}", name, LIMITS[name])
         if name == "labels" and any(not 0 <= label < 1 << 32 for label in values[name]):
-            raise RequestError(f"labels is out of range: {text[:64]}")
+            raise RequestError(f"labels is out of range: {text[:64]}", name)
     return {"format": FORMATS["json"]} | values
 
 
@@ -205,7 +207,7 @@ def _picture(digits: Digits) -> web.Response:
 
 
 def _file(path: Path, kind: str) -> Callable[[web.Request], Awaitable[web.Response]]:
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
 
     async def send(request: web.Request) -> web.Response:
         return web.Response(text=content, content_type=kind, headers=HEADERS)

@@ -3,8 +3,9 @@
 Knows no transport and no ONNX Runtime. ``serve.batching.policy`` decides when an instance takes a batch and how large it is,
 ``serve.batching.queue`` in which order.
 
-If a run raises, the requests of that batch fail and no others. A run that hangs for longer than ``watchdog_s``, a thread that has
-ended or a lost device cannot be mended in this process: ``broken`` says so, and whoever supervises it ends the process.
+If a run raises, the requests of that batch fail and no others. Some such runs without one between them that succeeds, a run that
+hangs for longer than ``watchdog_s``, a thread that has ended or a lost device cannot be mended in this process: ``broken`` says
+so, and whoever supervises it ends the process.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serve.batching.instance import Engine, Instance, Observer
 from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
-from serve.batching.ticket import Arrays, Chunk, Ticket, scatter
+from serve.batching.ticket import Arrays, Chunk, Ticket, complete, scatter
 from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
+MOST_FAILED_RUNS = 8  # in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Batcher:
         self._working = 0
         self._running_images = 0
         self._busy_s = 0.0
+        self._failed_runs = 0  # since the last that succeeded
         self._closed = False
         self.broken: str | None = None  # why this process is to be ended
 
@@ -180,8 +182,9 @@ class Batcher:
                     instance.images = 0
                     for ticket, first, count in chunks:
                         instance.images += count
+                        ticket.wait_seconds = now - ticket.queued_at
                         if first == 0:
-                            ticket.queue_seconds = now - ticket.queued_at
+                            ticket.queue_seconds = ticket.wait_seconds
                     self._running_images += instance.images
                 self._wake_an_instance(now)
             if expired:
@@ -201,7 +204,12 @@ class Batcher:
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
+                self._failed_runs += 1
+                if self._failed_runs == MOST_FAILED_RUNS:
+                    self._observer.failed("repeated")
+                    finished += self._break(f"{MOST_FAILED_RUNS} runs of the model have failed in a row")
             else:
+                self._failed_runs = 0
                 finished = scatter(chunks, rows, compute_s)
                 self._policy.note_run(instance.images, compute_s)
         if finished:
@@ -226,10 +234,8 @@ class Batcher:
 
     def lose_device(self, error: DeviceLostError) -> None:
         """The device has failed, and with it every run to come: what waits is told so now."""
-        log.critical("%s; the process is to be ended and started again", error)
         with self._lock:
-            self.broken = str(error)
-            failed = self._fail(self._queue.tickets(), UnavailableError(self.broken), "failed")
+            failed = self._break(str(error))
         complete(failed)
 
     # All below: the lock is held.
@@ -267,6 +273,12 @@ class Batcher:
         self._working -= 1
         instance.batch, instance.busy_since = [], None
 
+    def _break(self, why: str) -> list[Ticket]:
+        """No run to come can be trusted: nothing is accepted any more, and what waits fails. Returns that."""
+        log.critical("%s; the process is to be ended and started again", why)
+        self.broken = self.broken or why
+        return self._fail(self._queue.tickets(), UnavailableError(self.broken), "failed")
+
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
         """Mark tickets failed and drop their waiting rows; returns those that had not failed already."""
         failed = [ticket for ticket in dict.fromkeys(tickets) if ticket.error is None]
@@ -275,23 +287,3 @@ class Batcher:
             if dropped := self._queue.discard(ticket):
                 self._observer.dropped(dropped, reason)
         return failed
-
-
-def complete(tickets: Sequence[Ticket]) -> None:
-    """Complete tickets: first all answers of a group are made, then all are sent.
-
-    By turns they cost half as much again (docs/decisions/0013-completion-queue.md): what is done once in a while is not in the
-    processor's caches, and each sending lets another thread have the interpreter.
-    """
-    for first in range(0, len(tickets), TOGETHER):
-        sends = []
-        for ticket in tickets[first : first + TOGETHER]:
-            try:
-                sends.append(ticket.complete())
-            except Exception:  # no concern of the other tickets'
-                log.exception("an answer could not be made")
-        for send in filter(None, sends):
-            try:
-                send()
-            except Exception:
-                log.exception("an answer could not be sent")

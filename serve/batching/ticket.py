@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -10,6 +11,10 @@ import msgspec
 from numpy.typing import NDArray
 
 from serve.latents import Span
+
+log = logging.getLogger(__name__)
+
+TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
 
 Arrays = Mapping[str, NDArray[Any]]
 Send = Callable[[], object]
@@ -48,7 +53,8 @@ class Ticket(msgspec.Struct, eq=False):
     taken: int = 0  # rows handed to an instance
     done: int = 0  # rows come back
     error: Exception | None = None
-    queue_seconds: float = 0.0
+    queue_seconds: float = 0.0  # until its first row went into a batch
+    wait_seconds: float = 0.0  # until its last row did: in between its other rows were computed, and those of others
     compute_seconds: float = 0.0
     parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
 
@@ -85,3 +91,23 @@ def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Tic
         if ticket.done == ticket.span.count:
             finished.append(ticket)
     return finished
+
+
+def complete(tickets: Sequence[Ticket]) -> None:
+    """Complete tickets: first all answers of a group are made, then all are sent.
+
+    By turns they cost half as much again (docs/decisions/0013-completion-queue.md): what is done once in a while is not in the
+    processor's caches, and each sending lets another thread have the interpreter.
+    """
+    for first in range(0, len(tickets), TOGETHER):
+        sends = []
+        for ticket in tickets[first : first + TOGETHER]:
+            try:
+                sends.append(ticket.complete())
+            except Exception:  # no concern of the other tickets'
+                log.exception("an answer could not be made")
+        for send in filter(None, sends):
+            try:
+                send()
+            except Exception:
+                log.exception("an answer could not be sent")

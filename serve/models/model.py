@@ -24,7 +24,8 @@ from serve.errors import EngineError, ProviderError, QueueFullError, ServeError,
 from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
-from serve.observability.metrics import Metrics, ModelMetrics
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
 from serve.settings import Settings, parse_cuda_options
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from tests.conftest import SUBSET
 from tests.server_process import ServerProcess
 from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
-from train.config import preset
+from train.presets import preset
 from train.reports.reference import NOTEBOOK_MLP_LOSSES
 
 ROOT = Path(__file__).parents[2]

@@ -248,6 +248,11 @@ def test_reflection_describes_every_service_with_its_methods(shared_server: Serv
             return answer
 
         names = {service.name for service in ask(list_services="").list_services_response.service}
+        member = "digits.v1.DigitGenerator.Generate"  # as grpcurl's describe asks
+        assert ask(file_containing_symbol=member).file_descriptor_response == (
+            ask(file_containing_symbol="digits.v1.DigitGenerator").file_descriptor_response
+        )
+        assert ask(file_containing_symbol=f"{member}Nothing").error_response.error_code == MISSING.value[0]
         methods: dict[str, set[str]] = {}
         for name in names:
             for content in ask(file_containing_symbol=name).file_descriptor_response.file_descriptor_proto:
@@ -303,7 +308,7 @@ def test_metrics_count_what_was_done(start_server: Any) -> None:
     assert server.metric("digits_compute_seconds_count", model="mlp") == 3
     assert server.metric("digits_encode_seconds_count", model="mlp") == 1
     assert server.metric("digits_models_loaded") == 4
-    assert server.metric("digits_provider", provider="cpu") == 4
+    assert server.metric("digits_provider_info", provider="cpu") == 4
     assert server.metric("digits_model_ready", model="mlp") == 1
     assert server.metric("digits_queue_images") == 0
     assert server.metric("digits_queue_limit_images", model="mlp") == 16384

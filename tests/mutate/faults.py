@@ -35,13 +35,21 @@ REQUEST_PATH = "tests/unit/test_rpc.py"
 SIZES = "tests/unit/test_wire_format.py"
 THE_OPEN_CALLS = "tests/unit/test_open_calls.py"
 WATCHERS = "tests/unit/test_health.py"
+STATUS, THE_STATUS = "serve/api/status.py", "tests/unit/test_status.py"
+TRACING, SPANS = "tests/integration/test_tracing.py", "serve/observability/tracing.py"
+SPAN_SETTINGS = "serve/observability/tracing_settings.py"
 THE_SERVER = "tests/unit/test_server.py"
+REQUESTS = "tests/unit/test_client_requests.py"
+FAILURES = "tests/integration/test_client_failures.py"
+CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
 PICTURED = "tests/unit/test_pictures.py"
 CACHED = "tests/integration/test_http_cache.py"
 VERIFIED = "tests/integration/test_dataset_verify.py"
 THE_SET = "tests/unit/test_digit_set.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
+HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
+OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
 
 
 class Fault(NamedTuple):
@@ -61,8 +69,10 @@ MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
 PICTURES, DIGIT_SET = "serve/pictures.py", "serve/client/training/digit_set.py"
-METRICS, SERVER, LOOP = "serve/observability/metrics.py", "serve/server.py", "train/trainer/loop.py"
+METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
+SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
+CONNECTIONS, ORIGINS = "serve/ports/http_connections.py", "serve/ports/http_origins.py"
 OPEN_CALLS, CHECK = "serve/ports/open_calls.py", "serve/ports/check.py"
 GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/bundle.py"
 
@@ -77,20 +87,20 @@ FAULTS = [
     Fault("a stream has more under way than its caller may hold", f"{CORE}:Core.stream", "if holder.images_limit:", "if False:", f"{THE_CORE} -k stream_holds"),
     Fault("a stream's chunks go on without it", f"{CORE}:Core.stream", "task.cancel()", "pass", f"{THE_CORE} -k stream_holds"),
     Fault("a model stays in use for ever", f"{CORE}:Core.begin.complete", "model.in_use.leave()", "pass", f"{THE_CORE} -k allowed"),
-    Fault("a model stays in use by what was refused", f"{CORE}:Core.begin", "model.in_use.leave() raise", "raise", f"{THE_CORE} -k refused"),
-    Fault("a model stays in use by latents that were refused", f"{CORE}:Core._enter", "model.in_use.leave() raise", "raise", f"{THE_CORE} -k refused"),
+    Fault("a model stays in use by what was refused", f"{CORE}:Core.begin", "model.in_use.leave() _named(error, model) raise", "_named(error, model)\n            raise", f"{THE_CORE} -k refused"),
+    Fault("a model stays in use by latents that were refused", f"{CORE}:Core._entered", "model.in_use.leave() raise", "raise", f"{THE_CORE} -k refused"),
     Fault("a model stays in use by a stream", f"{CORE}:Core.stream", "model.in_use.leave()", "pass", f"{THE_CORE} -k stream"),
-    Fault("a model that is retired while a call begins answers it", f"{CORE}:Core._enter", "in_use.enter():", "in_use.enter() or True:", f"{THREADS} -k retired"),
+    Fault("a model that is retired while a call begins answers it", f"{CORE}:Core._entered", "in_use.enter():", "in_use.enter() or True:", f"{THREADS} -k retired"),
     Fault("a request's deadline is dropped", f"{CORE}:Core.begin", "request.deadline", "None", f"{WIRING} -k deadline_goes"),
-    Fault("a failed ticket is an answer", f"{CORE}:Core.begin.complete", "ticket.error or", "", f"{THE_CORE} -k raises"),
+    Fault("a failed ticket is an answer", f"{CORE}:Core.begin.complete", "ticket.error is not None", "False", f"{THE_CORE} -k raises"),
     Fault("a waiter who is cancelled leaves the rows behind", f"{CORE}:Core.generate", "give_up()", "pass", f"{THE_CORE} -k waiter"),
     Fault("latents that are not finite are taken", f"{CORE}:_span", "not finite.all()", "False", f"{THE_CORE} -k refused"),
     Fault("latents of another shape are taken", f"{CORE}:_latents_count", "or values.shape[1] != size", "", f"{THE_CORE} -k refused"),
     Fault("truncation is ignored", f"{CORE}:_span", ", truncation=rows.truncation", "", f"{THE_CORE} -k truncation"),
     Fault("truncation to nothing is taken", f"{CORE}:_check_range", "LEAST_TRUNCATION <= truncation", "0 < truncation", f"{THE_CORE} -k refused"),
     Fault("the indices beyond the stream's end are taken", f"{CORE}:_check_range", "start >= INDEX_LIMIT or start + count > INDEX_LIMIT", "start > INDEX_LIMIT", f"{THE_CORE} -k refused"),
-    Fault("traffic is not split by the seed", f"{CORE}:Core._enter", "if seed is None else seed)", "if seed is None else 0)", f"{WIRING} -k splits"),
-    Fault("labels are looked at before their number is checked", f"{CORE}:_checked_labels", 'if count and given not in (1, count): raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each") numbers = np.asarray(labels)', 'numbers = np.asarray(labels)\n    if count and given not in (1, count):\n        raise RequestError(f"labels has {given} entries for {count} digits")', f"{THE_CORE} -k labels"),
+    Fault("traffic is not split by the seed", f"{CORE}:Core._entered", "if seed is None else seed)", "if seed is None else 0)", f"{WIRING} -k splits"),
+    Fault("labels are looked at before their number is checked", f"{CORE}:_checked_labels", 'if count and given not in (1, count): raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each", "labels", count) numbers = np.asarray(labels)', 'numbers = np.asarray(labels)\n    if count and given not in (1, count):\n        raise RequestError(f"labels has {given} entries for {count} digits", "labels")', f"{THE_CORE} -k labels"),
     Fault("a stream has any number of labels", f"{CORE}:Core.stream", "len(request.labels) > MOST_STREAM_LABELS", "False", f"{THE_CORE} -k labels"),
     Fault("a stream's deadline is dropped", f"{CORE}:Core.stream", "request.deadline", "None", WIRING),
     Fault("a stream's labels begin anew in every chunk", f"{CORE}:Core.stream", ", part.start,", ", 0,", LABELS),
@@ -113,8 +123,8 @@ FAULTS = [
     Fault("a lone caller's rows are left to one instance", f"{POLICY}:BatchPolicy.images", "queue.waiting != 1", "True", BATCHER),
     Fault("what many wait for is shared out as if one did", f"{POLICY}:BatchPolicy.images", "queue.waiting != 1", "False", BATCHER),
     Fault("labels lie in the memory of the next batch", f"{INSTANCE}:Instance._run", 'feeds["labels"].copy()', 'feeds["labels"]', f"{BATCHER} -k labels"),
-    Fault("one answer's failure is all the others'", f"{BATCH}:complete", "except Exception:  # no concern", "except ZeroDivisionError:  # no concern", f"{BATCHER} -k completion"),
-    Fault("answers are sent by turns", f"{BATCH}:", "TOGETHER = 64", "TOGETHER = 1", f"{BATCHER} -k completion"),
+    Fault("one answer's failure is all the others'", "serve/batching/ticket.py:complete", "except Exception:  # no concern", "except ZeroDivisionError:  # no concern", f"{BATCHER} -k completion"),
+    Fault("answers are sent by turns", "serve/batching/ticket.py:", "TOGETHER = 64", "TOGETHER = 1", f"{BATCHER} -k completion"),
     Fault("what the server stopped first waits for ever", f"{BATCH}:Batcher.cut_off", "complete(failed)", "pass", f"{BATCHER} -k drain"),
     Fault("first come, first served", f"{QUEUES}:FairQueue._enter", "ticket.tag + min(waiting, self._quantum), waiting", "0.0, 0", QUEUE),
     Fault("one digit waits for chunks about to be finished", f"{QUEUES}:FairQueue._push", "- max(0, self._quantum - count)", "", QUEUE),
@@ -157,7 +167,7 @@ FAULTS = [
     Fault("a drain waits for nobody", f"{ADMISSION}:Call.admit", "admission.open[self] = None", "pass", f"{THREADS} -k drain"),
     Fault("a cancelled call is counted as OK", "serve/api/status.py:", "CallerLeftError: (Code.CANCELLED, 499)", "CallerLeftError: (Code.OK, 499)", f"{WIRING} -k cancelled"),
     Fault("a caller who leaves is computed for", f"{RPC}:RpcTable.digits.ask", "wire.when_left(core.begin(request, call.hold, partial(finish, wire, call, message)))", "core.begin(request, call.hold, partial(finish, wire, call, message))", f"{WIRING} -k cancelled"),
-    Fault("no hint when to return over gRPC", f"{RPC}:_refuse", "answer.retry_after_s is not None", "False", f"{WIRING} -k hint"),
+    Fault("no hint when to return over gRPC", f"{STATUS}:Refusal.trailing", "self.retry_after_s is None", "True", THE_STATUS),
     Fault("digits over gRPC are not counted", f"{RPC}:RpcTable.digits.answer", "call.encoded(digits, time.perf_counter() - started)", "pass", f"{WIRING} -k padding"),
     Fault("the digits of ModelStreamInfer are not counted", f"{OIP}:OpenInferenceService._answer_one", "call.encoded(digits, time.perf_counter() - started)", "pass", f"{REQUEST_PATH} -k counted_as"),
     Fault("Open Inference is always ready", f"{OIP}:OpenInferenceService.server_ready", "self._not_ready() is None", "True", f"{WIRING} -k canary"),
@@ -193,7 +203,13 @@ FAULTS = [
     Fault("a stream's caller is looked at once", f"{RPC}:_send_all", "call.check_again()", "pass", f"{OVER_THE_WIRE} -k revoked_tokens_stream"),
     Fault("what a caller sent of its trace is left out", f"{RPC}:caller_of", "if traced else {}", "if False else {}", f"{REQUEST_PATH} -k traced"),
     Fault("all metadata are kept though nothing is traced", f"{RPC}:caller_of", "if traced else {}", "if True else {}", f"{REQUEST_PATH} -k traced"),
-    Fault("the caller's trace is not gone on with", "serve/observability/tracing.py:Tracing.begin", "TraceContextTextMapPropagator().extract(metadata)", "None", "tests/integration/test_observability.py -k hang_together"),
+    Fault("the caller's trace is not gone on with", f"{SPANS}:Tracing._begin", "TraceContextTextMapPropagator().extract(context) if context else None", "None", f"{TRACING} -k phases"),
+    Fault("a call that is not sampled has a span", f"{SPANS}:Tracing.begin", "if sampled else", "if True else", f"{TRACING} -k variables"),
+    Fault("every chunk of a stream is a span", f"{SPANS}:Span.phases", "self._answers > MOST_ANSWERS", "False", f"{TRACING} -k phases"),
+    Fault("what OTLP cannot hold costs the spans of others", f"{SPANS}:exportable", "value >= 1 << 63", "False", f"{TRACING} -k cannot_hold_costs"),
+    Fault("a caller's mistake is an error of the server's", f"{SPANS}:Span.end", "code in SERVER_FAULTS", 'code != "OK"', f"{TRACING} -k phases"),
+    Fault("a protocol that is not spoken is taken", f"{SPAN_SETTINGS}:wanted", '_check(f"{prefix}PROTOCOL", given, ("grpc",), "; name the collector\'s gRPC port, usually 4317")', "pass", f"{TRACING} -k refused_by_name"),
+    Fault("an HTTP call is traced as one of gRPC", f"{HTTP}:_described", "of_http=True", "of_http=False", f"{TRACING} -k http"),
     Fault("a trace has no phases", f"{ADMISSION}:Call.encoded", "self._span is not None", "False", f"{REQUEST_PATH} -k traced"),
     Fault("an HTTP call holds for ever", f"{HTTP}:guarded.handle", "call.sent()", "pass", f"{WIRING} -k holds_nothing"),
     Fault("no hint when to return over HTTP", f"{HTTP}:_refused", "refusal.retry_after_s is not None", "False", f"{WIRING} tests/integration/test_http_api.py"),
@@ -228,11 +244,28 @@ FAULTS = [
     Fault("nobody looks whether callers have left", f"{PORT}:GrpcPort._watch", "call.watch()", "pass", GRPC_PORT),
     Fault("a stopping server says that it is ready", f"{SERVER}:Server._stop", "self._health.draining = True", "pass", WIRING),
     Fault("a background task dies of its first error", "serve/background.py:repeat", "except Exception:", "except ZeroDivisionError:", RUNTIME),
+    # the client, and what it is told
+    Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(rows, request.latent_size))", "Latents(values)", f"{FAILURES} -k wrong_shape"),
+    Fault("latents travel without the size of their rows", f"{CLIENT}/calls.py:Calls.generate", "rows.tobytes(), rows.shape[1]", "rows.tobytes(), 0", f"{REQUESTS} -k travel"),
+    Fault("a count goes beside latents", f"{CLIENT}/calls.py:Calls.generate", "if latents is not None and count is not None:", "if False:", f"{REQUESTS} -k bounds"),
+    Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k whole"),
+    Fault("float images leave [0, 1]", "serve/core/generate.py:_digits", "np.clip(rows, 0, 1, dtype=np.float32)", "rows", f"{FAILURES} -k within_0_and_1"),
+    Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
+    Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
+    Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("a stream begins anew", f"{CLIENT}/streaming.py:Progress.take", "request.start += response.count", "pass", f"{REQUESTS} -k not_come"),
+    Fault("large requests are not tried again", f"{CLIENT}/channel.py", '("grpc.per_rpc_retry_buffer_size", 8 << 20)', '("grpc.per_rpc_retry_buffer_size", 256 << 10)', f"{FAILURES} -k large"),
+    Fault("several addresses are a certificate's name", f"{CLIENT}/channel.py:Access._open", 'if "," in target:', "if False:", f"{FAILURES} -k several"),
+    Fault("a proxy is asked for this machine", f"{CLIENT}/channel.py:Access._open", "if is_loopback(target):", "if False:", f"{FAILURES} -k not_asked"),
+    Fault("an HTTP port is not told from others", f"{CLIENT}/diagnosis.py:_why_not_grpc", 'answer.startswith(b"HTTP/")', "False", f"{FAILURES} -k http_port"),
+    Fault("nobody is waited for as long as a call may take", f"{CLIENT}/client.py:DigitClient._connect", "ready.result(min(CONNECT_S, self._timeout_s))", "ready.result(self._timeout_s)", f"{FAILURES} -k nobody"),
+    Fault("a server's word of when to return is lost", f"{CLIENT}/errors.py:retry_after_s", "return int(value) / 1000", "pass", f"{REQUESTS} -k retry"),
+    Fault("flags before the action are lost", "serve/admin.py:_action_first", "return rest[:1] + flags + rest[1:]", "return rest", "tests/unit/test_admin.py -k before"),
     # the gRPC port, its open calls, health, the server
     Fault("the core is not tried", f"{SERVER}:Server._start", "await check_calls(self._health.methods())", "pass", f"{THE_SERVER} -k tried"),
     Fault("a core that does not answer is taken", f"{CHECK}:check_calls", "except grpc.RpcError as error:", "except ZeroDivisionError as error:", f"{GRPC_PORT} -k core_has_changed"),
     Fault("a Unix socket is taken from another server", f"{CHECK}:_hold", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/integration/test_serve_start.py -k unix_socket"),
-    Fault("the port asks for the next call when it has the one before", f"{PORT}:GrpcPort._called", "self._ask() # before anything else, which may raise: a port that asks for no calls is deaf if not event.success: return try: self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))", "if not event.success:\n            return\n        try:\n            self._accept(GrpcCall(event, self._loop, self.open.remove, self._load_reports))\n            self._ask()", f"{GRPC_PORT} -k hundreds"),
+    Fault("the port asks for the next call when it has the one before", f"{PORT}:GrpcPort._called", "self._ask() # before anything else, which may raise: a port that asks for no calls is deaf if not event.success: return call = None try: call = GrpcCall(event, self._loop, self.open.remove, self._load_reports) self._accept(call)", "if not event.success:\n            return\n        call = None\n        try:\n            call = GrpcCall(event, self._loop, self.open.remove, self._load_reports)\n            self._accept(call)\n            self._ask()", f"{GRPC_PORT} -k hundreds"),
     Fault("a call that cannot be accepted waits for ever", f"{PORT}:GrpcPort._called", 'event.call.cancel(grpc.StatusCode.INTERNAL.value[0], "the call could not be accepted")', "pass", f"{GRPC_PORT} -k hundreds"),
     Fault("one event that fails ends the thread", f"{PORT}:GrpcPort._receive", "except Exception:", "except ZeroDivisionError:", f"{GRPC_PORT} -k cannot_be_handled"),
     Fault("an event is kept until the next", f"{PORT}:GrpcPort._receive", "del event # what", "pass # what", f"{GRPC_PORT} -k not_kept"),
@@ -245,20 +278,20 @@ FAULTS = [
     Fault("an answer on its way is cut off", f"{PORT}:GrpcPort.stop", "deadline if self.open.sending else", "", "tests/integration/test_slow_readers.py -k on_its_way"),
     Fault("tasks outlive the port", f"{PORT}:GrpcPort.stop", "task.cancel()", "pass", f"{GRPC_PORT} -k after_its_answer"),
     Fault("tasks are remembered for ever", f"{PORT}:GrpcPort._answer", "del self._tasks[call]", "pass", f"{GRPC_PORT} -k whatever"),
-    Fault("more calls are open than may be", f"{PORT}:GrpcPort._accept", "refusal is not None", "False", f"{GRPC_PORT} -k beyond"),
+    Fault("more calls are open than may be", f"{PORT}:GrpcPort._accept", "too_many is not None", "False", f"{GRPC_PORT} -k beyond"),
     Fault("open calls have no bound", f"{OPEN_CALLS}:OpenCalls.add", "len(self._calls) > MOST_CALLS", "False", THE_OPEN_CALLS),
-    Fault("an address has no share of the open calls", f"{OPEN_CALLS}:OpenCalls.add", "self._by_address[address] >= (MOST_CALLS - FEW_CALLS) // 2", "False", THE_OPEN_CALLS),
+    Fault("an address has no share of the open calls", f"{OPEN_CALLS}:OpenCalls.add", "(own := self._by_address[address]) >= (MOST_CALLS - FEW_CALLS) // 2", "(own := 0)", THE_OPEN_CALLS),
     Fault("the calls of an address are never given back", f"{OPEN_CALLS}:OpenCalls.remove", "self._by_address[call.counted_for] -= 1", "pass", THE_OPEN_CALLS),
     Fault("addresses without a call are remembered", f"{OPEN_CALLS}:OpenCalls.remove", "del self._by_address[call.counted_for]", "pass", THE_OPEN_CALLS),
     Fault("no answer is on its way", f"{OPEN_CALLS}:OpenCalls.remove", "call.sent_bytes > MUCH_BYTES", "False", THE_OPEN_CALLS),
     Fault("an answer is on its way for ever", f"{OPEN_CALLS}:OpenCalls.sending", "< SENDING_S", "< 1e9", THE_OPEN_CALLS),
-    Fault("a handler's error leaves its caller waiting", f"{PORT}:GrpcPort._begin", 'self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")', "pass", f"{GRPC_PORT} -k whatever or cannot_be_begun"),
-    Fault("a task's error leaves its caller waiting", f"{PORT}:GrpcPort._answer", 'self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")', "pass", f"{GRPC_PORT} -k whatever"),
-    Fault("a call without a request waits for ever", f"{PORT}:GrpcPort._has_request", 'self._end(call, grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")', "pass", f"{GRPC_PORT} -k without_a_request"),
+    Fault("a handler's error leaves its caller waiting", f"{PORT}:GrpcPort._begin", "self._end(call, error)", "pass", f"{GRPC_PORT} -k whatever or cannot_be_begun"),
+    Fault("a task's error leaves its caller waiting", f"{PORT}:GrpcPort._answer", "self._end(call, error)", "pass", f"{GRPC_PORT} -k whatever"),
+    Fault("a call without a request waits for ever", f"{PORT}:GrpcPort._has_request", 'self._end(call, RequestError("the call has no request", ""))', "pass", f"{GRPC_PORT} -k without_a_request"),
     Fault("a call whose request never comes is never ended", f"{PORT}:GrpcPort.watch", "now - call.begun_at > REQUEST_TIMEOUT_S", "False", f"{GRPC_PORT} -k without_a_request"),
     Fault("a call that waits for its answer has had no request", f"{PORT}:GrpcPort._has_request", "call.received = True", "pass", f"{GRPC_PORT} -k beyond"),
     Fault("a request that comes too late is begun", f"{PORT}:GrpcPort._has_request", "if call.received:", "if False:", f"{GRPC_PORT} -k beyond"),
-    Fault("an unknown method waits for ever", f"{PORT}:GrpcPort._accept", 'self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")', "pass", f"{GRPC_PORT} -k whatever"),
+    Fault("an unknown method waits for ever", f"{PORT}:GrpcPort._accept", 'self._end(call, UnsupportedError(f"there is no method {call.method[:200]}"))', "pass", f"{GRPC_PORT} -k whatever"),
     Fault("who left before its task began has one", f"{PORT}:GrpcPort._begin_task", "if call.has_left:", "if False:", f"{GRPC_PORT} -k caller_has_left"),
     Fault("a task goes on without its caller", f"{PORT}:GrpcPort._begin_task", "call.when_left(lambda: self._loop.call_soon_threadsafe(task.cancel))", "pass", f"{GRPC_PORT} -k caller_has_left"),
     Fault("a thread that has ended is alive", f"{PORT}:GrpcPort.not_alive", "not self._thread.is_alive()", "False", f"{GRPC_PORT} -k liveness"),
@@ -274,7 +307,7 @@ FAULTS = [
     Fault("what could not be sent is taken for sent", f"{CALL}:GrpcCall._done.settle", "event.batch_operations if event.success else None", "event.batch_operations", f"{GRPC_PORT} -k could_not_be_sent"),
     Fault("a call that is watched is watched again at its end", f"{CALL}:GrpcCall._to_be_watched", "return not watched", "return True", GRPC_PORT),
     Fault("a status loses its metadata", f"{CALL}:GrpcCall.ending", "(trailing, NUMBERS[code]", "((), NUMBERS[code]", f"{GRPC_PORT} -k both_ways"),
-    Fault("no call has a deadline", f"{CALL}:GrpcCall.time_remaining", "self._deadline > NO_DEADLINE", "True", f"{GRPC_PORT} -k deadline"),
+    Fault("no call has a deadline", f"{CALL}:GrpcCall.time_remaining", "deadline > NO_DEADLINE", "True", f"{GRPC_PORT} -k deadline"),
     Fault("what health says is published and wakes nobody", f"{HEALTH}:Health.publish", "self._wake()", "pass", WATCHERS),
     Fault("a watcher who leaves takes the others' news along", f"{HEALTH}:Health._next_change", "asyncio.shield(self._changed)", "self._changed", WATCHERS),
     Fault("watches have no bound", f"{HEALTH}:Health._watch", "self._watches >= MOST_WATCHES", "False", WATCHERS),
@@ -296,9 +329,9 @@ FAULTS = [
     Fault("a stopping server refuses nobody", f"{SERVER}:Server._stop", "await self._admission.close(settings.drain_deadline_s)", "pass", f"{WIRING} -k draining"),
     Fault("watchers hold up the end", f"{SERVER}:Server._stop", "self._health.end_watches()", "pass", f"{THE_SERVER} -k watches_health"),
     # observability
-    Fault("padding is not counted", f"{METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
-    Fault("dropped rows are counted as one", f"{METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
-    Fault("digits are counted as requests", f"{METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
+    Fault("padding is not counted", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_batches", "bucket - images for", "0 for", WIRING),
+    Fault("dropped rows are counted as one", f"{MODEL_METRICS}:ModelMetrics.dropped", ".inc(images)", ".inc()", WIRING),
+    Fault("digits are counted as requests", f"{MODEL_METRICS}:ModelMetrics.__init__.observe_answers", "encoding)(images)", "encoding)(1)", WIRING),
     Fault("what was kept is not observed when metrics are read", f"{METRICS}:Metrics.collect", "records.flush()", "pass", WIRING),
     # CUDA
     Fault("the kernel takes the block before", "serve/engine/latents.cu:", "+ block + 1;", "+ block;", DEVICE_LATENTS),
@@ -323,7 +356,11 @@ FAULTS = [
     Fault("the discriminator's gradients pile up", f"{STEP}:Step.alternating", "self.discriminator_optimizer.zero_grad()", "pass", REFERENCE),
     Fault("the generator's gradients pile up", f"{STEP}:Step.alternating", "self.generator_optimizer.zero_grad()", "pass", REFERENCE),
     Fault("the first layer's maps are turned", "train/models.py:PointConvTranspose2d.forward", "(0, 2, 3, 1)", "(0, 3, 2, 1)", "tests/unit/test_train_networks.py"),
-    Fault("a status has a text of any length", "serve/api/status.py:refusal", "len(text) <= MOST_CHARACTERS", "text", "tests/unit/test_status.py"),
+    Fault("a status has a text of any length", f"{STATUS}:_cut", "len(encoded) <= most", "encoded", THE_STATUS),
+    Fault("a text that metadata escape is as long as another", f"{STATUS}:_text", "MOST_BYTES if plain", "MOST_BYTES if text", THE_STATUS),
+    Fault("a wrong field is not named for programs", f"{STATUS}:_head", "FieldViolation(field=field)", "FieldViolation()", THE_STATUS),
+    Fault("errors do not name the model that was asked", f"{CORE}:_named", "error.about(model.manifest.name, model.manifest.version)", "pass", "tests/integration/test_errors.py"),
+    Fault("an error over HTTP has its text alone", f"{HTTP}:_refused", "refusal.fields()", '{"error": refusal.text}', "tests/integration/test_errors.py"),
     Fault("a picture has headers of any length", "serve/api/http.py:_picture", "and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
     Fault("PyTorch writes checkpoints to the disk itself", "train/checkpoint.py:write_atomically", "stream.write(content.getbuffer())", "write(stream)", f"{TRAIN} -k fit"),
     Fault("what was half-written stays", "serve/files.py:replacing", "each.unlink()", "pass", "tests/integration/test_dataset.py -k full_disk"),
@@ -389,20 +426,36 @@ FAULTS = [
     Fault("a quality of another step is published", f"{BUNDLE}:_quality", 'step != checkpoint["step"]', "False", EXPORT),
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points
+    Fault("a model whose every run raises stays ready", f"{BATCH}:Batcher.end_batch", "self._failed_runs == MOST_FAILED_RUNS", "False", f"{WIRING} -k every_run"),
+    Fault("failed runs with good ones between end the process", f"{BATCH}:Batcher.end_batch", "self._failed_runs = 0", "pass", f"{WIRING} -k every_run"),
+    Fault("load reports tell no errors", "serve/ports/load_report.py:LoadReports.answered", "self._errors += failed", "pass", LOADS),
     Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{WIRING} -k load_reports"),
-    Fault("errors end with a load report", f"{CALL}:GrpcCall.ending", "code is grpc.StatusCode.OK and", "", f"{LOADS} -k only_where"),
+    Fault("errors end with a load report", f"{CALL}:GrpcCall.ending", "(code is grpc.StatusCode.OK or code in FAULTS)", "True", f"{LOADS} -k only_where"),
     Fault("ready only with every model", "serve/ports/health.py:Health.not_ready", "if any(self.", "if all(self.", RUNTIME),
     Fault("one model's readiness is any's", "serve/ports/health.py:Health.not_ready", "if model is None else [model]", "", RUNTIME),
     Fault("a refusal while draining counts as a fault", f"{ADMISSION}:Call.failed", "isinstance(error, DrainingError)", "False", WIRING),
-    Fault("a load report has its fields swapped", "serve/ports/load_report.py:", "bytes([6 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
+    Fault("a load report has its fields swapped", "serve/ports/load_report.py:", "bytes([6 << 3 | 1]), bytes([7 << 3 | 1]), bytes([9 << 3 | 1])", "bytes([9 << 3 | 1]), bytes([7 << 3 | 1]), bytes([6 << 3 | 1])", LOADS),
     Fault("a busy process reports that it is idle", "serve/ports/load_report.py:LoadReports._refresh", "load.busy_s - self._busy_s", "self._busy_s - load.busy_s", LOADS),
     Fault("a kernel without IPv6 is asked for it", "serve/ports/http_connections.py:usable_host", "not socket.has_dualstack_ipv6()", "False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", f"{LOOP}:Trainer._is_log_point", "% self.steps_per_epoch", "", REFERENCE),
     Fault("a mean's window is one batch too long", f"{LOOP}:Trainer._log", "log_points else -1", "log_points else 0", REFERENCE),
     Fault("the last save is not in a run's time", f"{LOOP}:Trainer._finish", "self._count_time()", "pass", "tests/integration/test_runs.py -k stopped"),
     Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_connections.py:", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
+    # HTTP in production
+    Fault("client certificates are not asked for over HTTPS", f"{TLS}:_loaded", "context.verify_mode = ssl.CERT_REQUIRED", "pass", f"{HTTPS} -k client_certificate"),
+    Fault("a renewed certificate is gRPC's alone", f"{TLS}:Certificates.context", "self._newest()", "self._watched.value", f"{HTTPS} -k taken_up"),
+    Fault("a TLS connection has no place before its handshake", f"{CONNECTIONS}:Connection.shake_hands", "self._taken = self._connections.add(self) return self._taken", "return True", f"{HTTPS} -k say_nothing"),
+    Fault("the HTTP API is in plaintext beside TLS", "serve/ports/http_port.py:HttpPorts.start", '[web.route("*", ON_THE_OTHER_PORT, _on_port(self.https_port))]', "routes", f"{HTTPS} -k tls_alone"),
+    Fault("both HTTP ports may be one", "serve/settings.py:Settings._check_ports", "self.https and self.https_port == self.http_port != 0", "False", "tests/unit/test_settings.py -k plaintext_port"),
+    Fault("one site that is let in lets all in", f"{ORIGINS}:Origins.allow", "origin.lower() in self._allowed", "bool(self._allowed)", f"{OTHER_SITES} -k not_named"),
+    Fault("a site is let in to more than the API", f"{ORIGINS}:Origins.allow", "or not API.fullmatch(request.path)", "", f"{OTHER_SITES} -k nothing_but"),
+    Fault("a cache gives one site's answer to another", f"{ORIGINS}:Origins.add_headers", 'response.headers.add("Vary", "Origin")', "pass", OTHER_SITES),
+    Fault("heads are bounded one by one", f"{CONNECTIONS}:Connections.hold", "self._held_bytes > MOST_HELD_BYTES", "False", f"{HEADS} -k large_heads"),
+    Fault("what is behind a request has no bound", f"{CONNECTIONS}:Connection.data_received", "behind - self._body.total_bytes, MOST_BYTES_BEHIND", "0, 1", f"{HEADS} -k behind"),
+    Fault("a head's end in pieces is not seen", f"{CONNECTIONS}:Connection.data_received", "joined = self._last + data", "joined = data", f"{HEADS} -k pieces"),
+    Fault("an HTTP call that failed counts as a good one", f"{ADMISSION}:Call.failed", "answer.http_status", "200", f"{HTTP_API} -k status_counts"),
     # CUDA, by its stand-ins
-    Fault("a lost device is one batch's affair", f"{BATCH}:Batcher.lose_device", "self.broken = str(error)", 'self.broken, lost = None, "lost"', f"{WIRING} -k lost"),
+    Fault("a lost device is one batch's affair", f"{BATCH}:Batcher._break", "self.broken = self.broken or why", "pass", f"{WIRING} -k lost"),
     Fault("a lost device's process goes on", f"{SERVER}:Server._watch", "model.batcher.broken and not self.broken", "False", f"{WIRING} -k lost"),
     Fault("a CUDA failure is one run's affair", "serve/engine/cuda_engine.py:CudaEngine.run", "CUDA_FAILURE.search(str(error))", "False", ENGINE),
     Fault("answers are read before they are there", "serve/engine/device_buffers.py:DeviceBuffers.download", "self.device.wait(self.stream)", "pass", ENGINE),

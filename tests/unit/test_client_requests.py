@@ -252,3 +252,4 @@ def test_retry_after_comes_from_the_servers_trailing_metadata() -> None:
 
     assert retry_after_s(said(("other", "x"), ("grpc-retry-pushback-ms", "250"))) == 0.25
     assert retry_after_s(said()) is None
+    assert retry_after_s(said(("grpc-retry-pushback-ms", "-1"))) is None, "it says: never"

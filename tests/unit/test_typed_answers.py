@@ -24,7 +24,7 @@ def digits_of(count: int) -> Digits:
     return Digits(
         model=model, rows=Addresses(7, 0, count), encoding="uint8", seed=7, start=0, count=count, pixels=pieces,
         images=[chance.random((count, 1, 28, 28), dtype=np.float32)], labels=chance.integers(0, 10, count),
-        queued_at=0.0, queue_seconds=0.0, compute_seconds=0.0,
+        queued_at=0.0, queue_seconds=0.0, wait_seconds=0.0, compute_seconds=0.0,
     )  # fmt: skip
 
 
