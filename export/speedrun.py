@@ -22,8 +22,8 @@ import torch
 from export.errors import ExportError
 from export.server_process import started
 from serve.client import DigitClient
+from serve.client.again import origin_of
 from serve.dataset.filter import Judge
-from serve.pictures import to_grid, to_png
 from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device, describe
@@ -126,7 +126,8 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
     flags = (f"--models-dir={bundle.parents[1]}", f"--default-model={bundle.parent.name}", "--grpc-port=0", "--http-port=0")
     try:
         with started("serve", *flags) as server, DigitClient(server.target) as client:
-            pixels = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)]).pixels
+            digits = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)])
+            content = digits.to_png(origin_of(digits, client.get_model(), 0.0))
             calls = []
             for index in range(100):
                 begun = time.perf_counter()
@@ -134,7 +135,6 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
                 calls.append(time.perf_counter() - begun)
     except RuntimeError as error:
         raise ExportError(str(error)) from None
-    content = to_png(to_grid(pixels))
     write_atomically(options.out / "digits.png", lambda stream: stream.write(content))
     return {"call_ms": float(np.median(calls)) * 1e3}
 

@@ -42,6 +42,8 @@ BLOCK_ROWS = 256  # rows transformed at a time: the temporaries stay in the proc
 
 INDEX_LIMIT = 1 << 63  # indices run from 0 to this, exclusive
 SEED_LIMIT = 1 << 64
+# As protobuf has it. Below it all digits are the same, and the tail's grid is too coarse to tell.
+LEAST_TRUNCATION = float(np.float32(0.01))
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that triples the time to make one, and every request makes some

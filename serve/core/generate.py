@@ -19,13 +19,11 @@ from serve.background import settle
 from serve.batching.ticket import Send, Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Holder, Interpolation, Latents
 from serve.errors import RequestError, ServeError
-from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
+from serve.latents import INDEX_LIMIT, LEAST_TRUNCATION, Span, draw_span, in_turn, slerp
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 
 DEFAULT_CHUNK = 256
-# As protobuf has it. Below it all digits are the same, and the tail's grid is too coarse to tell.
-LEAST_TRUNCATION = float(np.float32(0.01))
 DRAWN_BITS = 53  # of a random seed: the most that a number in JavaScript, and so in JSON, is sure to keep
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number

@@ -108,6 +108,18 @@ def test_where_callers_have_tokens_a_copy_is_its_callers_own(
     assert (refused, told["Cache-Control"]) == (401, "no-store"), "a tag opens no door"
 
 
+def test_a_copy_is_for_the_pages_that_may_read_it(start_server: Callable[..., ServerProcess]) -> None:
+    site = {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}
+    some, every = start_server("--http-origins=https://app.example.org"), start_server("--http-origins=*")
+    tag = tag_of(some, PINNED)
+    for asked, status in (({}, 200), (site, 200), ({"If-None-Match": tag}, 304), (site | {"If-None-Match": tag}, 304)):
+        got, headers, _ = get(some, PINNED, **asked)
+        assert (got, headers["Vary"], headers["ETag"]) == (status, "Origin", tag)
+        assert headers["Access-Control-Allow-Origin"] == asked.get("Origin")
+        got, headers, _ = get(every, PINNED, **asked)
+        assert (got, headers["Vary"], headers["Access-Control-Allow-Origin"]) == (status, None, "*"), "a cache has one for all"
+
+
 def test_every_picture_says_how_it_was_made(shared_server: ServerProcess) -> None:
     seed = 2**64 - 1
     grid = read_origin(get(shared_server, f"/v1/digits?seed={seed}&start=3&count=4&labels=7,1,0,9&truncation=1.5&format=png")[2])

@@ -43,6 +43,10 @@ REQUESTS = "tests/unit/test_client_requests.py"
 FAILURES = "tests/integration/test_client_failures.py"
 CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
+PICTURED = "tests/unit/test_pictures.py"
+CACHED = "tests/integration/test_http_cache.py"
+VERIFIED = "tests/integration/test_dataset_verify.py"
+THE_SET = "tests/unit/test_digit_set.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
 HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
 OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
@@ -64,6 +68,7 @@ OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.
 MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py", "serve/batching/policy.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
+PICTURES, DIGIT_SET = "serve/pictures.py", "serve/client/training/digit_set.py"
 METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
 SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
@@ -463,4 +468,33 @@ FAULTS = [
     Fault("bf16 is taken where it is imitated", f"{STEP}:Step.__init__", "has_bf16(self.device)", "True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py:has_bf16", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    # where digits come from
+    Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
+    Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
+    Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
+    Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
+    Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
+    Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
+    Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
+    Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", "tests/integration/test_client_again.py -k another_model_file"),
+    Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi._kept", "self._admission.accounts.by_token", "False", CACHED),
+    Fault("an answer of a drawn seed is kept", "serve/api/http.py:HttpApi._digits", 'pinned="seed" in given', "pinned=True", CACHED),
+    Fault("an answer of a routed version is kept", "serve/api/http.py:HttpApi._answer", "request.model and request.version", "request.model", CACHED),
+    Fault("a tag does not tell labels apart", "serve/api/http.py:HttpApi._tag", " {list(request.labels)}", "", CACHED),
+    Fault("a tag is the same for every model file", "serve/api/http.py:HttpApi._tag", " {model.bundle.digest}", "", CACHED),
+    Fault("a copy of what cannot be asked for is confirmed", f"{CORE}:Core.find", "self._checked(request, model, count)", "pass", CACHED),
+    Fault("answers that may be kept are not, like all others", f"{HTTP}:guarded", "answer.headers.setdefault(header, value)", "answer.headers[header] = value", CACHED),
+    Fault("HTTP's truncation has more bits than gRPC's", "serve/latents.py:tail_beyond", "c_float(truncation).value", "truncation", "tests/unit/test_latents.py"),
+    Fault("only whole batches are compared with each other", "serve/engine/session.py:Engine.batch_difference", "{1, odd, self.largest}", "{self.largest}", MODEL),
+    Fault("a padded batch's sizes are not tried", "serve/engine/session.py:Engine.batch_difference", "sizes.update(self.buckets())", "pass", ENGINE),
+    Fault("a model whose bits depend on the batch says that they do not", f"{MODELS}:open_model", "batch_invariant=not differences", "batch_invariant=True", MODEL),
+    Fault("an altered digit is confirmed", "serve/dataset/verifying.py:verify", "levels > bundle.manifest.tolerance.pixel_levels", "levels > 255", VERIFIED),
+    Fault("a data set is confirmed by another model file", "serve/dataset/verifying.py:check_bundle", "bundle.digest != whole.dataset.digest", "False", VERIFIED),
+    Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
+    Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
+    Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
+    Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != os.getpid()", "", f"{THE_SET} -k forked"),
+    Fault("a worker takes another model file", f"{DIGIT_SET}:DigitSet._opened", "maker.about != self._about", "False", THE_SET),
+    Fault("labels go by the place in the epoch", f"{DIGIT_SET}:DigitSet._items", "self._labels[indices % len(self._labels)]", "self._labels[np.arange(len(indices)) % len(self._labels)]", THE_SET),
+    Fault("a server is asked for more than it takes", f"{DIGIT_SET}:DigitSet.__getitems__", "len(wanted), self._about.most", "len(wanted), len(wanted)", THE_SET),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ Item i of epoch e is the digit at index ``start + e * count + i`` of the seed's 
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from ctypes import c_int64
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.client.calls import Labels, as_numbers
+from serve.client.calls import Labels, as_numbers, checked_truncation
 from serve.client.channel import PLAIN, Access
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.errors import mistake, whole
@@ -100,8 +101,10 @@ class DigitSet:
         settled here, and their file too: a process that meets another one raises. Raises DigitError.
         """
         self._source, self._access, self._timeout_s = source, access, timeout_s
-        self._seed, self._truncation = whole("seed", seed, 64), float(truncation)
+        self._seed, self._truncation = whole("seed", seed, 64), checked_truncation(truncation)
         self._start, self._count = whole("start", start, 63), whole("count", count, 63)
+        if not self._count:
+            raise mistake("count must be 1 or more, got 0")
         self._labels = np.array(as_numbers(labels), np.int64)
         self._epoch = RawValue(c_int64, 0)  # shared with workers that stay
         self._maker: tuple[int, Maker] | None = None  # and the process that it belongs to
@@ -148,7 +151,7 @@ class DigitSet:
             self._epoch = RawValue(c_int64, self._epoch)
 
     def _checked(self, index: SupportsIndex) -> int:
-        number = index.__index__()
+        number = operator.index(index)
         if not -self._count <= number < self._count:
             raise IndexError(f"index {number} of {self._count} digits")
         return number % self._count
