@@ -28,15 +28,16 @@ from serve.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
-from train.config import DEFAULT_PRESET, PRESETS
-from train.data import DEFAULT_DATA_DIR, load_mnist
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist
 from train.device import limit_threads
 from train.errors import TrainError
 from train.evaluation.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
 from train.evaluation.judge import BATCH as JUDGE_BATCH
 from train.evaluation.judge import JUDGE_FOLDER, kept_judge
 from train.models import PointConvTranspose2d, build_generator
+from train.presets import DEFAULT_PRESET, PRESETS
+from train.runs import each_run, make_arguments, moment, newest_finished, newest_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,11 +111,20 @@ def _run(flags: argparse.Namespace) -> int:
         runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")
-    for run in runs:
+    if not flags.run:
+        for run in runs:
+            print(f"the newest finished {run.config.preset} run: {run.folder}, begun {moment(run)}", file=sys.stderr)
+    published: list[Path] = []
+
+    def publish(run: Run) -> None:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
-    print(f'next: make serve ARGS="--models-dir {flags.models_dir}"')
-    return 0
+        published.append(done.path)
+
+    status = each_run(runs, publish, ExportError, TrainError)
+    if published:
+        print(f"next: make serve{make_arguments('--models-dir', flags.models_dir)}")
+    return status
 
 
 def _left_out(run: Run, floors: Mapping[str, float]) -> bool:

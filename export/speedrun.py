@@ -22,16 +22,17 @@ import torch
 from export.errors import ExportError
 from export.server_process import started
 from serve.client import DigitClient
+from serve.client.again import origin_of
 from serve.dataset.filter import Judge
-from serve.pictures import to_grid, to_png
-from train.bench import milliseconds_per_step
-from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomically
-from train.config import DEFAULT_PRESET, preset
-from train.data import Mnist, load_mnist
+from train.checkpoint import Run, latest_checkpoint, write_atomically
+from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
 from train.evaluation.judge import training_seconds
+from train.presets import DEFAULT_PRESET, preset
+from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
+from train.runs import newest_run
 
 EPOCHS = 8
 SCORE_EPOCHS = 3
@@ -84,7 +85,7 @@ def speedrun(options: Options) -> Path:
     figures = stages.run("scoring", lambda: _score(run, data, device, options))
     bundle = stages.run("exporting", lambda: _export(run, options))
     figures |= stages.run("serving", lambda: _serve(bundle, options))
-    figures["parity"] = json.loads((bundle / "parity.json").read_text())["worst_images"]
+    figures["parity"] = json.loads((bundle / "parity.json").read_bytes())["worst_images"]
     return _write_page(options, run, stages.took_s, figures)
 
 
@@ -125,7 +126,8 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
     flags = (f"--models-dir={bundle.parents[1]}", f"--default-model={bundle.parent.name}", "--grpc-port=0", "--http-port=0")
     try:
         with started("serve", *flags) as server, DigitClient(server.target) as client:
-            pixels = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)]).pixels
+            digits = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)])
+            content = digits.to_png(origin_of(digits, client.get_model(), 0.0))
             calls = []
             for index in range(100):
                 begun = time.perf_counter()
@@ -133,7 +135,6 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
                 calls.append(time.perf_counter() - begun)
     except RuntimeError as error:
         raise ExportError(str(error)) from None
-    content = to_png(to_grid(pixels))
     write_atomically(options.out / "digits.png", lambda stream: stream.write(content))
     return {"call_ms": float(np.median(calls)) * 1e3}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 MOST_BYTES = 1 << 20  # of a file that is watched
 
+_LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}", re.DOTALL)
+
 FileState = tuple[int, int, int, int]
 ValueT = TypeVar("ValueT")
 
@@ -34,16 +38,17 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
     """A block that one process or thread at a time is in, of those that ask for the same folder.
 
-    Raises OSError without such a folder, or when another stays in its block for longer than ``LOCK_WAIT_S``.
+    Raises OSError without such a folder, or BlockingIOError when another stays in its block for longer than ``wait_s``
+    (``LOCK_WAIT_S``).
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + LOCK_WAIT_S
+        deadline = time.monotonic() + (LOCK_WAIT_S if wait_s is None else wait_s)
         while not _has_locked(handle):
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise OSError(errno.EAGAIN, f"another process has locked {folder}")
             time.sleep(LOOK_S)
         yield
@@ -57,24 +62,60 @@ def replacing(paths: Sequence[Path], mode: int | None = None) -> Iterator[Sequen
 
     With a ``mode`` these are their permissions, and until then they are for their owner alone.
     """
-    # Not by the process's number: in containers that share a volume it is 1 for all.
-    beside = [path.with_name(f".{path.name}-{secrets.token_hex(8)}") for path in paths]
+    for path in paths:
+        clear_leftovers(path.parent, glob.escape(path.name))
+    beside: list[Path] = []
     opener = partial(os.open, mode=0o666 if mode is None else 0o600)
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(open(each, "xb", opener=opener)) for each in beside]
+            files = []
+            for path in paths:
+                files.append(stack.enter_context(_opened_beside(path, opener)))
+                beside.append(Path(files[-1].name))
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if mode is not None:
                     os.fchmod(file.fileno(), mode)
-        for each, path in zip(beside, paths, strict=True):
-            each.replace(path)
+            for each, path in zip(beside, paths, strict=True):  # before their locks go
+                each.replace(path)
     finally:
         for each in beside:
             with contextlib.suppress(OSError):
                 each.unlink()
+
+
+def _opened_beside(path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
+    while True:
+        # Not by the process's number: in containers that share a volume it is 1 for all.
+        file = open(path.with_name(f".{path.name}-{secrets.token_hex(8)}"), "xb", opener=opener)  # noqa: SIM115
+        _has_locked(file.fileno())  # until it is closed: it is no leftover
+        if Path(file.name).exists():  # or another process has cleared it away before it was locked
+            return file
+        file.close()
+
+
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes have left beside the files of that name (a pattern), which ``replacing`` was to write.
+
+    What is being written has a lock on it, and so stays.
+    """
+    with contextlib.suppress(OSError):
+        for each in folder.glob(f".{name}-*"):
+            if _LEFTOVER.fullmatch(each.name) and _is_left(each):
+                each.unlink(missing_ok=True)
+
+
+def _is_left(path: Path) -> bool:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody's, or on a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _has_locked(handle: int) -> bool:

@@ -14,6 +14,7 @@ import grpc
 from serve.client.errors import mistake
 from serve.client.target import DEFAULT_TARGET, addresses, check_target, is_loopback
 
+File = str | os.PathLike[str]
 TOKEN_VARIABLE = "DIGITS_TOKEN"
 MAX_RESPONSE_BYTES = 64 << 20
 CONNECT_S = 5.0  # for a connection to stand, and between two tries of one: back within seconds after an outage
@@ -55,9 +56,9 @@ class Access:
     """What a server may ask of its callers. ``ca``, ``cert`` and ``key`` are PEM files; without ``ca``, plaintext."""
 
     token: str = ""
-    ca: Path | None = None  # the authorities that the server's certificate is checked against
-    cert: Path | None = None  # this client's own certificate chain, where the server wants one
-    key: Path | None = None
+    ca: File | None = None  # the authorities that the server's certificate is checked against
+    cert: File | None = None  # this client's own certificate chain, where the server wants one
+    key: File | None = None
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -113,7 +114,7 @@ def access_from(flags: argparse.Namespace) -> Access:
     return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: File) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

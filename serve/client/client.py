@@ -49,7 +49,7 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
         """``timeout_s`` bounds each call, and in a stream the time between two chunks.
 
         A server that cannot be reached is waited for: 5 s before the first call, later within the call's time, so that its
-        restart fails no call. Without ``wait_for_server`` a call fails at once. Raises DigitError for a ``target`` that is
+        restart fails no call. Without ``wait_for_server`` a call fails within seconds. Raises DigitError for a ``target`` that is
         none, and when a file that ``access`` names cannot be read.
         """
         self._channel = access.open_channel(target)

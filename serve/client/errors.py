@@ -40,7 +40,7 @@ def mistake(text: str) -> DigitError:
 def retry_after_s(error: Any) -> float | None:
     """What an error's trailing metadata say of when to come back."""
     for key, value in error.trailing_metadata() or ():
-        if key == RETRY_AFTER:
+        if key == RETRY_AFTER and value.isdecimal():  # a negative one says: never
             return int(value) / 1000
     return None
 

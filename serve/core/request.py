@@ -67,6 +67,7 @@ class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     """What came of a request: rows in order, in the pieces they were computed in, their address and timing."""
 
     model: Model  # that made them
+    rows: Addresses | Latents | Interpolation  # as the request has them
     encoding: str  # as the request has it
     seed: int | None  # None for rows without an address
     start: int

@@ -79,6 +79,7 @@ def filtered_digits(
         padded = np.pad(np.arange(len(others)), (0, -len(others) % rows_at_once), mode="edge")
         latents, labels = dataset.chosen_rows(others[padded], given[padded])
         made = engine.compute(latents, labels)["pixels"]
+        assert labels is not None
         good = (judge.confidence(made, labels) >= dataset.filter)[: len(others)]
         pixels[open_places[good]], indices[open_places[good]] = made[: len(others)][good], others[good]
         open_places = open_places[~good]

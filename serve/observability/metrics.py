@@ -47,6 +47,7 @@ GAUGES = {
     "instances_live": "Instances that can run a batch",
     "instances_wanted": "Instances that there should be",
     "model_ready": "1 when the model answers requests",
+    "model_batch_invariant": "1 when a digit's bits do not depend on its batch",
     "model_traffic_share": "Share of requests naming no version it answers",
 }
 

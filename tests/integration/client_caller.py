@@ -16,6 +16,8 @@ def ask(target: str) -> Digits:
         parts: list[Digits] = list(client.stream(300, seed=7))
         assert sum(len(part) for part in parts) == 300
         assert client.latents(7, count=2).shape == (2, client.get_model().latent_size)
+        assert client.list_models().default_model
+        assert len(client.interpolate((7, 0), (7, 1), steps=4)) == 4
         return client.generate(3, seed=7, labels=[1, 2, 3])
 
 
@@ -23,6 +25,9 @@ async def ask_async(target: str) -> Digits:
     async with AsyncDigitClient(target) as client:
         async for part in client.stream(300, seed=7):
             assert part.seed == 7
+        assert (await client.latents(7, count=2)).shape == (2, (await client.get_model()).latent_size)
+        assert (await client.list_models()).default_model
+        assert len(await client.interpolate((7, 0), (7, 1), steps=4)) == 4
         return await client.generate(3, seed=7, labels=[1, 2, 3])
 
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from serve.manifest import BUNDLED_DIR
-from tests.in_process import Running, with_server
+from serve.ports.http_connections import Connection
+from tests.in_process import Running, until, with_server
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
@@ -58,14 +59,29 @@ def test_large_heads_that_never_end_are_bounded_all_together_and_keep_nobody_out
     wait_until(lambda: (process.memory_info().rss - before) >> 20 < MOST_MIB)
 
 
-def test_a_head_whose_end_comes_in_pieces_and_a_large_body_are_no_large_head(shared_server: ServerProcess) -> None:
-    host, _, port = shared_server.http.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+def test_a_head_whose_end_comes_in_pieces_and_a_large_body_are_no_large_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, come = Connection.data_received, bytearray()
+
+    def data_received(connection: Connection, data: bytes) -> None:
+        come.extend(data)
+        honest(connection, data)
+
+    monkeypatch.setattr(Connection, "data_received", data_received)
+
+    async def so_far() -> int:
+        return len(come)
+
+    async def test(running: Running) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.ports.http)
         head = b"POST /v2/models/mlp/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (4 << 20)
-        for byte in head:
-            connection.sendall(bytes((byte,)))
-        connection.sendall(b" " * (4 << 20))
-        assert connection.recv(100).startswith(b"HTTP/1.1 400"), "all of it was read"
+        for length in range(len(head) - 5, len(head) + 1):
+            writer.write(head[len(come) : length])
+            await until(so_far, lambda seen: seen == length)  # noqa: B023  # called before the next turn
+        writer.write(b" " * (4 << 20))
+        assert (await reader.read(100)).startswith(b"HTTP/1.1 400"), "all of it was read"
+        writer.close()
+
+    with_server(test, monkeypatch, BUNDLED_DIR)
 
 
 def test_what_is_sent_behind_a_request_in_hand_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,7 @@ def test_models_are_listed_and_described(client: DigitClient) -> None:
     assert (about.architecture, about.latent_size, about.height, about.width) == ("mlp", 64, 28, 28)
     assert about.provider in ("cpu", "cuda")
     assert about.digest == read_bundle(BUNDLED_DIR / "mlp" / "1").digest
+    assert about.batch_invariant
     assert about.limits.max_count == 4096
     assert json.loads(about.training_json)["config"]["learning_rate"] == 1e-5
     assert json.loads(about.parity_json)["worst_images"] <= 1e-5

@@ -39,7 +39,14 @@ STATUS, THE_STATUS = "serve/api/status.py", "tests/unit/test_status.py"
 TRACING, SPANS = "tests/integration/test_tracing.py", "serve/observability/tracing.py"
 SPAN_SETTINGS = "serve/observability/tracing_settings.py"
 THE_SERVER = "tests/unit/test_server.py"
+REQUESTS = "tests/unit/test_client_requests.py"
+FAILURES = "tests/integration/test_client_failures.py"
+CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
+PICTURED = "tests/unit/test_pictures.py"
+CACHED = "tests/integration/test_http_cache.py"
+VERIFIED = "tests/integration/test_dataset_verify.py"
+THE_SET = "tests/unit/test_digit_set.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
 HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
 OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
@@ -61,6 +68,7 @@ OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.
 MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py", "serve/batching/policy.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
+PICTURES, DIGIT_SET = "serve/pictures.py", "serve/client/training/digit_set.py"
 METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
 SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
@@ -70,8 +78,8 @@ GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/b
 
 FAULTS = [
     # core
-    Fault("one digit too many in an answer", f"{CORE}:Core.begin", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
-    Fault("an answer of no digits", f"{CORE}:Core.begin", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
+    Fault("one digit too many in an answer", f"{CORE}:Core._checked", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
+    Fault("an answer of no digits", f"{CORE}:Core._checked", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
     Fault("float32 images are bounded as pixels are", f"{CORE}:Core.most", "self.max_count_float32 if", "self.max_count if", f"{THE_CORE} -k refused"),
     Fault("a caller's images are not held", f"{CORE}:Core.begin", "holder.take(count,", "holder.take(0,", f"{THE_CORE} -k allowed"),
     Fault("the bytes of a request's rows are not held", f"{CORE}:Core.begin", "count * request.row_bytes", "0", f"{THE_CORE} -k allowed"),
@@ -236,6 +244,23 @@ FAULTS = [
     Fault("nobody looks whether callers have left", f"{PORT}:GrpcPort._watch", "call.watch()", "pass", GRPC_PORT),
     Fault("a stopping server says that it is ready", f"{SERVER}:Server._stop", "self._health.draining = True", "pass", WIRING),
     Fault("a background task dies of its first error", "serve/background.py:repeat", "except Exception:", "except ZeroDivisionError:", RUNTIME),
+    # the client, and what it is told
+    Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(rows, request.latent_size))", "Latents(values)", f"{FAILURES} -k wrong_shape"),
+    Fault("latents travel without the size of their rows", f"{CLIENT}/calls.py:Calls.generate", "rows.tobytes(), rows.shape[1]", "rows.tobytes(), 0", f"{REQUESTS} -k travel"),
+    Fault("a count goes beside latents", f"{CLIENT}/calls.py:Calls.generate", "if latents is not None and count is not None:", "if False:", f"{REQUESTS} -k bounds"),
+    Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k whole"),
+    Fault("float images leave [0, 1]", "serve/core/generate.py:_digits", "np.clip(rows, 0, 1, dtype=np.float32)", "rows", f"{FAILURES} -k within_0_and_1"),
+    Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
+    Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
+    Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("a stream begins anew", f"{CLIENT}/streaming.py:Progress.take", "request.start += response.count", "pass", f"{REQUESTS} -k not_come"),
+    Fault("large requests are not tried again", f"{CLIENT}/channel.py", '("grpc.per_rpc_retry_buffer_size", 8 << 20)', '("grpc.per_rpc_retry_buffer_size", 256 << 10)', f"{FAILURES} -k large"),
+    Fault("several addresses are a certificate's name", f"{CLIENT}/channel.py:Access._open", 'if "," in target:', "if False:", f"{FAILURES} -k several"),
+    Fault("a proxy is asked for this machine", f"{CLIENT}/channel.py:Access._open", "if is_loopback(target):", "if False:", f"{FAILURES} -k not_asked"),
+    Fault("an HTTP port is not told from others", f"{CLIENT}/diagnosis.py:_why_not_grpc", 'answer.startswith(b"HTTP/")', "False", f"{FAILURES} -k http_port"),
+    Fault("nobody is waited for as long as a call may take", f"{CLIENT}/client.py:DigitClient._connect", "ready.result(min(CONNECT_S, self._timeout_s))", "ready.result(self._timeout_s)", f"{FAILURES} -k nobody"),
+    Fault("a server's word of when to return is lost", f"{CLIENT}/errors.py:retry_after_s", "return int(value) / 1000", "pass", f"{REQUESTS} -k retry"),
+    Fault("flags before the action are lost", "serve/admin.py:_action_first", "return rest[:1] + flags + rest[1:]", "return rest", "tests/unit/test_admin.py -k before"),
     # the gRPC port, its open calls, health, the server
     Fault("the core is not tried", f"{SERVER}:Server._start", "await check_calls(self._health.methods())", "pass", f"{THE_SERVER} -k tried"),
     Fault("a core that does not answer is taken", f"{CHECK}:check_calls", "except grpc.RpcError as error:", "except ZeroDivisionError as error:", f"{GRPC_PORT} -k core_has_changed"),
@@ -402,6 +427,7 @@ FAULTS = [
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points
     Fault("a model whose every run raises stays ready", f"{BATCH}:Batcher.end_batch", "self._failed_runs == MOST_FAILED_RUNS", "False", f"{WIRING} -k every_run"),
+    Fault("a request's wait ends at its first row", f"{BATCH}:Batcher.next_batch", "ticket.wait_seconds = now", "ticket.wait_seconds = ticket.wait_seconds or now", f"{BATCHER} -k last_row"),
     Fault("failed runs with good ones between end the process", f"{BATCH}:Batcher.end_batch", "self._failed_runs = 0", "pass", f"{WIRING} -k every_run"),
     Fault("load reports tell no errors", "serve/ports/load_report.py:LoadReports.answered", "self._errors += failed", "pass", LOADS),
     Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{WIRING} -k load_reports"),
@@ -442,4 +468,33 @@ FAULTS = [
     Fault("bf16 is taken where it is imitated", f"{STEP}:Step.__init__", "has_bf16(self.device)", "True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py:has_bf16", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    # where digits come from
+    Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
+    Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
+    Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
+    Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
+    Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
+    Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
+    Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
+    Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", "tests/integration/test_client_again.py -k another_model_file"),
+    Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi._kept", "self._admission.accounts.by_token", "False", CACHED),
+    Fault("an answer of a drawn seed is kept", "serve/api/http.py:HttpApi._digits", 'pinned="seed" in given', "pinned=True", CACHED),
+    Fault("an answer of a routed version is kept", "serve/api/http.py:HttpApi._answer", "request.model and request.version", "request.model", CACHED),
+    Fault("a tag does not tell labels apart", "serve/api/http.py:HttpApi._tag", " {list(request.labels)}", "", CACHED),
+    Fault("a tag is the same for every model file", "serve/api/http.py:HttpApi._tag", " {model.bundle.digest}", "", CACHED),
+    Fault("a copy of what cannot be asked for is confirmed", f"{CORE}:Core.find", "self._checked(request, model, count)", "pass", CACHED),
+    Fault("answers that may be kept are not, like all others", f"{HTTP}:guarded", "answer.headers.setdefault(header, value)", "answer.headers[header] = value", CACHED),
+    Fault("HTTP's truncation has more bits than gRPC's", "serve/latents.py:tail_beyond", "c_float(truncation).value", "truncation", "tests/unit/test_latents.py"),
+    Fault("only whole batches are compared with each other", "serve/engine/session.py:Engine.batch_difference", "{1, odd, self.largest}", "{self.largest}", MODEL),
+    Fault("a padded batch's sizes are not tried", "serve/engine/session.py:Engine.batch_difference", "sizes.update(self.buckets())", "pass", ENGINE),
+    Fault("a model whose bits depend on the batch says that they do not", f"{MODELS}:open_model", "batch_invariant=not differences", "batch_invariant=True", MODEL),
+    Fault("an altered digit is confirmed", "serve/dataset/verifying.py:verify", "levels > bundle.manifest.tolerance.pixel_levels", "levels > 255", VERIFIED),
+    Fault("a data set is confirmed by another model file", "serve/dataset/verifying.py:check_bundle", "bundle.digest != whole.dataset.digest", "False", VERIFIED),
+    Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
+    Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
+    Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
+    Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != os.getpid()", "", f"{THE_SET} -k forked"),
+    Fault("a worker takes another model file", f"{DIGIT_SET}:DigitSet._opened", "maker.about != self._about", "False", THE_SET),
+    Fault("labels go by the place in the epoch", f"{DIGIT_SET}:DigitSet._items", "self._labels[indices % len(self._labels)]", "self._labels[np.arange(len(indices)) % len(self._labels)]", THE_SET),
+    Fault("a server is asked for more than it takes", f"{DIGIT_SET}:DigitSet.__getitems__", "len(wanted), self._about.most", "len(wanted), len(wanted)", THE_SET),
 ]  # fmt: skip
