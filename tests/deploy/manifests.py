@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
         ("overlays/cpu", "parity-watch"),
         ("components/tls", "components/tokens", "components/watch-access"),
     ),
+    "cpu on spot nodes": (("overlays/cpu",), ("components/spot",)),
     "gpu behind a gateway": (("overlays/gpu",), ("components/gateway",)),
     "gpu with KEDA and certificates": (("overlays/gpu",), ("components/keda", "components/certificate")),
     "cpu with the HTTP API": (("overlays/cpu",), ("components/http-api",)),
@@ -70,6 +72,11 @@ def kustomized(*, resources: Sequence[str], components: Sequence[str] = (), **fi
         fields |= {"components": [f"../deploy/{each}" for each in components]}
         (own / "kustomization.yaml").write_text(yaml.safe_dump(fields))
         return _built(own)
+
+
+def examples() -> list[Object]:
+    """The objects in deploy/README.md's blocks of YAML."""
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)]
 
 
 def _built(folder: Path) -> list[Object]:

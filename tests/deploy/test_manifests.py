@@ -29,6 +29,7 @@ from tests.deploy.manifests import (
     TOGETHER,
     containers,
     everything,
+    examples,
     of_kind,
     rendered,
     settings_of,
@@ -42,7 +43,7 @@ KUBERNETES = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 LEAST = {"cpu with models from an image": "1.33"}
 
 # Custom resources, and who has their published schemas: npm's @kubernetes-models, or the makers' own Python packages.
-BY_NODE = {"PodMonitor", "PrometheusRule", "ScaledObject", "GRPCRoute", "BackendTLSPolicy", "Certificate"}
+BY_NODE = {"PodMonitor", "PrometheusRule", "ScaledObject", "GRPCRoute", "BackendTLSPolicy", "Certificate", "Gateway"}
 BY_PYTHON = {"ServingRuntime", "InferenceService", "TrainingRuntime", "TrainJob"}
 CUSTOM = BY_NODE | BY_PYTHON
 # Checks that are left out, and why.
@@ -110,6 +111,7 @@ def complaints(items: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
 
 def test_custom_resources_hold_to_their_published_schemas(tmp_path: Path) -> None:
     items = [item for _, item in everything() if item["kind"] in CUSTOM]
+    items += [each for each in examples() if each["kind"] != "Kustomization"]
     assert {item["kind"] for item in items} == CUSTOM
     assert complaints(items, tmp_path) == []
 
@@ -168,14 +170,17 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
             elif module != "serve.dataset":  # below
                 parsers[module].parse_args(container["args"])
             checked += 1
-    assert checked == 23
+    assert checked == 24
 
 
 def test_the_readmes_kubectl_commands_name_what_is_there() -> None:
-    commands = re.findall(r"kubectl apply .*?-([fk]) (\S+)", (DEPLOY / "README.md").read_text())
+    text = (DEPLOY / "README.md").read_text()
+    commands = [each for each in re.findall(r"kubectl (?:apply|delete) .*?-([fk]) (\S+)", text) if not each[1].startswith("own")]
     assert len(commands) > 7
     for flag, path in commands:
         assert (Path(path) / "kustomization.yaml").exists() if flag == "k" else Path(path).is_file(), path
+    for line in "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines():
+        assert "kubectl" not in line or "# (run)" in line or "# (cluster)" in line, f"has it been run? {line}"
     applied = {str(Path(path).relative_to(DEPLOY)) for _, path in commands}
     assert {*JOBS, "jobs/models-volume"} <= applied
 

@@ -7,8 +7,22 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.manifests import EVERYWHERE, OVERLAYS, PREFIX, TOGETHER, Object, everything, prefixed, rendered, together
+from tests.deploy.manifests import (
+    EVERYWHERE,
+    OVERLAYS,
+    PREFIX,
+    TOGETHER,
+    Object,
+    containers,
+    everything,
+    examples,
+    kustomized,
+    prefixed,
+    rendered,
+    together,
+)
 from tests.deploy.network import namespace
+from tests.deploy.objects import workloads
 from tests.deploy.relations import RELATIONS, complaints
 from tests.deploy.server_rules import RULES, refused
 
@@ -32,6 +46,24 @@ def test_it_fits_together_under_a_prefix_too(name: str) -> None:
     items = prefixed(name)
     assert all(item["metadata"]["name"].startswith(PREFIX) for item in items)
     assert complaints(items) == []
+
+
+def test_the_readmes_own_overlays_fit_together() -> None:
+    overlays = [each for each in examples() if each["kind"] == "Kustomization"]
+    assert len(overlays) == 3
+    for each in overlays:
+        resources, components = (
+            [path.removeprefix("../deploy/") for path in each.pop(key, ())] for key in ("resources", "components")
+        )
+        items = kustomized(resources=resources, components=components, **each)
+        assert refused(items) == []
+        if "monitoring" in resources:
+            assert {item["metadata"]["labels"]["release"] for item in items} == {"kube-prometheus-stack"}
+            continue
+        for item in workloads(items):
+            for own in containers(item):
+                own["image"] = own["image"].removeprefix("registry.example.org/digits/")
+        assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
 
 
 def test_an_api_server_would_take_every_object() -> None:
