@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,15 @@ class Mnist:
     test_labels: Tensor
     digests: dict[str, str]
 
+    @property
+    def classes(self) -> int:
+        """How many labels there are: 0 up to the highest of both parts."""
+        return 1 + int(torch.cat((self.train_labels, self.test_labels)).max())
+
+    @property
+    def is_mnist(self) -> bool:
+        return self.digests == DIGESTS
+
 
 def read_idx(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Parse an idx file of unsigned bytes. Raises DataError naming ``name`` when it is not exactly that."""
@@ -70,9 +80,9 @@ def read_idx(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[
         raise DataError(f"{name} is truncated in its header; fetch it again")
     shape = struct.unpack(f">{axes}I", content[4:header])
     items = int(np.prod(shape, dtype=object))
-    if not 0 < items <= IDX_MAX_ITEMS or len(content) - header != items:
+    if 0 in shape[1:] or items > IDX_MAX_ITEMS or len(content) - header != items:
         raise DataError(f"{name} announces {'×'.join(map(str, shape))} bytes but holds {len(content) - header}; fetch it again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8)[header:].reshape(shape)
 
 
 def load_mnist(data_dir: Path) -> Mnist:
@@ -98,8 +108,9 @@ def load_mnist(data_dir: Path) -> Mnist:
         arrays[name] = torch.from_numpy(array.copy())
     for part in ("train", "t10k"):
         images, labels = arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]
-        if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or len(images) == 0:
-            raise DataError(f"{data_dir}: {part} images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit")
+        _check_shapes(f"{data_dir}: {part}", images.shape, labels.shape)
+    if not len(arrays["train-images-idx3-ubyte"]):
+        raise DataError(f"{data_dir} has no training images; name another folder with --data-dir")
     return Mnist(
         train_images=arrays["train-images-idx3-ubyte"],
         train_labels=arrays["train-labels-idx1-ubyte"].long(),
@@ -112,34 +123,47 @@ def load_mnist(data_dir: Path) -> Mnist:
 def training_examples(data: Mnist, config: TrainConfig, device: torch.device) -> tuple[Tensor, ...]:
     """All training images on ``device``, float32 (n, 1, 28, 28), in the range the config's networks use.
 
-    For a conditional preset their labels come behind them, int64 (n,). Raises DataError for a label it has no class for.
+    For a conditional preset their labels come behind them, int64 (n,). Raises DataError for a label it has no class for, and
+    says on the log which classes have no images.
     """
     low, high = config.pixel_range
     unit = data.train_images.to(device).unsqueeze(1).float() / 255
     images = unit * (high - low) + low
     if not config.labels:
         return (images,)
-    if (highest := int(data.train_labels.max())) >= config.labels:
-        raise DataError(f"the data has label {highest}, and --labels is {config.labels}; it must be {highest + 1} at least")
+    if (needed := data.classes) > config.labels:
+        raise DataError(f"the data has label {needed - 1}, and --labels is {config.labels}; it must be {needed} at least")
+    if needed < config.labels:
+        log.warning("the data has labels 0 to %d, and --labels is %d: the others are not trained", needed - 1, config.labels)
     return images, data.train_labels.to(device)
 
 
-def read_dataset(folder: Path, least: int) -> tuple[Tensor, Tensor]:
+def read_dataset(folder: Path, least: int, classes: int) -> tuple[Tensor, Tensor]:
     """Training images uint8 (n, 28, 28) and labels int64 (n,), at least so many, of a data set of ``serve.dataset``.
 
-    Raises DataError.
+    Raises DataError, also for a label that is none of ``classes``.
     """
     raw = folder / "MNIST" / "raw"
     images, labels = (
         read_idx(_read_bytes(raw, name), str(raw / name)) for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     )
-    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise DataError(f"{raw}: images {images.shape} and labels {labels.shape} do not fit")
-    if (highest := int(labels.max())) > 9:
-        raise DataError(f"{raw} has label {highest}: a classifier needs digits with labels, as a conditional model makes them")
+    _check_shapes(str(raw), images.shape, labels.shape)
+    if (highest := int(labels.max(initial=0))) >= classes:
+        raise DataError(
+            f"{raw} has label {highest}, and the real images have 0 to {classes - 1}: a classifier needs images with labels, as a"
+            " conditional model makes them; name the real ones with --data-dir"
+        )
     if len(images) < least:
         raise DataError(f"{raw} has {len(images)} training images, and {least} are needed; write more with --count")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()).long()
+
+
+def _check_shapes(whose: str, images: Sequence[int], labels: Sequence[int]) -> None:
+    """Images (n, 28, 28) and a label for each. Raises DataError."""
+    if len(images) == 3 and tuple(images[1:]) != (28, 28):
+        raise DataError(f"{whose} images are {images[1]}×{images[2]}, and 28×28 is needed; scale, crop or pad them")
+    if len(images) != 3 or tuple(labels) != tuple(images[:1]):
+        raise DataError(f"{whose} images {tuple(images)} and labels {tuple(labels)} do not fit")
 
 
 def fetch_mnist(data_dir: Path) -> None:

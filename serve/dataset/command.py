@@ -21,9 +21,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from serve.command_line import INT63, UINT32, UINT64, OneLineParser, failed, within
-from serve.dataset.filter import BUNDLED_JUDGE, Judge
+from serve.dataset.filter import BUNDLED_JUDGE, TRAINED_ON, Judge
 from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
 from serve.dataset.shards import Generator, write_shard
@@ -36,6 +37,7 @@ from serve.models.repository import Bundle, Repository
 from serve.settings import DEFAULT_MODEL
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+OWN_JUDGE = "write a judge of the model's data and name it: python -m export judge --data-dir … --out judge.onnx"
 ENGINES_ON_CUDA = 2  # one computes while the digits of the other are on their way
 
 
@@ -94,8 +96,24 @@ def _judge(flags: argparse.Namespace, manifest: Manifest) -> Judge:
         )
     judge = Judge(flags.judge)
     if judge.classes != manifest.labels:
-        raise SettingsError(f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels")
+        raise SettingsError(
+            f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels; {OWN_JUDGE}"
+        )
+    if judge.trained_on and (data := _trained_on(manifest)) and data != judge.trained_on:
+        print(
+            f"--judge {flags.judge} was trained on other images than {manifest.name}/{manifest.version}; if its labels stand for"
+            f" something else, {OWN_JUDGE}",
+            file=sys.stderr,
+        )
     return judge
+
+
+def _trained_on(manifest: Manifest) -> Any:
+    """The digest of the model's training images, if its manifest has it."""
+    try:
+        return manifest.training["provenance"]["data"][TRAINED_ON]
+    except (KeyError, TypeError):
+        return None
 
 
 def _say_unlabelled(dataset: Dataset) -> None:
