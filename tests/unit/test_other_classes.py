@@ -26,9 +26,10 @@ from train.checkpoint import Run, create_run, save_checkpoint
 from train.config import preset
 from train.data import Mnist, load_mnist, read_dataset, training_examples
 from train.errors import DataError, QualityError
-from train.evaluation import judge, judging
+from train.evaluation import judge
 from train.evaluation.evaluate import Evaluator, scored_by_training
 from train.models import build_generator
+from train.reports import judging
 
 CPU = torch.device("cpu")
 
