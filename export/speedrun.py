@@ -28,7 +28,7 @@ from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.evaluation.judge import training_seconds
+from train.evaluation.judge import MNIST_CLASSES, training_seconds
 from train.presets import DEFAULT_PRESET, preset
 from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
@@ -79,6 +79,11 @@ def speedrun(options: Options) -> Path:
     """Run all of it in ``options.out`` and return the page. Raises ExportError when a command fails."""
     device = choose_device("auto")
     data = load_mnist(options.data_dir)
+    if data.classes != MNIST_CLASSES:
+        raise ExportError(
+            f"{options.data_dir} has {data.classes} classes, and the speedrun takes data with {MNIST_CLASSES}, as MNIST has; for"
+            " others there are make train, make evaluate and make export"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     stages = Stages(_foretold(data, device, options))
     run = stages.run("training", lambda: _train(options))
@@ -145,7 +150,7 @@ def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: d
     error = figures["classification_accuracy_score_error"]
     shown = {
         "classification accuracy score": f"{score:.2%} ± {error * 100:.2f}",
-        "digits read as their labels": f"{figures['label_accuracy']:.2%}",
+        "digits read as their labels, by a judge of MNIST": f"{figures['label_accuracy']:.2%}",
         "worst difference between PyTorch and ONNX Runtime, of the image range": f"{figures['parity']:.2g}",
         "a call for one digit, median": f"{figures['call_ms']:.1f} ms",
     }

@@ -126,7 +126,6 @@ class OpenInferenceService:
             name=model.manifest.name,
             platform=PLATFORM,
             backend="onnxruntime",
-            max_batch_size=model.batcher.limits.max_batch_size,
             input=[
                 pb.ModelInput(name=name, data_type=f"TYPE_{INPUTS[name].datatype}", dims=shape, optional=True)
                 for name, shape in taken.items()

@@ -52,7 +52,8 @@ MOST_VALUES = 1 << 20  # of a tensor in JSON
 VALUES_AT_ONCE = 1 << 14  # written in one step, in which no other thread runs
 EXTENSIONS = ["binary_tensor_data"]
 
-Parameters = Annotated[dict[str, str | bool | int | float], Meta(max_length=64)]
+# What may be left out may be null as well: MLServer's client writes whole objects.
+Parameters = Annotated[dict[str, str | bool | int | float | None], Meta(max_length=64)] | None
 
 
 class Input(msgspec.Struct):
@@ -62,23 +63,23 @@ class Input(msgspec.Struct):
     datatype: str
     shape: Annotated[list[int], Meta(max_length=8)]
     data: msgspec.Raw = msgspec.Raw()
-    parameters: Parameters = {}
+    parameters: Parameters = None
 
 
 class Output(msgspec.Struct):
     """A tensor that is asked for."""
 
     name: str
-    parameters: Parameters = {}
+    parameters: Parameters = None
 
 
 class Inference(msgspec.Struct):
     """A request's JSON."""
 
     inputs: Annotated[list[Input], Meta(max_length=16)]
-    id: str = ""
-    parameters: Parameters = {}
-    outputs: Annotated[list[Output], Meta(max_length=16)] = []
+    id: str | None = None
+    parameters: Parameters = None
+    outputs: Annotated[list[Output], Meta(max_length=16)] | None = None
 
 
 class OpenInferenceHttp:
@@ -156,9 +157,10 @@ class OpenInferenceHttp:
 def read_inference(body: bytes, encoding: str, json_bytes: str | None) -> tuple[Inference, Tensors, list[str]]:
     """A request's body: its JSON, its tensors, and the outputs that it asks for. Raises RequestError."""
     inference, rest = _split(_decompressed(body, encoding), json_bytes)
-    holders: list[Inference | Input | Output] = [inference, *inference.inputs, *inference.outputs]
-    check_parameters(name for holder in holders for name in holder.parameters)
-    names = output_names([output.name for output in inference.outputs])
+    asked = inference.outputs or []
+    holders: list[Inference | Input | Output] = [inference, *inference.inputs, *asked]
+    check_parameters(name for holder in holders for name in holder.parameters or ())
+    names = output_names([output.name for output in asked])
     return inference, read_inputs(inference, rest), names
 
 
@@ -166,7 +168,7 @@ def read_inputs(inference: Inference, rest: memoryview) -> Tensors:
     """The request's tensors by name, shaped; ``rest`` is what follows the JSON. Raises RequestError naming the tensor."""
     tensors: dict[str, NDArray[np.generic]] = {}
     for tensor in inference.inputs:
-        name, size = tensor.name, tensor.parameters.get("binary_data_size")
+        name, size = tensor.name, (tensor.parameters or {}).get("binary_data_size")
         dtype = np.dtype(check_input(name, tensor.datatype, tensors).dtype)
         if size is None:
             values = _from_json(name, tensor, dtype)
@@ -239,9 +241,10 @@ def _split(body: bytes, json_bytes: str | None) -> tuple[Inference, memoryview]:
 
 def _encode(inference: Inference, digits: Digits, names: list[str]) -> web.Response:
     manifest = digits.model.manifest
-    all_raw = inference.parameters.get("binary_data_output") is True
-    raw_names = {each.name for each in inference.outputs if each.parameters.get("binary_data", all_raw) is True}
-    if all_raw and not inference.outputs:
+    parameters: dict[str, Any] = dict(inference.parameters or {})
+    all_raw, asked = parameters.get("binary_data_output") is True, inference.outputs or []
+    raw_names = {each.name for each in asked if (each.parameters or {}).get("binary_data", all_raw) is True}
+    if all_raw and not asked:
         raw_names = set(names)
     outputs, raw = [], []
     for name, (shape, pieces) in outputs_of(digits, names).items():
@@ -253,7 +256,6 @@ def _encode(inference: Inference, digits: Digits, names: list[str]) -> web.Respo
         else:
             output["data"] = _as_json(pieces)
         outputs.append(output)
-    parameters: dict[str, Any] = dict(inference.parameters)
     if digits.seed is not None:
         parameters |= {"seed": digits.seed, "start": digits.start}
     answer: Mapping[str, Any] = {

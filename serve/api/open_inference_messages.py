@@ -104,8 +104,9 @@ def encode(request: pb.ModelInferRequest, digits: Digits) -> bytes:
     for key, parameter in request.parameters.items():
         head.parameters[key].CopyFrom(parameter)
     if digits.seed is not None:
-        head.parameters["seed"].uint64_param = digits.seed
-        head.parameters["start"].uint64_param = digits.start
+        for name, value in (("seed", digits.seed), ("start", digits.start)):
+            # Triton alone knows uint64_param: KServe's and MLServer's messages skip it.
+            setattr(head.parameters[name], "int64_param" if value < 1 << 63 else "uint64_param", value)
     outputs = outputs_of(digits, output_names([output.name for output in request.outputs]))
     tensor = pb.ModelInferResponse.InferOutputTensor
     tensors = {name: tensor(name=name, datatype=OUTPUTS[name].datatype, shape=shape) for name, (shape, _) in outputs.items()}

@@ -25,6 +25,7 @@ from serve.models.model import Model, ordered
 
 DEFAULT_CHUNK = 256
 LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
+DRAWN_BITS = 53  # of a random seed: the most that a number in JavaScript, and so in JSON, is sure to keep
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number
 MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
@@ -130,7 +131,7 @@ class Core:
         if isinstance(rows, Addresses):
             seed, count = rows.seed, rows.count
             if seed is None:
-                seed = secrets.randbits(64)
+                seed = secrets.randbits(DRAWN_BITS)
                 rows = Addresses(seed, rows.start, count, rows.truncation)
             _check_range(rows.start, count, rows.truncation)
         elif isinstance(rows, Interpolation):

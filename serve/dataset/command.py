@@ -1,16 +1,17 @@
 """A data set of any size from one seed's stream, written in shards by any number of processes and then joined.
 
     python -m serve.dataset write --out digits --count 1000000 --seed 7 --shards 8 --shard 3   # shard 3 of 0 to 7
-    python -m serve.dataset join --out digits --format idx                                      # or npz
+    python -m serve.dataset join --out digits --format idx                                      # or npz, keras
 
 In a Kubernetes Indexed Job the shard is ``JOB_COMPLETION_INDEX``. The model runs in this process, without a server. Batches are
 whole and aligned to the stream whichever shard a digit falls into, so a digit's bytes do not depend on how the work was split.
 On different processors or providers they are equal within one grey level.
 
 A shard is written beside its place and renamed once complete: a killed process leaves no shard, and an existing shard is kept.
-idx files have the layout of MNIST's. A conditional model's labels are the stream's own, or with ``--labels`` the given ones in
-turn; an unconditional model's digits have label 255, for none. With ``--filter``, a digit that the judge does not read as its
-label is replaced by one at a later address (filter.py).
+idx files have the layout of MNIST's; all digits are training digits unless ``--test-share`` says how many are test digits. A
+conditional model's labels are the stream's own, or with ``--labels`` the given ones in turn; an unconditional model's digits have
+label 255, for none. With ``--filter``, a digit that the judge does not read as its label is replaced by one at a later address
+(filter.py).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from serve.command_line import INT63, UINT32, UINT64, OneLineParser, failed, within
-from serve.dataset.filter import BUNDLED_JUDGE, Judge
+from serve.dataset.filter import BUNDLED_JUDGE, TRAINED_ON, Judge
 from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
 from serve.dataset.joining import UNKNOWN_LABEL, join
 from serve.dataset.shards import Generator, write_shard
@@ -36,6 +38,7 @@ from serve.models.repository import Bundle, Repository
 from serve.settings import DEFAULT_MODEL
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+OWN_JUDGE = "write a judge of the model's data and name it: python -m export judge --data-dir … --out judge.onnx"
 ENGINES_ON_CUDA = 2  # one computes while the digits of the other are on their way
 
 
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         if flags.action == "join":
-            for path in join(flags.out, flags.format):
+            for path in join(flags.out, flags.format, flags.test_share):
                 print(path)
             _say_unlabelled(read_header(flags.out))
             return 0
@@ -94,8 +97,24 @@ def _judge(flags: argparse.Namespace, manifest: Manifest) -> Judge:
         )
     judge = Judge(flags.judge)
     if judge.classes != manifest.labels:
-        raise SettingsError(f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels")
+        raise SettingsError(
+            f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels; {OWN_JUDGE}"
+        )
+    if judge.trained_on and (data := _trained_on(manifest)) and data != judge.trained_on:
+        print(
+            f"--judge {flags.judge} was trained on other images than {manifest.name}/{manifest.version}; if its labels stand for"
+            f" something else, {OWN_JUDGE}",
+            file=sys.stderr,
+        )
     return judge
+
+
+def _trained_on(manifest: Manifest) -> Any:
+    """The digest of the model's training images, if its manifest has it."""
+    try:
+        return manifest.training["provenance"]["data"][TRAINED_ON]
+    except (KeyError, TypeError):
+        return None
 
 
 def _say_unlabelled(dataset: Dataset) -> None:
@@ -141,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     text = f"concurrent runs (default, 0: one per core, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
     write.add_argument("--threads", type=within(0, 256), default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
-    join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
+    text = "as MNIST's files; for numpy: images, labels; as Keras has them: x_train, y_train, x_test, y_test (default: idx)"
+    join_them.add_argument("--format", choices=("idx", "npz", "keras"), default="idx", help=text)
+    text = "share of the digits, the last ones, that go to the test part instead of the training part (default: 0: none)"
+    join_them.add_argument("--test-share", type=within(0.0, 1.0), default=0.0, metavar="SHARE", help=text)
     for action in (write, join_them):
         action.add_argument("--out", type=Path, required=True, help="folder of the data set")
     return parser

@@ -20,7 +20,7 @@ def reflection_methods(services: Collection[str]) -> dict[str, Method]:
     """What answers reflection about the services, and about itself, by path."""
     _describe_v1()
     names = sorted({*services, f"{V1ALPHA}.ServerReflection", f"{V1}.ServerReflection"})
-    servicer = reflection.aio.ReflectionServicer(names)
+    servicer = reflection.aio.ReflectionServicer(names, _Pool())
 
     async def answer(wire: Wire, raw: bytes | None) -> None:
         requests = (_parsed(request) async for request in wire.requests())
@@ -35,6 +35,22 @@ def reflection_methods(services: Collection[str]) -> dict[str, Method]:
 
     method = Method(task=answer, streams_requests=True)
     return {f"/{package}.ServerReflection/ServerReflectionInfo": method for package in (V1ALPHA, V1)}
+
+
+class _Pool:
+    """protobuf's pool of descriptors, which finds methods too, as grpcurl asks for them; Python's own finds all but these."""
+
+    _pool = descriptor_pool.Default()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:  # noqa: N802 (protobuf's name)
+        """The file of a message, a field, an enum, a service or a method. Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            return self._pool.FindMethodByName(symbol).containing_service.file
 
 
 def _parsed(request: bytes) -> reflection_pb2.ServerReflectionRequest:

@@ -127,8 +127,20 @@ def test_empty_contents_beside_raw_ones_are_none_and_the_seed_may_be_left_out(sh
     request = pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[(3).to_bytes(4, "little")])
     answers = [infer(shared_server.target, request) for _ in range(2)]
     assert {len(answer.raw_output_contents[0]) for answer in answers} == {3 * 784}
-    drawn = {answer.parameters["seed"].uint64_param for answer in answers}
+    drawn = {answer.parameters["seed"].int64_param for answer in answers}
     assert len(drawn) == 2, "each with a seed of its own, and told"
+
+
+@pytest.mark.parametrize(("seed", "kind"), [(2**63 - 1, "int64_param"), (2**63, "uint64_param")])
+def test_the_address_is_told_in_the_parameter_that_every_client_knows_where_it_fits(
+    seed: int, kind: str, shared_server: ServerProcess
+) -> None:
+    tensors = [("count", "INT32", (1).to_bytes(4, "little")), ("seed", "UINT64", seed.to_bytes(8, "little"))]
+    inputs = [pb.ModelInferRequest.InferInputTensor(name=name, datatype=of, shape=[1]) for name, of, _ in tensors]
+    request = pb.ModelInferRequest(model_name="mlp", inputs=inputs, raw_input_contents=[raw for *_, raw in tensors])
+    answer = infer(shared_server.target, request).parameters
+    assert (answer["seed"].WhichOneof("parameter_choice"), getattr(answer["seed"], kind)) == (kind, seed)
+    assert answer["start"].WhichOneof("parameter_choice") == "int64_param"
 
 
 @pytest.mark.parametrize("where", ["request", "input", "output"])
@@ -166,7 +178,7 @@ def test_a_stream_is_answered_in_order_and_one_wrong_request_ends_it_not(
 
 def test_configuration_and_statistics(seen: dict[str, Any]) -> None:
     config = seen["config"]
-    assert (config["name"], config["platform"], config["max_batch_size"]) == ("cdcgan", "onnxruntime_onnx", 8)
+    assert (config["name"], config["platform"], config.get("max_batch_size", 0)) == ("cdcgan", "onnxruntime_onnx", 0)
     assert {"name": "latents", "data_type": "TYPE_FP32", "dims": ["-1", "100"], "optional": True} in config["input"]
     assert {"name": "labels", "data_type": "TYPE_INT64", "dims": ["-1"]} in config["output"]
     [mlp] = seen["statistics"]

@@ -134,6 +134,23 @@ def test_bytes_that_do_not_fit_the_header_are_refused(shared_server: ServerProce
         assert (status, text in json.loads(answer)["error"]) == (400, True), answer
 
 
+def test_null_is_what_is_not_there(shared_server: ServerProcess) -> None:
+    """As MLServer's client writes a request."""
+    absent = {"id": None, "parameters": None}
+    count = COUNT | {"parameters": None}
+    body = infer(count, SEED | {"parameters": {"content_type": None}}, outputs=[{"name": "pixels", "parameters": None}], **absent)
+    expected = infer(COUNT, SEED)
+    for with_null in (body, infer(COUNT, SEED, outputs=None, **absent)):
+        status, _, answer = post(shared_server, with_null)
+        assert (status, json.loads(answer)) == (200, json.loads(post(shared_server, expected)[2]))
+
+
+def test_a_drawn_seed_is_one_that_javascripts_numbers_keep(shared_server: ServerProcess) -> None:
+    for _ in range(20):  # of which one in 2,048 would be small by chance
+        drawn = json.loads(post(shared_server, infer(COUNT))[2])["parameters"]["seed"]
+        assert drawn == int(float(drawn)) <= 2**53
+
+
 def test_a_whole_answer_in_bytes_by_one_parameter(shared_server: ServerProcess) -> None:
     status, headers, answer = post(shared_server, infer(COUNT, SEED, parameters={"binary_data_output": True}))
     assert status == 200

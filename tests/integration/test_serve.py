@@ -247,6 +247,11 @@ def test_reflection_describes_every_service_with_its_methods(shared_server: Serv
             return answer
 
         names = {service.name for service in ask(list_services="").list_services_response.service}
+        member = "digits.v1.DigitGenerator.Generate"  # as grpcurl's describe asks
+        assert ask(file_containing_symbol=member).file_descriptor_response == (
+            ask(file_containing_symbol="digits.v1.DigitGenerator").file_descriptor_response
+        )
+        assert ask(file_containing_symbol=f"{member}Nothing").error_response.error_code == MISSING.value[0]
         methods: dict[str, set[str]] = {}
         for name in names:
             for content in ask(file_containing_symbol=name).file_descriptor_response.file_descriptor_proto:

@@ -90,7 +90,7 @@ def main(target: str) -> dict[str, Any]:
     seen["pixels"] = answer.as_numpy("pixels").tolist()
     seen["answer"] = {"id": answer.get_response().id, "version": answer.get_response().model_version}
     seen["answer"]["trace"] = answer.get_response().parameters["trace"].string_param
-    seen["answer"]["seed"] = answer.get_response().parameters["seed"].uint64_param
+    seen["answer"]["seed"] = answer.get_response().parameters["seed"].int64_param
 
     rows = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)
     both = [triton.InferRequestedOutput("images"), triton.InferRequestedOutput("pixels")]
