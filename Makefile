@@ -176,5 +176,5 @@ protos: .venv/.all ## generate serve/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(cd protos && find . -name '*.proto' | sed 's|^\./|$(PB)/|')
 
-clean: ## delete what was built, not what was trained or exported
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## delete what was built, not what was trained, exported or installed (.venv)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
