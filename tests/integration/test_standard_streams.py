@@ -64,7 +64,7 @@ def test_a_full_standard_output_is_one_line(name: str, buffered: bool, shared_se
 )
 def test_what_a_terminal_lacks_is_printed_some_other_way(encoding: str, printed: bytes) -> None:
     """Issue: a run that was finished ended with a UnicodeEncodeError, of a dash in a table or a path in Latin-1."""
-    code = "from serve.command_line import open_standard_streams; open_standard_streams(); print('\u2013 \udcdf', end='')"
+    code = "from serve.command_line import open_standard_streams; open_standard_streams(); print('\\u2013 \\udcdf', end='')"
     variables = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True, cwd=ROOT)
     assert done.stdout == printed
