@@ -148,7 +148,7 @@ def test_training_takes_what_was_joined_whatever_its_size(count: int, tmp_path: 
         (["--test-share=0.01"], "--test-share 0.01 makes 0 test digits of 20"),
         (["--test-share=1"], "--test-share 1 makes 20 test digits of 20"),
         (["--test-share=1.5"], "--test-share: must be from 0.0 to 1.0, got 1.5"),
-        (["--test-share=0.5", "--format=npz"], "--test-share 0.5 is for idx and keras"),
+        (["--test-share=0.5", "--format=npz"], "--test-share is not for npz"),
     ],
 )
 def test_a_test_share_that_leaves_a_part_empty_is_one_line(
