@@ -251,7 +251,9 @@ class Server:
         cert, key = self._settings.tls_cert, self._settings.tls_key
         if cert is None or key is None:
             return None
-        return tls.Certificates(cert, key, self._settings.tls_client_ca, self._note_reload("certificate"))
+        certificates = tls.Certificates(cert, key, self._settings.tls_client_ca, self._note_reload("certificate"))
+        certificates.watch()
+        return certificates
 
     def _tokens(self) -> TokenFile | None:
         if self._settings.tokens_file is None:
