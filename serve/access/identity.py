@@ -127,6 +127,11 @@ class Accounts:
         self._pruned_at = 0.0
         self._lock = threading.Lock()
 
+    @property
+    def by_token(self) -> bool:
+        """Whether callers need a token: then what one has been answered is not for others."""
+        return self._tokens is not None
+
     def admit(self, caller: Caller, scope: Scope) -> Account:
         """The account of a caller. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""
         account = self.identify(caller, scope)

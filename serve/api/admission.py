@@ -135,7 +135,7 @@ class Call:
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""
-        digits.model.metrics.answer(digits.encoding, digits.count, digits.queue_seconds, encode_s)
+        digits.model.metrics.answer(digits.encoding, digits.count, digits.wait_seconds, encode_s)
         if self._span is not None:
             self._span.about(digits.model.manifest.name, digits.model.manifest.version)
             self._span.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)

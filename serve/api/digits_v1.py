@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, pack_field
+from serve.api.encoding import FIXED_64, Piece, as_bytes, as_png_grid, as_pngs, field_key, pack_field
 from serve.api.rpc import DigitsMethod, RpcTable
 from serve.batching.ticket import Priority
 from serve.core.generate import Core
@@ -25,7 +25,6 @@ from serve.errors import RequestError
 from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.pictures import to_grid, to_png
 
 SERVICE = "digits.v1.DigitGenerator"
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
@@ -46,7 +45,7 @@ ENCODINGS = {
 # The fields of requests that are cheap to parse at any length.
 BULK = {pb.GenerateRequest.DESCRIPTOR.fields_by_name["latents"].number: None}
 # What a digit takes up in memory until its answer is sent: rows, the message, and gRPC's copy of it.
-ROW_BYTES = {"uint8": 3 * 784, "float32": 3 * 4 * 784, "png": 3 * 784, "png_grid": 3 * 784}
+ROW_BYTES = {"uint8": 3 * 784, "float32": 3 * 4 * 784, "png": 4 * 784, "png_grid": 3 * 784}
 MANY_LABELS = 1024
 
 
@@ -109,6 +108,7 @@ class DigitService:
             precision=manifest.precision,
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
+            batch_invariant=model.batch_invariant,
         ).SerializeToString()
 
     async def status(self, request: pb.StatusRequest, call: Call) -> bytes:
@@ -155,9 +155,9 @@ def _latents(request: pb.GenerateRequest) -> Latents:
     rows, rest = divmod(len(values), request.latent_size)
     if rest:
         text = f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values"
-        raise RequestError(text, "latents")
+        raise RequestError(text, "latents", request.latent_size)
     if request.count not in (0, rows):
-        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count")
+        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count", rows)
     return Latents(values.reshape(rows, request.latent_size))
 
 
@@ -212,8 +212,11 @@ def _takes_long(request: Any, digits: Digits) -> bool:
 
 def _encode(request: Any, digits: Digits) -> bytes:
     image_format = request.format or pb.IMAGE_FORMAT_UINT8
-    if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
-        entries = _pictures(digits, image_format)
+    entries: list[list[Piece]]
+    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
+        entries = [[as_png_grid(digits)]]
+    elif image_format == pb.IMAGE_FORMAT_PNG:
+        entries = [[png] for png in as_pngs(digits)]
     else:
         entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
     manifest = digits.model.manifest
@@ -229,10 +232,3 @@ def _same_for_all(model: str, version: int, height: int, width: int, image_forma
     """The fields that every answer of a model has in common. Making them anew would cost as much as all the others."""
     head = pb.GenerateResponse(model=model, version=version, height=height, width=width, format=image_format)
     return head.SerializeToString()
-
-
-def _pictures(digits: Digits, image_format: pb.ImageFormat) -> list[list[Piece]]:
-    pixels = digits.joined_pixels
-    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
-        return [[to_png(to_grid(pixels))]]
-    return [[to_png(digit)] for digit in pixels]

@@ -54,7 +54,8 @@ def guarded(admission: Admission, route: str, handler: Handler, scope: Scope = "
                 raise
             except Exception as error:
                 answer = _refused(call.failed(error))
-            answer.headers.update(HEADERS)
+            for header, value in HEADERS.items():
+                answer.headers.setdefault(header, value)
             # Sent from here, so that a drain waits until it is.
             await _send(answer, request)
             return answer

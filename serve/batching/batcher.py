@@ -182,8 +182,9 @@ class Batcher:
                     instance.images = 0
                     for ticket, first, count in chunks:
                         instance.images += count
+                        ticket.wait_seconds = now - ticket.queued_at
                         if first == 0:
-                            ticket.queue_seconds = now - ticket.queued_at
+                            ticket.queue_seconds = ticket.wait_seconds
                     self._running_images += instance.images
                 self._wake_an_instance(now)
             if expired:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, SupportsIndex, TypeVar
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from serve.client.digits import from_response
 from serve.client.errors import mistake, whole
 from serve.client.streaming import Progress
-from serve.latents import Span, draw_span
+from serve.latents import LEAST_TRUNCATION, Span, draw_span
 from serve.pb.digits.v1 import digits_pb2 as pb
 
 Labels = SupportsIndex | Iterable[SupportsIndex]  # one digit for all, or one for each; empty: the addresses' own
@@ -97,6 +98,7 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
     ) -> LatentsT:
         """The latent vectors float32 (count, z) of addresses, for arithmetic: what ``generate(latents=…)`` takes. Made here."""
         numbers = whole("seed", seed, 64), whole("start", start, 63), whole("count", count, 32)
+        checked_truncation(truncation)
 
         def draw(about: pb.GetModelResponse) -> NDArray[np.float32]:
             return draw_span(Span(*numbers, truncation=truncation), about.latent_size, about.labels)[0]
@@ -155,14 +157,25 @@ def _as_it_is(response: Any) -> Any:
     return response
 
 
-def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
-    """The fields that all requests for digits share."""
+def checked_truncation(truncation: float) -> float:
+    """That of latents which are drawn here, unseen by a server. Raises DigitError."""
+    if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
+        raise mistake(f"truncation must be {LEAST_TRUNCATION:g} or more, or 0 for none, got {truncation:g}")
+    return float(truncation)
+
+
+def as_numbers(labels: Labels) -> list[int]:
+    """One label for all, or one for each, as a list. Raises TypeError or DigitError."""
     given: Any = labels
     one = (
         not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
     )  # an array without an axis says that it can be iterated
-    numbers = [whole("labels", label, 32) for label in ([given] if one else given)]
-    return {**_named(model, version), "labels": numbers, "truncation": float(truncation)}
+    return [whole("labels", label, 32) for label in ([given] if one else given)]
+
+
+def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
+    """The fields that all requests for digits share."""
+    return {**_named(model, version), "labels": as_numbers(labels), "truncation": float(truncation)}
 
 
 def _named(model: str, version: SupportsIndex) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.pictures import to_grid, to_png
+from serve.pictures import Origin, to_grid, to_png
 
 
 @dataclass(eq=False)
@@ -44,10 +44,10 @@ class Digits:
         address = "no address" if self.seed is None else f"seed {self.seed} from {self.start}"
         return f"<Digits: {len(self)} by {self.model}/{self.version}, {address}, {self.pixels.dtype}>"
 
-    def to_png(self) -> bytes:
-        """All digits as one grey PNG, in near-square rows."""
+    def to_png(self, origin: Origin | None = None) -> bytes:
+        """All digits as one grey PNG, in near-square rows, with an origin (``serve.client.again.origin_of``) if one is given."""
         pixels = self.pixels if self.pixels.dtype == np.uint8 else np.rint(self.pixels * 255).astype(np.uint8)
-        return to_png(to_grid(pixels))
+        return to_png(to_grid(pixels), origin)
 
     _repr_png_ = to_png  # IPython's name for it
 

@@ -19,12 +19,11 @@ from serve.background import settle
 from serve.batching.ticket import Send, Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Holder, Interpolation, Latents
 from serve.errors import RequestError, ServeError
-from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
+from serve.latents import INDEX_LIMIT, LEAST_TRUNCATION, Span, draw_span, in_turn, slerp
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 
 DEFAULT_CHUNK = 256
-LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
 DRAWN_BITS = 53  # of a random seed: the most that a number in JavaScript, and so in JSON, is sure to keep
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number
@@ -55,10 +54,7 @@ class Core:
         """
         model, rows, count = self._enter(request)
         try:
-            most = self.most(request)
-            if not 1 <= count <= most:
-                raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}", "count", most)
-            labels = _checked_labels(request.labels, model, count)
+            labels = self._checked(request, model, count)
             holder.take(count, count * request.row_bytes)
             ticket = Ticket(_span(rows, model, labels), request.outputs, request.priority, request.deadline)
 
@@ -75,6 +71,15 @@ class Core:
             _named(error, model)
             raise
         return partial(model.batcher.cancel, ticket)
+
+    def find(self, request: DigitsRequest) -> Model:
+        """The model that would answer a request, which is checked as by ``begin``: nothing is held or queued."""
+        model, _, count = self._enter(request)
+        try:
+            self._checked(request, model, count)
+        finally:
+            model.in_use.leave()
+        return model
 
     async def generate(self, request: DigitsRequest, holder: Holder) -> Digits:
         """As ``begin``, awaited on the event loop; given up when the waiter is cancelled."""
@@ -173,6 +178,13 @@ class Core:
                 raise
         return model, rows, count
 
+    def _checked(self, request: DigitsRequest, model: Model, count: int) -> NDArray[np.int64] | None:
+        """The labels of a request for ``count`` digits, None if it gives none. Raises RequestError."""
+        most = self.most(request)
+        if not 1 <= count <= most:
+            raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}", "count", most)
+        return _checked_labels(request.labels, model, count)
+
 
 def _named(error: ErrorT, model: Model) -> ErrorT:
     """The error, with the model that was asked."""
@@ -186,9 +198,8 @@ def _check_range(start: int, count: int, truncation: float) -> None:
     if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
         raise RequestError(f"start + count must be at most 2^63, got {start} + {count}", "start", INDEX_LIMIT)
     if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
-        raise RequestError(
-            f"truncation must be {LEAST_TRUNCATION} or more, or 0 for none, got {truncation:g}", "truncation", LEAST_TRUNCATION
-        )
+        least = LEAST_TRUNCATION
+        raise RequestError(f"truncation must be {least:g} or more, or 0 for none, got {truncation:g}", "truncation", least)
 
 
 def _latents_count(rows: Latents, model: Model) -> int:
@@ -273,6 +284,7 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         labels = cast("NDArray[np.int64]", pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
     return Digits(
         model=model,
+        rows=request.rows,
         encoding=request.encoding,
         seed=span.seed if span.explicit is None else None,
         start=span.start,
@@ -283,5 +295,6 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         labels=labels,
         queued_at=ticket.queued_at,
         queue_seconds=ticket.queue_seconds,
+        wait_seconds=ticket.wait_seconds,
         compute_seconds=ticket.compute_seconds,
     )

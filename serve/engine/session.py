@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.golden import golden_difference, golden_samples
+from serve.engine.golden import batch_difference, golden_difference, golden_samples
 from serve.engine.graph import check_graph
 from serve.engine.onnx_runtime import ort
 from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, described
@@ -26,6 +26,7 @@ Arrays = Mapping[str, Array]
 
 PIXELS = ("pixels",)
 PIXELS_AND_IMAGES = ("pixels", "images")
+ODD = 7  # a batch's size that no kernel is made for
 
 # TF32 is off because parity is proven without it. The arena grows by what is asked for, not by doubling: buckets are
 # warmed from the largest down, so it grows once.
@@ -107,6 +108,21 @@ class Engine:
         got = self.compute(samples.latents, samples.labels)["pixels"]
         if problem := golden_difference(manifest, samples.pixels, got):
             raise GoldenError(f"model {manifest.name}/{manifest.version} on {self.options.provider}: {problem}")
+
+    def batch_difference(self) -> str | None:
+        """How a digit's float32 bits depend on its batch; None when they do not: alone, in an odd batch and in the largest.
+
+        Where batches are padded every bucket has kernels of its own, and is tried.
+        """
+        odd = min(ODD, self.largest)
+        sizes = {1, odd, self.largest}
+        if self.bucket(odd) != odd:
+            sizes.update(self.buckets())
+
+        def images(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.float32]:
+            return self.compute(latents, labels, PIXELS_AND_IMAGES)["images"]
+
+        return batch_difference(self.manifest, images, sizes)
 
     def blank(self, count: int) -> dict[str, Array]:
         """As ``allocate``, filled with zeros: something to run when it does not matter what."""

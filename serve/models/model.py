@@ -66,12 +66,15 @@ class RefCount:
 class Model:
     """A model version that answers requests. Make it with ``open_model``."""
 
-    def __init__(self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics, *, batch_invariant: bool = False
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.provider = provider
         self.batcher = batcher
         self.metrics = metrics
+        self.batch_invariant = batch_invariant  # whether a digit's bits were the same in batches of every size tried
         self.breached = False
         self.in_use = RefCount()
 
@@ -99,6 +102,7 @@ class Model:
             "instances_live": self.batcher.live_instances,
             "instances_wanted": self.batcher.limits.instances,
             "model_ready": self.ready,
+            "model_batch_invariant": self.batch_invariant,
         }
 
     def submit(self, ticket: Ticket) -> None:
@@ -156,11 +160,15 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
         watchdog_s=settings.watchdog_s,
     )
 
+    differences: set[str] = set()  # of the engines' batches
+
     def load() -> Engine:
         engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
         try:
             engine.check_golden()
             captures = engine.warm()
+            if difference := engine.batch_difference():
+                differences.add(difference)
         except EngineError as error:  # CUDA finds out at the first run that cuDNN or a kernel is missing
             raise ProviderError(f"{error}; use --provider cpu, or mend CUDA") from None
         for captured in captures.values():
@@ -174,7 +182,9 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
 
     batcher = Batcher(limits, make_engine_of, model_metrics)
     batcher.start()
-    return Model(bundle, provider, batcher, model_metrics)
+    for difference in differences:
+        log.warning("%s/%s is not batch-invariant: %s", manifest.name, manifest.version, difference)
+    return Model(bundle, provider, batcher, model_metrics, batch_invariant=not differences)
 
 
 def batch_size(manifest: Manifest, provider: Provider) -> int:

@@ -47,6 +47,7 @@ GAUGES = {
     "instances_live": "Instances that can run a batch",
     "instances_wanted": "Instances that there should be",
     "model_ready": "1 when the model answers requests",
+    "model_batch_invariant": "1 when a digit's bits do not depend on its batch",
     "model_traffic_share": "Share of requests naming no version it answers",
 }
 
@@ -83,7 +84,7 @@ class Metrics:
             SECONDS_BUCKETS,
         )
         self.queue_wait = self._histogram(
-            "digits_queue_wait_seconds", "Time from acceptance until the first row goes into a batch"
+            "digits_queue_wait_seconds", "Time from acceptance until the last row goes into a batch"
         )
         self.assembly = self._histogram("digits_assembly_seconds", "Time to write one batch's latents")
         self.compute = self._histogram("digits_compute_seconds", "Time of one run of the model")
@@ -100,7 +101,7 @@ class Metrics:
         self.gpu_memory = Gauge("digits_gpu_memory_used_bytes", "Memory in use on the GPU, by all processes", registry=registry)
         self.gpu_memory_total = Gauge("digits_gpu_memory_total_bytes", "Memory of the GPU", registry=registry)
         self.expected_provider = Gauge(
-            "digits_expected_provider", "1 for what --provider asks for", ("provider",), registry=registry
+            "digits_expected_provider_info", "1 for what --provider asks for", ("provider",), registry=registry
         )
         self.padding = Counter("digits_padding_images", "Rows computed to fill a batch bucket", MODEL, registry=registry)
         self.dropped = Counter(
@@ -143,7 +144,7 @@ class Metrics:
             records.flush()
         gauges = {name: GaugeMetricFamily(f"digits_{name}", text, labels=MODEL) for name, text in GAUGES.items()}
         provider = GaugeMetricFamily(
-            "digits_provider", "1 for the execution provider in use", labels=(*MODEL, "provider", "digest")
+            "digits_provider_info", "1 for the execution provider in use", labels=(*MODEL, "provider", "digest")
         )
         for each in self.read_served():
             for name, gauge in gauges.items():

@@ -389,7 +389,15 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
         {'digits_run_failures_total{reason="hung"}': "0 0 0 1 _ 0x9"},
         "8m",
     ),
+    ("DigitsRunsHang", True, "all of some runs raised"): ({'digits_run_failures_total{reason="repeated"}': "0x3 1x9"}, "6m"),
     ("DigitsRunsHang", False, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", True, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", True, "a self-check could not run"): ({'digits_self_checks_total{result="failed"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", False, "long ago"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x30"}, "25m"),
+    ("DigitsRunsFail", False, "checks pass or are left out"): (
+        {'digits_self_checks_total{result="passed"}': "0+1x20", 'digits_self_checks_total{result="skipped"}': "0+1x20"},
+        "15m",
+    ),
     ("DigitsSelfCheckBreach", True, "the first check"): ({'digits_self_checks_total{result="breach"}': "0 0 0 1 1 1"}, "5m"),
     ("DigitsSelfCheckBreach", False, "all pass"): ({'digits_self_checks_total{result="passed"}': "0+1x20"}, "5m"),
     ("DigitsParityBreach", True, "a later comparison"): ({"digits_watch_breaches_total": "0 0 0 1 1 1"}, "5m"),
@@ -410,11 +418,11 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
     ("DigitsBackgroundTaskFails", True, "every round"): ({'digits_background_failures_total{task="watchdog"}': "0+1x20"}, "15m"),
     ("DigitsBackgroundTaskFails", False, "once"): ({'digits_background_failures_total{task="watchdog"}': "0x5 1x20"}, "15m"),
     ("DigitsOnTheWrongProvider", True, "asked for CUDA"): (
-        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cuda"}': "1x20"},
+        {'digits_provider_info{provider="cpu"}': "1x20", 'digits_expected_provider_info{provider="cuda"}': "1x20"},
         "5m",
     ),
     ("DigitsOnTheWrongProvider", False, "asked for the CPU"): (
-        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cpu"}': "1x20"},
+        {'digits_provider_info{provider="cpu"}': "1x20", 'digits_expected_provider_info{provider="cpu"}': "1x20"},
         "5m",
     ),
     ("DigitsGpuMemoryHigh", True, "97 of 100"): (

@@ -19,8 +19,7 @@ from typing import Any
 
 import pytest
 
-from serve.api import http as http_api
-from serve.api import http_call
+from serve.api import encoding, http_call
 from serve.manifest import BUNDLED_DIR
 from serve.ports.http_origins import host_name
 from serve.ports.http_port import HEAD_TIMEOUT_S, takes_gzip
@@ -387,12 +386,12 @@ def test_pictures_of_a_client_who_has_left_are_not_made(monkeypatch: pytest.Monk
     made: list[int] = []
     free = threading.Event()
 
-    def to_png(pixels: Any) -> bytes:
+    def to_png(pixels: Any, origin: Any) -> bytes:
         made.append(len(pixels))
         free.wait(10)
         return b""
 
-    monkeypatch.setattr(http_api, "to_png", to_png)
+    monkeypatch.setattr(encoding, "to_png", to_png)
 
     async def test(running: Running) -> None:
         async def asked(count: int) -> asyncio.StreamWriter:

@@ -43,6 +43,10 @@ REQUESTS = "tests/unit/test_client_requests.py"
 FAILURES = "tests/integration/test_client_failures.py"
 CLIENT = "serve/client"
 BOUNDS = "tests/integration/test_bounds.py"
+PICTURED = "tests/unit/test_pictures.py"
+CACHED = "tests/integration/test_http_cache.py"
+VERIFIED = "tests/integration/test_dataset_verify.py"
+THE_SET = "tests/unit/test_digit_set.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
 HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
 OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
@@ -64,6 +68,7 @@ OIP, HTTP, RPC, ADMISSION = "serve/api/open_inference.py", "serve/api/http_call.
 MODELS, INSTANCE, POLICY = "serve/models/model.py", "serve/batching/instance.py", "serve/batching/policy.py"
 TICKET, BUDGET, WIRE_FORMAT = "serve/batching/ticket.py", "serve/access/budget.py", "serve/api/wire_format.py"
 DIGITS = "serve/api/digits_v1.py"
+PICTURES, DIGIT_SET = "serve/pictures.py", "serve/client/training/digit_set.py"
 METRICS, MODEL_METRICS = "serve/observability/metrics.py", "serve/observability/model_metrics.py"
 SERVER, LOOP = "serve/server.py", "train/trainer/loop.py"
 PORT, CALL, HEALTH = "serve/ports/grpc_port.py", "serve/ports/grpc_call.py", "serve/ports/health.py"
@@ -73,8 +78,8 @@ GENERATOR, PARITY, BUNDLE = "export/generator.py", "export/parity.py", "export/b
 
 FAULTS = [
     # core
-    Fault("one digit too many in an answer", f"{CORE}:Core.begin", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
-    Fault("an answer of no digits", f"{CORE}:Core.begin", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
+    Fault("one digit too many in an answer", f"{CORE}:Core._checked", "count <= most:", "count <= most + 1:", f"{THE_CORE} -k refused"),
+    Fault("an answer of no digits", f"{CORE}:Core._checked", "1 <= count", "0 <= count", f"{THE_CORE} -k refused"),
     Fault("float32 images are bounded as pixels are", f"{CORE}:Core.most", "self.max_count_float32 if", "self.max_count if", f"{THE_CORE} -k refused"),
     Fault("a caller's images are not held", f"{CORE}:Core.begin", "holder.take(count,", "holder.take(0,", f"{THE_CORE} -k allowed"),
     Fault("the bytes of a request's rows are not held", f"{CORE}:Core.begin", "count * request.row_bytes", "0", f"{THE_CORE} -k allowed"),
@@ -357,9 +362,22 @@ FAULTS = [
     Fault("errors do not name the model that was asked", f"{CORE}:_named", "error.about(model.manifest.name, model.manifest.version)", "pass", "tests/integration/test_errors.py"),
     Fault("an error over HTTP has its text alone", f"{HTTP}:_refused", "refusal.fields()", '{"error": refusal.text}', "tests/integration/test_errors.py"),
     Fault("a picture has headers of any length", "serve/api/http.py:_picture", "and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
+    Fault("a folder of something else is filled with MNIST", "train/data/mnist.py:load_mnist", "not is_empty(data_dir)", "False", "tests/unit/test_data_folders.py -k something_else"),
+    Fault("a file is not the one whose digest is listed", "train/data/sums.py:check", "not wanted & {digest, sha256(stored)}", "False", "tests/unit/test_train_data.py -k changed_byte"),
+    Fault("a mirror's file is not checked", "train/data/fetch.py:_fetched", "sha256(idx) != DIGESTS[name]", "False", "tests/unit/test_data_mirrors.py -k other_digits"),
+    Fault("a slow mirror has all the time that it wants", "train/data/fetch.py:_fetched", "time.monotonic() > deadline", "False", "tests/unit/test_data_mirrors.py -k trickles"),
+    Fault("two processes train one run", "train/checkpoint.py:held", "stack.enter_context(locked(run.folder, wait_s=0))", "pass", "tests/integration/test_runs.py -k one_process"),
+    Fault("a run from the future is the newest", "train/runs.py:runs_of", "(run.started <= latest, run.started, run.folder)", "(run.started, run.folder)", "tests/integration/test_runs.py -k began_last"),
+    Fault("the newest run is the last by its name", "train/runs.py:runs_of", "(run.started <= latest, run.started, run.folder)", "run.folder", "tests/integration/test_runs.py -k began_last"),
+    Fault("a number of training has no bounds", "train/config.py:TrainConfig._check_bounds", "bounds[0] <= each <= bounds[1]", "True", "tests/unit/test_train_config.py"),
+    Fault("other weights' quality is published", "export/bundle.py:_quality", "weights is not None and weights", "False and weights", f"{EXPORT} -k another_step"),
+    Fault("a closed terminal ends a run", "train/run_command.py:_stopped_by_signals", "numbers.append(signal.SIGHUP)", "pass", f"{TRAIN} -k terminal"),
+    Fault("a longer run keeps its old last log point", "train/trainer/log_points.py:LogPoints.closing", "return [self._reported(step - 1)]", "return [self.add(step - 1)]", "tests/integration/test_runs.py -k longer"),
+    Fault("an unprintable character ends a command", "serve/command_line.py:_shown", "codecs.backslashreplace_errors(error)", "codecs.strict_errors(error)", "tests/integration/test_standard_streams.py -k terminal_lacks"),
+    Fault("a recipe takes a path with a space apart", "train/runs.py:make_variable", "shlex.quote(text)", "text", "tests/meta/test_makefile.py -k typed"),
     Fault("PyTorch writes checkpoints to the disk itself", "train/checkpoint.py:write_atomically", "stream.write(content.getbuffer())", "write(stream)", f"{TRAIN} -k fit"),
     Fault("what was half-written stays", "serve/files.py:replacing", "each.unlink()", "pass", "tests/integration/test_dataset.py -k full_disk"),
-    Fault("joined files are written in their places", "serve/files.py:replacing", 'path.with_name(f".{path.name}-{secrets.token_hex(8)}")', "path", "tests/integration/test_dataset.py -k full_disk"),
+    Fault("joined files are written in their places", "serve/files.py:replacing", 'path.with_name(f".{path.name}-{secrets.token_hex(NAME_BYTES)}")', "path", "tests/integration/test_dataset.py -k full_disk"),
     Fault("two may rewrite a file at the same time", "serve/files.py:_has_locked", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", "tests/unit/test_access.py tests/unit/test_admin.py -k same_time"),
     Fault("a token is added beside others' adding", f"{TOKENS}:main", "with locked(flags.file.parent)", "if True", "tests/unit/test_access.py -k same_time"),
     Fault("an edit undoes another's", "serve/admin.py:main", "with locked(path.parent): before = watched_serving_file(path).value", "before = watched_serving_file(path).value\n        with locked(path.parent):", "tests/unit/test_admin.py -k same_time"),
@@ -380,9 +398,9 @@ FAULTS = [
     Fault("a reader who has left is complained of", "serve/command_line.py:run_command", "drop_output() status", "status", "tests/integration/test_commands.py -k reader"),
     Fault("a flag's number has no bounds", "serve/command_line.py:within.read", "not low <= value <= high", "False", "tests/integration/test_commands.py -k bounds"),
     Fault("a server stops when nobody reads what it prints", "serve/cli.py:_announce", "drop_output()", "raise", "tests/integration/test_commands.py -k nobody_reads"),
-    Fault("a lock is waited for without end", "serve/files.py:locked", "time.monotonic() > deadline", "False", "tests/unit/test_access.py -k locked"),
+    Fault("a lock is waited for without end", "serve/files.py:locked", "time.monotonic() >= deadline", "False", "tests/unit/test_access.py -k locked"),
     Fault("Ctrl-C is complained of", "serve/command_line.py:run_command", "except KeyboardInterrupt", "except ZeroDivisionError", "tests/integration/test_dataset.py -k signal"),
-    Fault("two containers write into one file", "serve/files.py:replacing", "secrets.token_hex(8)", "os.getpid()", "tests/integration/test_dataset.py -k same_number"),
+    Fault("two containers write into one file", "serve/files.py:replacing", "secrets.token_hex(NAME_BYTES)", "os.getpid()", "tests/integration/test_dataset.py -k same_number"),
     Fault("the loop is left in evaluation mode", f"{LOOP}:Trainer._draw", "shown.train()", "pass", REFERENCE),
     Fault("the average is upside down", f"{LOOP}:Trainer._average", "averages, self.followed", "followed, self.averages", REFERENCE),
     Fault("every epoch has the same order", f"{LOOP}:Trainer._batches", "1_000_003 + epoch)", "1_000_003)", REFERENCE),
@@ -422,6 +440,7 @@ FAULTS = [
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points
     Fault("a model whose every run raises stays ready", f"{BATCH}:Batcher.end_batch", "self._failed_runs == MOST_FAILED_RUNS", "False", f"{WIRING} -k every_run"),
+    Fault("a request's wait ends at its first row", f"{BATCH}:Batcher.next_batch", "ticket.wait_seconds = now", "ticket.wait_seconds = ticket.wait_seconds or now", f"{BATCHER} -k last_row"),
     Fault("failed runs with good ones between end the process", f"{BATCH}:Batcher.end_batch", "self._failed_runs = 0", "pass", f"{WIRING} -k every_run"),
     Fault("load reports tell no errors", "serve/ports/load_report.py:LoadReports.answered", "self._errors += failed", "pass", LOADS),
     Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{WIRING} -k load_reports"),
@@ -433,7 +452,7 @@ FAULTS = [
     Fault("a busy process reports that it is idle", "serve/ports/load_report.py:LoadReports._refresh", "load.busy_s - self._busy_s", "self._busy_s - load.busy_s", LOADS),
     Fault("a kernel without IPv6 is asked for it", "serve/ports/http_connections.py:usable_host", "not socket.has_dualstack_ipv6()", "False", "tests/integration/test_serve_start.py -k ipv6"),
     Fault("log points are counted through the run alone", f"{LOOP}:Trainer._is_log_point", "% self.steps_per_epoch", "", REFERENCE),
-    Fault("a mean's window is one batch too long", f"{LOOP}:Trainer._log", "log_points else -1", "log_points else 0", REFERENCE),
+    Fault("a mean's window is one batch too long", "train/trainer/log_points.py:LogPoints._reported", "points else -1", "points else 0", REFERENCE),
     Fault("the last save is not in a run's time", f"{LOOP}:Trainer._finish", "self._count_time()", "pass", "tests/integration/test_runs.py -k stopped"),
     Fault("a URL has as little room as aiohttp gives it", "serve/ports/http_connections.py:", "LONGEST_LINE = 32 * 1024", "LONGEST_LINE = 8190", "tests/integration/test_http_api.py -k largest"),
     # HTTP in production
@@ -462,4 +481,33 @@ FAULTS = [
     Fault("bf16 is taken where it is imitated", f"{STEP}:Step.__init__", "has_bf16(self.device)", "True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py:has_bf16", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    # where digits come from
+    Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
+    Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
+    Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
+    Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
+    Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
+    Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
+    Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
+    Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", "tests/integration/test_client_again.py -k another_model_file"),
+    Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi._kept", "self._admission.accounts.by_token", "False", CACHED),
+    Fault("an answer of a drawn seed is kept", "serve/api/http.py:HttpApi._digits", 'pinned="seed" in given', "pinned=True", CACHED),
+    Fault("an answer of a routed version is kept", "serve/api/http.py:HttpApi._answer", "request.model and request.version", "request.model", CACHED),
+    Fault("a tag does not tell labels apart", "serve/api/http.py:HttpApi._tag", " {list(request.labels)}", "", CACHED),
+    Fault("a tag is the same for every model file", "serve/api/http.py:HttpApi._tag", " {model.bundle.digest}", "", CACHED),
+    Fault("a copy of what cannot be asked for is confirmed", f"{CORE}:Core.find", "self._checked(request, model, count)", "pass", CACHED),
+    Fault("answers that may be kept are not, like all others", f"{HTTP}:guarded", "answer.headers.setdefault(header, value)", "answer.headers[header] = value", CACHED),
+    Fault("HTTP's truncation has more bits than gRPC's", "serve/latents.py:tail_beyond", "c_float(truncation).value", "truncation", "tests/unit/test_latents.py"),
+    Fault("only whole batches are compared with each other", "serve/engine/session.py:Engine.batch_difference", "{1, odd, self.largest}", "{self.largest}", MODEL),
+    Fault("a padded batch's sizes are not tried", "serve/engine/session.py:Engine.batch_difference", "sizes.update(self.buckets())", "pass", ENGINE),
+    Fault("a model whose bits depend on the batch says that they do not", f"{MODELS}:open_model", "batch_invariant=not differences", "batch_invariant=True", MODEL),
+    Fault("an altered digit is confirmed", "serve/dataset/verifying.py:verify", "levels > bundle.manifest.tolerance.pixel_levels", "levels > 255", VERIFIED),
+    Fault("a data set is confirmed by another model file", "serve/dataset/verifying.py:check_bundle", "bundle.digest != whole.dataset.digest", "False", VERIFIED),
+    Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
+    Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
+    Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
+    Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != os.getpid()", "", f"{THE_SET} -k forked"),
+    Fault("a worker takes another model file", f"{DIGIT_SET}:DigitSet._opened", "maker.about != self._about", "False", THE_SET),
+    Fault("labels go by the place in the epoch", f"{DIGIT_SET}:DigitSet._items", "self._labels[indices % len(self._labels)]", "self._labels[np.arange(len(indices)) % len(self._labels)]", THE_SET),
+    Fault("a server is asked for more than it takes", f"{DIGIT_SET}:DigitSet.__getitems__", "len(wanted), self._about.most", "len(wanted), len(wanted)", THE_SET),
 ]  # fmt: skip

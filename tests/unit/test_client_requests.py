@@ -94,6 +94,12 @@ def test_a_value_out_of_bounds_is_named_with_its_field_and_not_sent(arguments: d
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("truncation", [0.001, -1.0, float("nan"), float("inf")])
+def test_latents_that_are_drawn_here_have_a_truncation_as_a_server_takes(truncation: float) -> None:
+    with DigitClient("localhost:1") as client, pytest.raises(DigitError, match=r"truncation must be 0\.01 or more"):
+        client.latents(1, truncation=truncation)
+
+
 def test_latents_travel_with_the_size_of_their_rows() -> None:
     rows = np.arange(8.0).reshape(2, 4)
     request = asked(latents=rows.T)

@@ -81,7 +81,7 @@ def test_what_takes_long_to_parse_is_not_done_where_calls_are_received(
 def test_what_takes_long_to_encode_is_not_done_where_batches_are_run(
     image_format: pb.ImageFormat, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digits_v1, "to_png", lambda digit: b"")
+    monkeypatch.setattr(digits_v1, "as_pngs", lambda digits: [b""])
     threads = recorded(monkeypatch, digits_v1, "_encode")
     with FakeService() as service:
         wire = service.call("Generate", pb.GenerateRequest(count=2, format=image_format))
