@@ -208,7 +208,8 @@ protos: build/proto-tools/.ready ## generate serve/pb from protos/
 
 # What callers have: the last tag's protos, and before there is a tag those of the committed image.
 TAG := $(shell git describe --tags --abbrev=0 2>/dev/null)
-RELEASED := $(if $(TAG),.git\#tag=$(TAG)$(comma)subdir=protos,protos/released.binpb)
+hash := \#
+RELEASED := $(if $(TAG),.git$(hash)tag=$(TAG)$(comma)subdir=protos,protos/released.binpb)
 PROTOS ?= protos
 
 protos-check: build/proto-tools/.ready ## lint protos/ and compare them with the last release: nothing that callers use may change
