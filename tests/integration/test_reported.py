@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnxruntime
 import pytest
 from google.protobuf.descriptor import Descriptor
 from prometheus_client import CollectorRegistry
@@ -172,6 +173,7 @@ def models(world: World) -> dict[str, tuple[Any, Any]]:
             f"GetModelResponse.{name}": (getattr(about, name), manifest[name])
             for name in ("architecture", "latent_size", "latent_distribution", "height", "width", "precision", "labels")
         },
+        "GetModelResponse.batch_invariant": (about.batch_invariant, same_in_every_batch(world.models / "cdcgan/1/model.onnx")),
         "GetModelResponse.provider": (about.provider, "cpu"),
         "GetModelResponse.digest": (about.digest, world.sha256("cdcgan/1")),
         "GetModelResponse.training_json": (json.loads(about.training_json), manifest["training"]),
@@ -183,6 +185,22 @@ def models(world: World) -> dict[str, tuple[Any, Any]]:
         "Limits.max_batch_size": (about.limits.max_batch_size, MAX_BATCH),
         "Limits.max_queue_images": (about.limits.max_queue_images, MAX_QUEUE),
     }
+
+
+def same_in_every_batch(model: Path) -> bool:
+    """By ONNX Runtime alone: whether digits have the same bits in batches of other sizes."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    rows = draw(1, 0, MAX_BATCH, session.get_inputs()[0].shape[1])
+    labels = {"labels": np.zeros(MAX_BATCH, np.int64)} if len(session.get_inputs()) > 1 else {}
+
+    def images(size: int) -> bytes:
+        parts = (slice(first, first + size) for first in range(0, MAX_BATCH, size))
+        feeds = ({"latents": rows[part]} | {name: values[part] for name, values in labels.items()} for part in parts)
+        return b"".join(session.run(["images"], each)[0].tobytes() for each in feeds)
+
+    return len({images(size) for size in (1, 2, 4, MAX_BATCH)}) == 1
 
 
 def refused(world: World, **fields: Any) -> int:
@@ -453,6 +471,10 @@ def gauges(world: World) -> dict[str, tuple[Any, Any]]:
             1,
         ),
         "digits_expected_provider_info": (world.metric("digits_expected_provider_info", provider="cpu"), 1),
+        "digits_model_batch_invariant": (
+            world.metric("digits_model_batch_invariant", model="mlp", version="1"),
+            same_in_every_batch(world.models / "mlp/1/model.onnx"),
+        ),
         "digits_models_loaded": (world.metric("digits_models_loaded"), 3),
         "digits_model_failed": (world.metric("digits_model_failed", model="mlp", version="3"), 1),
         "digits_model_loads": (
