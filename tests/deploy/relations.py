@@ -36,6 +36,7 @@ from tests.deploy.objects import (
     title,
     workloads,
 )  # fmt: skip
+from tests.deploy.platform import PLATFORM
 from tests.deploy.promises import PROMISES
 from tests.deploy.server_rules import quantity
 
@@ -411,7 +412,7 @@ RELATIONS: Mapping[str, Relation] = {
         who_may_reach_whom, disruptions_are_bounded, scaling_finds_its_target_and_its_metric, prometheus_finds_the_pods,
         memory_is_what_was_measured, gpus_are_asked_for_where_they_are_tolerated, images_are_built_here,
         pods_are_spread_and_have_their_account, pods_are_restricted, jobs_outlive_evictions, the_watch_finds_the_server,
-        routes_lead_to_the_service, *PROMISES,
+        routes_lead_to_the_service, *PROMISES, *PLATFORM,
     )
 }  # fmt: skip
 

@@ -550,3 +550,4 @@ def test_recordings_are_named_level_metric_operations_and_alerts_tell_what_to_do
                 assert re.fullmatch(r"deployment(_\w+)?:(digits|grpc|http)_\w+:[a-z0-9_]+", rule["record"])
             else:
                 assert {"summary", "description", "runbook_url"} == set(rule["annotations"])
+                assert rule["labels"]["severity"] in ("critical", "warning")

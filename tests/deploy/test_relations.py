@@ -435,6 +435,49 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         CPU,
         of_container(lambda each: each["args"].__setitem__(each["args"].index("/models/runs"), "/models"), "digits-train", "Job"),
     ),
+    "Secrets that nobody in the pod can read": (GPU, of_pod(take("securityContext", "fsGroup"))),
+    "a server as root": (CPU, of_pod(put("securityContext", "runAsUser", value=0))),
+    "the certificate for its key": (GPU, lambda items: settings(items).update(DIGITS_TLS_KEY="/etc/digits-serve/tls/tls.crt")),
+    "settings that may be missing": (CPU, of_container(lambda each: each["envFrom"][0]["configMapRef"].update(optional=True))),
+    "a serving file that rolls pods": (
+        SERVING_FILE,
+        lambda items: (
+            find(items, "ConfigMap", "digits-serve-serving")["metadata"].update(name="digits-serve-serving-0123456789"),
+            of_pod(lambda pod: named(pod["volumes"], "serving")["configMap"].update(name="digits-serve-serving-0123456789"))(
+                items
+            ),
+        ),
+    ),
+    "no way back": (CPU, of("Deployment", put("spec", "revisionHistoryLimit", value=0))),
+    "the node's DNS": (CPU, of_pod(put("dnsPolicy", value="Default"))),
+    "a zone each or none": (CPU, of_pod(put("topologySpreadConstraints", 0, "whenUnsatisfiable", value="DoNotSchedule"))),
+    "a volume of one node": (
+        GPU,
+        of("PersistentVolumeClaim", put("spec", "accessModes", value=["ReadWriteOnce"]), "digits-models"),
+    ),
+    "a budget for pods that do not work": (CPU, of("PodDisruptionBudget", take("spec", "unhealthyPodEvictionPolicy"))),
+    "an autoscaler that takes all away": (
+        CPU,
+        of(
+            "HorizontalPodAutoscaler",
+            put("spec", "behavior", "scaleDown", "policies", 0, value={"type": "Percent", "value": 100, "periodSeconds": 15}),
+        ),
+    ),
+    "KEDA asks another Prometheus": (
+        KEDA,
+        of("ScaledObject", put("spec", "triggers", 0, "metadata", "serverAddress", value="http://prometheus.default:80")),
+    ),
+    "every namespace is scraped": (CPU, of("PodMonitor", put("spec", "namespaceSelector", value={"any": True}))),
+    "names that Prometheus does not call": (CPU, lambda items: settings(items).update(DIGITS_HTTP_NAMES="digits.example.org")),
+    "the watch is asked for its health": (
+        CPU,
+        of_container(put("readinessProbe", "httpGet", "path", value="/healthz"), "digits-parity-watch"),
+    ),
+    "a route without health": (GATEWAY, of("GRPCRoute", lambda item: item["spec"]["rules"][0]["matches"].pop())),
+    "a gateway that expects another name": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "validation", "hostname", value="digits")),
+    ),
     "any node": (CPU, of_pod(take("nodeSelector"))),
     "the watch has no token": (
         GPU,
