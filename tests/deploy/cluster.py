@@ -23,7 +23,7 @@ import yaml
 
 from serve.client import DigitClient
 from tests.deploy.manifests import rendered
-from tests.deploy.server_rules import refused
+from tests.deploy.relations.server_rules import refused
 from tests.deploy.tools import tool
 
 WAIT_S = 300
@@ -80,7 +80,7 @@ def main() -> int:
         text = yaml.safe_dump_all(objects)
         cluster.run("apply", "--dry-run=server", "-f", "-", stdin=text)
         if complaints := refused(objects):
-            sys.exit(f"error: the API server takes what tests/deploy/server_rules.py refuses: {complaints}")
+            sys.exit(f"error: the API server takes what tests/deploy/relations/server_rules.py refuses: {complaints}")
         cluster.run("apply", "-f", "-", stdin=text)
         cluster.run("rollout", "status", f"deployment/{name}", f"--timeout={WAIT_S}s")
         with cluster.forwarded(name) as target, DigitClient(target) as client:

@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client import DigitClient
 from tests.deploy.manifests import containers, of_kind, rendered
-from tests.deploy.server_rules import quantity
+from tests.deploy.relations.server_rules import quantity
 from tests.deploy.tools import tool
 
 REQUIREMENTS = Path("deploy/requirements")

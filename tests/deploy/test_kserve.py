@@ -19,9 +19,9 @@ from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from tests.certificates import Certificates
 from tests.deploy.manifests import containers, of_kind, rendered, settings_of
-from tests.deploy.network import CALLER, DNS, NEIGHBOUR, PROMETHEUS, STRANGERS, is_let
-from tests.deploy.objects import selects
-from tests.deploy.relations import failing_s, memory_complaints, stopping_s
+from tests.deploy.relations.network import CALLER, DNS, NEIGHBOUR, PROMETHEUS, STRANGERS, is_let
+from tests.deploy.relations.objects import selects
+from tests.deploy.relations.table import failing_s, memory_complaints, stopping_s
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 

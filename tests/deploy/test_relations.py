@@ -21,10 +21,10 @@ from tests.deploy.manifests import (
     rendered,
     together,
 )
-from tests.deploy.network import namespace
-from tests.deploy.objects import workloads
-from tests.deploy.relations import RELATIONS, complaints
-from tests.deploy.server_rules import RULES, refused
+from tests.deploy.relations.network import namespace
+from tests.deploy.relations.objects import workloads
+from tests.deploy.relations.server_rules import RULES, refused
+from tests.deploy.relations.table import RELATIONS, complaints
 
 CPU, GPU = "cpu, dev and the parity watch", "gpu and the parity watch"
 KEDA, GATEWAY = "cpu with KEDA", "gpu behind a gateway"

@@ -21,8 +21,9 @@ from serve.errors import SettingsError
 from serve.ports.health import LIVENESS
 from serve.settings import Settings, env_name
 from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, settings_of
-from tests.deploy.network import who_may_reach_whom
-from tests.deploy.objects import (
+from tests.deploy.relations.behaviour import PLATFORM
+from tests.deploy.relations.network import who_may_reach_whom
+from tests.deploy.relations.objects import (
     claims_of,
     failing_s,
     flags_of,
@@ -36,9 +37,8 @@ from tests.deploy.objects import (
     title,
     workloads,
 )  # fmt: skip
-from tests.deploy.platform import PLATFORM
-from tests.deploy.promises import PROMISES
-from tests.deploy.server_rules import quantity
+from tests.deploy.relations.promises import PROMISES
+from tests.deploy.relations.server_rules import quantity
 
 Relation = Callable[[Sequence[Object]], Iterator[str]]
 

@@ -9,7 +9,7 @@ from serve.api.digits_v1 import SERVICE
 from serve.api.open_inference import SERVICE as INFERENCE
 from serve.ports.health import HEALTH
 from tests.deploy.manifests import Object, containers, pod_specs, settings_of
-from tests.deploy.objects import claims_of, labels_of, of, selects, servers, title, workloads
+from tests.deploy.relations.objects import claims_of, labels_of, of, selects, servers, title, workloads
 
 HASH = re.compile(r".*-[a-z0-9]{10}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.deploy.manifests import Object, containers, settings_of
-from tests.deploy.objects import called_at, labels_of, of, ports_of, selects, servers, title
+from tests.deploy.relations.objects import called_at, labels_of, of, ports_of, selects, servers, title
 
 OWN_NAMESPACE = {"kubernetes.io/metadata.name": "digits"}
 CLIENT = "digits-serve/client"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.manifests import Object, containers, containers_of, pod_specs, settings_of
-from tests.deploy.objects import (
+from tests.deploy.relations.objects import (
     claims_of,
     failing_s,
     flags_of,
@@ -20,7 +20,7 @@ from tests.deploy.objects import (
     title,
     workloads,
 )  # fmt: skip
-from tests.deploy.server_rules import PROBES
+from tests.deploy.relations.server_rules import PROBES
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SCRAPES_A_WINDOW = 4  # rate() needs two samples, and one may be lost
