@@ -30,7 +30,7 @@ from train.config import DEFAULT_PRESET, preset
 from train.data import Mnist, load_mnist
 from train.device import choose_device, describe
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.evaluation.judge import MNIST_CLASSES, training_seconds
+from train.evaluation.judge import MNIST_CLASSES, check_data, training_seconds
 from train.reports.run_page import embedded, rendered
 
 EPOCHS = 8
@@ -78,6 +78,7 @@ def speedrun(options: Options) -> Path:
     """Run all of it in ``options.out`` and return the page. Raises ExportError when a command fails."""
     device = choose_device("auto")
     data = load_mnist(options.data_dir)
+    check_data(data)
     if data.classes != MNIST_CLASSES:
         raise ExportError(
             f"{options.data_dir} has {data.classes} classes, and the speedrun takes data with {MNIST_CLASSES}, as MNIST has; for"

@@ -15,9 +15,10 @@ import torch
 
 from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
 from train.config import TrainConfig, parse_field, preset
-from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
+from train.data import DEFAULT_DATA_DIR, Mnist, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, QualityError
+from train.evaluation.judge import check_data
 from train.reports import activations
 from train.reports.run_page import write_page
 from train.trainer.capture import CudaRecording
@@ -75,9 +76,18 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     if not ranks.first:
         return 0
     activations.draw(run, 0)
-    judged_first = f'make evaluate RUN={run.folder} ARGS="--data-dir {flags.data_dir}" && ' * (flags.data_dir != DEFAULT_DATA_DIR)
-    print(f"finished: {run.folder}\nnext: {judged_first}make export RUN={run.folder}")
+    print(f"finished: {run.folder}\nnext: {_next(run, data, flags.data_dir)}")
     return 0
+
+
+def _next(run: Run, data: Mnist, data_dir: Path) -> str:
+    """What exports the run: judged by the data that it was trained on, if that can judge."""
+    export = f"make export RUN={run.folder}"
+    try:
+        check_data(data)
+    except QualityError:
+        return f"{export} ARGS=--no-judge"
+    return export if data_dir == DEFAULT_DATA_DIR else f'make evaluate RUN={run.folder} ARGS="--data-dir {data_dir}" && {export}'
 
 
 @contextmanager

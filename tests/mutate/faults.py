@@ -374,6 +374,7 @@ FAULTS = [
     Fault("the penalty looks at real images alone", f"{STEP}:Step.penalise", "images, fake)).", "images, images)).", REFERENCE),
     Fault("a gradient in another memory layout", f"{STEP}:Step.penalise", "torch.empty_like(parameter).copy_(self.ranks.mean(gradient))", "self.ranks.mean(gradient)", REFERENCE),
     Fault("a judge that is not good enough judges", "train/evaluation/judge.py:_check_accuracy", "if accuracy < needed:", "if False:", "tests/unit/test_quality.py -k not_good_enough"),
+    Fault("what cannot be judged is to be judged by the advice", "train/run_command.py:_next", "check_data(data)", "pass", "tests/unit/test_other_classes.py -k test_images"),
     Fault("a run of other data is judged by MNIST", "export/cli.py:_judged_first", "if of_other_data(run, data)", "if False", "tests/integration/test_export_judging.py"),
     Fault("an unfinished run is judged before it is refused", "export/bundle.py:check_run", "if not run.finished:", "if False:", "tests/integration/test_export_judging.py -k refused"),
     Fault("the graph has the exporter's own format", "export/graphs/to_onnx.py:exported", "model.ir_version = ", "_ = ", "tests/integration/test_export.py -k becomes"),
