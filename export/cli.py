@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import shlex
 import signal
 import sys
 import threading
@@ -142,9 +143,10 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         return list(runs)
     data, other = load_mnist(flags.data_dir), []
     for run in (run for run in waiting if of_other_data(run, data)):
+        named, unjudged = _export_with(run, '"--data-dir …"'), _export_with(run, "--no-judge")
         reason = (
-            f"{run.folder} was not judged, and was trained on other data than {flags.data_dir} holds: name its own folder, as"
-            f' make export RUN={run.folder} ARGS="--data-dir …", or export without judging: {_without_judging(run)}'
+            f"{run.folder} was not judged, and was trained on other data than {flags.data_dir} holds: name that, as {named},"
+            f" or export without judging: {unjudged}"
         )
         if flags.run:
             raise ExportError(reason)
@@ -152,15 +154,15 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         other.append(run)
     waiting = [run for run in waiting if run not in other]
     for run in waiting:
-        without = _without_judging(run)
+        without = _export_with(run, "--no-judge")
         print(f"{run.folder} was not judged and is judged first; to export without judging: {without}", file=sys.stderr)
     if waiting:
         judge_runs(waiting, flags.data_dir, flags.runs_dir, choose_device("auto"))
     return [run for run in runs if run not in other]
 
 
-def _without_judging(run: Run) -> str:
-    return f"make export RUN={run.folder} ARGS=--no-judge"
+def _export_with(run: Run, flags: str) -> str:
+    return f"make export RUN={shlex.quote(str(run.folder))} ARGS={flags}"
 
 
 def _gallery(flags: argparse.Namespace) -> int:
