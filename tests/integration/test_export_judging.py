@@ -93,7 +93,7 @@ def test_what_was_not_judged_is_judged_first_and_it_is_said_how_to_do_without(
     said = export(tmp_path)
     assert said.returncode == 0, said.stderr
     assert done == ["judged dcgan", "exported mlp", "exported dcgan"]
-    [without] = re.findall(r"Without: (.*)", said.stderr)
+    [without] = re.findall(r"to export without judging: (.*)", said.stderr)
     assert without == f"make export RUN={runs['dcgan'].folder} ARGS=--no-judge"
     done.clear()
     command = subprocess.run(
