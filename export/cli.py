@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import shlex
 import signal
 import sys
 import threading
@@ -31,16 +30,17 @@ from serve.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
-from train.config import DEFAULT_PRESET, PRESETS
-from train.data import DEFAULT_DATA_DIR, load_mnist
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist
 from train.device import choose_device, limit_threads
 from train.errors import TrainError
 from train.evaluation.evaluate import SCORED_SAMPLES, parse_floors
 from train.evaluation.judge import BATCH as JUDGE_BATCH
 from train.evaluation.judge import JUDGE_FOLDER, kept_judge
 from train.models import PointConvTranspose2d, build_generator
+from train.presets import DEFAULT_PRESET, PRESETS
 from train.reports.judging import judge_runs, of_other_data
+from train.runs import each_run, make_arguments, make_variable, moment, newest_finished, newest_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,15 +118,30 @@ def _run(flags: argparse.Namespace) -> int:
         runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")
-    for run in runs:
+    if not flags.run:
+        for run in runs:
+            print(f"the newest finished {run.config.preset} run: {run.folder}, begun {moment(run)}", file=sys.stderr)
+    usable: list[Run] = []
+
+    def check(run: Run) -> None:
         check_run(run, flags.models_dir, flags.name or model_name(run, flags.precision), floors)
+        usable.append(run)
+
+    refused = each_run(runs, check, ExportError, TrainError)
+    runs = usable
     if flags.judge:
         runs = _judged_first(runs, flags)
-    for run in runs:
+    published: list[Path] = []
+
+    def publish(run: Run) -> None:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
-    print(f'next: make serve ARGS="--models-dir {flags.models_dir}"')
-    return 0
+        published.append(done.path)
+
+    status = max(refused, each_run(runs, publish, ExportError, TrainError))
+    if published:
+        print(f"next: make serve{make_arguments('--models-dir', flags.models_dir)}")
+    return status
 
 
 def _left_out(run: Run, floors: Mapping[str, float]) -> bool:
@@ -143,10 +158,10 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         return list(runs)
     data, other = load_mnist(flags.data_dir), []
     for run in (run for run in waiting if of_other_data(run, data)):
-        named, unjudged = _export_with(run, '"--data-dir …"'), _export_with(run, "--no-judge")
         reason = (
-            f"{run.folder} was not judged, and was trained on other data than {flags.data_dir} holds: name that, as {named},"
-            f" or export without judging: {unjudged}"
+            f"{run.folder} was not judged, and was trained on other data than {flags.data_dir} holds: name its own folder, as"
+            f' make export{make_variable("RUN", run.folder)} ARGS="--data-dir …", or export without judging:'
+            f" {_without_judging(run)}"
         )
         if flags.run:
             raise ExportError(reason)
@@ -154,15 +169,15 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         other.append(run)
     waiting = [run for run in waiting if run not in other]
     for run in waiting:
-        without = _export_with(run, "--no-judge")
+        without = _without_judging(run)
         print(f"{run.folder} was not judged and is judged first; to export without judging: {without}", file=sys.stderr)
     if waiting:
         judge_runs(waiting, flags.data_dir, flags.runs_dir, choose_device("auto"))
     return [run for run in runs if run not in other]
 
 
-def _export_with(run: Run, flags: str) -> str:
-    return f"make export RUN={shlex.quote(str(run.folder))} ARGS={flags}"
+def _without_judging(run: Run) -> str:
+    return f"make export{make_variable('RUN', run.folder)} ARGS=--no-judge"
 
 
 def _gallery(flags: argparse.Namespace) -> int:

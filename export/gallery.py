@@ -25,7 +25,7 @@ from export.errors import ExportError
 from export.generator import served_generator, torch_form
 from serve.latents import Span, draw_span, slerp
 from train.checkpoint import Run, latest_checkpoint
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.evaluation import quality
 from train.models import trained_generator
 from train.pictures import save_grid

@@ -24,14 +24,15 @@ from export.server_process import started
 from serve.client import DigitClient
 from serve.dataset.filter import Judge
 from serve.pictures import to_grid, to_png
-from train.bench import milliseconds_per_step
-from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomically
-from train.config import DEFAULT_PRESET, preset
-from train.data import Mnist, load_mnist
-from train.device import choose_device, describe
+from train.checkpoint import Run, latest_checkpoint, write_atomically
+from train.data.mnist import Mnist, load_mnist
+from train.device import choose_device
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
 from train.evaluation.judge import MNIST_CLASSES, check_data, training_seconds
+from train.presets import DEFAULT_PRESET, preset
+from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
+from train.runs import newest_run
 
 EPOCHS = 8
 SCORE_EPOCHS = 3
@@ -90,7 +91,7 @@ def speedrun(options: Options) -> Path:
     figures = stages.run("scoring", lambda: _score(run, data, device, options))
     bundle = stages.run("exporting", lambda: _export(run, options))
     figures |= stages.run("serving", lambda: _serve(bundle, options))
-    figures["parity"] = json.loads((bundle / "parity.json").read_text())["worst_images"]
+    figures["parity"] = json.loads((bundle / "parity.json").read_bytes())["worst_images"]
     return _write_page(options, run, stages.took_s, figures)
 
 
@@ -145,7 +146,7 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
 
 
 def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: dict[str, Any]) -> Path:
-    machine = describe(choose_device("auto"))
+    machine = run.provenance  # what it was trained on, and with how many threads
     total, score = sum(took_s.values()), figures["classification_accuracy_score"]
     error = figures["classification_accuracy_score_error"]
     shown = {
@@ -156,9 +157,9 @@ def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: d
     }
     shown |= {f"time for {name}": _minutes(seconds) for name, seconds in took_s.items()}
     shown["time in all"] = _minutes(total)
-    where = f"{machine['device']}, {machine['device_name']}, {machine['cpu_threads']} threads"
+    where = f"{machine['device']}, {machine['device_name']}, {_counted(machine['cpu_threads'], 'thread')}"
     picture = embedded(options.out / "digits.png")
-    page = rendered(TEMPLATE, preset=run.config.preset, epochs=options.epochs, figures=shown, machine=where, picture=picture)
+    page = rendered(TEMPLATE, preset=run.config.preset, length=_length(run), figures=shown, machine=where, picture=picture)
     path = options.out / "report.html"
     write_atomically(path, lambda stream: stream.write(page))
     for name, value in shown.items():
@@ -173,6 +174,15 @@ def _command(module: str, *flags: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *flags], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise ExportError(f"python -m {module} {' '.join(flags)} ended with status {done.returncode}; its own error is above")
+
+
+def _length(run: Run) -> str:
+    """How long a run was trained, by its own config: flags behind ``--`` may have changed it."""
+    return _counted(run.config.steps, "step") if run.config.steps else _counted(run.config.epochs, "epoch")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _minutes(seconds: float) -> str:

@@ -36,16 +36,17 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
     """A block that one process or thread at a time is in, of those that ask for the same folder.
 
-    Raises OSError without such a folder, or when another stays in its block for longer than ``LOCK_WAIT_S``.
+    Raises OSError without such a folder, or BlockingIOError when another stays in its block for longer than ``wait_s``
+    (``LOCK_WAIT_S``).
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + LOCK_WAIT_S
+        deadline = time.monotonic() + (LOCK_WAIT_S if wait_s is None else wait_s)
         while not _has_locked(handle):
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise OSError(errno.EAGAIN, f"another process has locked {folder}")
             time.sleep(LOOK_S)
         yield
@@ -87,7 +88,12 @@ def remove_abandoned(path: Path) -> None:
 
     Nothing is removed where the file system has no locks.
     """
-    for each in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 2 * NAME_BYTES}"):
+    remove_abandoned_in(path.parent, glob.escape(path.name))
+
+
+def remove_abandoned_in(folder: Path, names: str = "*") -> None:
+    """The same for all files of a folder whose names match a pattern."""
+    for each in folder.glob(f".{names}-{'[0-9a-f]' * 2 * NAME_BYTES}"):
         with contextlib.suppress(OSError), each.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             each.unlink()

@@ -16,7 +16,7 @@ from serve.dataset.filter import PIXELS, PROBABILITIES, TRAINED_ON
 from serve.dataset.filter import Judge as ExportedJudge
 from serve.errors import SettingsError
 from serve.files import replace_file
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.evaluation.judge import Judge
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability

@@ -177,7 +177,7 @@ def _picture(digits: Digits) -> web.Response:
 
 
 def _file(path: Path, kind: str) -> Callable[[web.Request], Awaitable[web.Response]]:
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
 
     async def send(request: web.Request) -> web.Response:
         return web.Response(text=content, content_type=kind, headers=HEADERS)

@@ -85,7 +85,7 @@ class Instance:
 
     def _work(self, dispatcher: Dispatcher) -> None:
         with suppress(OSError):  # for top and ps, on Linux
-            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(threading.current_thread().name)
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_bytes(threading.current_thread().name.encode())
         try:
             engine = self._make_engine()
         except BaseException as error:

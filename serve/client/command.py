@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.diagnosis import described
-from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, failed
+from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, encodable, failed
 from serve.errors import SettingsError
 from serve.pictures import to_grid, to_png
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return failed(f"cannot write {flags.out} ({error.strerror}); name another file with --out", 1)
     with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
-        print(as_text(digits.pixels, columns=5))
+        print(encodable(as_text(digits.pixels, columns=5)))
     print(
         f"{flags.out}: {len(digits.pixels)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
         f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"

@@ -54,7 +54,7 @@ from serve.pb.digits.v1 import digits_pb2
 from serve.pb.inference import open_inference_pb2
 from serve.settings import DEFAULT_MODEL, Settings
 from tests.fake_wire import FakeWire
-from train.data import read_idx
+from train.data.files import read_idx
 from train.errors import DataError
 
 MAX_COUNT = 64

@@ -33,7 +33,7 @@ from tests.conftest import SUBSET
 from tests.server_process import ServerProcess
 from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
-from train.config import preset
+from train.presets import preset
 from train.reports.reference import NOTEBOOK_MLP_LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> No
     assert [line.split()[0] for line in said.splitlines() if line.endswith("outside")] == [str(int(marks[3, 0]))]
     status, said = compare(marks[:-1])
     assert status == 2
-    assert f"has no log point at step {int(marks[-1, 0])} yet" in said
+    assert f"has no log point at step {int(marks[-1, 0])};" in said
 
 
 @pytest.mark.long
@@ -292,6 +292,8 @@ def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     for figure in ("classification accuracy score", "digits read as their labels", "a call for one digit, median", "time in all"):
         assert figure in page
+    assert "rpgan in 2 epochs" in page
+    assert re.search(r"served on cpu, [^,]*, 1 thread\.", page), "as it was trained, not as this process is"
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (280, 280), "ten of each digit"
     manifest = read_bundle(tmp_path / "models" / "rpgan" / "1").manifest

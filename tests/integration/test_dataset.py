@@ -31,7 +31,7 @@ from tests.full_disk import files_of_at_most
 from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
-from train.data import load_mnist
+from train.data.mnist import load_mnist
 
 COUNT = 3001
 BASE = ["write", "--model=mlp", "--provider=cpu", "--seed=7", "--start=100", f"--count={COUNT}"]

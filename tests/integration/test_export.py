@@ -43,9 +43,10 @@ from tests.command_lines import in_process
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
-from train.config import TrainConfig, preset
+from train.config import TrainConfig
 from train.errors import TrainError
 from train.models import LabelledNorm, build_generator
+from train.presets import preset
 
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},
@@ -461,6 +462,7 @@ def test_a_run_that_was_judged_carries_its_quality_into_the_bundle(make_run: Cal
     bundle = read_bundle(export_run(run, tmp_path / "models", floors=floors).path)
     assert json.loads(bundle.quality_json) == QUALITY
     assert "quality.json" in bundle.manifest.files
+    assert bundle.manifest.training["data"] == "not known"
 
 
 @pytest.mark.parametrize(
@@ -470,6 +472,7 @@ def test_a_run_that_was_judged_carries_its_quality_into_the_bundle(make_run: Cal
         ("label_accuracy=0.9,frechet_distance=8.5", r"frechet_distance of .* is 9\b.* at most 8\.5"),
         ("classification_accuracy_score=0.1", "classification_accuracy_score of .* not known"),
         ("beauty=1", "--min-quality: 'beauty'"),
+        ("recall=nan", "--min-quality: recall needs a finite number, got 'nan'"),
     ],
 )
 def test_a_run_below_a_floor_is_not_exported(floors: str, message: str, make_run: Callable[[str], Run], tmp_path: Path) -> None:
@@ -487,6 +490,9 @@ def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_ru
         export_run(run, tmp_path / "models", floors={"recall": 0.1})
     write_json(run.folder / "quality.json", QUALITY | {"step": 6})
     with pytest.raises(ExportError, match=r"step 6\b.*step 7\b.*evaluate"):
+        export_run(run, tmp_path / "models")
+    write_json(run.folder / "quality.json", QUALITY | {"weights": "0" * 64})
+    with pytest.raises(ExportError, match=r"quality\.json is of other weights than those of .*evaluate"):
         export_run(run, tmp_path / "models")
     (run.folder / "quality.json").write_text("[]")
     with pytest.raises(ExportError, match=r"quality\.json.*evaluate"):

@@ -22,7 +22,7 @@ from tests.conftest import SUBSET
 from tests.other_data import write_patterns
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
 from train.cli import main as train_main
-from train.config import preset
+from train.presets import preset
 
 ROOT = Path(__file__).parents[2]
 QUALITY = {"step": 7, "model": {"recall": 0.5}}
@@ -136,7 +136,7 @@ def test_after_training_on_other_data_the_advice_leads_to_a_bundle(tmp_path: Pat
     command = advice.replace("make ", "make -o .venv/.all ")
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     followed = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500, check=False
     )
     assert followed.returncode == 0, followed.stderr
     [kept] = re.findall(r"^the judge is kept as (.*)$", followed.stderr, re.MULTILINE)

@@ -24,12 +24,12 @@ from serve.dataset.filter import Judge as ExportedJudge
 from serve.errors import SettingsError
 from tests.other_data import write_patterns
 from train.checkpoint import Run, create_run, save_checkpoint
-from train.config import preset
-from train.data import Mnist, load_mnist, read_dataset, training_examples
+from train.data.mnist import Mnist, load_mnist, read_dataset, training_examples
 from train.errors import DataError, QualityError
 from train.evaluation import judge
 from train.evaluation.evaluate import Evaluator, scored_by_training
 from train.models import build_generator
+from train.presets import preset
 from train.reports import judging
 from train.run_command import _next
 

@@ -16,12 +16,13 @@ from torch import nn
 
 from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
-from train.config import preset
-from train.data import DIGESTS, load_mnist
+from train.data.files import DIGESTS
+from train.data.mnist import load_mnist
 from train.errors import QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
+from train.presets import preset
 
 CPU = torch.device("cpu")
 SCORED = 64  # digits that the classifier for a score is trained on
@@ -209,6 +210,7 @@ def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
     run = small_run(tmp_path, "cdcgan")
     monkeypatch.setattr(evaluate, "trained_generator", lambda *_: Copying(data.train_images, data.train_labels))
     report = evaluator.evaluate(run)
+    assert re.fullmatch("[0-9a-f]{64}", report["weights"])
     model, real = report["model"], report["real"]
     assert model["nearest_training_image"] < 0.01 < real["nearest_training_image"]
     assert model["class_imbalance"] < 0.5

@@ -9,6 +9,7 @@ labels the judge is least and most confident, ``worst.png`` and ``best.png``.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from train.checkpoint import Run, latest_checkpoint, write_json
 from train.config import TrainConfig
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.errors import QualityError
 from train.evaluation import quality
 from train.evaluation.judge import EPOCHS, Judge, train_judge
-from train.models import trained_generator
+from train.models import trained_generator, weights_digest
 from train.pictures import save_grid
 
 QUALITY_FILE = "quality.json"
@@ -140,6 +141,7 @@ class Evaluator:
         checkpoint = latest_checkpoint(run)
         report = {
             "step": checkpoint["step"],
+            "weights": weights_digest(trained_generator(run.config, checkpoint)),
             "data": self._data.digests,
             "samples": len(self._labels),
             "labels": "the test set's" if scored_by_training(run, self._data) else None,
@@ -259,8 +261,10 @@ def parse_floors(text: str) -> dict[str, float]:
             raise QualityError(f"--min-quality: {name[:64]!r} is unknown; there are {', '.join(HIGHER_IS_BETTER)}")
         try:
             floors[name] = float(value)
+            if not math.isfinite(floors[name]):
+                raise ValueError(value)
         except ValueError:
-            raise QualityError(f"--min-quality: {name} needs a number, got {value[:64]!r}") from None
+            raise QualityError(f"--min-quality: {name} needs a finite number, got {value[:64]!r}") from None
     return floors
 
 

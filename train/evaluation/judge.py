@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
-from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint, write_atomically, write_json
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.device import has_bf16
 from train.errors import QualityError
 from train.evaluation import quality
+from train.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def train_judge(
         pixels, labels = pixels.to(device), labels.to(device)
         mixed = has_bf16(device)
         judge.train()
-        with tqdm(total=epochs * batches, desc=what or network.name, unit="step", mininterval=1, disable=what is None) as bar:
+        with progress_bar(epochs * batches, what or network.name, disable=what is None) as bar:
             for _ in range(epochs):
                 for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                     images = moved(pixels[chosen].unsqueeze(1).float() / 255)

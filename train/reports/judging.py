@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from train.checkpoint import Run
-from train.data import Mnist, load_mnist, read_dataset
+from train.data.mnist import Mnist, load_mnist, read_dataset
 from train.evaluation.evaluate import Evaluator, digits_of, scored_by_training
 from train.evaluation.judge import (
     BATCH,
