@@ -118,6 +118,7 @@ def test_a_run_of_other_data_is_not_judged_by_mnist(make_run: Callable[..., Run]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1600)  # three classifiers are trained, on a machine that may have other things to do
 def test_after_training_on_other_data_the_advice_leads_to_a_bundle(tmp_path: Path) -> None:
     data = write_patterns(tmp_path / "data", 5, train=1000, test=128)
     small = [
