@@ -97,10 +97,16 @@ build/hub/.ready: .venv/.all
 	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
 	@touch $@
 
+# The oldest ONNX Runtime that reads the graphs, other runtimes and optimizers: each needs versions that we do not have.
+build/other-runtimes/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/other-runtimes
+	build/other-runtimes/bin/python -m pip install --quiet onnxruntime==1.15.1 'numpy<2' onnx openvino onnxslim onnxsim
+	@touch $@
+
 test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready build/other-runtimes/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report

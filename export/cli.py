@@ -167,7 +167,8 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         other.append(run)
     waiting = [run for run in waiting if run not in other]
     for run in waiting:
-        print(f"{run.folder} was not judged; it is judged first. Without: {_without_judging(run)}", file=sys.stderr)
+        without = _without_judging(run)
+        print(f"{run.folder} was not judged and is judged first; to export without judging: {without}", file=sys.stderr)
     if waiting:
         judge_runs(waiting, flags.data_dir, flags.runs_dir, choose_device("auto"))
     return [run for run in runs if run not in other]

@@ -106,6 +106,11 @@ class DigitService:
             training_json=json.dumps(manifest.training),
             parity_json=model.bundle.parity_json,
             precision=manifest.precision,
+            tolerance=pb.Tolerance(
+                images=manifest.tolerance.images,
+                pixel_levels=manifest.tolerance.pixel_levels,
+                pixel_identical_share=manifest.tolerance.pixel_identical_share,
+            ),
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
             batch_invariant=model.batch_invariant,

@@ -118,6 +118,7 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
     manifest = bundles[half.path].manifest
     assert (manifest.precision, manifest.tolerance) == ("fp16", parity.FP16_TOLERANCE)
     assert len(bundles[half.path].model) < 0.7 * len(bundles[full.path].model)
+    assert onnx.load_from_string(bundles[half.path].model).ir_version == 8
     graph = onnx.load_from_string(bundles[half.path].model).graph
     assert {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
         "latents": onnx.TensorProto.FLOAT, "images": onnx.TensorProto.FLOAT, "pixels": onnx.TensorProto.UINT8,
@@ -176,6 +177,9 @@ def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
     bundle = read_bundle(first.path)
     assert bundle.manifest.training["step"] == 7
     assert bundle.manifest.latent_size == run.config.latent_size
+    graph = onnx.load_from_string(bundle.model)
+    assert (graph.ir_version, graph.opset_import[0].version) == (8, 18), "which ONNX Runtime 1.15 reads"
+    assert bundle.manifest.opset == 18
     report = json.loads(bundle.parity_json)
     assert report["batch_sizes"] == [1, 2, 3, 7, 64, 257]
     assert {"eager", "torchscript", "onnxruntime-cpu"} <= set(report["forms"])
