@@ -78,9 +78,8 @@ evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each p
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
-	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(call quoted,$(RUN)))
-	@$(BIN)/python -m export $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16, ARGS=--no-judge)
+	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
 	@$(BIN)/python -m export speedrun $(ARGS)
@@ -209,12 +208,13 @@ protos: build/proto-tools/.ready ## generate serve/pb from protos/
 
 # What callers have: the last tag's protos, and before there is a tag those of the committed image.
 TAG := $(shell git describe --tags --abbrev=0 2>/dev/null)
-RELEASED := $(if $(TAG),.git\#tag=$(TAG)$(comma)subdir=protos,protos/released.binpb)
+hash := \#
+RELEASED := $(if $(TAG),.git$(hash)tag=$(TAG)$(comma)subdir=protos,protos/released.binpb)
 PROTOS ?= protos
 
 protos-check: build/proto-tools/.ready ## lint protos/ and compare them with the last release: nothing that callers use may change
 	build/proto-tools/bin/buf lint $(PROTOS)
 	build/proto-tools/bin/buf breaking $(PROTOS) --against '$(RELEASED)'
 
-clean: ## delete what was built, not what was trained or exported
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## delete what was built, not what was trained, exported or installed (.venv)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

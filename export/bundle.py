@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,6 +56,7 @@ GOLDEN_SEED, GOLDEN_COUNT = 20_260_101, 8
 PREVIEW_SEED, PREVIEW_SIDE = 0, 8
 # What ``python -m export batch-size`` chooses for the bundled models; the mlp's on CUDA by the times of docs/measurements.md.
 BATCH_SIZES = {"mlp": {"cpu": 64, "cuda": 4096}, "dcgan": {"cpu": 8}, "cdcgan": {"cpu": 8}, "rpgan": {"cpu": 8}}
+ABANDONED_S = 3600.0
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 
 
@@ -79,13 +81,8 @@ def export_run(
     The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
     what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
     """
-    name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
-    if not NAME_PATTERN.fullmatch(name):
-        raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
-    if not run.finished:
-        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
-        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
-    checkpoint = final_checkpoint(run)
+    name = name or model_name(run, precision)
+    checkpoint = check_run(run, models_dir, name, floors or {})
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
     graph = to_onnx(fold(served), run.config)
@@ -122,6 +119,40 @@ def export_run(
     files[PARITY_FILE] = (json.dumps(report, indent=2) + "\n").encode()
     path = _publish(models_dir, manifest, files)
     return Exported(path, report["worst_images"], report["worst_pixel_levels"])
+
+
+def model_name(run: Run, precision: Precision) -> str:
+    """The name that a run's model has unless another is given."""
+    return run.config.preset + ("-fp16" if precision == "fp16" else "")
+
+
+def check_run(run: Run, models_dir: Path, name: str, floors: Mapping[str, float]) -> dict[str, Any]:
+    """What can be refused before anything is judged or exported; returns the run's last checkpoint. Raises ExportError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
+    if not run.finished:
+        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
+        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
+    if of_labels := floors_of_labels(run, floors):
+        missing = f"{of_labels[0]} of {run.folder} is not known of a model without labels"
+        raise ExportError(f"--min-quality: {missing}, and must be at least {floors[of_labels[0]]:g}")
+    there = next(each for each in (models_dir / name, models_dir, *models_dir.absolute().parents) if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ExportError(f"cannot write a bundle to {there}; name another folder with --models-dir")
+    return final_checkpoint(run)
+
+
+def floors_of_labels(run: Run, floors: Mapping[str, float]) -> list[str]:
+    """Those of ``floors`` that the run cannot reach: they are known of conditional models alone."""
+    return [] if run.config.labels else sorted(evaluate.OF_LABELS & floors.keys())
+
+
+def judged(run: Run) -> bool:
+    """Whether the run has a quality.json of its last step that can be read."""
+    try:
+        return _quality(run, final_checkpoint(run), {}) is not None
+    except ExportError:
+        return False
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -192,7 +223,8 @@ def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float
         step, reached = report["step"], report["model"]
         if step != checkpoint["step"]:
             raise ExportError(f"{path} is of step {step}, and the run has come to step {checkpoint['step']}; {way_out}")
-        if report.get("weights", weights := weights_digest(trained_generator(run.config, checkpoint))) != weights:
+        weights = report.get("weights")  # reports of before 2026-12 do not have it
+        if weights is not None and weights != weights_digest(trained_generator(run.config, checkpoint)):
             raise ExportError(f"{path} is of other weights than those of {run.folder}; {way_out}")
         for figure, floor in floors.items():
             value = reached[figure]
@@ -210,6 +242,9 @@ def _publish(models_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> P
     parent = models_dir / manifest.name
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in parent.glob(".new-*"):  # by a killed process: writing takes a second
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
         try:
             for name, content in files.items():

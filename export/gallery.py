@@ -84,7 +84,7 @@ class Gallery:
 
     def _truncation(self) -> Pixels:
         spans = [Span(SEED, 0, COLUMNS, truncation=truncation) for truncation in TRUNCATIONS]
-        labels = np.full(COLUMNS, TRUNCATED_LABEL) if self._run.config.conditional else None
+        labels = np.full(COLUMNS, min(TRUNCATED_LABEL, self._rows - 1)) if self._run.config.conditional else None
         return np.concatenate([self._of(span, labels) for span in spans])
 
     def _interpolation(self) -> Pixels:

@@ -26,9 +26,9 @@ from serve.client.again import origin_of
 from serve.dataset.filter import Judge
 from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.data.mnist import Mnist, load_mnist
-from train.device import choose_device, describe
+from train.device import choose_device
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.evaluation.judge import training_seconds
+from train.evaluation.judge import MNIST_CLASSES, training_seconds
 from train.presets import DEFAULT_PRESET, preset
 from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
@@ -79,6 +79,11 @@ def speedrun(options: Options) -> Path:
     """Run all of it in ``options.out`` and return the page. Raises ExportError when a command fails."""
     device = choose_device("auto")
     data = load_mnist(options.data_dir)
+    if data.classes != MNIST_CLASSES:
+        raise ExportError(
+            f"{options.data_dir} has {data.classes} classes, and the speedrun takes data with {MNIST_CLASSES}, as MNIST has; for"
+            " others there are make train, make evaluate and make export"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     stages = Stages(_foretold(data, device, options))
     run = stages.run("training", lambda: _train(options))
@@ -140,20 +145,20 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
 
 
 def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: dict[str, Any]) -> Path:
-    machine = describe(choose_device("auto"))
+    machine = run.provenance  # what it was trained on, and with how many threads
     total, score = sum(took_s.values()), figures["classification_accuracy_score"]
     error = figures["classification_accuracy_score_error"]
     shown = {
         "classification accuracy score": f"{score:.2%} ± {error * 100:.2f}",
-        "digits read as their labels": f"{figures['label_accuracy']:.2%}",
+        "digits read as their labels, by a judge of MNIST": f"{figures['label_accuracy']:.2%}",
         "worst difference between PyTorch and ONNX Runtime, of the image range": f"{figures['parity']:.2g}",
         "a call for one digit, median": f"{figures['call_ms']:.1f} ms",
     }
     shown |= {f"time for {name}": _minutes(seconds) for name, seconds in took_s.items()}
     shown["time in all"] = _minutes(total)
-    where = f"{machine['device']}, {machine['device_name']}, {machine['cpu_threads']} threads"
+    where = f"{machine['device']}, {machine['device_name']}, {_counted(machine['cpu_threads'], 'thread')}"
     picture = embedded(options.out / "digits.png")
-    page = rendered(TEMPLATE, preset=run.config.preset, epochs=options.epochs, figures=shown, machine=where, picture=picture)
+    page = rendered(TEMPLATE, preset=run.config.preset, length=_length(run), figures=shown, machine=where, picture=picture)
     path = options.out / "report.html"
     write_atomically(path, lambda stream: stream.write(page))
     for name, value in shown.items():
@@ -168,6 +173,15 @@ def _command(module: str, *flags: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *flags], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise ExportError(f"python -m {module} {' '.join(flags)} ended with status {done.returncode}; its own error is above")
+
+
+def _length(run: Run) -> str:
+    """How long a run was trained, by its own config: flags behind ``--`` may have changed it."""
+    return _counted(run.config.steps, "step") if run.config.steps else _counted(run.config.epochs, "epoch")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _minutes(seconds: float) -> str:

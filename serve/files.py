@@ -8,7 +8,6 @@ import fcntl
 import glob
 import logging
 import os
-import re
 import secrets
 import stat
 import time
@@ -24,8 +23,7 @@ log = logging.getLogger(__name__)
 
 LOCK_WAIT_S, LOOK_S = 10.0, 0.02
 MOST_BYTES = 1 << 20  # of a file that is watched
-
-_LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}", re.DOTALL)
+NAME_BYTES = 8  # drawn for the name of a file that is being written
 
 FileState = tuple[int, int, int, int]
 ValueT = TypeVar("ValueT")
@@ -60,25 +58,24 @@ def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
 def replacing(paths: Sequence[Path], mode: int | None = None) -> Iterator[Sequence[IO[bytes]]]:
     """A block that writes files: at its end they take the places of ``paths``, in that order; if it raises, they are gone.
 
-    With a ``mode`` these are their permissions, and until then they are for their owner alone.
+    With a ``mode`` these are their permissions, and until then they are for their owner alone. What a killed process left of the
+    same files is removed.
     """
+    # Not by the process's number: in containers that share a volume it is 1 for all.
+    beside = [path.with_name(f".{path.name}-{secrets.token_hex(NAME_BYTES)}") for path in paths]
     for path in paths:
-        clear_leftovers(path.parent, glob.escape(path.name))
-    beside: list[Path] = []
+        remove_abandoned(path)
     opener = partial(os.open, mode=0o666 if mode is None else 0o600)
     try:
         with ExitStack() as stack:
-            files = []
-            for path in paths:
-                files.append(stack.enter_context(_opened_beside(path, opener)))
-                beside.append(Path(files[-1].name))
+            files = [stack.enter_context(_made_and_locked(each, opener)) for each in beside]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if mode is not None:
                     os.fchmod(file.fileno(), mode)
-            for each, path in zip(beside, paths, strict=True):  # before their locks go
+            for each, path in zip(beside, paths, strict=True):  # still locked
                 each.replace(path)
     finally:
         for each in beside:
@@ -86,36 +83,30 @@ def replacing(paths: Sequence[Path], mode: int | None = None) -> Iterator[Sequen
                 each.unlink()
 
 
-def _opened_beside(path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
-    while True:
-        # Not by the process's number: in containers that share a volume it is 1 for all.
-        file = open(path.with_name(f".{path.name}-{secrets.token_hex(8)}"), "xb", opener=opener)  # noqa: SIM115
-        _has_locked(file.fileno())  # until it is closed: it is no leftover
-        if Path(file.name).exists():  # or another process has cleared it away before it was locked
-            return file
-        file.close()
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of a file that they were to write: nobody has locked it.
 
-
-def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes have left beside the files of that name (a pattern), which ``replacing`` was to write.
-
-    What is being written has a lock on it, and so stays.
+    Nothing is removed where the file system has no locks.
     """
-    with contextlib.suppress(OSError):
-        for each in folder.glob(f".{name}-*"):
-            if _LEFTOVER.fullmatch(each.name) and _is_left(each):
-                each.unlink(missing_ok=True)
+    remove_abandoned_in(path.parent, glob.escape(path.name))
 
 
-def _is_left(path: Path) -> bool:
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody's, or on a file system without locks
-        return False
-    finally:
-        os.close(handle)
-    return True
+def remove_abandoned_in(folder: Path, names: str = "*") -> None:
+    """The same for all files of a folder whose names match a pattern."""
+    for each in folder.glob(f".{names}-{'[0-9a-f]' * 2 * NAME_BYTES}"):
+        with contextlib.suppress(OSError), each.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            each.unlink()
+
+
+def _made_and_locked(path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
+    """A new file, locked for as long as it is open."""
+    while True:
+        file = open(path, "xb", opener=opener)  # noqa: SIM115  # whoever it is returned to closes it
+        if _has_locked(file.fileno()) and path.exists():
+            return file
+        file.close()  # another process took it for an abandoned one
+        path.unlink(missing_ok=True)
 
 
 def _has_locked(handle: int) -> bool:

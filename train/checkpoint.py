@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from serve.files import clear_leftovers, locked, replacing
+from serve.files import locked, remove_abandoned_in, replacing
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, OtherVersionError
 
@@ -154,7 +154,7 @@ def held(run: Run) -> Iterator[None]:
         except BlockingIOError:
             raise CheckpointError(f"{run.folder} is being trained by another process; let it end, or stop it first") from None
         for folder in (run.folder, run.folder / "checkpoints", run.pictures):
-            clear_leftovers(folder)
+            remove_abandoned_in(folder)
         yield
 
 

@@ -11,19 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from serve.command_line import OneLineParser
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
 from train.config import TrainConfig
-from train.data.mnist import DEFAULT_DATA_DIR, load_mnist, read_dataset
+from train.data.mnist import DEFAULT_DATA_DIR
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
 from train.evaluation import evaluate
-from train.evaluation.judge import BATCH as JUDGE_BATCH
-from train.evaluation.judge import JUDGE_FOLDER
 from train.presets import PRESETS
-from train.reports import activations, bench, overview, reference
+from train.reports import activations, bench, judging, overview, reference
 from train.reports.run_page import write_page
 from train.run_command import NEWEST, train
 from train.runs import each_run, newest_finished
@@ -173,9 +169,7 @@ def _evaluate(flags: argparse.Namespace) -> int:
     _check_scores(flags.scores)
     device = prepare_machine(flags.device, flags.threads)
     if flags.dataset:
-        pixels, labels = read_dataset(flags.dataset, least=JUDGE_BATCH)
-        whose = str(flags.dataset)
-        report = _evaluator(flags, device, [whose]).dataset(pixels, labels, whose)
+        report = judging.judge_dataset(flags.dataset, flags.data_dir, flags.runs_dir, device, flags.scores)
         print(evaluate.table([(flags.dataset.resolve().name, report)]))
         return 0
     runs = _chosen_runs(flags)
@@ -183,21 +177,9 @@ def _evaluate(flags: argparse.Namespace) -> int:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
         if not runs:
             return 0
-    evaluator = _evaluator(flags, device, [evaluate.digits_of(run) for run in runs if evaluate.scored_by_training(run)])
-    reports = []
-    for run in runs:
-        reports.append((run.config.preset, evaluator.evaluate(run)))
-        write_page(run)
-    print(evaluate.table(reports))
+    reports = judging.judge_runs(runs, flags.data_dir, flags.runs_dir, device, flags.scores)
+    print(evaluate.table([(run.config.preset, report) for run, report in zip(runs, reports, strict=True)]))
     return 0
-
-
-def _evaluator(flags: argparse.Namespace, device: torch.device, trained_on: Sequence[str]) -> evaluate.Evaluator:
-    """Says beforehand about how long it takes to judge what classifiers are ``trained_on``."""
-    data = load_mnist(flags.data_dir)
-    folder = flags.runs_dir / JUDGE_FOLDER
-    print(evaluate.foretold(data, trained_on, folder, device, flags.scores), file=sys.stderr)
-    return evaluate.kept_evaluator(data, folder, device, flags.scores)
 
 
 def _bench(flags: argparse.Namespace) -> int:

@@ -91,10 +91,8 @@ def _fit(trainer: Trainer, flags: argparse.Namespace) -> int:
         return 0
     activations.draw(run, 0)
     write_page(run)  # with them
-    which = make_variable("RUN", run.folder)
     own_data = make_arguments("--data-dir", flags.data_dir) if flags.data_dir != DEFAULT_DATA_DIR else ""
-    judged_first = f"make evaluate{which}{own_data} && " if own_data else ""
-    print(f"finished: {run.folder}\nnext: {judged_first}make export{which}")
+    print(f"finished: {run.folder}\nnext: make export{make_variable('RUN', run.folder)}{own_data}")
     return 0
 
 

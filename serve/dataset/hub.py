@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.dataset.joining import Whole, split
+from serve.dataset.joining import Whole
 from serve.dataset.verifying import check_bundle
 from serve.errors import SettingsError
 from serve.files import replacing
@@ -59,7 +59,7 @@ def _features(classes: int) -> dict[str, Any]:
 def _files(folder: Path, whole: Whole) -> dict[Path, tuple[int, int]]:
     """The files, with the place of the first digit in each and how many it holds."""
     found = {}
-    for part, (first, count) in split(whole.dataset).items():
+    for part, (first, count) in whole.split().items():
         rows = max(ROWS_A_FILE, -(-count // MOST_FILES))
         begins = range(first, first + count, rows)
         for number, begin in enumerate(begins):
@@ -86,7 +86,7 @@ def _rows(whole: Whole, first: int, count: int) -> Iterator[dict[str, list[Any]]
 def card(whole: Whole, bundle: Bundle) -> str:
     """``README.md``: what the Hub reads of it, and what people do."""
     dataset, manifest = whole.dataset, bundle.manifest
-    parts = {part: count for part, (_, count) in split(dataset).items() if count}
+    parts = {part: count for part, (_, count) in whole.split().items() if count}
     files = "".join(f"\n  - split: {part}\n    path: data/{part}-*" for part in parts)
     names = "".join(f'\n          "{number}": "{number}"' for number in range(dataset.classes))
     label = f"\n  - name: label\n    dtype:\n      class_label:\n        names:{names}" if names else ""

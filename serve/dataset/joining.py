@@ -1,12 +1,16 @@
-"""Joins shards into files in common formats: MNIST's idx files, one npz file for numpy, or Parquet (hub.py)."""
+"""Joins shards into files in common formats: MNIST's idx files, npz files for numpy and Keras, or Parquet (hub.py).
+
+All digits are training digits, unless a share of them, the last ones, is wanted as test digits.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,7 +23,7 @@ from serve.files import replacing
 UNKNOWN_LABEL = 255
 LABELS_AT_ONCE = 1 << 16
 COPY_BYTES = 1 << 20
-TEST_SHARE = 7  # one digit in so many goes to the test files, as in MNIST
+SUMS_FILE = "SHA256SUMS"  # as sha256sum writes it; training checks the files by it
 IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # http://yann.lecun.com/exdb/mnist
 
 
@@ -29,6 +33,7 @@ class Whole(NamedTuple):
     folder: Path
     dataset: Dataset
     parts: Sequence[Path]
+    test: int = 0  # of its digits, the last ones, are test digits
 
     def pixels(self, first: int, count: int) -> Iterator[bytes]:
         """One byte a pixel, some at a time, from the ``first``-th digit on."""
@@ -56,22 +61,31 @@ class Whole(NamedTuple):
             return self.dataset.start + np.arange(first, first + count)
         return _stored_indices(self.folder, self.dataset, first, count)
 
+    def split(self) -> dict[str, tuple[int, int]]:
+        """The place of the first digit of the training part and of the test part, and how many each has."""
+        train = self.dataset.count - self.test
+        return {"train": (0, train), "test": (train, self.test)}
 
-def open_whole(folder: Path) -> Whole:
-    """Raises SettingsError naming the first shard that is missing."""
+
+def open_whole(folder: Path, test_share: float = 0.0) -> Whole:
+    """Raises SettingsError naming the first shard that is missing, or ``--test-share`` where it leaves one part empty."""
     dataset = read_header(folder)
+    test = round(dataset.count * test_share)
+    if test_share and not 0 < test < dataset.count:
+        text = f"--test-share {test_share:g} makes {test} test digits of {dataset.count}; give another, or leave it out"
+        raise SettingsError(text)
     parts = []
     for shard in range(dataset.shards):
         part, wanted = dataset.shard_file(folder, shard), dataset.shard_range(shard)[1] * dataset.height * dataset.width
         if not part.exists() or part.stat().st_size != wanted:
             raise SettingsError(f"{part} is missing or not whole; write it with --shard {shard}")
         parts.append(part)
-    return Whole(folder, dataset, parts)
+    return Whole(folder, dataset, parts, test)
 
 
-def join(folder: Path, write: Callable[[Whole], list[Path]]) -> list[Path]:
-    """Join all shards into one of the formats; returns its files. Raises SettingsError."""
-    whole = open_whole(folder)
+def join(folder: Path, write: Callable[[Whole], list[Path]], test_share: float = 0.0) -> list[Path]:
+    """Join all shards into one of the formats, ``test_share`` of them as test digits; returns its files. Raises SettingsError."""
+    whole = open_whole(folder, test_share)
     if whole.dataset.filter:
         whole = whole._replace(dataset=_with_refused_share(whole))
     return write(whole)
@@ -105,23 +119,30 @@ def _with_refused_share(whole: Whole) -> Dataset:
 
 
 def write_idx(whole: Whole) -> list[Path]:
-    """MNIST's four files below ``MNIST/raw``, where torchvision's class of that name looks for them."""
+    """MNIST's four files below ``MNIST/raw``, where torchvision's class of that name looks for them, and their digests."""
     raw, dataset = whole.folder / "MNIST" / "raw", whole.dataset
     raw.mkdir(parents=True, exist_ok=True)
     paths = [raw / f"{kind}-{what}-ubyte" for kind in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
-    with replacing(paths) as files:
-        for (skip, count), images, labels in zip(split(dataset).values(), files[::2], files[1::2], strict=True):
-            images.write(struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width))
-            images.writelines(whole.pixels(skip, count))
-            labels.write(struct.pack(">2I", LABELS_MAGIC, count))
-            labels.writelines(whole.labels(skip, count))
+    paths.append(raw / SUMS_FILE)
+    sums = []
+    with replacing(paths) as (*files, sums_file):
+        for (skip, count), images, labels in zip(whole.split().values(), files[::2], files[1::2], strict=True):
+            head = struct.pack(">4I", IMAGES_MAGIC, count, dataset.height, dataset.width)
+            sums.append(_write(images, head, whole.pixels(skip, count)))
+            sums.append(_write(labels, struct.pack(">2I", LABELS_MAGIC, count), whole.labels(skip, count)))
+        lines = (f"{digest}  {path.name}\n" for digest, path in zip(sums, paths, strict=False))
+        sums_file.write("".join(lines).encode())
     return paths
 
 
-def split(dataset: Dataset) -> dict[str, tuple[int, int]]:
-    """The place of the first digit of the training set and of the test set, and how many each has."""
-    test = dataset.count // TEST_SHARE
-    return {"train": (0, dataset.count - test), "test": (dataset.count - test, test)}
+def _write(file: IO[bytes], head: bytes, pieces: Iterable[bytes]) -> str:
+    """Write all of it; returns its SHA-256."""
+    digest = hashlib.sha256(head)
+    file.write(head)
+    for some in pieces:
+        digest.update(some)
+        file.write(some)
+    return digest.hexdigest()
 
 
 def write_npz(whole: Whole) -> list[Path]:
@@ -130,6 +151,8 @@ def write_npz(whole: Whole) -> list[Path]:
     Of a filtered data set also ``indices`` int64 (count,): where in the stream each digit is.
     """
     path, dataset = whole.folder / "digits.npz", whole.dataset
+    if whole.test:
+        raise SettingsError("--test-share is not for npz, which is one part; leave it out, or join as idx, keras or parquet")
     shape = (dataset.count, dataset.height, dataset.width)
     arrays = {
         "images": ("|u1", shape, whole.pixels(0, dataset.count)),
@@ -138,7 +161,22 @@ def write_npz(whole: Whole) -> list[Path]:
     if dataset.filter:
         indices = [dataset.indices_file(whole.folder, shard) for shard in range(dataset.shards)]
         arrays["indices"] = "<i8", shape[:1], _pieces(indices, 0, 8 * dataset.count)
-    with replacing([path]) as (file_,), zipfile.ZipFile(file_, "w") as archive:
+    return _write_npz(path, arrays)
+
+
+def write_keras(whole: Whole) -> list[Path]:
+    """``x_train``, ``y_train``, ``x_test`` and ``y_test``, as in the ``mnist.npz`` of Keras."""
+    dataset = whole.dataset
+    arrays: dict[str, tuple[str, tuple[int, ...], Iterable[bytes]]] = {}
+    for part, (skip, count) in whole.split().items():
+        arrays[f"x_{part}"] = "|u1", (count, dataset.height, dataset.width), whole.pixels(skip, count)
+        arrays[f"y_{part}"] = "|u1", (count,), whole.labels(skip, count)
+    return _write_npz(whole.folder / "mnist.npz", arrays)
+
+
+def _write_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int, ...], Iterable[bytes]]]) -> list[Path]:
+    """Arrays by name: type, shape, and content some at a time."""
+    with replacing([path]) as (whole_file,), zipfile.ZipFile(whole_file, "w") as archive:
         for name, (kind, size, content) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": size})

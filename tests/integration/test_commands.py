@@ -315,6 +315,8 @@ def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     for figure in ("classification accuracy score", "digits read as their labels", "a call for one digit, median", "time in all"):
         assert figure in page
+    assert "rpgan in 2 epochs" in page
+    assert re.search(r"served on cpu, [^,]*, 1 thread\.", page), "as it was trained, not as this process is"
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (280, 280), "ten of each digit"
     manifest = read_bundle(tmp_path / "models" / "rpgan" / "1").manifest

@@ -39,7 +39,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("set")
     for shard in range(2):
         assert main([*RPGAN, *request.param, f"--shard={shard}", f"--out={out}"]) == 0
-    printed = with_pyarrow("-m", "serve.dataset", "join", "--format=parquet", f"--out={out}", home=out).splitlines()
+    printed = with_pyarrow(
+        "-m", "serve.dataset", "join", "--format=parquet", "--test-share=0.2", f"--out={out}", home=out
+    ).splitlines()
     names = [path.relative_to(out / "hub").as_posix() for path in map(Path, printed)]
     assert names == ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md"]
     assert sorted(path.name for path in (out / "hub" / "data").iterdir()) == sorted(Path(name).name for name in names[:2])
@@ -50,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_others_read_the_digits_and_labels_that_were_written(folder: Path) -> None:
     whole = open_whole(folder)
     seen: dict[str, Any] = json.loads(with_pyarrow("tests/integration/hub_reader.py", str(folder / "hub"), home=folder))
-    test = COUNT // 7
+    test = round(COUNT * 0.2)
     for split, first, count in (("train", 0, COUNT - test), ("test", COUNT - test, test)):
         pixels = hashlib.sha256(b"".join(whole.pixels(first, count))).hexdigest()
         assert (seen[split]["pixels"], seen[split]["torchvision"]) == (pixels, pixels)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,17 @@ def test_a_crash_while_publishing_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         export_run(make_run("mlp"), tmp_path / "models")
     assert list((tmp_path / "models" / "mlp").iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_a_later_one(tmp_path: Path) -> None:
+    manifest = read_bundle(BUNDLED_DIR / "mlp" / "1").manifest
+    old, new = (tmp_path / "mlp" / name for name in (".new-old", ".new-other"))
+    for each in (old, new):
+        each.mkdir(parents=True)
+        (each / "model.onnx").touch()
+    os.utime(old, (time.time() - 4000,) * 2)
+    assert bundle_module._publish(tmp_path, manifest, {"model.onnx": b"x"}) == tmp_path / "mlp" / "1"
+    assert sorted(path.name for path in (tmp_path / "mlp").iterdir()) == [".new-other", "1"], "one may still be written"
 
 
 def test_two_exports_at_once_take_numbers_of_their_own(

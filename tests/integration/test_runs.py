@@ -197,7 +197,7 @@ def test_a_data_set_without_labels_or_with_too_few_digits_is_refused(tmp_path: P
     assert dataset_main(["join", f"--out={few}"]) == 0
     done = in_process(main, "evaluate", f"--dataset={few}", *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: {few / 'MNIST' / 'raw'} .*\b86 .*\b128 .*--count\n", done.stderr)
+    assert re.fullmatch(rf"error: {few / 'MNIST' / 'raw'} .*\b100 .*\b128 .*--count\n", done.stderr)
     assert not (tmp_path / "judge").exists(), "nothing was trained for it"
 
 

@@ -83,7 +83,6 @@ COMMANDS = {
     "setup": "make setup",
     "setup-serve": "make setup-serve",
     "train": f"""make train PRESET=mlp ARGS="{TINY} {DATA} --runs-dir 'other runs'" """,
-    "train, finished": f"""make train PRESET=dcgan ARGS="--steps 3 --resume {RUN} {DATA}" """,
     "activations": f"make activations RUN={RUN}",
     "runs": """make runs ARGS="--runs-dir 'all runs'" """,
     "compare": f'make compare RUNS="{RUN} {RUN}"',
@@ -98,6 +97,7 @@ COMMANDS = {
     "dataset": "for each in 'write --model cdcgan --count 20' join;"
     " do .venv/bin/python -m serve.dataset $each --out 'a set' || exit; done",
     "clean": "make -n clean",
+    "train, finished": f"""make train PRESET=dcgan ARGS="--steps 3 --resume {RUN} {DATA}" """,
 }
 # What the others need is not here, or too much for a test; their recipes are read by the shell.
 ONLY_READ = {

@@ -56,7 +56,7 @@ def test_the_usual_names_and_folders_are_found(layout: str, subset: Path, tmp_pa
         path.write_bytes(gzip.compress(content) if "packed" in layout else content)
     shutil.copy(subset / SUMS_FILE, root)
     assert load_mnist(root).digests == load_mnist(subset).digests
-    assert len(read_dataset(root, 10)[0]) == 256
+    assert len(read_dataset(root, 10, 10)[0]) == 256
 
 
 def test_a_folder_of_something_else_is_neither_filled_nor_left(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_no_bytes_make_the_reader_fail_otherwise_than_by_name(content: bytes) ->
     assert not outcome.startswith("some-file: ") or outcome == f"some-file: {len(content)}"
 
 
-@pytest.mark.parametrize("shape", [(2**32 - 1, 2**32 - 1, 2**32 - 1), (2**32 - 1, 0, 2**32 - 1), (0, 28, 28)])
+@pytest.mark.parametrize("shape", [(2**32 - 1, 2**32 - 1, 2**32 - 1), (2**32 - 1, 0, 2**32 - 1), (0, 28, 0)])
 def test_a_header_that_announces_exabytes_or_nothing_allocates_nothing(shape: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match="announces"):
         read_idx(b"\0\0\x08\x03" + struct.pack(">3I", *shape), "somewhere")

@@ -97,9 +97,9 @@ def read_idx(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[
         raise DataError(f"{name} is truncated in its header; fetch it again")
     shape = struct.unpack(f">{axes}I", content[4:header])
     items = int(np.prod(shape, dtype=object))
-    if not 0 < items <= IDX_MAX_ITEMS or len(content) - header != items:
+    if 0 in shape[1:] or items > IDX_MAX_ITEMS or len(content) - header != items:
         raise DataError(f"{name} announces {'×'.join(map(str, shape))} bytes but holds {len(content) - header}; fetch it again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8)[header:].reshape(shape)
 
 
 def write_idx(path: Path, array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:

@@ -6,6 +6,7 @@ run. A folder may contain another set in idx format if its ``SHA256SUMS`` lists 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ from train.data.fetch import fetch_mnist
 from train.data.files import DIGESTS, RAW, find_files, is_empty, read_file, read_idx, unlike_mnist
 from train.errors import DataError
 
+log = logging.getLogger(__name__)
+
 DEFAULT_DATA_DIR = Path("data/mnist")
 SIDE = 28
+UNKNOWN_LABEL = 255  # of an unconditional model's digits in a data set of serve.dataset
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,18 @@ class Mnist:
     test_images: Tensor
     test_labels: Tensor
     digests: dict[str, str]
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are: 0 up to the highest of both parts. Raises DataError for images without labels."""
+        highest = int(torch.cat((self.train_labels, self.test_labels)).max())
+        if highest == UNKNOWN_LABEL:
+            raise DataError(f"the data has label {highest}, which stands for none: train a preset without labels on it, as dcgan")
+        return 1 + highest
+
+    @property
+    def is_mnist(self) -> bool:
+        return self.digests == DIGESTS
 
 
 def load_mnist(data_dir: Path) -> Mnist:
@@ -55,6 +71,8 @@ def load_mnist(data_dir: Path) -> Mnist:
         arrays[name] = torch.from_numpy(array.copy())
     for part in ("train", "t10k"):
         _check_fit(found.folder, part, arrays[f"{part}-images-idx3-ubyte"].numpy(), arrays[f"{part}-labels-idx1-ubyte"].numpy())
+    if not len(arrays["train-images-idx3-ubyte"]):
+        raise DataError(f"{data_dir} has no training images; name another folder with --data-dir")
     return Mnist(
         train_images=arrays["train-images-idx3-ubyte"],
         train_labels=arrays["train-labels-idx1-ubyte"].long(),
@@ -74,22 +92,25 @@ def data_name(digests: Mapping[str, str]) -> str:
 def training_examples(data: Mnist, config: TrainConfig, device: torch.device) -> tuple[Tensor, ...]:
     """All training images on ``device``, float32 (n, 1, 28, 28), in the range the config's networks use.
 
-    For a conditional preset their labels come behind them, int64 (n,). Raises DataError for a label it has no class for.
+    For a conditional preset their labels come behind them, int64 (n,). Raises DataError for a label it has no class for, and
+    says on the log which classes have no images.
     """
     low, high = config.pixel_range
     unit = data.train_images.to(device).unsqueeze(1).float() / 255
     images = unit * (high - low) + low
     if not config.labels:
         return (images,)
-    if (highest := int(data.train_labels.max())) >= config.labels:
-        raise DataError(f"the data has label {highest}, and --labels is {config.labels}; it must be {highest + 1} at least")
+    if (needed := data.classes) > config.labels:
+        raise DataError(f"the data has label {needed - 1}, and --labels is {config.labels}; it must be {needed} at least")
+    if needed < config.labels:
+        log.warning("the data has labels 0 to %d, and --labels is %d: the others are not trained", needed - 1, config.labels)
     return images, data.train_labels.to(device)
 
 
-def read_dataset(folder: Path, least: int) -> tuple[Tensor, Tensor]:
+def read_dataset(folder: Path, least: int, classes: int) -> tuple[Tensor, Tensor]:
     """Training images uint8 (n, 28, 28) and labels int64 (n,), at least so many, of a data set of ``serve.dataset``.
 
-    Raises DataError.
+    Raises DataError, also for a label that is none of ``classes``.
     """
     found = find_files(folder)
     names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -98,9 +119,10 @@ def read_dataset(folder: Path, least: int) -> tuple[Tensor, Tensor]:
             raise DataError(f"{found.folder if found.paths else folder / RAW} lacks {name}")
     images, labels = (read_idx(read_file(found.paths[name])[1], str(found.paths[name])) for name in names)
     _check_fit(found.folder, "train", images, labels)
-    if (highest := int(labels.max())) > 9:
+    if (highest := int(labels.max(initial=0))) >= classes:
         raise DataError(
-            f"{found.folder} has label {highest}: a classifier needs digits with labels, as a conditional model makes them"
+            f"{found.folder} has label {highest}, and the real images have 0 to {classes - 1}: a classifier needs images with"
+            " labels, as a conditional model makes them; name the real ones with --data-dir"
         )
     if len(images) < least:
         raise DataError(f"{found.folder} has {len(images)} training images, and {least} are needed; write more with --count")
@@ -116,6 +138,6 @@ def _check_fit(
     """Raises DataError unless the images are 28 × 28 and there is a label for each."""
     if images.ndim == 3 and images.shape[1:] != (SIDE, SIDE):
         size = "×".join(map(str, images.shape[1:]))
-        raise DataError(f"{folder}: {part} images are {size}, and {SIDE}×{SIDE} is needed; crop or pad them")
+        raise DataError(f"{folder}: {part} images are {size}, and {SIDE}×{SIDE} is needed; scale, crop or pad them")
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise DataError(f"{folder}: {part} images {images.shape} and labels {labels.shape} do not fit")

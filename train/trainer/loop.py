@@ -76,6 +76,7 @@ class Trainer:
         self._timed_at = time.monotonic()
         self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
         self.log_points = LogPoints(run, device)
+        self._logged_weights = self._weights()  # as they were at the last log point
 
     @property
     def steps_per_epoch(self) -> int:
@@ -165,6 +166,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.update.load_state(state)
         self.log_points.load(state)
+        self._logged_weights = self._weights()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -210,10 +212,18 @@ class Trainer:
         _, generator, discriminator = self.log_points.add(self.step)
         if board is None:
             return
-        log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
+        weights = self._weights()
+        same = all(torch.equal(now, before) for now, before in zip(weights, self._logged_weights, strict=True))
+        self._logged_weights = weights
+        verdict = "NOT changed" if same else "changed"  # the test that the MLP's notebook makes as it trains
+        losses = (self.step, generator, discriminator, verdict)
+        log.info("step %d: generator loss %.8f, discriminator loss %.8f; the generator's weights have %s", *losses)
         self.log_points.write()
         board.add_scalar("loss/generator", generator, self.step)
         board.add_scalar("loss/discriminator", discriminator, self.step)
+
+    def _weights(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self.generator.parameters()]
 
     def _draw(self, board: SummaryWriter, real: Tensor | None = None) -> None:
         """Save grids of fakes, as the generator is after ``step`` steps, and of the ``real`` images of the next one."""
@@ -263,7 +273,7 @@ class Trainer:
         self._count_time()  # the last save took some as well
         closing = self.log_points.closing(self.step)
         for step, generator, discriminator in closing:
-            log.info("step %d, the last: generator loss %.4f, discriminator loss %.4f", step, generator, discriminator)
+            log.info("step %d, the last: generator loss %.8f, discriminator loss %.8f", step, generator, discriminator)
         self.log_points.write(plot=True, closing=closing)
         save_time_lapse(self.run.grids(), self.run.folder / "fakes.gif")
         points = [*self.log_points.points, *closing]
