@@ -515,8 +515,8 @@ FAULTS = [
     Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
     Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
     Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
-    Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != os.getpid()", "", f"{THE_SET} -k forked"),
+    Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != getpid()", "", f"{THE_SET} -k forked"),
     Fault("a worker takes another model file", f"{DIGIT_SET}:DigitSet._opened", "maker.about != self._about", "False", THE_SET),
     Fault("labels go by the place in the epoch", f"{DIGIT_SET}:DigitSet._items", "self._labels[indices % len(self._labels)]", "self._labels[np.arange(len(indices)) % len(self._labels)]", THE_SET),
-    Fault("a server is asked for more than it takes", f"{DIGIT_SET}:DigitSet.__getitems__", "len(wanted), self._about.most", "len(wanted), len(wanted)", THE_SET),
+    Fault("a server is asked for more than it takes", f"{DIGIT_SET}:DigitSet.__getitems__", "len(wanted), self._about.most", "len(wanted), 1 << 20", THE_SET),
 ]  # fmt: skip
