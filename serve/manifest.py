@@ -24,8 +24,8 @@ from serve.errors import BundleError
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
-SCHEMA_VERSION = 4
-READABLE_SCHEMA_VERSIONS = (3, 4)  # 4 added batch_sizes
+SCHEMA_VERSION = 5
+READABLE_SCHEMA_VERSIONS = (3, 4, 5)  # 4 added batch_sizes, 5 cuda_buckets
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
@@ -94,6 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     golden: Golden
     files: dict[str, str]  # file name → SHA-256, hexadecimal
     batch_sizes: dict[str, BatchSize] = {}  # provider → most images in one run, as ``python -m export batch-size`` measures
+    cuda_buckets: tuple[BatchSize, ...] = ()  # rows of a run on CUDA, ascending; empty: as ``serve.engine.provider`` has them
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -129,7 +130,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise BundleError(f"{where} is not valid JSON, or no object; export the model again") from None
     if schema not in READABLE_SCHEMA_VERSIONS:
-        known = " and ".join(map(str, READABLE_SCHEMA_VERSIONS))
+        known = ", ".join(map(str, READABLE_SCHEMA_VERSIONS))
         raise BundleError(f"{where} has schema version {ascii(schema)[:20]}, this server reads {known}; export again")
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
@@ -143,6 +144,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         and all(0 <= label < manifest.labels for (label,) in struct.iter_unpack("<q", golden.labels)),
         "golden.pixels": len(golden.pixels) == golden.count * manifest.height * manifest.width,
         "files": set(REQUIRED_FILES) <= set(manifest.files),
+        "cuda_buckets": list(manifest.cuda_buckets) == sorted(set(manifest.cuda_buckets)),
     }
     for name, holds in checks.items():
         if not holds:

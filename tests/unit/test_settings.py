@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "caller_requests_per_s": 0.5,
     "http_host": "0.0.0.0",
     "http_port": 1235,
+    "device": 1,
     "provider": "cpu",
     "buckets": "powers",
     "cuda_graphs": "off",
