@@ -12,19 +12,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serve.batching.instance import Engine, Instance, Observer
 from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
-from serve.batching.ticket import Arrays, Chunk, Ticket, scatter
+from serve.batching.ticket import Arrays, Batch, Ticket, complete, scatter
 from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
-
-TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class Batcher:
     def cut_off(self) -> int:
         """Fail what waits and what runs; returns how many tickets those were."""
         with self._lock:
-            running = [chunk.ticket for instance in self._instances for chunk in instance.batch]
+            running = [ticket for instance in self._instances for ticket in _tickets(instance)]
             failed = self._fail([*self._queue.tickets(), *running], UnavailableError("the server stopped first"), "drain")
         complete(failed)
         return len(failed)
@@ -163,47 +161,48 @@ class Batcher:
 
     # What the instances call.
 
-    def next_batch(self, instance: Instance) -> list[Chunk] | None:
-        """Wait for work. None when the batcher is closed or this instance has been given up."""
+    def next_batch(self, instance: Instance, *, wait: bool = True) -> Batch | None:
+        """Wait for work. None when the batcher is closed or this instance has been given up; without ``wait``, for an instance
+        whose run has ended and is not delivered yet, also when there is nothing to be taken now."""
         while True:
             expired: list[Ticket] = []
+            batch: Batch | None = None
             with self._lock:
-                now = self._wait_for_work(instance)
+                now = self._wait_for_work(instance) if wait else time.monotonic()
                 if instance not in self._instances or (self._closed and not self._queue.images):
                     return None
-                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._instances) - self._working), now)
+                working = self._working - (not wait)  # but for itself
+                if not wait and (not self._queue.images or self._policy.left_s(self._queue, working, now) != 0):
+                    return None
+                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._instances) - working), now)
                 if late:
                     expired = self._fail(late, ExpiredError("the deadline passed while the request waited"), "expired")
                 if chunks:
-                    instance.batch, instance.busy_since, instance.watched_s = chunks, now, 0.0
-                    self._working += 1
-                    instance.images = 0
+                    batch = Batch(chunks, 0)
                     for ticket, first, count in chunks:
-                        instance.images += count
+                        batch.images += count
                         if first == 0:
                             ticket.queue_seconds = now - ticket.queued_at
-                    self._running_images += instance.images
+                    self._hand_out(instance, batch, now)
                 self._wake_an_instance(now)
             if expired:
                 complete(expired)
-            if chunks:
-                return chunks
+            if batch is not None:
+                return batch
 
-    def end_batch(self, instance: Instance, rows: Arrays | None, compute_s: float) -> None:
+    def end_batch(self, instance: Instance, batch: Batch, rows: Arrays | None, compute_s: float) -> None:
         """Scatter a batch's rows to its tickets (None: the run failed) and complete those that have all of theirs."""
         with self._lock:
             if instance not in self._instances:  # given up meanwhile: its tickets have been failed
                 return
-            chunks, now = instance.batch, time.monotonic()
-            if instance.busy_since is not None:
-                self._busy_s += now - instance.busy_since
-            self._release(instance)
+            chunks, now = batch.chunks, time.monotonic()
+            self._take_back(instance, batch, now)
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
             else:
                 finished = scatter(chunks, rows, compute_s)
-                self._policy.note_run(instance.images, compute_s)
+                self._policy.note_run(batch.images, compute_s)
         if finished:
             complete(finished)
 
@@ -214,12 +213,13 @@ class Batcher:
                 return
             self._instances.remove(instance)
             self.broken = self.broken or why
-            failed = self._fail([chunk.ticket for chunk in instance.batch], EngineError(why), "failed")
-            if instance.busy_since is not None:
-                self._release(instance)
+            failed = self._fail(_tickets(instance), EngineError(why), "failed")
+            now = time.monotonic()
+            for batch in [*instance.batches]:
+                self._take_back(instance, batch, now)
             if not self._instances:
                 failed += self._fail(self._queue.tickets(), UnavailableError(why), "failed")
-            self._wake_an_instance(time.monotonic())
+            self._wake_an_instance(now)
         log.critical("%s; the process is to be ended and started again", why)
         self._observer.failed(reason)
         complete(failed)
@@ -261,11 +261,25 @@ class Batcher:
         elif self._policy.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
-    def _release(self, instance: Instance) -> None:
-        """Take an instance's batch from it."""
-        self._running_images -= instance.images
-        self._working -= 1
-        instance.batch, instance.busy_since = [], None
+    def _hand_out(self, instance: Instance, batch: Batch, now: float) -> None:
+        """Give an instance a batch, its first or one ahead."""
+        if not instance.batches:
+            self._working += 1
+            instance.busy_since = now
+        instance.batches.append(batch)
+        instance.watched_s = 0.0
+        self._running_images += batch.images
+
+    def _take_back(self, instance: Instance, batch: Batch, now: float) -> None:
+        """Take a batch from an instance."""
+        instance.batches.remove(batch)
+        assert instance.busy_since is not None
+        self._busy_s += now - instance.busy_since
+        instance.busy_since, instance.watched_s = now, 0.0
+        if not instance.batches:
+            self._working -= 1
+            instance.busy_since = None
+        self._running_images -= batch.images
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
         """Mark tickets failed and drop their waiting rows; returns those that had not failed already."""
@@ -277,21 +291,5 @@ class Batcher:
         return failed
 
 
-def complete(tickets: Sequence[Ticket]) -> None:
-    """Complete tickets: first all answers of a group are made, then all are sent.
-
-    By turns they cost half as much again (docs/decisions/0013-completion-queue.md): what is done once in a while is not in the
-    processor's caches, and each sending lets another thread have the interpreter.
-    """
-    for first in range(0, len(tickets), TOGETHER):
-        sends = []
-        for ticket in tickets[first : first + TOGETHER]:
-            try:
-                sends.append(ticket.complete())
-            except Exception:  # no concern of the other tickets'
-                log.exception("an answer could not be made")
-        for send in filter(None, sends):
-            try:
-                send()
-            except Exception:
-                log.exception("an answer could not be sent")
+def _tickets(instance: Instance) -> list[Ticket]:
+    return [chunk.ticket for batch in instance.batches for chunk in batch.chunks]

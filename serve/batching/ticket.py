@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -10,6 +11,10 @@ import msgspec
 from numpy.typing import NDArray
 
 from serve.latents import Span
+
+log = logging.getLogger(__name__)
+
+TOGETHER = 64  # answers that are sent together: the first of a large batch is not to wait for the last
 
 Arrays = Mapping[str, NDArray[Any]]
 Send = Callable[[], object]
@@ -71,6 +76,13 @@ class Chunk(NamedTuple):
     count: int  # type: ignore[assignment]  # tuple's method of that name is not used
 
 
+class Batch(msgspec.Struct, eq=False):
+    """What an instance runs at once: chunks, and their images together."""
+
+    chunks: list[Chunk]
+    images: int
+
+
 def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:
     """Give a batch's ``rows``, in the order of its ``chunks``, to the tickets; returns those that are complete."""
     finished = []
@@ -85,3 +97,23 @@ def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Tic
         if ticket.done == ticket.span.count:
             finished.append(ticket)
     return finished
+
+
+def complete(tickets: Sequence[Ticket]) -> None:
+    """Complete tickets: first all answers of a group are made, then all are sent.
+
+    By turns they cost half as much again (docs/decisions/0013-completion-queue.md): what is done once in a while is not in the
+    processor's caches, and each sending lets another thread have the interpreter.
+    """
+    for first in range(0, len(tickets), TOGETHER):
+        sends = []
+        for ticket in tickets[first : first + TOGETHER]:
+            try:
+                sends.append(ticket.complete())
+            except Exception:  # no concern of the other tickets'
+                log.exception("an answer could not be made")
+        for send in filter(None, sends):
+            try:
+                send()
+            except Exception:
+                log.exception("an answer could not be sent")

@@ -8,9 +8,10 @@ cannot be replayed from several threads (onnxruntime #18806).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class CudaEngine(Engine):
     A batch is run in the smallest bucket that holds it, each with a fixed binding and, if asked for, a captured graph.
     ``device`` is where the buffers are; tests put them into host memory, beside a session on the CPU.
     """
+
+    launches_ahead = True
 
     def __init__(
         self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int, device: Device | None = None
@@ -80,6 +83,10 @@ class CudaEngine(Engine):
 
     def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, NDArray[Any]]:
         """As ``Engine.run``, for at most ``largest`` rows. The arrays returned are never written again."""
+        return self.launch(feeds, outputs)()
+
+    def launch(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> Callable[[], dict[str, NDArray[Any]]]:
+        """As ``Engine.launch``. What an earlier run returned may be read meanwhile; its feeds may not."""
         count = len(feeds["latents"])
         bucket = self.bucket(count)
         drawing = self.drawing if feeds is self._drawn else None
@@ -97,16 +104,27 @@ class CudaEngine(Engine):
             if drawing is not None:
                 self._draw(drawing, bucket)
             self._binding(bucket, wanted).run(graph, wait=self.waits_after_run)
-            return self._buffers.download(outputs, count)
+            taken = self._buffers.download(outputs, count)
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
-            where = f"{self.manifest.name}/{self.manifest.version}"
-            if isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
-                raise OutOfMemoryError(f"{where}: {described(error)}") from None
-            if isinstance(error, EngineError):  # a copy
-                raise DeviceLostError(f"{where} on CUDA: {error}") from None
-            if CUDA_FAILURE.search(str(error)):
-                raise DeviceLostError(f"{where}: {described(error)}") from None
-            raise
+            raise self._meant(error) from None
+        return partial(self._answers, taken, count)
+
+    def _answers(self, taken: Arrays, count: int) -> dict[str, NDArray[Any]]:
+        try:
+            return self._buffers.answers(taken, count)
+        except EngineError as error:
+            raise self._meant(error) from None
+
+    def _meant(self, error: Exception) -> Exception:
+        """What a run's error is: memory that lacked, a lost device, or itself."""
+        where = f"{self.manifest.name}/{self.manifest.version}"
+        if isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return OutOfMemoryError(f"{where}: {described(error)}")
+        if isinstance(error, EngineError):  # a copy
+            return DeviceLostError(f"{where} on CUDA: {error}")
+        if CUDA_FAILURE.search(str(error)):
+            return DeviceLostError(f"{where}: {described(error)}")
+        return error
 
     def _draw(self, drawing: DeviceLatents, rows: int) -> None:
         """Put the drawing of latents into the stream, and the way back of the labels that come of it."""

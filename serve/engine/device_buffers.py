@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -138,10 +138,14 @@ class DeviceBuffers(PairedMemory):
                 self._slots[spec.name] = OutputSlots(array.shape, spec.dtype, self._lock)
 
     def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
-        """The first rows of outputs, once all that is in the stream is done, as arrays that are never written again."""
+        """Put copies of the first rows of outputs into the stream, each into a slot of its own, which ``answers`` takes."""
         taken = {name: self._slots[name].take() for name in names}
         for name, slot in taken.items():
             self.device.copy_to_host(slot.ctypes.data, self.address(name), rows * slot.strides[0], self.stream)
+        return taken
+
+    def answers(self, taken: Mapping[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
+        """What was downloaded, once all that is in the stream is done, as arrays that are never written again."""
         self.device.wait(self.stream)
         return {name: self._slots[name].answer(slot, rows) for name, slot in taken.items()}
 

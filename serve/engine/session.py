@@ -7,8 +7,9 @@ Export's parity check runs through this class too, so it checks exactly what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Engine:
     padding costs what computing costs.
     """
 
+    launches_ahead = False  # a run on a CPU is the calling thread's own work
+
     def __init__(self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> None:
         self.manifest = manifest
         self.options = options
@@ -75,6 +78,10 @@ class Engine:
             feeds = {name: _padded(array, bucket) for name, array in feeds.items()}
         arrays = self._session.run(outputs, feeds)
         return {name: array[:count] for name, array in zip(outputs, arrays, strict=True)}
+
+    def launch(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> Callable[[], Arrays]:
+        """As ``run``, in two: launched here, and waited for by what is returned, in this thread and before the next launch."""
+        return partial(self.run, feeds, outputs)
 
     def compute(
         self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, outputs: Sequence[str] = PIXELS
