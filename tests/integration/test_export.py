@@ -21,7 +21,7 @@ from PIL import Image
 
 from export import bundle as bundle_module
 from export import parity
-from export.bundle import export_run, verify
+from export.bundle import CONVOLUTION_BUCKETS, export_run, verify
 from export.cli import main
 from export.errors import (
     AxesDifferError,
@@ -173,6 +173,10 @@ def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
     bundle = read_bundle(first.path)
     assert bundle.manifest.training["step"] == 7
     assert bundle.manifest.latent_size == run.config.latent_size
+    assert bundle.manifest.cuda_buckets == (() if name == "mlp" else CONVOLUTION_BUCKETS)
+    if name == "rpgan":  # its blocks' biases are in the labels' tables, and parity holds
+        inputs = [len(node.input) for node in onnx.load_from_string(bundle.model).graph.node if node.op_type.startswith("Conv")]
+        assert inputs == [2, 2, 3]
     report = json.loads(bundle.parity_json)
     assert report["batch_sizes"] == [1, 2, 3, 7, 64, 257]
     assert {"eager", "torchscript", "onnxruntime-cpu"} <= set(report["forms"])

@@ -387,6 +387,7 @@ FAULTS = [
     Fault("every classifier has the same seed", "train/evaluation/evaluate.py:accuracy_score", "epochs, seed,", "epochs, 0,", "tests/unit/test_quality.py"),
     Fault("the best digits are drawn as the worst", "train/evaluation/evaluate.py:_draw_extremes", 'order[:SHOWN]), ("best.png", order.flip(0)[:SHOWN])', 'order.flip(0)[:SHOWN]), ("best.png", order[:SHOWN])', "tests/unit/test_quality.py"),
     # export
+    Fault("a block's own bias is not multiplied by the label's gain", f"{GENERATOR}:LabelledBlock.__init__", "gain * own.detach()", "own.detach()", f"{EXPORT} -k becomes"),
     Fault("a label's gain is added", f"{GENERATOR}:LabelledBlock.forward", "maps) * gain", "maps) + gain", EXPORT),
     Fault("pixels are cut, not rounded", f"{GENERATOR}:ServedGenerator.outputs", ".round(images", ".floor(images", EXPORT),
     Fault("the trained range's offset is turned round", f"{GENERATOR}:ServedGenerator.__init__", "offset = -low /", "offset = low /", EXPORT),
