@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from export.errors import ExportError
 from export.generator import Form, ServedGenerator, fold, served_generator, torch_form
 from export.graphs.to_fp16 import to_fp16
 from export.graphs.to_onnx import OPSET, to_onnx
+from export.graphs.to_tf32x3 import to_tf32x3
 from export.graphs.to_torchscript import load_torchscript, to_torchscript
 from serve.engine.onnx_runtime import ort
 from serve.errors import BundleError
@@ -55,6 +56,7 @@ PREVIEW_SEED, PREVIEW_SIDE = 0, 8
 BATCH_SIZES = {"mlp": {"cpu": 64, "cuda": 4096}, "dcgan": {"cpu": 8}, "cdcgan": {"cpu": 8}, "rpgan": {"cpu": 8}}
 # A run of 512 takes a model with convolutions 3.9 to 5.3 times as long as one of 64, and the mlp 1.4 (docs/gpu).
 CONVOLUTION_BUCKETS = (1, 8, 64, 128, 256, 512, 1024)
+CONVERSIONS: dict[Precision, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": to_fp16, "tf32x3": to_tf32x3}
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 
 
@@ -76,10 +78,10 @@ def export_run(
 ) -> Exported:
     """Publish ``models_dir/<name>/<next version>/``. Raises ExportError, and then nothing has been published.
 
-    The name is the preset's unless given, with ``-fp16`` behind it in that precision. TorchScript stays in fp32: it is
+    The name is the preset's unless given, with the precision behind it if it is not fp32. TorchScript stays in fp32: it is
     what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
     """
-    name = name or run.config.preset + ("-fp16" if precision == "fp16" else "")
+    name = name or run.config.preset + ("" if precision == "fp32" else f"-{precision}")
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
@@ -91,7 +93,7 @@ def export_run(
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
     graph = to_onnx(fold(served), run.config)
     files = {
-        ONNX_FILE: to_fp16(graph) if precision == "fp16" else graph,
+        ONNX_FILE: CONVERSIONS[precision](graph),
         TORCHSCRIPT_FILE: to_torchscript(served),
         PREVIEW_FILE: _preview(served, run.config),
     }
@@ -121,6 +123,8 @@ def export_run(
     )  # fmt: skip
     forms = {EAGER: torch_form(served)} | _stored_forms(files[ONNX_FILE], files[TORCHSCRIPT_FILE], manifest)
     report = parity.compare(EAGER, forms, manifest, _fresh_seed())
+    if precision == "tf32x3":  # where there are no matrix units the graph has float32 products, which prove little
+        report["emulated"] = parity.on_matrix_units(files[ONNX_FILE], graph, manifest, _fresh_seed())
     files[PARITY_FILE] = (json.dumps(report, indent=2) + "\n").encode()
     path = _publish(models_dir, manifest, files)
     return Exported(path, report["worst_images"], report["worst_pixel_levels"])

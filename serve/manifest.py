@@ -25,7 +25,7 @@ from serve.errors import BundleError
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
 SCHEMA_VERSION = 5
-READABLE_SCHEMA_VERSIONS = (3, 4, 5)  # 4 added batch_sizes, 5 cuda_buckets
+READABLE_SCHEMA_VERSIONS = (3, 4, 5)  # 4 added batch_sizes, 5 cuda_buckets and tf32x3
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
@@ -34,8 +34,9 @@ PREVIEW_FILE = "preview.png"
 QUALITY_FILE = "quality.json"
 REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+# Of products: float32; half precision; of each three in TF32, in float32 graphs for matrix units (export/graphs/to_tf32x3.py).
+Precision = Literal["fp32", "fp16", "tf32x3"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "tf32x3")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_VERSION_DIGITS = 18  # so that every version fits an int64
 MAX_MANIFEST_BYTES = 4 << 20

@@ -171,8 +171,8 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
     if provider == "cuda":
         # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # Half precision is inexact already, and without it would run beside the matrix units.
-        tf32 = {"use_tf32": "1"} if manifest.precision == "fp16" else {}
+        # Half precision is inexact already, and without it might run beside the matrix units; tf32x3 is made for them.
+        tf32 = {"use_tf32": "0" if manifest.precision == "fp32" else "1"}
         own = {**DEFAULT_CUDA_OPTIONS, **tf32, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
         own["device_id"] = str(chosen.device)
         if chosen.compute_stream:

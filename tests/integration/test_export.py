@@ -132,6 +132,21 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
         )
 
 
+@pytest.mark.parametrize("name", ["rpgan", pytest.param("dcgan", marks=pytest.mark.long)])
+def test_three_products_in_tf32_are_a_bundle_of_their_own_with_a_report_of_matrix_units(
+    name: str, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    done = export_run(make_run(name), tmp_path / "models", precision="tf32x3")
+    assert done.path == tmp_path / "models" / f"{name}-tf32x3" / "1"
+    bundle = read_bundle(done.path)
+    assert (bundle.manifest.precision, bundle.manifest.tolerance) == ("tf32x3", parity.TF32X3_TOLERANCE)
+    report = json.loads(bundle.parity_json)
+    emulated = report["emulated"]
+    assert emulated["tf32x3"]["images_max_abs"] <= parity.TF32X3_TOLERANCE.images
+    assert emulated["fp32"]["images_max_abs"] < emulated["tf32x3"]["images_max_abs"] < emulated["tf32"]["images_max_abs"] / 20
+    assert verify(done.path)["worst_images"] <= parity.TF32X3_TOLERANCE.images
+
+
 def test_a_checkpoint_older_than_its_run_is_not_exported(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     """Issue: export published an older state in silence."""
     run = make_run("mlp")
