@@ -82,9 +82,9 @@ class Plan:
         return self.provider == "cuda"
 
     @contextmanager
-    def server(self) -> Iterator[Started]:
+    def server(self, *more: str) -> Iterator[Started]:
         """This plan's server, as a process; on CUDA with the batches that it has by default."""
-        flags = [f"--provider={self.provider}"]
+        flags = [f"--provider={self.provider}", *more]
         if self.provider == "cpu":
             flags += ["--buckets=powers", f"--max-batch-size={self.largest}"]
         # Room for all that is in flight: a refusal would be measured as an answer's speed.
