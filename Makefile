@@ -104,7 +104,7 @@ page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs 
 fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter; ARGS=--session: what ten minutes decide)
 	@$(or $(OWN_PYTHON),$(BIN)/python) -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.

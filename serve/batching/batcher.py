@@ -178,11 +178,12 @@ class Batcher:
                 if late:
                     expired = self._fail(late, ExpiredError("the deadline passed while the request waited"), "expired")
                 if chunks:
-                    batch = Batch(chunks, 0)
+                    images = 0
                     for ticket, first, count in chunks:
-                        batch.images += count
+                        images += count
                         if first == 0:
                             ticket.queue_seconds = now - ticket.queued_at
+                    batch = Batch(chunks, images)
                     self._hand_out(instance, batch, now)
                 self._wake_an_instance(now)
             if expired:

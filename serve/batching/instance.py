@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+import msgspec
 from numpy.typing import NDArray
 
 from serve.batching.ticket import Arrays, Batch
@@ -55,7 +56,7 @@ class Dispatcher(Protocol):
     def lose_device(self, error: DeviceLostError) -> None: ...
 
 
-class Run(NamedTuple):
+class Run(msgspec.Struct, eq=False):
     """A batch that was launched. ``finish`` waits for its rows; times are on ``time.perf_counter()``."""
 
     batch: Batch
