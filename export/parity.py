@@ -108,8 +108,8 @@ def on_matrix_units(model: bytes, plain: bytes, manifest: Manifest, seed: int) -
         "fp32": emulate(plain, feeds, "float32"),
         "tf32": emulate(plain, feeds, "matrix units"),
     }
-    own = difference(expected, forms[manifest.precision], manifest.tolerance, f"float64 and emulated {manifest.precision}")
     anything = Tolerance(images=0.999, pixel_levels=255, pixel_identical_share=0)
+    own = difference(expected, forms[manifest.precision], manifest.tolerance, f"float64 and emulated {manifest.precision}")
     others = {name: difference(expected, forms[name], anything, name) for name in ("fp32", "tf32")}
     return {"reference": "float64", "digits": EMULATED_DIGITS, "latents_seed": seed, manifest.precision: own} | others
 

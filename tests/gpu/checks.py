@@ -56,6 +56,7 @@ WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
 PIXELS_BYTES = 784
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
 ENGINE_LIMIT_S = 120.0
+COMPARED = 64  # digits whose difference is looked at
 OPTION_SIZES = (1, 8, 64, 1024, 4096)
 ALGORITHMS = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 
@@ -213,6 +214,7 @@ def buckets(plan: Plan) -> Outcome:
             "run_s": seconds,
             "quarter_digits_per_s": smaller.largest / _run_s(smaller, smaller.largest, plan),
             "digits_per_s": max(bucket / run_s for bucket, run_s in seconds.items()),
+            "from_float32_on_cpu": difference(engine),  # were it TF32 after all, it would be here
             "waits_after_run": getattr(engine, "waits_after_run", None),
             "best_bucket": max(seconds, key=lambda bucket: bucket / seconds[bucket]),
         }
@@ -465,6 +467,16 @@ CHECKS: dict[str, Check] = {
         device_latents,  # the last: a kernel that goes wrong takes the process's CUDA with it
     )
 }
+
+
+def difference(engine: Engine) -> dict[str, float]:
+    """How far an engine's images are from those of the bundled graph in float32 on the CPU, and the pixels that are off."""
+    bundle = bundle_of(engine.manifest.name)
+    rows = draw_span(Span(SEED, 0, min(COMPARED, engine.largest)), bundle.manifest.latent_size, bundle.manifest.labels)
+    plain = Engine(bundle.model, bundle.manifest, EngineOptions(), COMPARED)
+    expected, got = (each.compute(*rows, PIXELS_AND_IMAGES) for each in (plain, engine))
+    off = float((expected["pixels"] != got["pixels"]).mean())
+    return {"apart": float(np.abs(expected["images"] - got["images"]).max()), "pixels_off": off}
 
 
 def _batch_s(engine: Engine, bucket: int, plan: Plan) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -20,17 +19,15 @@ from export.graphs.to_tf32x3 import Sums, to_tf32x3
 from serve.engine.cuda import Device, compiled
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_latents import FUNCTION, SOURCE, definitions
-from serve.engine.session import PIXELS_AND_IMAGES, Engine
+from serve.engine.session import Engine
 from serve.errors import EngineError
-from serve.latents import Span, draw_span
 from serve.models.repository import Bundle
 from tests.bench.report import Target, runs_per_second
 from tests.gpu import checks
-from tests.gpu.checks import CHECKS, SEED, Outcome, Plan, bundle_of, engine_of
+from tests.gpu.checks import CHECKS, Outcome, Plan, bundle_of, engine_of
 from tests.gpu.forms import FORMS, biases_apart
 
 CONVOLVED = ("dcgan", "rpgan")
-COMPARED = 64  # digits whose difference is looked at
 WANTED = {"dcgan": 1.0, "rpgan": 1.2}  # millions a second, as exact as float32 or by tf32x3's own tolerance
 WANTED_FP16 = 3.0
 EXACT = 1e-5
@@ -238,7 +235,7 @@ def _measured(bundle: Bundle, plan: Plan, make: Callable[[], bytes], options: Ma
     sizes = tuple(sorted({max(1, plan.largest // part) for part in (8, 4, 2)}))
     try:
         engine = _engine(bundle, plan, make(), sizes, options)
-        found = _difference(engine, bundle)
+        found: dict[str, Any] = dict(checks.difference(engine))
         rates = {str(size): _rate(engine, size, plan) for size in sizes}
         engine.close()
     except Exception as error:  # an option this machine cannot take, a graph that ONNX Runtime does not
@@ -261,15 +258,6 @@ def _rate(engine: Engine, size: int, plan: Plan) -> float:
     """Digits a second, copies included, of drawn latents."""
     feeds = engine.sample(size)
     return size * runs_per_second(lambda: engine.run(feeds), plan.seconds / 8)
-
-
-def _difference(engine: Engine, bundle: Bundle) -> dict[str, float]:
-    """From the bundled graph in float32 on the CPU."""
-    rows = draw_span(Span(SEED, 0, min(COMPARED, engine.largest)), bundle.manifest.latent_size, bundle.manifest.labels)
-    plain = Engine(bundle.model, bundle.manifest, checks.EngineOptions(), COMPARED)
-    expected, got = (each.compute(*rows, PIXELS_AND_IMAGES) for each in (plain, engine))
-    off = float((expected["pixels"] != got["pixels"]).mean())
-    return {"apart": float(np.abs(expected["images"] - got["images"]).max()), "pixels_off": off}
 
 
 def _layers(model: str, size: int, device: torch.device, kind: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

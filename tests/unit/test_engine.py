@@ -213,6 +213,14 @@ def test_more_rows_than_the_largest_batch_go_through_in_pieces(make: Callable[..
     assert np.abs(in_pieces["images"] - at_once["images"]).max() <= 1e-5
 
 
+@either
+def test_what_a_run_is_timed_with_is_drawn(make: Callable[..., Engine], name: str) -> None:
+    """Issue: the headline rates were of latents that were all zero."""
+    feeds = make(name).sample(5)
+    assert all(row.std() > 0.5 for row in feeds["latents"])
+    assert ("labels" in feeds) == (name in ("cdcgan", "rpgan"))
+
+
 def test_labels_choose_the_digit() -> None:
     engine = make_engine("cdcgan", EngineOptions())
     latents = np.repeat(rows(engine, 4, 1)[0], 10, axis=0)
