@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,12 +56,13 @@ class Dispatcher(Protocol):
 
 
 class Run(msgspec.Struct, eq=False):
-    """A batch that was launched. ``finish`` waits for its rows; times are on ``time.perf_counter()``."""
+    """A batch that was launched: ``finish`` waits for its rows, or ``error`` says why it was not. Times: ``perf_counter()``."""
 
     batch: Batch
     splits: int
     feeds: Arrays
-    finish: Callable[[], Arrays]
+    finish: Callable[[], Arrays] | None
+    error: Exception | None
     assembly_s: float
     launched: float
 
@@ -132,25 +132,22 @@ class Instance:
                 outputs = tuple(dict.fromkeys((*outputs, *ticket.outputs)))
         feeds = engine.assemble(self._reader, spans, batch.images)
         assembled = time.perf_counter()
-        finish: Callable[[], Arrays]
         try:
             finish = engine.launch(feeds, outputs)
         except Exception as error:  # told in its turn: the batch before it has not been delivered yet
-            finish = partial(_raise, error)
-        return Run(batch, splits, feeds, finish, assembled - started, assembled)
+            return Run(batch, splits, feeds, None, error, 0.0, assembled)
+        return Run(batch, splits, feeds, finish, None, assembled - started, assembled)
 
     def _finish(self, dispatcher: Dispatcher, engine: Engine, run: Run) -> Run | None:
         """Wait for a run and deliver its rows. What waits already is launched in between, and returned: while the rows are packed
         and sent, the device works."""
+        if run.finish is None:
+            self._fail(dispatcher, run.batch, run.error)
+            return None
         try:
             rows = dict(run.finish())
         except Exception as error:
-            self._observer.failed("raised")
-            if isinstance(error, DeviceLostError):
-                dispatcher.lose_device(error)
-            else:
-                log.error("a run of %d images failed", run.batch.images, exc_info=error)
-            dispatcher.end_batch(self, run.batch, None, 0.0)
+            self._fail(dispatcher, run.batch, error)
             return None
         compute_s = time.perf_counter() - run.launched
         if "labels" in run.feeds:
@@ -164,6 +161,11 @@ class Instance:
         dispatcher.end_batch(self, run.batch, rows, compute_s)
         return following
 
-
-def _raise(error: Exception) -> Arrays:
-    raise error
+    def _fail(self, dispatcher: Dispatcher, batch: Batch, error: Exception | None) -> None:
+        """A batch's run has failed, or could not be launched."""
+        self._observer.failed("raised")
+        if isinstance(error, DeviceLostError):
+            dispatcher.lose_device(error)
+        else:
+            log.error("a run of %d images failed", batch.images, exc_info=error)
+        dispatcher.end_batch(self, batch, None, 0.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -764,6 +766,30 @@ def test_a_batch_launched_ahead_that_fails_takes_no_other_with_it(where: str) ->
     assert drain(batcher) == 0
     assert batcher.running_images == batcher.busy_instances == 0
     assert batcher.close(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_what_a_failed_run_held_is_freed_without_a_garbage_collection(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []
+
+    def fail(seed: int) -> None:
+        error = RuntimeError("planted")
+        raised.append(weakref.ref(error))
+        raise error
+
+    monkeypatch.setattr("serve.batching.instance.log.error", lambda *_, **__: None)  # a record would keep it
+    hooks = (lambda seed: None, fail) if where == "launch" else (fail, lambda seed: None)
+    batcher, _ = start_batcher(lambda: AheadEngine([], *hooks))
+    gc.disable()
+    try:
+        batcher.submit(ticket := make_ticket())
+        with pytest.raises(EngineError):
+            wait_for(ticket)
+        wait_until(lambda: not batcher.busy_instances)
+        wait_until(lambda: raised[0]() is None)
+    finally:
+        gc.enable()
+    batcher.close()
 
 
 def test_a_device_lost_by_a_batch_launched_ahead_leaves_the_one_before_its_answer() -> None:
