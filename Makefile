@@ -74,7 +74,7 @@ evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each p
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(RUN)) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16)
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if need be (RUN=runs/..., PRECISION=fp16|tf32x3)
 	@$(BIN)/python -m train evaluate --missing $(if $(RUN),--run $(RUN))
 	@$(BIN)/python -m export $(if $(RUN),--run $(RUN)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 

@@ -772,10 +772,12 @@ def test_a_batch_launched_ahead_that_fails_takes_no_other_with_it(where: str) ->
 def test_what_a_failed_run_held_is_freed_without_a_garbage_collection(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[Any] = []
 
+    class PlantedError(Exception):
+        def __init__(self) -> None:
+            raised.append(weakref.ref(self))
+
     def fail(seed: int) -> None:
-        error = RuntimeError("planted")
-        raised.append(weakref.ref(error))
-        raise error
+        raise PlantedError
 
     monkeypatch.setattr("serve.batching.instance.log.error", lambda *_, **__: None)  # a record would keep it
     hooks = (lambda seed: None, fail) if where == "launch" else (fail, lambda seed: None)
