@@ -25,7 +25,7 @@ BATCH_SIZES = (1, 2, 3, 7, 64, 257)
 # fp32 on both sides: the three forms agreed to 3e-7 when measured; 1e-5 leaves room for other processors.
 FP32_TOLERANCE = Tolerance(images=1e-5, pixel_levels=1, pixel_identical_share=0.999)
 
-# fp16 keeps 11 bits: 2.9e-3 and 98.7 % identical pixels by emulation (docs/measurements.md); a GPU may add up in half precision too.
+# fp16 keeps 11 bits: 2.9e-3 and 98.7 % identical pixels by emulation (docs/measurements.md); a GPU may also add up in it.
 FP16_TOLERANCE = Tolerance(images=1e-2, pixel_levels=3, pixel_identical_share=0.9)
 
 # tf32x3 on matrix units, by the model of export/graphs/emulation.py: up to 1e-5 (dcgan), thrice of which is allowed.

@@ -40,11 +40,11 @@ class Stage:
 STAGES = (
     Stage("latents", 20, stages.latents),
     Stage("profile", 45, stages.profile),
-    Stage("forms", 230, stages.forms),
+    Stage("forms", 200, stages.forms),
     Stage("tf32x3", 60, stages.tf32x3),
     Stage("yardstick", 25, stages.yardstick),
-    Stage("served", 80, stages.served),
-    Stage("chosen", 60, stages.chosen),
+    Stage("served", 100, stages.served),
+    Stage("chosen", 45, stages.chosen),
     Stage("rest", 600, stages.rest),
 )
 

@@ -88,6 +88,8 @@ def latents(plan: Plan, notes: Notes) -> str:
 def profile(plan: Plan, notes: Notes) -> str:
     """Microseconds a kernel, of the bundled graphs and of those with another last layer."""
     size, totals = max(1, plan.largest // 2), {}
+    if plan.graphs:
+        torch.cuda.init()  # what looks on needs it
     activities = [torch.profiler.ProfilerActivity.CUDA] if plan.graphs else [torch.profiler.ProfilerActivity.CPU]
     for model in CONVOLVED:
         for name in ("as_bundled", "last_as_3x3"):
