@@ -18,11 +18,11 @@ BUILD_BACKEND = "hatchling>=1.27"
 
 def main() -> int:
     """Write the three files."""
-    serve, on_gpu = resolve(("tracing",)), resolve(("tracing", "cuda"))
+    serve, on_gpu = resolve(("serve", "tracing")), resolve(("serve", "tracing", "cuda"))
     runtime = serve.pop("onnxruntime-gpu")
     pinned = runtime.partition(" ")[0].replace("onnxruntime-gpu", "onnxruntime")
     write("serve.txt", serve)
-    write("cpu.txt", {"onnxruntime": resolve(("tracing",), pinned)["onnxruntime"]})
+    write("cpu.txt", {"onnxruntime": resolve(("serve", "tracing"), pinned)["onnxruntime"]})
     write("gpu.txt", {"onnxruntime-gpu": runtime})
     write("cuda.txt", {name: entry for name, entry in on_gpu.items() if name not in (*serve, "onnxruntime-gpu")})
     write("train.txt", resolve(("tracing", "train")))
@@ -52,7 +52,7 @@ def resolve(extras: tuple[str, ...], also: str = "") -> dict[str, str]:
 def write(name: str, entries: dict[str, str]) -> None:
     """Replace one file."""
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / name).write_text("".join(entries.values()))
+    (FOLDER / name).write_text("".join(entries.values()), encoding="utf-8")
     print(f"deploy/requirements/{name}: {len(entries)} packages")
 
 

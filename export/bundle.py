@@ -6,8 +6,10 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -45,8 +47,9 @@ from serve.manifest import (
 from serve.models.repository import read_bundle
 from train.checkpoint import RESULT_FILE, Run, final_checkpoint
 from train.config import TrainConfig
+from train.data.mnist import data_name
 from train.evaluation import evaluate
-from train.models import trained_generator
+from train.models import trained_generator, weights_digest
 
 EAGER = "eager"
 TORCHSCRIPT = "torchscript"
@@ -57,6 +60,7 @@ BATCH_SIZES = {"mlp": {"cpu": 64, "cuda": 4096}, "dcgan": {"cpu": 8}, "cdcgan": 
 # A run of 512 takes a model with convolutions 3.9 to 5.3 times as long as one of 64, and the mlp 1.4 (docs/gpu).
 CONVOLUTION_BUCKETS = (1, 8, 64, 128, 256, 512, 1024)
 CONVERSIONS: dict[Precision, Callable[[bytes], bytes]] = {"fp32": bytes, "fp16": to_fp16, "tf32x3": to_tf32x3}
+ABANDONED_S = 3600.0
 DISTRIBUTION = "standard normal, by the address rule of serve/latents.py"
 
 
@@ -81,14 +85,8 @@ def export_run(
     The name is the preset's unless given, with the precision behind it if it is not fp32. TorchScript stays in fp32: it is
     what the ONNX graph is held against. ``floors`` are what the run's judged quality must reach at least.
     """
-    name = name or run.config.preset + ("" if precision == "fp32" else f"-{precision}")
-    if not NAME_PATTERN.fullmatch(name):
-        raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
-    if not run.finished:
-        raise ExportError(
-            f"{run.folder} is not finished; finish it with: python -m train {run.config.preset} --resume {run.folder}"
-        )
-    checkpoint = final_checkpoint(run)
+    name = name or model_name(run, precision)
+    checkpoint = check_run(run, models_dir, name, floors or {})
     quality = _quality(run, checkpoint, floors or {})
     served = served_generator(run.config, trained_generator(run.config, checkpoint))
     graph = to_onnx(fold(served), run.config)
@@ -130,6 +128,40 @@ def export_run(
     return Exported(path, report["worst_images"], report["worst_pixel_levels"])
 
 
+def model_name(run: Run, precision: Precision) -> str:
+    """The name that a run's model has unless another is given."""
+    return run.config.preset + ("" if precision == "fp32" else f"-{precision}")
+
+
+def check_run(run: Run, models_dir: Path, name: str, floors: Mapping[str, float]) -> dict[str, Any]:
+    """What can be refused before anything is judged or exported; returns the run's last checkpoint. Raises ExportError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
+    if not run.finished:
+        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
+        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
+    if of_labels := floors_of_labels(run, floors):
+        missing = f"{of_labels[0]} of {run.folder} is not known of a model without labels"
+        raise ExportError(f"--min-quality: {missing}, and must be at least {floors[of_labels[0]]:g}")
+    there = next(each for each in (models_dir / name, models_dir, *models_dir.absolute().parents) if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ExportError(f"cannot write a bundle to {there}; name another folder with --models-dir")
+    return final_checkpoint(run)
+
+
+def floors_of_labels(run: Run, floors: Mapping[str, float]) -> list[str]:
+    """Those of ``floors`` that the run cannot reach: they are known of conditional models alone."""
+    return [] if run.config.labels else sorted(evaluate.OF_LABELS & floors.keys())
+
+
+def judged(run: Run) -> bool:
+    """Whether the run has a quality.json of its last step that can be read."""
+    try:
+        return _quality(run, final_checkpoint(run), {}) is not None
+    except ExportError:
+        return False
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Compare a published bundle's TorchScript with its ONNX graph on fresh latents. Raises ExportError."""
     try:
@@ -152,8 +184,9 @@ def _training(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": run.config.to_json(),
         "provenance": run.provenance,
+        "data": data_name(run.provenance.get("data", {})),
         "step": checkpoint["step"],
-        "result": json.loads((run.folder / RESULT_FILE).read_text()),
+        "result": json.loads((run.folder / RESULT_FILE).read_bytes()),
     }
 
 
@@ -182,7 +215,10 @@ def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
 
 def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float]) -> bytes | None:
     """The run's quality.json, held against ``floors``; None when it was not judged. Raises ExportError."""
-    path, way_out = run.folder / evaluate.QUALITY_FILE, f"judge it with: python -m train evaluate --run {run.folder}"
+    path, way_out = (
+        run.folder / evaluate.QUALITY_FILE,
+        f"judge it with: python -m train evaluate --run {shlex.quote(str(run.folder))}",
+    )
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -194,6 +230,9 @@ def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float
         step, reached = report["step"], report["model"]
         if step != checkpoint["step"]:
             raise ExportError(f"{path} is of step {step}, and the run has come to step {checkpoint['step']}; {way_out}")
+        weights = report.get("weights")  # reports of before 2026-12 do not have it
+        if weights is not None and weights != weights_digest(trained_generator(run.config, checkpoint)):
+            raise ExportError(f"{path} is of other weights than those of {run.folder}; {way_out}")
         for figure, floor in floors.items():
             value = reached[figure]
             good = value is not None and (value >= floor if evaluate.HIGHER_IS_BETTER[figure] else value <= floor)
@@ -210,6 +249,9 @@ def _publish(models_dir: Path, manifest: Manifest, files: dict[str, bytes]) -> P
     parent = models_dir / manifest.name
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in parent.glob(".new-*"):  # by a killed process: writing takes a second
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
         try:
             for name, content in files.items():

@@ -11,34 +11,34 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grpc
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
 from torch import nn
 
 from export import batch_size, speedrun
-from export.bundle import export_run, verify
+from export.bundle import check_run, export_run, floors_of_labels, judged, model_name, verify
 from export.errors import ExportError
 from export.gallery import Gallery
 from export.graphs.judge import export_judge
 from export.graphs.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
-from serve.client import DigitClient
+from serve.client import DigitClient, DigitError
 from serve.client.channel import access_from, add_flags
-from serve.client.diagnosis import described
 from serve.command_line import OneLineParser, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
-from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
-from train.config import DEFAULT_PRESET, PRESETS
-from train.data import DEFAULT_DATA_DIR, load_mnist
-from train.device import limit_threads
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
+from train.data.mnist import DEFAULT_DATA_DIR, load_mnist
+from train.device import choose_device, limit_threads
 from train.errors import TrainError
-from train.evaluation.evaluate import OF_LABELS, SCORED_SAMPLES, parse_floors
+from train.evaluation.evaluate import SCORED_SAMPLES, parse_floors
 from train.evaluation.judge import BATCH as JUDGE_BATCH
 from train.evaluation.judge import JUDGE_FOLDER, kept_judge
 from train.models import PointConvTranspose2d, build_generator
+from train.presets import DEFAULT_PRESET, PRESETS
+from train.reports.judging import judge_runs, of_other_data
+from train.runs import each_run, make_arguments, make_variable, moment, newest_finished, newest_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
     )
+    run.add_argument(
+        "--judge", action=argparse.BooleanOptionalAction, default=False, help="first judge runs that were not (default: no)"
+    )
+    run.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that --judge compares with")
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     sizes = commands.add_parser("batch-size", help="measure which maximum batch size a bundle's manifest should have")
@@ -112,19 +116,66 @@ def _run(flags: argparse.Namespace) -> int:
         runs = [run for run in runs if not _left_out(run, floors)]
         if not runs:
             raise ExportError(f"no run in {flags.runs_dir} is left; name one with --run to see why")
-    for run in runs:
+    if not flags.run:
+        for run in runs:
+            print(f"the newest finished {run.config.preset} run: {run.folder}, begun {moment(run)}", file=sys.stderr)
+    usable: list[Run] = []
+
+    def check(run: Run) -> None:
+        check_run(run, flags.models_dir, flags.name or model_name(run, flags.precision), floors)
+        usable.append(run)
+
+    refused = each_run(runs, check, ExportError, TrainError)
+    runs = usable
+    if flags.judge:
+        runs = _judged_first(runs, flags)
+    published: list[Path] = []
+
+    def publish(run: Run) -> None:
         done = export_run(run, flags.models_dir, flags.name, flags.precision, floors)
         print(f"{done.path}: worst difference {done.worst_images:.2g} of the image range, {done.worst_pixel_levels} pixel levels")
-    print(f'next: make serve ARGS="--models-dir {flags.models_dir}"')
-    return 0
+        published.append(done.path)
+
+    status = max(refused, each_run(runs, publish, ExportError, TrainError))
+    if published:
+        print(f"next: make serve{make_arguments('--models-dir', flags.models_dir)}")
+    return status
 
 
 def _left_out(run: Run, floors: Mapping[str, float]) -> bool:
     """Whether a run that nobody named cannot have what is asked of all; says so on stderr."""
-    of_labels = [] if run.config.labels else sorted(OF_LABELS & floors.keys())
-    if of_labels:
+    if of_labels := floors_of_labels(run, floors):
         print(f"skipped: {run.folder}: {of_labels[0]} is not known of a model without labels", file=sys.stderr)
     return bool(of_labels)
+
+
+def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
+    """The runs, those that were not judged judged. One of other data that nobody named is left out, which is said on stderr."""
+    waiting = [run for run in runs if not judged(run)]
+    if not waiting:
+        return list(runs)
+    data, other = load_mnist(flags.data_dir), []
+    for run in (run for run in waiting if of_other_data(run, data)):
+        reason = (
+            f"{run.folder} was not judged, and was trained on other data than {flags.data_dir} holds: name its own folder, as"
+            f' make export{make_variable("RUN", run.folder)} ARGS="--data-dir …", or export without judging:'
+            f" {_without_judging(run)}"
+        )
+        if flags.run:
+            raise ExportError(reason)
+        print(f"skipped: {reason}", file=sys.stderr)
+        other.append(run)
+    waiting = [run for run in waiting if run not in other]
+    for run in waiting:
+        without = _without_judging(run)
+        print(f"{run.folder} was not judged and is judged first; to export without judging: {without}", file=sys.stderr)
+    if waiting:
+        judge_runs(waiting, flags.data_dir, flags.runs_dir, choose_device("auto"))
+    return [run for run in runs if run not in other]
+
+
+def _without_judging(run: Run) -> str:
+    return f"make export{make_variable('RUN', run.folder)} ARGS=--no-judge"
 
 
 def _gallery(flags: argparse.Namespace) -> int:
@@ -166,18 +217,20 @@ def _plain(flags: argparse.Namespace) -> int:
 
 
 def _watch(flags: argparse.Namespace) -> int:
-    access = access_from(flags)
-    with DigitClient(flags.target, access=access, wait_for_server=not flags.once) as client:
+    try:
+        opened = DigitClient(flags.target, access=access_from(flags), wait_for_server=not flags.once)
+    except DigitError as error:
+        raise ExportError(error.details()) from None
+    with opened as client:
         watch = Watch(client, flags.models_dir, random.Random())
         if flags.once:
             try:
                 done = watch.round()
-            except grpc.RpcError as error:
-                raise ExportError(f"{flags.target}: {described(error, flags.target, access)}") from None
+            except DigitError as error:
+                raise ExportError(f"{flags.target}: {error}") from None
             print(table(done.checks))
             for failure in done.failures:
-                text = described(failure, flags.target, access) if isinstance(failure, grpc.RpcError) else failure
-                print(f"error: {text}", file=sys.stderr)
+                print(f"error: {failure}", file=sys.stderr)
             return 1 if done.failures or any(check.breach for check in done.checks) else 0
         registry = CollectorRegistry()
         stop = threading.Event()

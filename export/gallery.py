@@ -25,7 +25,7 @@ from export.errors import ExportError
 from export.generator import served_generator, torch_form
 from serve.latents import Span, draw_span, slerp
 from train.checkpoint import Run, latest_checkpoint
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.evaluation import quality
 from train.models import trained_generator
 from train.pictures import save_grid
@@ -84,7 +84,7 @@ class Gallery:
 
     def _truncation(self) -> Pixels:
         spans = [Span(SEED, 0, COLUMNS, truncation=truncation) for truncation in TRUNCATIONS]
-        labels = np.full(COLUMNS, TRUNCATED_LABEL) if self._run.config.conditional else None
+        labels = np.full(COLUMNS, min(TRUNCATED_LABEL, self._rows - 1)) if self._run.config.conditional else None
         return np.concatenate([self._of(span, labels) for span in spans])
 
     def _interpolation(self) -> Pixels:

@@ -32,7 +32,7 @@ def started(module: str, *arguments: str, checkout: Path | None = None) -> Itera
     """
     command = [sys.executable, "-m", module, *arguments]
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=checkout) as process,
     ):
         too_late = threading.Timer(START_LIMIT_S, process.kill)

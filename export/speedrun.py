@@ -22,16 +22,17 @@ import torch
 from export.errors import ExportError
 from export.server_process import started
 from serve.client import DigitClient
+from serve.client.again import origin_of
 from serve.dataset.filter import Judge
-from serve.pictures import to_grid, to_png
-from train.bench import milliseconds_per_step
-from train.checkpoint import Run, latest_checkpoint, newest_run, write_atomically
-from train.config import DEFAULT_PRESET, preset
-from train.data import Mnist, load_mnist
-from train.device import choose_device, describe
+from train.checkpoint import Run, latest_checkpoint, write_atomically
+from train.data.mnist import Mnist, load_mnist
+from train.device import choose_device
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.evaluation.judge import training_seconds
+from train.evaluation.judge import MNIST_CLASSES, check_data, training_seconds
+from train.presets import DEFAULT_PRESET, preset
+from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
+from train.runs import newest_run
 
 EPOCHS = 8
 SCORE_EPOCHS = 3
@@ -78,13 +79,19 @@ def speedrun(options: Options) -> Path:
     """Run all of it in ``options.out`` and return the page. Raises ExportError when a command fails."""
     device = choose_device("auto")
     data = load_mnist(options.data_dir)
+    check_data(data)
+    if data.classes != MNIST_CLASSES:
+        raise ExportError(
+            f"{options.data_dir} has {data.classes} classes, and the speedrun takes data with {MNIST_CLASSES}, as MNIST has; for"
+            " others there are make train, make evaluate and make export"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     stages = Stages(_foretold(data, device, options))
     run = stages.run("training", lambda: _train(options))
     figures = stages.run("scoring", lambda: _score(run, data, device, options))
     bundle = stages.run("exporting", lambda: _export(run, options))
     figures |= stages.run("serving", lambda: _serve(bundle, options))
-    figures["parity"] = json.loads((bundle / "parity.json").read_text())["worst_images"]
+    figures["parity"] = json.loads((bundle / "parity.json").read_bytes())["worst_images"]
     return _write_page(options, run, stages.took_s, figures)
 
 
@@ -125,7 +132,8 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
     flags = (f"--models-dir={bundle.parents[1]}", f"--default-model={bundle.parent.name}", "--grpc-port=0", "--http-port=0")
     try:
         with started("serve", *flags) as server, DigitClient(server.target) as client:
-            pixels = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)]).pixels
+            digits = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)])
+            content = digits.to_png(origin_of(digits, client.get_model(), 0.0))
             calls = []
             for index in range(100):
                 begun = time.perf_counter()
@@ -133,26 +141,25 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
                 calls.append(time.perf_counter() - begun)
     except RuntimeError as error:
         raise ExportError(str(error)) from None
-    content = to_png(to_grid(pixels))
     write_atomically(options.out / "digits.png", lambda stream: stream.write(content))
     return {"call_ms": float(np.median(calls)) * 1e3}
 
 
 def _write_page(options: Options, run: Run, took_s: dict[str, float], figures: dict[str, Any]) -> Path:
-    machine = describe(choose_device("auto"))
+    machine = run.provenance  # what it was trained on, and with how many threads
     total, score = sum(took_s.values()), figures["classification_accuracy_score"]
     error = figures["classification_accuracy_score_error"]
     shown = {
         "classification accuracy score": f"{score:.2%} ± {error * 100:.2f}",
-        "digits read as their labels": f"{figures['label_accuracy']:.2%}",
+        "digits read as their labels, by a judge of MNIST": f"{figures['label_accuracy']:.2%}",
         "worst difference between PyTorch and ONNX Runtime, of the image range": f"{figures['parity']:.2g}",
         "a call for one digit, median": f"{figures['call_ms']:.1f} ms",
     }
     shown |= {f"time for {name}": _minutes(seconds) for name, seconds in took_s.items()}
     shown["time in all"] = _minutes(total)
-    where = f"{machine['device']}, {machine['device_name']}, {machine['cpu_threads']} threads"
+    where = f"{machine['device']}, {machine['device_name']}, {_counted(machine['cpu_threads'], 'thread')}"
     picture = embedded(options.out / "digits.png")
-    page = rendered(TEMPLATE, preset=run.config.preset, epochs=options.epochs, figures=shown, machine=where, picture=picture)
+    page = rendered(TEMPLATE, preset=run.config.preset, length=_length(run), figures=shown, machine=where, picture=picture)
     path = options.out / "report.html"
     write_atomically(path, lambda stream: stream.write(page))
     for name, value in shown.items():
@@ -167,6 +174,15 @@ def _command(module: str, *flags: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *flags], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise ExportError(f"python -m {module} {' '.join(flags)} ended with status {done.returncode}; its own error is above")
+
+
+def _length(run: Run) -> str:
+    """How long a run was trained, by its own config: flags behind ``--`` may have changed it."""
+    return _counted(run.config.steps, "step") if run.config.steps else _counted(run.config.epochs, "epoch")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _minutes(seconds: float) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import grpc
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from export.errors import ExportError
 from export.generator import torch_form
 from export.graphs.to_torchscript import load_torchscript
-from serve.client import DigitClient
+from serve.client import DigitClient, DigitError
 from serve.errors import BundleError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, Span, draw_span
 from serve.manifest import TORCHSCRIPT_FILE, Manifest
@@ -56,7 +55,7 @@ class Round(NamedTuple):
     """The comparisons of all versions, and why others could not be made: one version's failure leaves out no other."""
 
     checks: list[Check]
-    failures: list[grpc.RpcError | ExportError]
+    failures: list[DigitError | ExportError]
 
 
 class WatchMetrics:
@@ -97,7 +96,7 @@ class Watch:
     def round(self) -> Round:
         """One comparison by address and one by explicit latents for each version that is served at the moment.
 
-        Raises grpc.RpcError when the server does not say what it serves.
+        Raises DigitError when the server does not say what it serves.
         """
         served = {(summary.name, summary.version) for summary in self._client.list_models().models}
         self._modules = {key: module for key, module in self._modules.items() if key in served}
@@ -105,12 +104,12 @@ class Watch:
         for name, version in sorted(served):
             try:
                 done.checks.extend(self._compare(name, version))
-            except (grpc.RpcError, ExportError) as error:
+            except (DigitError, ExportError) as error:
                 done.failures.append(error)
         return done
 
     def _compare(self, name: str, version: int) -> list[Check]:
-        """Raises grpc.RpcError, or ExportError for a version that is not among the bundles or is another than theirs."""
+        """Raises DigitError, or ExportError for a version that is not among the bundles or is another than theirs."""
         manifest, module = self._modules.get((name, version)) or self._load(name, version)
         checks = []
         seed, start = self._chance.randrange(SEED_LIMIT), self._chance.randrange(INDEX_LIMIT - ROWS)
@@ -147,12 +146,12 @@ def watch_forever(watch: Watch, metrics: WatchMetrics, interval_s: float, stop: 
     while not stop.is_set():
         try:
             done = watch.round()
-        except grpc.RpcError as error:
+        except DigitError as error:
             done = Round([], [error])
         for check in done.checks:
             metrics.record(check)
         for failure in done.failures:
-            if isinstance(failure, grpc.RpcError):
+            if isinstance(failure, DigitError):
                 metrics.failures.labels(failure.code().name).inc()
             else:
                 log.error("%s", failure)

@@ -11,8 +11,14 @@ os.environ.setdefault(
     "GRPC_VERBOSITY", "INFO" if "DIGITS_TLS_CERT" in os.environ or "--tls-cert" in " ".join(sys.argv) else "NONE"
 )
 
-from serve.cli import main  # see above
-from serve.command_line import run_command
+from serve.command_line import failed, run_command  # see above
+
+try:
+    from serve.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(
+        failed(f"{error.name} is not installed: the client's install lacks the server; in a checkout, pip install '.[serve]'")
+    )
 
 if __name__ == "__main__":
     run_command(main)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from msgspec.structs import replace
 
 from serve.client.channel import access_from, add_flags
 from serve.client.diagnosis import described
+from serve.client.errors import DigitError
 from serve.command_line import INT63, TIMEOUT_S, OneLineParser, failed, run_command, within
 from serve.errors import BundleError, SettingsError
 from serve.files import locked, replace_file
@@ -57,7 +59,7 @@ RETIRED = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make one change, or none. Returns the exit status; an error is one line on stderr."""
-    flags = _parser().parse_args(arguments)
+    flags = _parser().parse_args(_action_first(sys.argv[1:] if arguments is None else arguments))
     if flags.action == "status":
         return _status(flags)
     path: Path | None = flags.serving_file or (flags.models_dir and flags.models_dir / FILE_NAME)
@@ -85,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old, new = _text(before).splitlines(), content.splitlines()
     print("\n".join(difflib.unified_diff(old, new, str(path), str(path), lineterm="")) or f"{path} is unchanged")
     return 0
+
+
+def _action_first(arguments: Sequence[str]) -> list[str]:
+    """Flags before the action, each with its one value, moved behind it: argparse would take them for the actions' parent's."""
+    flags, rest = [], list(arguments)
+    while rest and rest[0].startswith("--") and rest[0] != "--help":
+        taken = 1 if "=" in rest[0] else 2
+        flags += rest[:taken]
+        rest = rest[taken:]
+    return rest[:1] + flags + rest[1:]
 
 
 class _Change:
@@ -196,13 +208,17 @@ def _status(flags: argparse.Namespace) -> int:
     """Print what a server says of its versions. Returns the exit status."""
     try:
         access, request = access_from(flags), pb.StatusRequest(model=flags.model)
-        with access.open_channel(flags.target, follow_health=False) as channel:
+        opened = access.open_channel(flags.target, follow_health=False)
+    except DigitError as error:
+        return failed(error.details())
+    except ValueError as error:  # protobuf refuses a name that is no text before anything is sent
+        return failed(error)
+    try:
+        with opened as channel:
             stub = pb_grpc.DigitGeneratorStub(channel)
             print(as_table(stub.Status(request, timeout=flags.timeout, metadata=access.metadata)))
     except grpc.RpcError as error:
         return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
-    except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        return failed(error)
     return 0
 
 

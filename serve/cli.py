@@ -56,10 +56,11 @@ def _banner(server: Server, ports: Ports, settings: Settings) -> Iterator[str]:
     target, http = address(settings.host, ports.grpc), address(settings.http_host, ports.http)
     yield f"gRPC  {target}{' with TLS' * tls}{' and bearer tokens' * tokens}"
     yield f"HTTP  http://{http}/metrics /healthz /readyz"
+    api = f"http://{http}" if ports.https is None else f"https://{address(settings.http_host, ports.https)}"
     if settings.http_api:
-        yield f"API   http://{http}/v1 /v2"
+        yield f"API   {api}/v1 /v2"
     if settings.page:
-        yield f"page  http://{http}/"
+        yield f"page  {api}/"
     for model in server.catalog.models():
         limits = model.batcher.limits
         mark = " (default)" if model.manifest.name == server.catalog.default_model else ""

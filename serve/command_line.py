@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypeVar
 
+SHOWN = "digits-shown"  # how what an encoding lacks is printed
+LOSING = ("strict", "surrogateescape")  # ways that end a command at a character which its terminal lacks
 ENDED_BY_SIGNAL = 128  # added to the signal's number: the exit status, as a shell gives it
 
 NumberT = TypeVar("NumberT", int, float)
@@ -69,18 +73,34 @@ class _Stream(io.FileIO):
 def open_standard_streams() -> None:
     """First thing in a process: descriptors 0 to 2 that came closed lead nowhere, and what is printed can fail in one way only.
 
-    What is opened next would else be one of them: uvloop aborts when it closes it, and others would print into it.
+    What is opened next would else be one of them: uvloop aborts when it closes it, and others would print into it. A character
+    that the terminal's encoding lacks is printed as its escape, and a byte of a file's name that is no text as itself.
     """
+    codecs.register_error(SHOWN, _shown)
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)
     for name, number in (("stdout", 1), ("stderr", 2)):
         was: Any = getattr(sys, name)
         if was is None or was.fileno() == number:  # else a test's own
-            options = {"encoding": was.encoding, "errors": was.errors, "write_through": was.write_through} if was else {}
+            options = {"encoding": was.encoding, "write_through": was.write_through} if was else {}
+            errors = was.errors if was and was.errors not in LOSING else SHOWN
             line_buffering = was.line_buffering if was else False
             stream = io.BufferedWriter(_Stream(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(stream, **options, line_buffering=line_buffering))
+            setattr(sys, name, io.TextIOWrapper(stream, **options, errors=errors, line_buffering=line_buffering))
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+def encodable(text: str) -> str:
+    """The text. Raises UnicodeEncodeError if standard output's encoding lacks a character of it."""
+    text.encode(sys.stdout.encoding or "utf-8")
+    return text
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -109,3 +129,11 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 def drop_output() -> None:
     """Have what is still printed go nowhere: nobody reads standard output, and Python would complain when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def release() -> str:
+    """The installed distribution's version, or ``source`` when it runs from a checkout that was never installed."""
+    try:
+        return version("digits-serve")
+    except PackageNotFoundError:
+        return "source"

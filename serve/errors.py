@@ -7,9 +7,17 @@ from __future__ import annotations
 
 
 class ServeError(Exception):
-    """Base of all errors whose text may be shown to a caller or operator."""
+    """Base of all errors whose text may be shown to a caller or operator. What else they have is for programs."""
 
+    reason = "INTERNAL"  # why, in upper case; it stays the same when the text is reworded
+    field = ""  # of the request, as its protocol calls it; "" where none is at fault
+    limit: float | None = None  # the bound that was passed
     denial = ""  # where somebody is kept out: the reason in one word, for the metrics
+    model, version = "", 0  # which was asked, as far as it was known
+
+    def about(self, model: str, version: int) -> None:
+        """Which model was asked."""
+        self.model, self.version = model, version
 
 
 class StartError(ServeError):
@@ -39,13 +47,27 @@ class ProviderError(StartError):
 class RequestError(ServeError):
     """A request field with an unusable value: the text names field, value and limit."""
 
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, message: str, field: str, limit: float | None = None) -> None:
+        super().__init__(message)
+        self.field, self.limit = field, limit
+
 
 class UnsupportedError(ServeError):
     """A call of a protocol that this server does not answer."""
 
+    reason = "UNSUPPORTED"
+
 
 class UnknownModelError(ServeError):
     """No such model or version: the text lists what there is."""
+
+    reason = "UNKNOWN_MODEL"
+
+    def __init__(self, message: str, model: str, version: int = 0) -> None:
+        super().__init__(message)
+        self.about(model, version)
 
 
 class UnauthenticatedError(ServeError):
@@ -54,52 +76,67 @@ class UnauthenticatedError(ServeError):
     def __init__(self, message: str, denial: str) -> None:
         super().__init__(message)
         self.denial = denial
+        self.reason = f"TOKEN_{denial.upper()}"
 
 
 class ForbiddenError(ServeError):
     """A known caller who may not do this."""
 
     denial = "scope"
+    reason = "SCOPE_MISSING"
 
 
 class BusyError(ServeError):
     """Try again. ``retry_after_s`` is when a place is likely."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float, limit: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.limit = retry_after_s, limit
 
 
 class QueueFullError(BusyError):
     """The queue is at its bound."""
 
+    reason = "QUEUE_FULL"
+
 
 class CallerLimitError(BusyError):
     """This caller has reached a limit of its own: images in flight, or requests a second."""
 
-    def __init__(self, message: str, retry_after_s: float, denial: str) -> None:
-        super().__init__(message, retry_after_s)
+    def __init__(self, message: str, retry_after_s: float, denial: str, limit: float) -> None:
+        super().__init__(message, retry_after_s, limit)
         self.denial = denial
+        self.reason = f"CALLER_{denial.upper()}"
 
 
 class OverloadedError(BusyError):
     """The calls that are open hold as much memory as they may, or one caller's hold its share of it."""
 
+    reason = "OVERLOADED"
+
 
 class CallerLeftError(ServeError):
     """The caller has cancelled the call, or its connection has ended."""
+
+    reason = "CALLER_LEFT"
 
 
 class ExpiredError(ServeError):
     """The deadline passed while rows still waited."""
 
+    reason = "DEADLINE_PASSED"
+
 
 class UnavailableError(ServeError):
     """The server is draining, or the model is not ready."""
 
+    reason = "MODEL_NOT_READY"
+
 
 class DrainingError(UnavailableError):
     """The process is stopping; another replica answers."""
+
+    reason = "DRAINING"
 
 
 class EngineError(ServeError):

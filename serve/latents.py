@@ -21,11 +21,12 @@ with no value drawn anew, so that an address stays an address at any truncation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from ctypes import c_float
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,9 +42,12 @@ BLOCK_ROWS = 256  # rows transformed at a time: the temporaries stay in the proc
 
 INDEX_LIMIT = 1 << 63  # indices run from 0 to this, exclusive
 SEED_LIMIT = 1 << 64
+# As protobuf has it. Below it all digits are the same, and the tail's grid is too coarse to tell.
+LEAST_TRUNCATION = float(np.float32(0.01))
 
 
-class Span(msgspec.Struct, frozen=True, eq=False):
+@dataclass(slots=True, eq=False)  # not frozen: that triples the time to make one, and every request makes some
+class Span:
     """Consecutive rows: of ``seed``'s stream from ``start`` on, or of ``explicit`` (n, z) from row ``start`` on.
 
     ``labels`` int64 (count,) stand in for the stream's own; ``truncation`` cuts the stream's values off there, unless it is 0.
@@ -217,7 +221,8 @@ def to_normal(words: NDArray[np.uint32], out: NDArray[np.float32], tails: NDArra
 @lru_cache(256)  # callers choose the number
 def tail_beyond(truncation: float) -> np.float32:
     """The probability beyond ``truncation``, on a grid that keeps the last bit of a library's erf out of it."""
-    return np.float32(round(NormalDist().cdf(-truncation) * 2**20) / 2**20)
+    as_asked = c_float(truncation).value  # as protobuf has it: by whichever protocol it came, the digits are the same
+    return np.float32(round(NormalDist().cdf(-as_asked) * 2**20) / 2**20)
 
 
 @cache

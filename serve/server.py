@@ -19,7 +19,6 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from serve.access import tls
 from serve.access.budget import Budget
@@ -32,6 +31,7 @@ from serve.api.open_inference import OpenInferenceService
 from serve.api.open_inference_http import MAX_BODY_BYTES, OpenInferenceHttp
 from serve.api.rpc import Method
 from serve.background import finished, for_each, in_daemon_thread, repeat
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.engine.resources import give_memory_back, memory_bytes, usable_cores
 from serve.errors import StartError
@@ -40,15 +40,15 @@ from serve.models.model import JOIN_S, Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository
 from serve.models.serving_file import FILE_NAME, watched_serving_file
-from serve.observability.metrics import Metrics
+from serve.observability.metrics import Metrics, new_registry
 from serve.observability.tracing import Tracing, set_up
 from serve.ports.check import check_calls, check_ports
 from serve.ports.grpc_port import GrpcPort, address
 from serve.ports.health import HEALTH, Health
-from serve.ports.http_port import make_app, start_http
+from serve.ports.http_port import HttpPorts, make_app
 from serve.ports.load_report import Load, LoadReports
 from serve.ports.reflection import reflection_methods
-from serve.settings import Settings, release
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Ports:
 
     grpc: int
     http: int
+    https: int | None  # of the HTTP API, where it has a port of its own
 
 
 class Server:
@@ -76,7 +77,7 @@ class Server:
     def __init__(self, settings: Settings, when_stopping: Callable[[float], object] = lambda seconds: None) -> None:
         """``when_stopping`` is called once, with the time that stopping may take."""
         self._settings = settings
-        self._registry = _new_registry()
+        self._registry = new_registry()
         self._metrics = Metrics(self._registry)
         self._metrics.build.info({"version": release(), "python": platform.python_version(), "grpcio": version("grpcio")})
         self._metrics.expected_provider.labels(settings.provider).set(1)
@@ -92,7 +93,7 @@ class Server:
         self._tracing: Tracing | None = None
         self._background: list[asyncio.Task[None]] = []
         self._grpc: GrpcPort
-        self._http: web.AppRunner
+        self._http: HttpPorts
         self.catalog = Catalog(settings.default_model)
         self._health = Health(self.catalog)
         self._reconciler = Reconciler(
@@ -150,20 +151,13 @@ class Server:
         self._grpc = GrpcPort(settings, methods, certificates, LoadReports(self._load) if settings.load_reports else None)
         registry = self._registry if settings.metrics else None
         app = make_app(registry, self._health.not_alive, self._health.not_ready, MAX_BODY_BYTES)
-        if settings.http_api:
-            app.add_routes(OpenInferenceHttp(core, admission, self._health.not_complete).routes())
-            target = address(settings.host, self._grpc.port)
-            app.add_routes(HttpApi(core, admission, target, self._reconciler.status).routes())
-        if settings.page:
-            app.add_routes(page_routes())
-        self._http, http_port = await start_http(
-            app, settings.http_host, settings.http_port, HTTP_CLEANUP_S, settings.answered_http_names
-        )
+        self._http = HttpPorts(settings, certificates, HTTP_CLEANUP_S)
+        await self._http.start(app, self._routes(core, admission), MAX_BODY_BYTES)
         await self._grpc.start()
         self._health.process_not_alive = lambda: self.broken or self._grpc.not_alive()
         self._health.publish()
         self._start_background()
-        return Ports(self._grpc.port, http_port)
+        return Ports(self._grpc.port, self._http.port, self._http.https_port)
 
     def _methods(self, core: Core, admission: Admission) -> dict[str, Method]:
         """Every method of the gRPC port, by path."""
@@ -176,6 +170,16 @@ class Server:
         if self._settings.reflection:
             methods |= reflection_methods({*(table.service for table in tables), HEALTH})
         return methods
+
+    def _routes(self, core: Core, admission: Admission) -> list[web.RouteDef]:
+        """Every route of the HTTP API and its page."""
+        settings = self._settings
+        if not settings.http_api:
+            return []
+        target = address(settings.host, self._grpc.port)
+        routes = OpenInferenceHttp(core, admission, self._health.not_complete).routes()
+        routes += HttpApi(core, admission, target, self._reconciler.status).routes()
+        return routes + page_routes() if settings.page else routes
 
     def _load(self) -> Load:
         batchers = [model.batcher for model in self.catalog.models()]
@@ -211,7 +215,7 @@ class Server:
             task.cancel()
         self._health.end_watches()
         await self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic()))
-        await self._http.cleanup()
+        await self._http.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)
         if leftovers:
             self._metrics.drained.inc(leftovers)
@@ -287,12 +291,3 @@ def serve(settings: Settings, announce: Callable[[Server, Ports], None]) -> None
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
     uvloop.run(run())
-
-
-def _new_registry() -> CollectorRegistry:
-    disable_created_metrics()  # type: ignore[no-untyped-call]
-    registry = CollectorRegistry()
-    collectors: list[Any] = [ProcessCollector, PlatformCollector, GCCollector]
-    for collector in collectors:
-        collector(registry=registry)
-    return registry

@@ -13,16 +13,17 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from serve.command_line import OneLineParser
+from serve.command_line import OneLineParser, release
 from serve.errors import SettingsError
 from serve.manifest import BUNDLED_DIR
 
 ENV_PREFIX = "DIGITS_"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+# As browsers send it: in lower case, without the scheme's own port, without a path.
+ORIGIN = re.compile(r"\*|https://[a-z0-9.\[\]:_-]+(?<!:443)|http://[a-z0-9.\[\]:_-]+(?<!:80)", re.ASCII)
 UNIX = "unix:"  # how a --host begins that is a Unix socket's path
 # What others read, and what Kubernetes sets in every container for a Service called digits or digits-serve.
 NO_SETTINGS = re.compile(r"DIGITS_(TOKEN|(\w+_)?SERVICE_(HOST|PORT)(_\w+)?|(\w+_)?PORT(_\w+)?)")
@@ -56,22 +57,30 @@ class Settings:
     poll_interval_s: float = _setting(5.0, "interval between polls of the models folder and of that file", low=0.05, high=86400)
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
-    tls_cert: Path | None = _setting(None, "PEM file of the gRPC port's certificate chain; reloaded when it changes")
+    tls_cert: Path | None = _setting(None, "PEM file of the certificate chain for gRPC and HTTPS; reloaded when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
     tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
-    insecure: bool = _setting(False, "allow plaintext gRPC on an address that is not loopback")
+    insecure: bool = _setting(False, "allow plaintext on an address that is not loopback")
     tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; reloaded when it changes (serve.access.tokens)")
     caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
-    http_host: str = _setting("127.0.0.1", "address the HTTP port listens on")
-    http_port: int = _setting(8080, "port of /metrics, /healthz, /readyz, API and page; 0 takes a free one", low=0, high=65535)
+    http_host: str = _setting("127.0.0.1", "address the HTTP and the HTTPS port listen on")
+    http_port: int = _setting(
+        8080, "port of /metrics, /healthz, /readyz, and without --tls-cert of API and page; 0 takes a free one", low=0, high=65535
+    )
+    https_port: int = _setting(8443, "port of API and page with --tls-cert, over TLS; 0 takes a free one", low=0, high=65535)
     http_names: str = _setting(
         "",
         "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
         " loopback, else every name)",
     )
-    http_api: bool = _setting(True, "answer requests for digits on the HTTP port: /v1 and the Open Inference Protocol at /v2")
-    page: bool = _setting(True, "serve the web page and /openapi.json on the HTTP port; it needs --http-api")
+    http_origins: str = _setting(
+        "",
+        "other sites whose pages may call the HTTP API (CORS): origins as https://app.example.org joined by commas, or *, all"
+        " (default: none)",
+    )
+    http_api: bool = _setting(True, "answer requests for digits over HTTP: /v1 and the Open Inference Protocol at /v2")
+    page: bool = _setting(True, "serve the web page and /openapi.json over HTTP; it needs --http-api")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
     device: int = _setting(0, "CUDA device, by its number; several are used by a process each", low=0, high=255)
     buckets: str = _setting(
@@ -132,6 +141,16 @@ class Settings:
             return None
         return {*named, *LOOPBACK_NAMES, self.http_host.strip("[]").lower()}
 
+    @property
+    def https(self) -> bool:
+        """Whether the HTTP API is on a port of its own, over TLS."""
+        return self.http_api and self.tls_cert is not None
+
+    @property
+    def allowed_http_origins(self) -> set[str]:
+        """As browsers send them; ``*`` for every one."""
+        return {origin.strip().lower() for origin in self.http_origins.split(",") if origin.strip()}
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value, meta = getattr(self, spec.name), spec.metadata
@@ -142,18 +161,7 @@ class Settings:
         parse_cuda_options(self.cuda_options)
         if self.cuda_graphs == "on" and self.provider != "cuda":
             raise SettingsError(f"--cuda-graphs on needs --provider cuda, and it is {self.provider}")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
-        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
-            raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
-        if self.page and not self.http_api:
-            raise SettingsError("--page needs --http-api: give --page false too, or --http-api true")
-        if self.http_api and not self.insecure and not is_loopback(self.http_host):
-            raise SettingsError(
-                f"--http-host {self.http_host} would serve digits in plaintext: give --http-api false --page false, or --insecure"
-            )
+        self._check_ports()
         if self.caller_images and self.caller_images < self.max_count:
             raise SettingsError(
                 f"--caller-images {self.caller_images} is under --max-count {self.max_count}: it could never be served"
@@ -162,6 +170,34 @@ class Settings:
             raise SettingsError(
                 f"--max-count {self.max_count} is over --max-queue-images {self.max_queue_images}: it could never be served"
             )
+
+    def _check_ports(self) -> None:
+        """What would be open to more than it should, or to nobody."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key go together: one of them is missing")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
+            raise SettingsError(f"--host {self.host} would be served in plaintext: give --tls-cert and --tls-key, or --insecure")
+        if self.page and not self.http_api:
+            raise SettingsError("--page needs --http-api: give --page false too, or --http-api true")
+        if self.http_api and self.tls_cert is None and not self.insecure and not is_loopback(self.http_host):
+            raise SettingsError(
+                f"--http-host {self.http_host} would serve digits in plaintext: give --tls-cert and --tls-key,"
+                " --http-api false --page false, or --insecure"
+            )
+        if self.https and self.https_port == self.http_port != 0:
+            raise SettingsError(
+                f"--https-port {self.https_port} is --http-port too, which is plaintext for probes and metrics: name another"
+            )
+        if self.http_origins and not self.http_api:
+            raise SettingsError("--http-origins needs --http-api true: nothing else answers another site's pages")
+        for origin in sorted(self.allowed_http_origins):
+            if not ORIGIN.fullmatch(origin):
+                raise SettingsError(
+                    f"--http-origins: {origin[:100]!r} is no origin as browsers send it: https://HOST or http://HOST,"
+                    " with :PORT where it is not 443 or 80, and nothing behind"
+                )
 
 
 def is_loopback(host: str) -> bool:
@@ -262,11 +298,3 @@ def _parse(text: str, kind: Any, source: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{source} must be {wanted}, got {text!r}") from None
-
-
-def release() -> str:
-    """The installed distribution's version, or ``source`` when it runs from a checkout that was never installed."""
-    try:
-        return version("digits-serve")
-    except PackageNotFoundError:
-        return "source"

@@ -23,7 +23,8 @@ from serve.batching.batcher import Batcher
 from serve.core.generate import Core
 from serve.models.catalog import Catalog
 from serve.models.model import Model
-from serve.observability.metrics import Metrics, ModelMetrics
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
 from tests.fake_engine import LATENT_SIZE, TIMEOUT_S, FakeEngine, make_limits
 from tests.fake_wire import FakeWire
 

@@ -30,6 +30,9 @@ class FakeWire:
     def peer(self) -> str:
         return "ipv4:192.0.2.1:1234"
 
+    def authority(self) -> str:
+        return "digits.test:50051"
+
     def time_remaining(self) -> None:
         return None
 

@@ -36,7 +36,7 @@ class ServerProcess:
         log: IO[str] | None = None,
     ) -> None:
         ports = [] if any(flag.startswith("--grpc-port") for flag in flags) else ["--grpc-port=0"]
-        command = [sys.executable, *module, *ports, "--http-port=0", *flags]
+        command = [sys.executable, *module, *ports, "--http-port=0", "--https-port=0", *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log or subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )
@@ -60,6 +60,8 @@ class ServerProcess:
             raise AssertionError(f"the server announced no addresses: {self.announced}")
         self.target = grpc_address[1]
         self.http = http_address[1]
+        api = re.search(r"^API +https://(\S+)/v1", self.announced, re.MULTILINE)
+        self.https = api[1] if api else ""  # where the HTTP API has a port of its own
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a path on the HTTP port."""

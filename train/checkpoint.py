@@ -1,12 +1,13 @@
 """Run folders and checkpoints: state dicts and JSON, written atomically, read with ``weights_only=True``.
 
     runs/<preset>/<time>/
-        config.json           the resolved config, the data's digests, the machine and versions
+        config.json           the resolved config, the data's digests, when it began, the machine and versions
         checkpoints/*.pt      both networks, both optimizers, noise generator, step, losses so far
+        progress.json         the last checkpoint's step, of how many, and the time so far
         losses.npy            (log points, 3) float64: step, generator loss, discriminator loss
         result.json           written last: a run without it is not finished
 
-A resumed run depends on its checkpoint alone; losses.npy and the pictures are made from it.
+A resumed run depends on its checkpoint alone; losses.npy and the pictures are made from it. ``train.runs`` chooses among runs.
 """
 
 from __future__ import annotations
@@ -14,25 +15,31 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
-from train.config import DEFAULT_PRESET, PRESETS, TrainConfig
-from train.errors import CheckpointError
+from serve.files import locked, remove_abandoned_in, replacing
+from train.config import TrainConfig
+from train.errors import CheckpointError, ConfigError, OtherVersionError
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
+PROGRESS_FILE = "progress.json"
 LOSSES_FILE = "losses.npy"
 DEFAULT_RUNS_DIR = Path("runs")
+NAMED_BY_TIME = "%Y%m%d-%H%M%S"
+
+Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -51,72 +58,104 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / RESULT_FILE).exists()
 
+    @property
+    def started(self) -> datetime:
+        """When it began, as it recorded; a run of before 2026-12 has that in its folder's name, or else its config's age."""
+        try:
+            return datetime.fromisoformat(self.provenance["started"]).astimezone(UTC)
+        except (KeyError, TypeError, ValueError):
+            pass
+        try:
+            return datetime.strptime(self.folder.name[:15], NAMED_BY_TIME).replace(tzinfo=UTC)
+        except ValueError:
+            return datetime.fromtimestamp((self.folder / CONFIG_FILE).stat().st_mtime, UTC)
+
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.pt"))
+        return numbered(self.folder / "checkpoints", "step", ".pt")
+
+    def grids(self) -> list[Path]:
+        """Pictures of generated digits, oldest first."""
+        return numbered(self.pictures, "fake", ".png")
+
+    def losses(self) -> Losses:
+        """``losses.npy``: (log points, 3), without any where the file is missing or damaged."""
+        path = self.folder / LOSSES_FILE
+        try:
+            losses: Losses = np.load(path, allow_pickle=False)
+            if losses.ndim == 2 and losses.shape[1] == 3:
+                return losses
+        except FileNotFoundError:
+            return np.zeros((0, 3))
+        except (OSError, ValueError, EOFError, AttributeError):  # the last one: of an archive of arrays
+            pass
+        log.warning("%s cannot be read", path)
+        return np.zeros((0, 3))
+
+
+def numbered(folder: Path, name: str, suffix: str) -> list[Path]:
+    """Files called as ``step-00000469.pt`` in the order of their numbers, and no others."""
+    pattern = re.compile(rf"{name}-[0-9]{{1,18}}{re.escape(suffix)}")
+    return sorted((path for path in folder.glob(f"{name}-*{suffix}") if pattern.fullmatch(path.name)), key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """The number in a name of ``numbered``."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def create_run(runs_dir: Path, config: TrainConfig, provenance: dict[str, Any]) -> Run:
     """Make a new run folder with its config. Raises CheckpointError when it cannot be written."""
-    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    now = datetime.now(UTC)
+    provenance = {"started": now.isoformat(timespec="seconds"), **provenance}
     parent = runs_dir / config.preset
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = _first_free(parent, name)
+        folder = _first_free(parent, now.strftime(NAMED_BY_TIME))
         (folder / "checkpoints").mkdir()
         (folder / "pictures").mkdir()
-        write_json(folder / CONFIG_FILE, {"config": config.to_json(), "provenance": provenance})
+        run = Run(folder, config, provenance)
+        write_config(run)
     except OSError as error:
         raise CheckpointError(f"cannot write a run to {parent} ({error.strerror}); name another with --runs-dir") from None
-    return Run(folder, config, provenance)
+    return run
+
+
+def write_config(run: Run) -> None:
+    """Write ``config.json``. Raises OSError."""
+    write_json(run.folder / CONFIG_FILE, {"config": run.config.to_json(), "provenance": run.provenance})
 
 
 def open_run(folder: Path) -> Run:
-    """Read a run folder's config. Raises CheckpointError."""
+    """Read a run folder's config. Raises CheckpointError naming the run; OtherVersionError when its fields are not ours."""
     try:
-        stored = json.loads((folder / CONFIG_FILE).read_text())
+        stored = json.loads((folder / CONFIG_FILE).read_bytes())
         provenance = stored["provenance"]
         if not isinstance(provenance.get("data", {}), dict):
             raise TypeError(CONFIG_FILE)  # as what a missing key raises
         return Run(folder, TrainConfig.from_json(stored["config"]), provenance)
     except OSError:
         raise CheckpointError(f"{folder} is not a run folder: it has no readable {CONFIG_FILE}") from None
+    except ConfigError as error:
+        raise OtherVersionError(f"{folder} was made by another version of this project ({error}); use that version") from None
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged; the run cannot be used") from None
 
 
-def newest_run(runs_dir: Path, preset: str, *, finished: bool) -> Run:
-    """The newest run of a preset, finished or not as asked; one that has saved nothing yet is passed over.
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """A block that no other process trains the run in. Raises CheckpointError when one does.
 
-    Raises CheckpointError when there is none.
+    What a killed process has left half-written is cleared away first.
     """
-    parent = runs_dir / preset
-    folders = sorted((entry for entry in parent.glob("*") if (entry / CONFIG_FILE).exists()), reverse=True)
-    for folder in folders:
-        if (folder / RESULT_FILE).exists() == finished and any((folder / "checkpoints").glob("step-*.pt")):
-            return open_run(folder)
-    state = "finished" if finished else "unfinished"
-    raise CheckpointError(f"no {state} run of {preset} in {parent}; start one with: {how_to_train(preset, runs_dir)}")
-
-
-def how_to_train(preset: str, runs_dir: Path) -> str:
-    """What to type for a run of a preset in ``runs_dir``."""
-    return f"make train PRESET={preset}" + f' ARGS="--runs-dir {runs_dir}"' * (runs_dir != DEFAULT_RUNS_DIR)
-
-
-def newest_finished(runs_dir: Path) -> list[Run]:
-    """The newest finished run of each preset; those that have none are named on the log. Raises CheckpointError without any."""
-    runs, missing = [], []
-    for preset in PRESETS:
+    with ExitStack() as stack:
         try:
-            runs.append(newest_run(runs_dir, preset, finished=True))
-        except CheckpointError as error:
-            missing.append(error)
-    if not runs:
-        raise CheckpointError(f"there is no finished run in {runs_dir}; start one with: {how_to_train(DEFAULT_PRESET, runs_dir)}")
-    for reason in missing:
-        log.warning("skipped: %s", reason)
-    return runs
+            stack.enter_context(locked(run.folder, wait_s=0))
+        except BlockingIOError:
+            raise CheckpointError(f"{run.folder} is being trained by another process; let it end, or stop it first") from None
+        for folder in (run.folder, run.folder / "checkpoints", run.pictures):
+            remove_abandoned_in(folder)
+        yield
 
 
 def save_checkpoint(run: Run, step: int, state: dict[str, Any]) -> Path:
@@ -150,7 +189,7 @@ def final_checkpoint(run: Run) -> dict[str, Any]:
     """The newest checkpoint of a finished run. Raises CheckpointError when it is of an earlier step than the run's last."""
     state = latest_checkpoint(run)
     try:
-        last = json.loads((run.folder / RESULT_FILE).read_text())["step"]
+        last = json.loads((run.folder / RESULT_FILE).read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{run.folder / RESULT_FILE} cannot be read; train the run again") from None
     if state["step"] != last:
@@ -170,17 +209,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write beside and rename: after a crash at any moment the old content or the whole new one is there."""
     content = io.BytesIO()
     write(content)  # in memory: of a full disk PyTorch's own writing makes an error that names nothing
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with replacing([path], 0o644) as (stream,):
+        stream.write(content.getbuffer())
 
 
 def _first_free(parent: Path, name: str) -> Path:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from train import bench
-from train.checkpoint import DEFAULT_RUNS_DIR, Run, newest_finished, newest_run, open_run
-from train.config import PRESETS, TrainConfig
-from train.data import DEFAULT_DATA_DIR, load_mnist, read_dataset
+from serve.command_line import OneLineParser
+from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
+from train.config import TrainConfig
+from train.data.mnist import DEFAULT_DATA_DIR
 from train.device import prepare_machine
 from train.errors import ConfigError, StoppedError, TrainError
 from train.evaluation import evaluate
-from train.evaluation.judge import BATCH as JUDGE_BATCH
-from train.evaluation.judge import JUDGE_FOLDER
-from train.reports import activations, overview, reference
+from train.presets import PRESETS
+from train.reports import activations, bench, judging, overview, reference
 from train.reports.run_page import write_page
 from train.run_command import NEWEST, train
+from train.runs import each_run, newest_finished
 
-
-class _OneLineParser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; its flags are made from TrainConfig's fields, so that each option exists once."""
-    parser = _OneLineParser(prog="python -m train", description="Train the digit GANs.")
+    parser = OneLineParser(prog="python -m train", description="Train the digit GANs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, defaults in PRESETS.items():
         _add_preset(commands, name, defaults)
@@ -88,17 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of standard output
-        raise
     except OSError as error:  # a disk that is full, a folder that has gone
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; what was saved before is kept: make room and resume", file=sys.stderr)
+        full = "; what was saved before is kept: make room and resume" if error.errno in FULL else ""
+        print(f"error: {where}{error.strerror or error}{full}", file=sys.stderr)
         return 2
     except StoppedError as stopped:
         print(f"{stopped}; add --resume to the same command to go on", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("stopped; add --resume to the same command to go on from the last checkpoint", file=sys.stderr)
+        resume = "; add --resume to the same command to go on from the last checkpoint" if flags.command in PRESETS else ""
+        print(f"stopped{resume}", file=sys.stderr)
         return 130
 
 
@@ -143,9 +136,7 @@ def _add_machine_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _activations(flags: argparse.Namespace) -> int:
-    for run in _chosen_runs(flags):
-        print(activations.draw(run, flags.sample))
-    return 0
+    return each_run(_chosen_runs(flags), lambda run: print(activations.draw(run, flags.sample)), TrainError)
 
 
 def _chosen_runs(flags: argparse.Namespace) -> list[Run]:
@@ -159,9 +150,7 @@ def _list(flags: argparse.Namespace) -> int:
 
 
 def _report(flags: argparse.Namespace) -> int:
-    for run in _chosen_runs(flags):
-        print(write_page(run))
-    return 0
+    return each_run(_chosen_runs(flags), lambda run: print(write_page(run)), TrainError)
 
 
 def _compare(flags: argparse.Namespace) -> int:
@@ -170,15 +159,9 @@ def _compare(flags: argparse.Namespace) -> int:
             raise ConfigError("compare takes two run folders or more; or --run, for the notebook's table")
         print(overview.compare_runs([open_run(folder) for folder in flags.runs]))
         return 0
-    if flags.run:
-        run = open_run(flags.run)
-    else:
-        try:
-            run = newest_run(flags.runs_dir, "mlp", finished=True)
-        except TrainError:
-            run = newest_run(flags.runs_dir, "mlp", finished=False)
+    run = open_run(flags.run) if flags.run else reference.comparable_run(flags.runs_dir)
     table, within = reference.compare_losses(run)
-    print(table)
+    print(f"{run.folder}\n{table}")
     return 0 if within else 1
 
 
@@ -186,9 +169,7 @@ def _evaluate(flags: argparse.Namespace) -> int:
     _check_scores(flags.scores)
     device = prepare_machine(flags.device, flags.threads)
     if flags.dataset:
-        pixels, labels = read_dataset(flags.dataset, least=JUDGE_BATCH)
-        whose = str(flags.dataset)
-        report = _evaluator(flags, device, [whose]).dataset(pixels, labels, whose)
+        report = judging.judge_dataset(flags.dataset, flags.data_dir, flags.runs_dir, device, flags.scores)
         print(evaluate.table([(flags.dataset.resolve().name, report)]))
         return 0
     runs = _chosen_runs(flags)
@@ -196,21 +177,9 @@ def _evaluate(flags: argparse.Namespace) -> int:
         runs = [run for run in runs if not (run.folder / evaluate.QUALITY_FILE).exists()]
         if not runs:
             return 0
-    evaluator = _evaluator(flags, device, [evaluate.digits_of(run) for run in runs if evaluate.scored_by_training(run)])
-    reports = []
-    for run in runs:
-        reports.append((run.config.preset, evaluator.evaluate(run)))
-        write_page(run)
-    print(evaluate.table(reports))
+    reports = judging.judge_runs(runs, flags.data_dir, flags.runs_dir, device, flags.scores)
+    print(evaluate.table([(run.config.preset, report) for run, report in zip(runs, reports, strict=True)]))
     return 0
-
-
-def _evaluator(flags: argparse.Namespace, device: torch.device, trained_on: Sequence[str]) -> evaluate.Evaluator:
-    """Says beforehand about how long it takes to judge what classifiers are ``trained_on``."""
-    data = load_mnist(flags.data_dir)
-    folder = flags.runs_dir / JUDGE_FOLDER
-    print(evaluate.foretold(data, trained_on, folder, device, flags.scores), file=sys.stderr)
-    return evaluate.kept_evaluator(data, folder, device, flags.scores)
 
 
 def _bench(flags: argparse.Namespace) -> int:

@@ -1,8 +1,7 @@
-"""The configuration of a training run: one frozen dataclass, and an instance of it for each preset.
+"""The configuration of a training run: one frozen dataclass, whose instances are checked when they are made.
 
-All numbers of the two notebooks are here and nowhere else; the cdcgan's come from trials with this code. Fields
-become command-line flags of the same name (``--learning-rate`` for ``learning_rate``), and the resolved config is written
-beside the weights.
+Fields become command-line flags of the same name (``--learning-rate`` for ``learning_rate``), and the resolved config is
+written beside the weights. ``train.presets`` has the numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import msgspec
 from train.errors import ConfigError
 
 RELATIVISTIC = "relativistic"
+MANY = 1_000_000
 _OF_AN_RPGAN = {
     "gradient_penalty": "is without BatchNorm",
     "shift": "is shown images that are moved",
@@ -31,22 +31,26 @@ class TrainConfig:
 
     preset: str = field(metadata={"help": "which of the presets this config started from"})
     architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan", "cdcgan", "rpgan")})
-    latent_size: int = field(metadata={"help": "z: length of the generator's input vector"})
-    labels: int = field(default=0, metadata={"help": "classes that can be asked for (cdcgan, rpgan); 0: none"})
-    label_size: int = field(default=0, metadata={"help": "values that stand for a label beside the latents"})
-    projection_size: int = field(default=0, metadata={"help": "features that the discriminator holds against a label"})
+    latent_size: int = field(metadata={"within": (1, 4096), "help": "z: length of the generator's input vector"})
+    labels: int = field(
+        default=0, metadata={"within": (0, 1000), "help": "classes that can be asked for (cdcgan, rpgan); 0: none"}
+    )
+    label_size: int = field(default=0, metadata={"within": (0, 4096), "help": "values that stand for a label beside the latents"})
+    projection_size: int = field(
+        default=0, metadata={"within": (0, 4096), "help": "features that the discriminator holds against a label"}
+    )
     generator_widths: tuple[int, ...] = field(
-        metadata={"help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
+        metadata={"within": (1, 8192), "help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
     )
     discriminator_widths: tuple[int, ...] = field(
-        metadata={"help": "hidden widths (mlp) or channels (dcgan) of the discriminator, first to last"}
+        metadata={"within": (1, 8192), "help": "hidden widths (mlp) or channels (dcgan) of the discriminator, first to last"}
     )
     leaky_slope: float = field(metadata={"help": "negative slope of the discriminator's LeakyReLU"})
     weight_init_std: float | None = field(
-        metadata={"help": "std of the normal initial convolution weights; none = PyTorch's own initialisation"}
+        metadata={"within": (0, 10), "help": "std of the normal initial convolution weights; none = PyTorch's own initialisation"}
     )
     norm_init_std: float | None = field(
-        metadata={"help": "std around 1 of the initial BatchNorm weights; none = PyTorch's own initialisation"}
+        metadata={"within": (0, 10), "help": "std around 1 of the initial BatchNorm weights; none = PyTorch's own initialisation"}
     )
     discriminator_loss: str = field(
         metadata={
@@ -55,37 +59,63 @@ class TrainConfig:
         }
     )
     gradient_penalty: float = field(
-        default=0.0, metadata={"help": "weight of the squared slope of the discriminator's logits at images and fakes; 0: none"}
+        default=0.0,
+        metadata={
+            "within": (0, MANY),
+            "help": "weight of the squared slope of the discriminator's logits at images and fakes; 0: none",
+        },
     )
     shift: int = field(
         default=0,
-        metadata={"help": "pixels by which half of the images that the discriminator is shown are moved, at most; 0: none"},
+        metadata={
+            "within": (0, 8),
+            "help": "pixels by which half of the images that the discriminator is shown are moved, at most; 0: none",
+        },
     )
     label_loss: float = field(
-        default=0.0, metadata={"help": "weight of the discriminator's cross-entropy over the labels of real images; 0: none"}
+        default=0.0,
+        metadata={
+            "within": (0, MANY),
+            "help": "weight of the discriminator's cross-entropy over the labels of real images; 0: none",
+        },
     )
     label_loss_end: float = field(
-        default=1.0, metadata={"help": "share of that weight that a linear decay leaves at the last step; 1: no decay"}
+        default=1.0,
+        metadata={"within": (0, 1), "help": "share of that weight that a linear decay leaves at the last step; 1: no decay"},
     )
-    penalty_every: int = field(default=1, metadata={"help": "steps from one gradient penalty to the next, so much heavier"})
+    penalty_every: int = field(
+        default=1, metadata={"within": (1, MANY), "help": "steps from one gradient penalty to the next, so much heavier"}
+    )
     learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
     learning_rate_end: float = field(
-        default=1.0, metadata={"help": "share of the learning rate that a linear decay leaves at the last step; 1: no decay"}
+        default=1.0,
+        metadata={
+            "within": (0, 1),
+            "help": "share of the learning rate that a linear decay leaves at the last step; 1: no decay",
+        },
     )
     average_decay: float = field(
         default=0.0, metadata={"help": "of the exponential moving average of the generator that is exported; 0: none"}
     )
     beta1: float = field(metadata={"help": "Adam's decay of the first moment"})
     beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
-    batch_size: int = field(metadata={"help": "images per step; the last partial batch of an epoch is kept"})
-    epochs: int = field(metadata={"help": "passes over the training set"})
-    steps: int = field(default=0, metadata={"help": "steps after which the run ends within its epochs; 0: all of them"})
+    batch_size: int = field(
+        metadata={"within": (2, 1 << 17), "help": "images per step; the last partial batch of an epoch is kept"}
+    )
+    epochs: int = field(metadata={"within": (1, MANY), "help": "passes over the training set"})
+    steps: int = field(
+        default=0, metadata={"within": (0, 1 << 40), "help": "steps after which the run ends within its epochs; 0: all of them"}
+    )
     precision: str = field(
         default="fp32",
         metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
     )
-    seed: int = field(default=0, metadata={"help": "seed of the initial weights, the shuffling and the noise"})
-    report_every: int = field(metadata={"help": "batches from one log point to the next (losses recorded, grids saved)"})
+    seed: int = field(
+        default=0, metadata={"within": (0, (1 << 44) - 1), "help": "seed of the initial weights, the shuffling and the noise"}
+    )
+    report_every: int = field(
+        metadata={"within": (1, 1 << 40), "help": "batches from one log point to the next (losses recorded, grids saved)"}
+    )
     report_per: str = field(
         default="run",
         metadata={
@@ -96,10 +126,12 @@ class TrainConfig:
     reported_loss: str = field(
         metadata={"help": "the loss at a log point: mean since the last one, or that step's own", "choices": ("mean", "last")}
     )
-    grid_images: int = field(metadata={"help": "images in a saved grid"})
-    grid_columns: int = field(metadata={"help": "images in one row of a saved grid"})
-    checkpoint_every: int = field(default=1, metadata={"help": "epochs between two checkpoints"})
-    keep_checkpoints: int = field(metadata={"help": "how many of the newest checkpoints are kept; 0 keeps all"})
+    grid_images: int = field(metadata={"within": (1, 10_000), "help": "images in a saved grid"})
+    grid_columns: int = field(metadata={"within": (1, 1000), "help": "images in one row of a saved grid"})
+    checkpoint_every: int = field(default=1, metadata={"within": (1, MANY), "help": "epochs between two checkpoints"})
+    keep_checkpoints: int = field(
+        metadata={"within": (0, MANY), "help": "how many of the newest checkpoints are kept; 0 keeps all"}
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -107,34 +139,21 @@ class TrainConfig:
             choices = spec.metadata.get("choices")
             if choices and value not in choices:
                 raise ConfigError(f"{spec.name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("latent_size", "batch_size", "epochs", "report_every", "grid_images", "grid_columns"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "steps", self.steps >= 0, "0 or more")
-        _require(self, "keep_checkpoints", self.keep_checkpoints >= 0, "0 or more")
-        _require(self, "seed", 0 <= self.seed < 1 << 44, "from 0 to 2^44 - 1: an epoch's order comes of it in 64 bits")
-        _require(self, "checkpoint_every", self.checkpoint_every >= 1, "at least 1")
+            self._check_bounds(spec.name, value, spec.metadata.get("within"))
         _require(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
-        _require(self, "learning_rate_end", 0 <= self.learning_rate_end <= 1, "in [0, 1]")
         _require(self, "average_decay", 0 <= self.average_decay < 1, "in [0, 1)")
         _require(self, "beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         _require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         _require(self, "leaky_slope", 0 <= self.leaky_slope < 1, "in [0, 1)")
-        _require(self, "batch_size", self.batch_size >= 2, "at least 2: BatchNorm needs two images")
         for name in ("generator_widths", "discriminator_widths"):
-            widths = getattr(self, name)
-            _require(self, name, len(widths) > 0 and min(widths) >= 1, "a list of positive widths")
+            _require(self, name, 1 <= len(getattr(self, name)) <= 16, "a list of 1 to 16 widths")
         if self.architecture != "mlp":
             # Three doublings lead from 4x4 to 28x28 and back; another number of layers gives another picture size.
             for name in ("generator_widths", "discriminator_widths"):
                 _require(self, name, len(getattr(self, name)) == 3, "three channel counts for a dcgan")
-        _require(self, "gradient_penalty", self.gradient_penalty >= 0, "0 or more")
-        _require(self, "penalty_every", self.penalty_every >= 1, "at least 1")
         if (self.architecture == "rpgan") != (self.discriminator_loss == RELATIVISTIC):
             # Pairs go through the discriminator together: the other ones have BatchNorm, which must see each half alone.
             raise ConfigError(f"discriminator_loss must be {RELATIVISTIC} for an rpgan, and for no other")
-        _require(self, "shift", 0 <= self.shift <= 8, "from 0 to 8 pixels")
-        _require(self, "label_loss", self.label_loss >= 0, "0 or more")
-        _require(self, "label_loss_end", 0 <= self.label_loss_end <= 1, "in [0, 1]")
         for name, reason in _OF_AN_RPGAN.items():
             if getattr(self, name) and self.architecture != "rpgan":
                 raise ConfigError(f"{name} must be 0: only an rpgan's discriminator {reason}")
@@ -142,6 +161,11 @@ class TrainConfig:
         for name in ("labels", "label_size", "projection_size"):
             value = getattr(self, name)
             _require(self, name, value >= 1 if self.conditional else value == 0, wanted)
+
+    def _check_bounds(self, name: str, value: Any, bounds: tuple[float, float] | None) -> None:
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if bounds and not all(bounds[0] <= each <= bounds[1] for each in values):  # NaN is not
+            raise ConfigError(f"{name} must be from {bounds[0]} to {bounds[1]}, got {value!r}")
 
     @property
     def conditional(self) -> bool:
@@ -152,6 +176,17 @@ class TrainConfig:
     def pixel_range(self) -> tuple[float, float]:
         """Lowest and highest value of an image as the networks see it: sigmoid or tanh."""
         return (0.0, 1.0) if self.architecture == "mlp" else (-1.0, 1.0)
+
+    def steps_per_epoch(self, images: int, processes: int) -> int:
+        """Batches of an epoch of so many images."""
+        whole, rest = divmod(images, self.batch_size * processes)
+        least = 1 if processes == 1 else 2 * processes  # BatchNorm needs two images in each process
+        return whole + (rest >= least)
+
+    def total_steps(self, images: int, processes: int) -> int:
+        """Steps of the whole run."""
+        whole = self.steps_per_epoch(images, processes) * self.epochs
+        return min(whole, self.steps) if self.steps else whole
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -174,101 +209,6 @@ class TrainConfig:
 def _require(config: TrainConfig, name: str, holds: bool, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
-
-
-_DCGAN = TrainConfig(
-    preset="dcgan",
-    architecture="dcgan",
-    latent_size=100,
-    generator_widths=(256, 128, 64),
-    discriminator_widths=(64, 128, 256),
-    leaky_slope=0.2,
-    weight_init_std=0.02,
-    norm_init_std=0.01,
-    discriminator_loss="sum",
-    learning_rate=2e-4,
-    beta1=0.5,
-    beta2=0.999,
-    batch_size=64,
-    epochs=10,
-    report_every=25,
-    report_per="epoch",
-    reported_loss="last",
-    grid_images=64,  # the whole batch, as in the notebook
-    grid_columns=8,
-    keep_checkpoints=0,
-)
-
-# The dcgan's numbers with these changes.
-_CDCGAN = dataclasses.replace(
-    _DCGAN,
-    preset="cdcgan",
-    architecture="cdcgan",
-    labels=10,
-    label_size=32,
-    projection_size=64,
-    learning_rate_end=0.05,
-    average_decay=0.999,
-    epochs=40,
-    precision="bf16",
-    report_every=250,
-    report_per="run",
-    reported_loss="mean",
-    grid_images=100,
-    grid_columns=10,
-    keep_checkpoints=2,
-)
-
-PRESETS: Mapping[str, TrainConfig] = {
-    "mlp": TrainConfig(
-        preset="mlp",
-        architecture="mlp",
-        latent_size=64,
-        generator_widths=(128, 256, 512, 1024),
-        discriminator_widths=(512, 256, 128),
-        leaky_slope=0.2,
-        weight_init_std=None,
-        norm_init_std=None,
-        discriminator_loss="mean",
-        learning_rate=1e-5,
-        beta1=0.9,
-        beta2=0.999,
-        batch_size=128,
-        epochs=200,
-        report_every=500,
-        reported_loss="mean",
-        grid_images=25,
-        grid_columns=5,
-        keep_checkpoints=2,
-    ),
-    "dcgan": _DCGAN,
-    "cdcgan": _CDCGAN,
-    # The cdcgan's with these: docs/decisions/0011-rpgan.md tells what each is good for.
-    "rpgan": dataclasses.replace(
-        _CDCGAN,
-        preset="rpgan",
-        architecture="rpgan",
-        generator_widths=(128, 64, 64),
-        discriminator_widths=(64, 128, 384),
-        norm_init_std=None,
-        discriminator_loss=RELATIVISTIC,
-        label_loss=0.01,
-        label_loss_end=0.15,
-        gradient_penalty=0.1,
-        penalty_every=8,
-        beta2=0.99,
-        epochs=45,
-    ),
-}
-
-DEFAULT_PRESET = "rpgan"  # what is trained and shown where nothing else is named
-
-
-def preset(name: str) -> TrainConfig:
-    """The preset of that name; ConfigError lists the names there are."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def parse_field(name: str, text: str) -> Any:

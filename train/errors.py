@@ -23,6 +23,10 @@ class CheckpointError(TrainError):
     """A run folder or checkpoint that cannot be written, read or resumed."""
 
 
+class OtherVersionError(CheckpointError):
+    """A run whose settings another version of this project wrote."""
+
+
 class DivergedError(TrainError):
     """A loss or a weight became NaN or infinite."""
 

@@ -12,6 +12,7 @@ arXiv:1707.00683); its discriminator has the projection and no normalisation.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -240,6 +241,14 @@ def trained_generator(config: TrainConfig, checkpoint: Mapping[str, Any]) -> nn.
     generator = build_generator(config)
     generator.load_state_dict(checkpoint["average" if config.average_decay else "generator"])
     return generator
+
+
+def weights_digest(generator: nn.Module) -> str:
+    """SHA-256 of a generator's weights and statistics, by name: what a report of its digits holds for."""
+    digest = hashlib.sha256()
+    for name, value in sorted(generator.state_dict().items()):
+        digest.update(name.encode() + b"\0" + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build_generator(config: TrainConfig) -> nn.Module:

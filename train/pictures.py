@@ -6,15 +6,15 @@ Images are float tensors (n, 1, height, width) in [0, 1].
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from train.checkpoint import write_atomically
+from train.checkpoint import Losses, write_atomically
 
 GRID_SCALE = 4  # a digit of 28 pixels is too small to look at
 LAPSE_REDUCED = GRID_SCALE // 2
@@ -23,9 +23,6 @@ LAPSE_LEAST_MS = 5000  # of a short lapse, its last frame not counted: its frame
 LAPSE_SLOWEST_FRAME_MS = 500
 LAPSE_LAST_FRAME_MS = 3000
 LAPSE_MAX_FRAMES = 1000  # more than any preset has log points
-
-
-Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def grid_array(images: Tensor, columns: int, separator: float = 0.0) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -48,6 +45,10 @@ def save_losses(losses: Losses, folder: Path) -> None:
 
 def plot_losses(losses: Losses, folder: Path) -> None:
     """Draw them as ``losses.png``, the two networks' one above the other, each on its own scale."""
+    # What a notebook has set may name what is not installed here; nothing is shown. Imported where it is needed: it takes long.
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.08, top=0.98, hspace=0.06)

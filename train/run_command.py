@@ -7,25 +7,31 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.checkpoint import Run, create_run, latest_checkpoint, newest_run, open_run
-from train.config import TrainConfig, parse_field, preset
-from train.data import DEFAULT_DATA_DIR, load_mnist, training_examples
+from train.checkpoint import RESULT_FILE, Run, create_run, held, latest_checkpoint, number_of, open_run, write_config
+from train.config import TrainConfig, parse_field
+from train.data.mnist import DEFAULT_DATA_DIR, Mnist, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, QualityError
+from train.evaluation.judge import check_data
+from train.presets import preset
 from train.reports import activations
 from train.reports.run_page import write_page
+from train.runs import make_arguments, make_variable, newest_run
 from train.trainer.capture import CudaRecording
 from train.trainer.loop import Trainer
 from train.trainer.parallel import Ranks, joined, own_device
 
 NEWEST = "newest"
 AUTO = "auto"
+LENGTHS = ("epochs", "steps")  # what may be changed of a finished run
+OF_THE_BITS = ("device", "device_name", "cpu_threads", "bf16", "torch")  # of a machine: what a result's bits depend on
 
 
 def train(flags: argparse.Namespace) -> int:
@@ -40,32 +46,42 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     named = {spec.name for spec in dataclasses.fields(TrainConfig)} & set(vars(flags))
     overrides = {name: parse_field(name, getattr(flags, name)) for name in sorted(named)}
     config = preset(flags.command).replace(overrides)
-    resumed = _resumed_run(flags, overrides) if flags.resume and ranks.first else None  # for auto: if there is one
-    if ranks.first:
-        data = load_mnist(flags.data_dir)  # fetches what is not there
-    folder = ranks.agree(resumed.folder if resumed else None)
-    data = data if ranks.first else load_mnist(flags.data_dir)
-    if folder is not None:
-        run = open_run(folder)
-        if (processes := run.provenance.get("processes", 1)) != ranks.world:
-            raise ConfigError(f"{run.folder} was trained by {processes} processes, and these are {ranks.world}; start as many")
-        if run.provenance["data"] != data.digests:
-            raise ConfigError(f"{run.folder} was trained on other data than {flags.data_dir} holds; name its own --data-dir")
-    else:
-        # What cannot be had is refused before there is a folder.
-        set_precision(config.precision, device)
-        if config.architecture == "mlp" and len(data.train_images) % (config.batch_size * ranks.world) == 1:
-            raise ConfigError(f"--batch-size {config.batch_size} leaves one image for the last step, and BatchNorm needs two")
-        provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
-        run = open_run(ranks.agree(create_run(flags.runs_dir, config, provenance).folder if ranks.first else None))
-    recording = CudaRecording if captured else None
-    trainer = Trainer(run, training_examples(data, run.config, device), device, ranks, recording)
-    if folder is not None:
-        trainer.load_state(latest_checkpoint(run))
+    with ExitStack() as stack:
+        run = None
+        if flags.resume and ranks.first and (chosen := _chosen(flags)):  # for auto: if there is one
+            stack.enter_context(held(chosen))
+            run = _resumed(open_run(chosen.folder), flags.command, overrides)  # as it is now that nobody else trains it
+        data = load_mnist(flags.data_dir) if ranks.first else None  # fetches what is not there
+        run = ranks.agree(run)
+        data = data or load_mnist(flags.data_dir)
+        resumed = run is not None
+        if run is not None:
+            _check_resumable(run, ranks, data, flags.data_dir)
+            if ranks.first:
+                run = _recorded(run, device)
+        else:
+            # What cannot be had is refused before there is a folder.
+            set_precision(config.precision, device)
+            if config.architecture == "mlp" and len(data.train_images) % (config.batch_size * ranks.world) == 1:
+                raise ConfigError(f"--batch-size {config.batch_size} leaves one image for the last step, and BatchNorm needs two")
+            provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
+            if ranks.first:
+                run = create_run(flags.runs_dir, config, provenance)
+                stack.enter_context(held(run))
+            run = ranks.agree(run)
+        recording = CudaRecording if captured else None
+        trainer = Trainer(run, training_examples(data, run.config, device), device, ranks, recording)
+        if resumed:
+            trainer.load_state(latest_checkpoint(run))
+        return _fit(trainer, data, flags.data_dir)
+
+
+def _fit(trainer: Trainer, data: Mnist, data_dir: Path) -> int:
+    run, ranks = trainer.run, trainer.ranks
     if ranks.first:
         if run.config.precision == "bf16" and not trainer.update.mixed:
-            print(f"bf16 is not among the instructions of this {device.type.upper()}: fp32 is used", file=sys.stderr)
-        print(f"training {run.config.preset} on {device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr)
+            print(f"bf16 is not among the instructions of this {trainer.device.type.upper()}: fp32 is used", file=sys.stderr)
+        write_page(run)
     try:
         with _stopped_by_signals(trainer):
             trainer.fit()
@@ -75,24 +91,38 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
     if not ranks.first:
         return 0
     activations.draw(run, 0)
-    judged_first = f'make evaluate RUN={run.folder} ARGS="--data-dir {flags.data_dir}" && ' * (flags.data_dir != DEFAULT_DATA_DIR)
-    print(f"finished: {run.folder}\nnext: {judged_first}make export RUN={run.folder}")
+    write_page(run)  # with them
+    print(f"finished: {run.folder}\nnext: {_next(run, data, data_dir)}")
     return 0
+
+
+def _next(run: Run, data: Mnist, data_dir: Path) -> str:
+    """What exports the run: judged by the data that it was trained on, if that can judge."""
+    export = f"make export{make_variable('RUN', run.folder)}"
+    try:
+        check_data(data)
+    except QualityError:
+        return f"{export} ARGS=--no-judge"
+    return export + make_arguments("--data-dir", data_dir) * (data_dir != DEFAULT_DATA_DIR)
 
 
 @contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step end, save and stop; a second one stops at once. As process 1 too, in a container.
+    """SIGINT, SIGTERM and SIGHUP let the step end, save and stop; a second one stops at once. As process 1 too, in a container.
 
-    Of several processes each has more than one signal, from the terminal and from torchrun: there a second one says nothing new.
+    A terminal that closes sends SIGHUP more than once, and each of several processes has signals from the terminal and from
+    torchrun: there a second one says nothing new.
     """
 
     def stop(number: int, frame: object) -> None:
-        if trainer.stop_wanted and trainer.ranks.world == 1:
+        if trainer.stop_wanted and trainer.ranks.world == 1 and number != signal.SIGHUP:
             raise KeyboardInterrupt
         trainer.stop_wanted = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -107,25 +137,58 @@ def _wants_capture(wanted: str, device: torch.device, ranks: Ranks) -> bool:
     return possible and wanted != "off"
 
 
-def _resumed_run(flags: argparse.Namespace, overrides: dict[str, Any]) -> Run | None:
-    if flags.resume == AUTO:
-        try:
-            unfinished = newest_run(flags.runs_dir, flags.command, finished=False)
-        except CheckpointError:
+def _chosen(flags: argparse.Namespace) -> Run | None:
+    """The run that ``--resume`` means; None: there is none, and auto begins one."""
+    if flags.resume not in (NEWEST, AUTO):
+        return open_run(Path(flags.resume))
+    try:
+        return newest_run(flags.runs_dir, flags.command, finished=False)
+    except CheckpointError:
+        if flags.resume == AUTO:
             return None
-        flags.resume = str(unfinished.folder)
-    newest = flags.resume == NEWEST
-    run = newest_run(flags.runs_dir, flags.command, finished=False) if newest else open_run(Path(flags.resume))
+        raise
+
+
+def _resumed(run: Run, preset_name: str, overrides: dict[str, Any]) -> Run:
+    """The run with the numbers that it goes on with: its own, but that a finished one may be made longer."""
+    if run.config.preset != preset_name:
+        raise ConfigError(f"{run.folder} is a {run.config.preset} run; resume it with: python -m train {run.config.preset}")
+    longer = {name: value for name, value in overrides.items() if run.finished and name in LENGTHS}
     for name, value in overrides.items():
-        if (own := getattr(run.config, name)) != value:
+        own = getattr(run.config, name)
+        if own != value and name not in longer:
             flag, shown = "--" + name.replace("_", "-"), ",".join(map(str, own)) if isinstance(own, tuple) else own
             raise ConfigError(
                 f"{flag} cannot be changed by --resume: {run.folder} has {shown}; start a new run for other numbers"
             )
+    if run.finished and all(value == getattr(run.config, name) for name, value in longer.items()):
+        raise ConfigError(f"{run.folder} is finished; to train it further, name more --epochs than its {run.config.epochs}")
+    return dataclasses.replace(run, config=run.config.replace(longer))
+
+
+def _check_resumable(run: Run, ranks: Ranks, data: Mnist, data_dir: Path) -> None:
+    if not run.checkpoints():
+        raise CheckpointError(f"{run.folder} has no checkpoint yet; start the run anew")
+    if (processes := run.provenance.get("processes", 1)) != ranks.world:
+        raise ConfigError(f"{run.folder} was trained by {processes} processes, and these are {ranks.world}; start as many")
+    if run.provenance["data"] != data.digests:
+        raise ConfigError(f"{run.folder} was trained on other data than {data_dir} holds; name its own --data-dir")
     if run.finished:
-        raise ConfigError(f"{run.folder} is finished; there is nothing to resume")
-    if run.config.preset != flags.command:
-        raise ConfigError(f"{run.folder} is a {run.config.preset} run; resume it with: python -m train {run.config.preset}")
-    for leftover in (run.folder / "checkpoints").glob(".*.pt.*"):  # half-written when the run was killed
-        leftover.unlink()
+        done, wanted = latest_checkpoint(run)["step"], run.config.total_steps(len(data.train_images), ranks.world)
+        if wanted <= done:
+            raise ConfigError(f"{run.folder} is finished at step {done}, and these numbers end at {wanted}; name more --epochs")
+
+
+def _recorded(run: Run, device: torch.device) -> Run:
+    """Record this start, on which machine and with which threads, and say what differs from the first; the run is unfinished."""
+    machine, begun = describe(device), run.provenance
+    differing = [name for name in OF_THE_BITS if name in begun and machine[name] != begun[name]]
+    for name in differing:
+        print(f"{name.replace('_', ' ')}: {machine[name]} now, {begun[name]} when {run.folder} began", file=sys.stderr)
+    if differing:
+        print("the result will not have the bits that it would have had without stopping", file=sys.stderr)
+    start = {"step": number_of(run.checkpoints()[-1]), "at": datetime.now(UTC).isoformat(timespec="seconds"), **machine}
+    run = dataclasses.replace(run, provenance={**begun, "resumed": [*begun.get("resumed", []), start]})
+    write_config(run)
+    (run.folder / RESULT_FILE).unlink(missing_ok=True)
     return run

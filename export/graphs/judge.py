@@ -6,23 +6,24 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from export.errors import ExportError
 from export.graphs.to_onnx import exported
-from serve.dataset.filter import PIXELS, PROBABILITIES
+from serve.dataset.filter import PIXELS, PROBABILITIES, TRAINED_ON
 from serve.dataset.filter import Judge as ExportedJudge
 from serve.errors import SettingsError
 from serve.files import replace_file
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.evaluation.judge import Judge
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
 
 
 class ServedJudge(nn.Module):
-    """Pixels uint8 (batch, 28, 28) → probabilities float32 (batch, 10)."""
+    """Pixels uint8 (batch, 28, 28) → probabilities float32 (batch, classes)."""
 
     def __init__(self, judge: Judge) -> None:
         super().__init__()
@@ -36,7 +37,9 @@ class ServedJudge(nn.Module):
 def export_judge(judge: Judge, data: Mnist, path: Path) -> float:
     """Write the judge and ask it about all test images; returns the largest difference of a probability. Raises ExportError."""
     example = {PIXELS: torch.zeros(3, 28, 28, dtype=torch.uint8)}
-    content = exported(ServedJudge(judge).eval(), example, (PROBABILITIES,)).SerializeToString()
+    model = exported(ServedJudge(judge).eval(), example, (PROBABILITIES,))
+    onnx.helper.set_model_props(model, {TRAINED_ON: data.digests[TRAINED_ON]})
+    content = model.SerializeToString()
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

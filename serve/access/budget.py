@@ -28,12 +28,12 @@ class Budget:
         with self._lock:
             if self.held_bytes + size > self.limit_bytes:
                 text = f"the server's calls hold {self.held_bytes >> 20} MiB of --max-inflight-mib {self.limit_bytes >> 20}"
-                raise OverloadedError(f"{text}, this one needs {size / 1048576:.1f} more", RETRY_S)
+                raise OverloadedError(f"{text}, this one needs {size / 1048576:.1f} more", RETRY_S, self.limit_bytes)
             if caller:
                 own = self._held_by.get(caller, 0) + size
                 if own > self.limit_bytes // 2:
                     text = f"{caller} would hold {own / 1048576:.1f} MiB: more than half of --max-inflight-mib"
-                    raise OverloadedError(f"{text} {self.limit_bytes >> 20}", RETRY_S)
+                    raise OverloadedError(f"{text} {self.limit_bytes >> 20}", RETRY_S, self.limit_bytes // 2)
                 self._held_by[caller] = own
             self.held_bytes += size
 

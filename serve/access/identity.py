@@ -28,7 +28,7 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     peer: Callable[[], str] = str  # as the transport has it, asked when it is needed: grpcio takes its time to tell
     authorization: Sequence[str | bytes] = ()  # the values of every ``authorization`` header
     request_id: str = ""
-    metadata: Mapping[str, str] = {}  # what a trace is continued from; empty without tracing
+    trace: Mapping[str, str] = {}  # its trace context; empty without tracing
 
     @property
     def address(self) -> str:
@@ -82,6 +82,7 @@ class Account:
                     f"{self.name} is over its {self.requests_per_s:g} requests a second",
                     (1 - self.allowance) / self.requests_per_s,
                     "requests",
+                    self.requests_per_s,
                 )
             self.allowance -= 1
 
@@ -95,6 +96,7 @@ class Account:
                     f"{self.name} has {self.images} images in flight and asks for {images}; its limit is {self.images_limit}",
                     IMAGES_RETRY_S,
                     "images",
+                    self.images_limit,
                 )
             self.images += images
             return images
@@ -124,6 +126,11 @@ class Accounts:
         self._known: dict[str, Account] = {}
         self._pruned_at = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def by_token(self) -> bool:
+        """Whether callers need a token: then what one has been answered is not for others."""
+        return self._tokens is not None
 
     def admit(self, caller: Caller, scope: Scope) -> Account:
         """The account of a caller. Raises UnauthenticatedError, ForbiddenError or CallerLimitError."""

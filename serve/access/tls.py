@@ -1,6 +1,6 @@
-"""TLS for the gRPC port: PEM files, checked before use and reloaded when they change.
+"""TLS for the gRPC and the HTTPS port: PEM files, checked before use and reloaded when they change.
 
-A renewed certificate is used from the next handshake on; open connections keep the old one. gRPC's TLS is 1.2 or newer.
+A renewed certificate is used from the next handshake on; open connections keep the old one. TLS is 1.2 or newer.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
 from serve.errors import SettingsError
 from serve.files import Watched
+
+
+class Loaded(NamedTuple):
+    """What the files held at one time."""
+
+    for_grpc: grpc.ServerCertificateConfiguration
+    for_http: ssl.SSLContext
 
 
 class Certificates:
@@ -31,38 +39,50 @@ class Certificates:
         self._client_auth = client_ca is not None
         named = {"--tls-cert": cert, "--tls-key": key, "--tls-client-ca": client_ca}
         flags = [(flag, path) for flag, path in named.items() if path is not None]
-        self._watched = Watched(flags, partial(_configuration, flags))
+        self._watched = Watched(flags, partial(_loaded, flags))
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For one server: grpcio ties them to it."""
-        given = self._watched.value
+        """For one gRPC server: grpcio ties them to it."""
+        given = self._watched.value.for_grpc
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal given
-            with self._lock:
-                if result := self._watched.look():
-                    self._note_reload(result)
-                if given is self._watched.value:
-                    return None
-                given = self._watched.value
-                return given
+            newest = self._newest().for_grpc
+            if given is newest:
+                return None
+            given = newest
+            return given
 
         return grpc.dynamic_ssl_server_credentials(given, fetch, require_client_authentication=self._client_auth)  # type: ignore[arg-type]
 
+    def context(self) -> ssl.SSLContext:
+        """For the next handshake over HTTP. It looks at the files: not for the event loop's thread."""
+        return self._newest().for_http
 
-def _configuration(flags: Sequence[tuple[str, Path]], contents: Sequence[bytes]) -> grpc.ServerCertificateConfiguration:
-    """For grpcio, what the files hold. Raises SettingsError when they cannot be used together."""
+    def _newest(self) -> Loaded:
+        with self._lock:
+            if result := self._watched.look():
+                self._note_reload(result)
+            return self._watched.value
+
+
+def _loaded(flags: Sequence[tuple[str, Path]], contents: Sequence[bytes]) -> Loaded:
+    """What the files hold. Raises SettingsError when they cannot be used together."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
     cert_file, key_file, *authority_files = (path for _, path in flags)
     try:
         context.load_cert_chain(cert_file, key_file, password=_no_password)
         for path in authority_files:
             context.load_verify_locations(path)
+            context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         files = " and ".join(f"{flag} {path}" for flag, path in flags)
         raise SettingsError(f"{files} cannot be used: {error.args[-1] if error.args else error}") from None
     cert, key, *authorities = contents
-    return grpc.ssl_server_certificate_configuration([(key, cert)], *authorities)
+    return Loaded(grpc.ssl_server_certificate_configuration([(key, cert)], *authorities), context)
 
 
 def _no_password() -> str:

@@ -12,11 +12,12 @@ from serve.access.budget import Budget, Hold
 from serve.access.identity import Accounts, Caller, Scope
 from serve.api.status import Refusal, refusal
 from serve.background import until
-from serve.core.request import Digits
+from serve.core.request import Digits, DigitsRequest
 from serve.errors import CallerLeftError, DrainingError, ServeError
+from serve.observability.call_metrics import CallMetrics
 from serve.observability.logs import current_call
-from serve.observability.metrics import Metrics, RpcMetrics
-from serve.observability.tracing import Span, Tracing
+from serve.observability.metrics import Metrics
+from serve.observability.tracing import Described, Span, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +73,17 @@ class Call:
     to go to: until then what the call holds is held.
     """
 
-    __slots__ = ("_admission", "_observed", "_scope", "_span", "_started", "caller", "deadline", "hold")
+    __slots__ = ("_admission", "_observed", "_scope", "_span", "_started", "_trace_id", "caller", "deadline", "hold")
 
-    def __init__(self, admission: Admission, observed: RpcMetrics, caller: Caller, deadline: float | None) -> None:
-        """``deadline`` on ``time.monotonic()``; None without one."""
+    def __init__(
+        self,
+        admission: Admission,
+        observed: CallMetrics,
+        caller: Caller,
+        deadline: float | None,
+        describe: Callable[[], Described] | None = None,
+    ) -> None:
+        """``deadline`` on ``time.monotonic()``; None without one. ``describe`` is for the call's span; None without tracing."""
         self._admission = admission
         self._observed = observed
         self._scope: Scope = "open"
@@ -85,8 +93,9 @@ class Call:
         self.deadline = deadline
         self.hold: Hold
         observed.started()
-        if admission.tracing is not None:
-            self._span = admission.tracing.begin(observed.name, caller.metadata)
+        self._trace_id = ""
+        if describe is not None and admission.tracing is not None:
+            self._trace_id, self._span = admission.tracing.begin(describe, caller.trace)
 
     def admit(self, scope: Scope) -> None:
         """Count the call. Raises DrainingError while draining, or as ``Accounts.admit`` does."""
@@ -107,9 +116,9 @@ class Call:
 
     def within(self, function: Callable[ParamsT, ResultT], *arguments: ParamsT.args, **named: ParamsT.kwargs) -> ResultT:
         """Call the function; log lines from inside carry the call's request id and trace id."""
-        if not self.caller.request_id and self._span is None:
+        if not self.caller.request_id and not self._trace_id:
             return function(*arguments, **named)
-        token = current_call.set((self.caller.request_id, self._span.trace_id if self._span else ""))
+        token = current_call.set((self.caller.request_id, self._trace_id))
         try:
             return function(*arguments, **named)
         finally:
@@ -117,17 +126,23 @@ class Call:
 
     def enter_log(self) -> None:
         """Have the log lines of this task, and of those that it begins, carry the ids."""
-        current_call.set((self.caller.request_id, self._span.trace_id if self._span else ""))
+        current_call.set((self.caller.request_id, self._trace_id))
+
+    def asks(self, request: DigitsRequest) -> None:
+        """What the call asks for."""
+        if self._span is not None:
+            self._span.about(request.model, request.version, request.count)
 
     def encoded(self, digits: Digits, encode_s: float) -> None:
         """The rows are encoded: the phases of the call are known."""
-        digits.model.metrics.answer(digits.encoding, digits.count, digits.queue_seconds, encode_s)
+        digits.model.metrics.answer(digits.encoding, digits.count, digits.wait_seconds, encode_s)
         if self._span is not None:
+            self._span.about(digits.model.manifest.name, digits.model.manifest.version)
             self._span.phases(digits.queued_at, digits.queue_seconds, digits.compute_seconds, encode_s, digits.count)
 
-    def answered(self) -> None:
+    def answered(self, http_status: int = 200) -> None:
         """The answer has been made."""
-        self._ended("OK")
+        self._ended("OK", http_status)
 
     def failed(self, error: Exception) -> Refusal:
         """Count what went wrong; returns what to answer."""
@@ -137,7 +152,9 @@ class Call:
         if isinstance(error, DrainingError):
             self._admission.metrics.drain_refusals.inc()
         answer = refusal(error)
-        self._ended(answer.code.name)
+        if self._span is not None:
+            self._span.about(answer.model, answer.version)
+        self._ended(answer.code.name, answer.http_status, answer.reason)
         return answer
 
     def left(self) -> None:
@@ -149,7 +166,7 @@ class Call:
         if self._admission.open.pop(self, self) is None and hasattr(self, "hold"):
             self.hold.give_back()
 
-    def _ended(self, code: str) -> None:
-        self._observed.ended(code, time.perf_counter() - self._started)
+    def _ended(self, code: str, http_status: int, reason: str = "") -> None:
+        self._observed.ended(code, http_status, time.perf_counter() - self._started)
         if self._span is not None:
-            self._span.end(code)
+            self._span.end(code, http_status, reason)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import FIXED_64, Piece, as_bytes, field_key, pack_field, packed_varints
+from serve.api.encoding import FIXED_64, Piece, as_bytes, as_png_grid, as_pngs, field_key, pack_field, packed_varints
 from serve.api.rpc import DigitsMethod, RpcTable
 from serve.batching.ticket import Priority
 from serve.core.generate import Core
@@ -25,7 +25,6 @@ from serve.errors import RequestError
 from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.pictures import to_grid, to_png
 
 SERVICE = "digits.v1.DigitGenerator"
 IMAGES_KEY, LABELS_KEY = field_key(pb.GenerateResponse, "images"), field_key(pb.GenerateResponse, "labels")
@@ -47,7 +46,7 @@ ENCODINGS = {
 # The fields of requests that are cheap to parse at any length.
 BULK = {pb.GenerateRequest.DESCRIPTOR.fields_by_name["latents"].number: None}
 # What a digit takes up in memory until its answer is sent: rows, the message, and gRPC's copy of it.
-ROW_BYTES = {"uint8": 3 * 784, "float32": 3 * 4 * 784, "png": 3 * 784, "png_grid": 3 * 784}
+ROW_BYTES = {"uint8": 3 * 784, "float32": 3 * 4 * 784, "png": 4 * 784, "png_grid": 3 * 784}
 MANY_LABELS = 1024
 
 
@@ -73,6 +72,7 @@ class DigitService:
 
     async def generate_stream(self, request: pb.GenerateStreamRequest, call: Call) -> AsyncGenerator[bytes]:
         parsed = _parsed(request, _addresses(request), Priority.BULK, call)
+        call.asks(parsed)
         async with aclosing(self._core.stream(parsed, request.chunk, call.hold)) as answers:
             async for digits in answers:
                 started = time.perf_counter()
@@ -107,8 +107,14 @@ class DigitService:
             training_json=json.dumps(manifest.training),
             parity_json=model.bundle.parity_json,
             precision=manifest.precision,
+            tolerance=pb.Tolerance(
+                images=manifest.tolerance.images,
+                pixel_levels=manifest.tolerance.pixel_levels,
+                pixel_identical_share=manifest.tolerance.pixel_identical_share,
+            ),
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
+            batch_invariant=model.batch_invariant,
         ).SerializeToString()
 
     async def status(self, request: pb.StatusRequest, call: Call) -> bytes:
@@ -135,20 +141,37 @@ def generate(request: pb.GenerateRequest, call: Call) -> DigitsRequest:
     rows: Addresses | Latents
     if request.latents:
         if request.HasField("seed") or request.start or request.truncation:
-            raise RequestError("seed, start and truncation cannot go with latents: a digit has an address or a latent vector")
-        if len(request.latents) % 4:
-            raise RequestError(f"latents has {len(request.latents)} bytes, which is no multiple of 4 (float32 values)")
-        rows = Latents(np.frombuffer(request.latents, "<f4"), request.count)
+            raise RequestError(
+                "seed, start and truncation cannot go with latents: a digit has an address or a latent vector", "latents"
+            )
+        rows = _latents(request)
     else:
         rows = _addresses(request)
     return _parsed(request, rows, Priority.INTERACTIVE, call)
+
+
+def _latents(request: pb.GenerateRequest) -> Latents:
+    """The caller's own rows, in the shape that the caller says. Raises RequestError naming the field that is wrong."""
+    size = len(request.latents)
+    if size % 4:
+        raise RequestError(f"latents has {size} bytes, which is no multiple of 4 (float32 values)", "latents")
+    values = np.frombuffer(request.latents, "<f4")
+    if not request.latent_size:
+        return Latents(values, request.count)
+    rows, rest = divmod(len(values), request.latent_size)
+    if rest:
+        text = f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values"
+        raise RequestError(text, "latents", request.latent_size)
+    if request.count not in (0, rows):
+        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count", rows)
+    return Latents(values.reshape(rows, request.latent_size))
 
 
 def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:
     """Raises RequestError naming the field that is wrong."""
     for name in ("begin", "end"):
         if not request.HasField(name):
-            raise RequestError(f"{name} is missing; give the seed and index of both ends")
+            raise RequestError(f"{name} is missing; give the seed and index of both ends", name)
     begin, end = ((address.seed, address.index) for address in (request.begin, request.end))
     rows = Interpolation(begin, end, request.steps, request.truncation)
     return _parsed(request, rows, Priority.INTERACTIVE, call)
@@ -169,10 +192,12 @@ def _parsed(
     image_format = request.format or pb.IMAGE_FORMAT_UINT8
     if image_format not in ENCODINGS:
         known = ", ".join(pb.ImageFormat.Name(number) for number in ENCODINGS)
-        raise RequestError(f"format {image_format} is unknown; there are {known}")
+        raise RequestError(f"format {image_format} is unknown; there are {known}", "format")
     priority = PRIORITIES.get(request.priority) if request.priority else default_priority
     if priority is None:
-        raise RequestError(f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK")
+        raise RequestError(
+            f"priority {request.priority} is unknown; there are PRIORITY_INTERACTIVE and PRIORITY_BULK", "priority"
+        )
     return DigitsRequest(
         rows=rows,
         model=request.model,
@@ -193,8 +218,11 @@ def _takes_long(request: Any, digits: Digits) -> bool:
 
 def _encode(request: Any, digits: Digits) -> bytes:
     image_format = request.format or pb.IMAGE_FORMAT_UINT8
-    if image_format in (pb.IMAGE_FORMAT_PNG, pb.IMAGE_FORMAT_PNG_GRID):
-        entries = _pictures(digits, image_format)
+    entries: list[list[Piece]]
+    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
+        entries = [[as_png_grid(digits)]]
+    elif image_format == pb.IMAGE_FORMAT_PNG:
+        entries = [[png] for png in as_pngs(digits)]
     else:
         entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
     manifest = digits.model.manifest
@@ -214,10 +242,3 @@ def _same_for_all(model: str, version: int, height: int, width: int, image_forma
     """The fields that every answer of a model has in common. Making them anew would cost as much as all the others."""
     head = pb.GenerateResponse(model=model, version=version, height=height, width=width, format=image_format)
     return head.SerializeToString()
-
-
-def _pictures(digits: Digits, image_format: pb.ImageFormat) -> list[list[Piece]]:
-    pixels = digits.joined_pixels
-    if image_format == pb.IMAGE_FORMAT_PNG_GRID:
-        return [[to_png(to_grid(pixels))]]
-    return [[to_png(digit)] for digit in pixels]

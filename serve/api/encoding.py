@@ -1,4 +1,6 @@
-"""Encodes rows as a response's bytes. Large payloads are copied once: from the model's output into the message.
+"""Encodes rows as a response's bytes, and as pictures that say how they were made.
+
+Large payloads are copied once: from the model's output into the message.
 
 A serialised protobuf message followed by further serialised fields is the message with those fields set
 (https://protobuf.dev/programming-guides/encoding, "Last One Wins" and concatenation). So the small fields are
@@ -15,6 +17,9 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
+
+from serve.core.request import Addresses, Digits, Interpolation
+from serve.pictures import Origin, Way, to_grid, to_png
 
 FIXED_64, LENGTH_DELIMITED = 1, 2  # protobuf wire types
 LITTLE_ENDIAN = sys.byteorder == "little"
@@ -80,6 +85,29 @@ def packed_varints(values: NDArray[Any]) -> bytes:
     out[starts] = flat & 0x7F | two << 7
     out[ends[two] - 1] = flat[two] >> 7
     return out.tobytes()
+
+
+def as_png_grid(digits: Digits) -> bytes:
+    """All digits in one PNG."""
+    return to_png(to_grid(digits.joined_pixels), _origin(digits))
+
+
+def as_pngs(digits: Digits) -> list[bytes]:
+    """A PNG of each digit."""
+    origin = _origin(digits)
+    return [to_png(digit, origin.digit(offset)) for offset, digit in enumerate(digits.joined_pixels)]
+
+
+def _origin(digits: Digits) -> Origin:
+    manifest, rows = digits.model.manifest, digits.rows
+    seed, index, truncation, way = digits.seed, digits.start, 0.0, None
+    if isinstance(rows, Addresses):
+        truncation = rows.truncation
+    elif isinstance(rows, Interpolation):
+        (seed, index), truncation, way = rows.begin, rows.truncation, Way(*rows.end, steps=rows.steps)
+    labels = () if digits.labels is None else tuple(digits.labels.tolist())
+    made_by = manifest.name, manifest.version, digits.model.bundle.digest
+    return Origin(*made_by, seed, index, digits.count, labels, truncation, way)
 
 
 def _varint(value: int) -> bytes:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache, partial
 from typing import TypeAlias
 
 import grpc
@@ -16,10 +17,10 @@ from serve.access.identity import Caller, Scope
 from serve.api.admission import Admission, Call
 from serve.api.status import Refusal
 from serve.errors import ExpiredError
+from serve.observability.call_metrics import HttpMetrics
 from serve.observability.logs import REQUEST_ID_KEY
-from serve.observability.metrics import RpcMetrics
+from serve.observability.tracing import Described, server_of, trace_context
 
-SERVICE = "http"  # as the RPC metrics call it
 TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 60.0  # for a client to take its answer: until then it is held here
 CONTENT_ENCODINGS = ("identity", "gzip", "deflate")  # of a request's body
@@ -34,24 +35,27 @@ Handler: TypeAlias = Callable[[web.Request, Call], Awaitable[web.Response]]
 Guarded: TypeAlias = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def guarded(admission: Admission, name: str, handler: Handler, scope: Scope = "generate") -> Guarded:
-    """A handler for aiohttp. ``name`` is the call's in the metrics; ``scope`` is what a caller needs."""
-    observed = RpcMetrics(admission.metrics, "unary", SERVICE, name)
+def guarded(admission: Admission, route: str, handler: Handler, scope: Scope = "generate") -> Guarded:
+    """A handler for aiohttp. ``route`` is the call's in the metrics; ``scope`` is what a caller needs."""
+    observed = cache(lambda method: HttpMetrics(admission.metrics, method, route))  # of the methods that aiohttp lets come here
 
     async def handle(request: web.Request) -> web.Response:
-        call = Call(admission, observed, _caller(request), time.monotonic() + TIMEOUT_S)
+        traced = admission.tracing is not None
+        describe = partial(_described, request, route) if traced else None
+        call = Call(admission, observed(request.method), _caller(request, traced=traced), time.monotonic() + TIMEOUT_S, describe)
         call.enter_log()
         try:
             try:
                 call.admit(scope)
                 answer = await _in_time(handler(request, call))
-                call.answered()
+                call.answered(answer.status)
             except asyncio.CancelledError:
                 call.left()
                 raise
             except Exception as error:
                 answer = _refused(call.failed(error))
-            answer.headers.update(HEADERS)
+            for header, value in HEADERS.items():
+                answer.headers.setdefault(header, value)
             # Sent from here, so that a drain waits until it is.
             await _send(answer, request)
             return answer
@@ -80,10 +84,25 @@ async def _in_time(answer: Awaitable[web.Response]) -> web.Response:
         raise ExpiredError(f"there was no answer within {TIMEOUT_S:g} s") from None
 
 
-def _caller(request: web.Request) -> Caller:
+def _caller(request: web.Request, *, traced: bool) -> Caller:
     headers = request.headers
     authorization = headers.getall("Authorization", [])
-    return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), headers)
+    trace = trace_context((key.lower(), value) for key, value in headers.items()) if traced else {}
+    return Caller(lambda: request.remote or "", authorization, headers.get(REQUEST_ID_KEY, ""), trace)
+
+
+def _described(request: web.Request, route: str) -> Described:
+    about = {
+        "http.request.method": request.method,
+        "http.route": route,
+        "url.scheme": request.scheme,
+        "url.path": request.path,
+        "url.query": request.query_string,
+        "network.protocol.version": f"{request.version.major}.{request.version.minor}",
+        "client.address": request.remote,
+        "user_agent.original": request.headers.get("User-Agent"),
+    }
+    return Described(f"{request.method} {route}", {**about, **server_of(request.host)}, of_http=True)
 
 
 def error_answer(status: int, text: str, **headers: str) -> web.Response:
@@ -92,7 +111,8 @@ def error_answer(status: int, text: str, **headers: str) -> web.Response:
 
 
 def _refused(refusal: Refusal) -> web.Response:
-    answer = error_answer(refusal.http_status, refusal.text)
+    text = json.dumps(refusal.fields())
+    answer = web.Response(status=refusal.http_status, text=text, content_type="application/json")
     if refusal.retry_after_s is not None:
         answer.headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
     if refusal.code is grpc.StatusCode.UNAUTHENTICATED:

@@ -28,13 +28,13 @@ from serve.api.tensors import (
     shapes_of,
 )
 from serve.api.wire_format import check_size
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.errors import ServeError, UnsupportedError
 from serve.models.model import Model
 from serve.models.reconcile import VersionStatus
 from serve.observability.metrics import Metrics
 from serve.pb.inference import open_inference_pb2 as pb
-from serve.settings import release
 
 SERVICE = "inference.GRPCInferenceService"
 STREAM_RESPONSE_KEY = field_key(pb.ModelStreamInferResponse, "infer_response")
@@ -200,7 +200,8 @@ class OpenInferenceService:
             check_size(raw, BULK)
             request = parse(pb.ModelInferRequest, raw)
             call.hold.account.count_request()
-            digits = await self._core.generate(infer(request, call), hold)
+            call.asks(asked := infer(request, call))
+            digits = await self._core.generate(asked, hold)
             started = time.perf_counter()
             made = partial(encode, request, digits)
             response = await asyncio.to_thread(made) if takes_long(request, digits) else made()

@@ -38,10 +38,10 @@ from serve.api.tensors import (
     shapes_of,
     to_request,
 )
+from serve.command_line import release
 from serve.core.generate import Core
 from serve.core.request import Digits
 from serve.errors import RequestError, UnavailableError
-from serve.settings import release
 
 JSON_BYTES = "Inference-Header-Content-Length"
 MAX_BODY_BYTES = 4 << 20  # as over gRPC
@@ -147,6 +147,7 @@ class OpenInferenceHttp:
         model, version = request.match_info["model"], request.match_info.get("version", "")
         row_bytes = (4 if "images" in names else 1) * ROW_BYTES
         parsed = to_request(model, version, tensors, names, deadline=call.deadline, row_bytes=row_bytes)
+        call.asks(parsed)
         digits = await self._core.generate(parsed, call.hold)
         started = time.perf_counter()
         answer = await asyncio.to_thread(_encode, inference, digits, names)  # values in JSON take their time
@@ -174,14 +175,14 @@ def read_inputs(inference: Inference, rest: memoryview) -> Tensors:
             values = _from_json(name, tensor, dtype)
         else:
             if bytes(tensor.data) not in (b"", b"null") or not isinstance(size, int) or not 0 <= size <= len(rest):
-                raise RequestError(f"inputs: {name} has no binary_data_size of the bytes that follow, or data beside it")
+                raise RequestError(f"inputs: {name} has no binary_data_size of the bytes that follow, or data beside it", name)
             if size % dtype.itemsize:
-                raise RequestError(f"inputs: {name} has {size} bytes, which is no multiple of {dtype.itemsize}")
+                raise RequestError(f"inputs: {name} has {size} bytes, which is no multiple of {dtype.itemsize}", name)
             values, rest = np.frombuffer(rest[:size], dtype), rest[size:]
         check_shape(name, tensor.shape, values.size)
         tensors[name] = values.reshape(tensor.shape)
     if len(rest):
-        raise RequestError(f"{len(rest)} bytes follow the last tensor")
+        raise RequestError(f"{len(rest)} bytes follow the last tensor", "inputs")
     return tensors
 
 
@@ -191,7 +192,9 @@ def _from_json(name: str, tensor: Input, dtype: np.dtype[Any]) -> NDArray[np.gen
     flat = bytes(tensor.data).translate(None, b"[] \t\r\n")
     given = flat.count(b",") + 1
     if given > MOST_VALUES:
-        raise RequestError(f"inputs: {name} has {given} numbers, over {MOST_VALUES}; send them as bytes (binary_data_size)")
+        raise RequestError(
+            f"inputs: {name} has {given} numbers, over {MOST_VALUES}; send them as bytes (binary_data_size)", name, MOST_VALUES
+        )
     try:
         check_shape(name, tensor.shape, given)
         values = msgspec.json.decode(b"[" + flat + b"]", type=list[int] if whole else list[float])
@@ -199,16 +202,16 @@ def _from_json(name: str, tensor: Input, dtype: np.dtype[Any]) -> NDArray[np.gen
             return np.array(values, dtype)
     except (ValueError, OverflowError):  # msgspec's are ValueErrors
         kind = "whole numbers" if whole else "numbers"
-        raise RequestError(f"inputs: {name}: data must be a list of {kind} of its datatype") from None
+        raise RequestError(f"inputs: {name}: data must be a list of {kind} of its datatype", name) from None
 
 
 async def _body(request: web.Request) -> bytes:
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes") from None
+        raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes", "", MAX_BODY_BYTES) from None
     except web.RequestPayloadError:
-        raise RequestError("the request's body is not as its headers say") from None
+        raise RequestError("the request's body is not as its headers say", "") from None
 
 
 def _decompressed(body: bytes, encoding: str) -> bytes:
@@ -218,11 +221,13 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
     try:
         whole = stream.decompress(body, MAX_BODY_BYTES + 1)
     except zlib.error:
-        raise RequestError(f"the request's body is not {encoding}, as its Content-Encoding says") from None
+        raise RequestError(f"the request's body is not {encoding}, as its Content-Encoding says", "Content-Encoding") from None
     if len(whole) > MAX_BODY_BYTES:
-        raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes")
+        raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes", "", MAX_BODY_BYTES)
     if not stream.eof or stream.unused_data:
-        raise RequestError(f"the request's body is not one whole {encoding} stream, as its Content-Encoding says")
+        raise RequestError(
+            f"the request's body is not one whole {encoding} stream, as its Content-Encoding says", "Content-Encoding"
+        )
     return whole
 
 
@@ -232,11 +237,13 @@ def _split(body: bytes, json_bytes: str | None) -> tuple[Inference, memoryview]:
     if json_bytes is not None:
         size = int(json_bytes) if json_bytes.isascii() and json_bytes.isdecimal() and len(json_bytes) < 10 else -1
         if not 0 <= size <= len(body):
-            raise RequestError(f"{JSON_BYTES} must be from 0 to the body's {len(body)} bytes, got {json_bytes[:20]!r}")
+            raise RequestError(
+                f"{JSON_BYTES} must be from 0 to the body's {len(body)} bytes, got {json_bytes[:20]!r}", JSON_BYTES
+            )
     try:
         return msgspec.json.decode(body[:size], type=Inference), memoryview(body)[size:]
     except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
-        raise RequestError(f"the request is not an inference request in JSON: {str(error)[:200]}") from None
+        raise RequestError(f"the request is not an inference request in JSON: {str(error)[:200]}", "") from None
 
 
 def _encode(inference: Inference, digits: Digits, names: list[str]) -> web.Response:

@@ -47,11 +47,11 @@ def infer(request: pb.ModelInferRequest, call: Call) -> DigitsRequest:
     """Raises ServeError naming the field or tensor that is wrong."""
     for field, most in (("inputs", len(INPUTS)), ("outputs", len(OUTPUTS)), ("parameters", MOST_PARAMETERS)):
         if len(getattr(request, field)) > most:
-            raise RequestError(f"{field} must have at most {most} entries, got {len(getattr(request, field))}")
+            raise RequestError(f"{field} must have at most {most} entries, got {len(getattr(request, field))}", field, most)
     names = output_names([output.name for output in request.outputs])
     holders: list[Any] = [request, *request.inputs, *request.outputs]
     if any(len(holder.parameters) > MOST_PARAMETERS for holder in holders):
-        raise RequestError(f"parameters must have at most {MOST_PARAMETERS} entries")
+        raise RequestError(f"parameters must have at most {MOST_PARAMETERS} entries", "parameters", MOST_PARAMETERS)
     check_parameters(name for holder in holders for name in holder.parameters)
     row_bytes = ROW_BYTES if request.raw_input_contents else TYPED_ROW_BYTES
     return to_request(
@@ -73,13 +73,13 @@ def read_inputs(request: pb.ModelInferRequest) -> Tensors:
     """The request's tensors by name, shaped. Raises RequestError naming the tensor and what is wrong with it."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise RequestError(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs")
+        raise RequestError(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs", "raw_input_contents")
     tensors: dict[str, NDArray[np.generic]] = {}
     for index, tensor in enumerate(request.inputs):
         name, shape = tensor.name, list(tensor.shape)
         _, dtype, contents_field = check_input(name, tensor.datatype, tensors)
         if raw and tensor.contents.ByteSize():  # an empty one is none: MLServer's converter sends it
-            raise RequestError(f"inputs: {name} has both contents and raw_input_contents")
+            raise RequestError(f"inputs: {name} has both contents and raw_input_contents", name)
         given = len(raw[index]) / np.dtype(dtype).itemsize if raw else len(getattr(tensor.contents, contents_field))
         check_shape(name, shape, given)
         values = np.frombuffer(raw[index], dtype) if raw else _typed(tensor.contents, contents_field, dtype)

@@ -18,17 +18,18 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from serve.access.identity import Caller, Scope
+from serve.access.identity import Caller, Scope, peer_address
 from serve.api.admission import Admission, Call
+from serve.api.status import Refusal
 from serve.api.wire_format import Bulk, check_size
 from serve.batching.ticket import Send
 from serve.core.generate import Core
 from serve.core.request import Digits, DigitsRequest
 from serve.errors import CallerLeftError, RequestError
+from serve.observability.call_metrics import RpcMetrics
 from serve.observability.logs import REQUEST_ID_KEY
-from serve.observability.metrics import RpcMetrics
+from serve.observability.tracing import Described, server_of, trace_context
 
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
 REQUEST_COPIES = 2  # of its bytes, in memory: as they came, and parsed
 SMALL_REQUEST_BYTES = 1 << 10  # what is smaller need not be counted: so many calls cannot be open
 LARGE_REQUEST_BYTES = 16 << 10  # what is larger is parsed by a worker: the thread that receives is everybody's
@@ -43,6 +44,10 @@ class Wire(Protocol):
     metadata: Metadata
 
     def peer(self) -> str: ...
+
+    def authority(self) -> str:
+        """The server's name and port as the caller has them."""
+        ...
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None without one."""
@@ -117,6 +122,7 @@ class RpcTable:
                     check_size(raw, method.bulk)
                 message = parse(method.request_type, raw)
                 request = method.to_request(message, call)
+                call.asks(request)
                 wire.when_left(core.begin(request, call.hold, partial(finish, wire, call, message)))
             except Exception as error:
                 _refuse(wire, call, error)()
@@ -208,7 +214,9 @@ class RpcTable:
     def _call(self, wire: Wire, observed: RpcMetrics) -> Call:
         remaining = wire.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        call = Call(self._admission, observed, caller_of(wire, traced=self._admission.tracing is not None), deadline)
+        traced = self._admission.tracing is not None
+        describe = partial(_described, wire, observed.name) if traced else None
+        call = Call(self._admission, observed, caller_of(wire, traced=traced), deadline, describe)
         wire.when_over(call.sent)
         return call
 
@@ -222,11 +230,12 @@ async def _send_all(wire: Wire, call: Call, answers: AsyncGenerator[bytes]) -> N
 
 def _refuse(wire: Wire, call: Call, error: Exception) -> Send:
     """What sends the status of an error."""
-    answer = call.failed(error)
-    trailing: Metadata = ()
-    if answer.retry_after_s is not None:
-        trailing = ((PUSHBACK_KEY, str(max(1, round(answer.retry_after_s * 1000)))),)
-    return wire.ending(answer.code, answer.text, trailing)
+    return refused(wire, call.failed(error))
+
+
+def refused(wire: Wire, answer: Refusal) -> Send:
+    """What sends the status of a call that failed, with what programs are told."""
+    return wire.ending(answer.code, answer.text, answer.trailing())
 
 
 def caller_of(wire: Wire, *, traced: bool = False) -> Caller:
@@ -238,8 +247,12 @@ def caller_of(wire: Wire, *, traced: bool = False) -> Caller:
             authorization.append(value)
         elif key == REQUEST_ID_KEY and isinstance(value, str) and not request_id:
             request_id = value
-    trace = {key: value for key, value in wire.metadata if isinstance(value, str)} if traced else {}
-    return Caller(wire.peer, authorization, request_id, trace)
+    return Caller(wire.peer, authorization, request_id, trace_context(wire.metadata) if traced else {})
+
+
+def _described(wire: Wire, method: str) -> Described:
+    about = {"rpc.system.name": "grpc", "rpc.method": method, "client.address": peer_address(wire.peer())}
+    return Described(method, {**about, **server_of(wire.authority())})
 
 
 def parse(request_type: type[RequestT], raw: bytes) -> RequestT:
@@ -247,4 +260,4 @@ def parse(request_type: type[RequestT], raw: bytes) -> RequestT:
     try:
         return request_type.FromString(raw)
     except DecodeError:
-        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message") from None
+        raise RequestError(f"the request is not a valid {request_type.DESCRIPTOR.full_name} message", "") from None

@@ -54,9 +54,9 @@ def output_names(asked: Sequence[str]) -> list[str]:
     names = list(asked) or ["pixels"]
     for name in names:
         if name not in OUTPUTS:
-            raise RequestError(f"outputs: {name[:64]!r} is unknown; there are {', '.join(OUTPUTS)}")
+            raise RequestError(f"outputs: {name[:64]!r} is unknown; there are {', '.join(OUTPUTS)}", "outputs")
     if len(set(names)) < len(names):
-        raise RequestError("outputs: the same tensor is asked for twice")
+        raise RequestError("outputs: the same tensor is asked for twice", "outputs")
     return names
 
 
@@ -72,7 +72,7 @@ def to_request(
     """The request that some tensors are; ``row_bytes`` as in ``DigitsRequest``. Raises RequestError naming the tensor."""
     labels = tensors.get("labels", NO_LABELS)
     if labels.ndim != 1:
-        raise RequestError(f"inputs: labels must have shape [1] or [n], got {list(labels.shape)}")
+        raise RequestError(f"inputs: labels must have shape [1] or [n], got {list(labels.shape)}", "labels")
     name, number = named(model, version)
     return DigitsRequest(
         rows=_rows({name: values for name, values in tensors.items() if name != "labels"}),
@@ -90,7 +90,7 @@ def outputs_of(digits: Digits, names: Sequence[str]) -> dict[str, tuple[tuple[in
     """Shape and pieces of each output that was asked for. Raises RequestError when the model has no labels."""
     manifest = digits.model.manifest
     if "labels" in names and digits.labels is None:
-        raise RequestError(f"outputs: labels cannot be had of {manifest.name}, which is unconditional")
+        raise RequestError(f"outputs: labels cannot be had of {manifest.name}, which is unconditional", "outputs")
     shapes = {spec.name: (digits.count, *spec.shape) for spec in manifest.outputs} | {"labels": (digits.count,)}
     pieces: dict[str, list[NDArray[np.generic]]] = {"pixels": [*digits.pixels], "images": [*digits.images]}
     if digits.labels is not None:
@@ -111,20 +111,20 @@ def shapes_of(manifest: Manifest) -> tuple[dict[str, list[int]], dict[str, list[
 def check_shape(name: str, shape: Sequence[int], given: float) -> None:
     """Raises RequestError for a shape that cannot be, or that ``given`` values do not fill."""
     if not 1 <= len(shape) <= 2 or min(shape) < 1:
-        raise RequestError(f"inputs: {name} has the impossible shape {list(shape)[:8]}")
+        raise RequestError(f"inputs: {name} has the impossible shape {list(shape)[:8]}", name)
     wanted = int(np.prod(shape, dtype=object))
     if given != wanted:
-        raise RequestError(f"inputs: {name} of shape {list(shape)} needs {wanted} values, got {given:g}")
+        raise RequestError(f"inputs: {name} of shape {list(shape)} needs {wanted} values, got {given:g}", name, wanted)
 
 
 def check_input(name: str, datatype: str, taken: Iterable[str]) -> Tensor:
     """What a tensor of that name is. Raises RequestError for one that is unknown, twice there, or of another datatype."""
     if name not in INPUTS:
-        raise RequestError(f"inputs: {name[:64]!r} is unknown; there are {', '.join(INPUTS)}")
+        raise RequestError(f"inputs: {name[:64]!r} is unknown; there are {', '.join(INPUTS)}", "inputs")
     if name in taken:
-        raise RequestError(f"inputs: {name} is given twice")
+        raise RequestError(f"inputs: {name} is given twice", name)
     if datatype != INPUTS[name].datatype:
-        raise RequestError(f"inputs: {name} must be {INPUTS[name].datatype}, got {datatype[:20]!r}")
+        raise RequestError(f"inputs: {name} must be {INPUTS[name].datatype}, got {datatype[:20]!r}", name)
     return INPUTS[name]
 
 
@@ -132,15 +132,15 @@ def check_parameters(names: Iterable[str]) -> None:
     """Raises RequestError for a parameter that asks for another answer than this server can give; others are echoed."""
     for name in names:
         if name in UNSUPPORTED_PARAMETERS or name.startswith("shared_memory_"):
-            raise RequestError(f"parameters: {name} is not supported; leave it out")
+            raise RequestError(f"parameters: {name} is not supported; leave it out", "parameters")
 
 
 def named(name: str, number: str) -> tuple[str, int]:
     """A model's name and version, 0 for none in particular. Raises ServeError."""
     if not name:
-        raise RequestError("a model name is needed")
+        raise RequestError("a model name is needed", "model")
     if number and not (number.isascii() and number.isdecimal() and len(number) <= 18):
-        raise UnknownModelError(f"model {name[:64]!r} has no version {number[:20]!r}")
+        raise UnknownModelError(f"model {name[:64]!r} has no version {number[:20]!r}", name)
     return name, int(number or 0)
 
 
@@ -148,14 +148,14 @@ def _rows(tensors: Tensors) -> Addresses | Latents:
     """The rows that the tensors other than labels ask for. Raises RequestError naming the tensor."""
     if "latents" in tensors:
         if len(tensors) > 1:
-            raise RequestError("inputs: latents cannot go with seed, count, start or truncation")
+            raise RequestError("inputs: latents cannot go with seed, count, start or truncation", "latents")
         if tensors["latents"].ndim != 2:
-            raise RequestError(f"inputs: latents must have shape [n, z], got {list(tensors['latents'].shape)}")
+            raise RequestError(f"inputs: latents must have shape [n, z], got {list(tensors['latents'].shape)}", "latents")
         return Latents(tensors["latents"].astype(np.float32, copy=False))
     if "count" not in tensors:
-        raise RequestError("inputs: count is missing; give latents, or count, with seed or without")
+        raise RequestError("inputs: count is missing; give latents, or count, with seed or without", "count")
     for name, values in tensors.items():
         if values.shape != (1,):
-            raise RequestError(f"inputs: {name} must have shape [1], got {list(values.shape)}")
+            raise RequestError(f"inputs: {name} must have shape [1], got {list(values.shape)}", name)
     numbers = {name: values[0].item() for name, values in tensors.items()}
     return Addresses(numbers.get("seed"), numbers.get("start", 0), numbers["count"], numbers.get("truncation", 0.0))

@@ -22,7 +22,9 @@ VARINT, FIXED_64, LENGTH_DELIMITED, FIXED_32 = 0, 1, 2, 5
 def check_size(raw: bytes, bulk: Bulk) -> None:
     """Raises RequestError for a request with more in fields that are not ``bulk`` than ``SMALL_BYTES``."""
     if len(raw) > SMALL_BYTES and _counted(memoryview(raw), bulk, 0) > SMALL_BYTES:
-        raise RequestError(f"the request has more than {SMALL_BYTES} bytes in fields other than tensors of raw or float values")
+        raise RequestError(
+            f"the request has more than {SMALL_BYTES} bytes in fields other than tensors of raw or float values", "", SMALL_BYTES
+        )
 
 
 def _counted(raw: memoryview, bulk: Bulk, counted: int) -> int:

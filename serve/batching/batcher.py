@@ -3,8 +3,9 @@
 Knows no transport and no ONNX Runtime. ``serve.batching.policy`` decides when an instance takes a batch and how large it is,
 ``serve.batching.queue`` in which order.
 
-If a run raises, the requests of that batch fail and no others. A run that hangs for longer than ``watchdog_s``, a thread that has
-ended or a lost device cannot be mended in this process: ``broken`` says so, and whoever supervises it ends the process.
+If a run raises, the requests of that batch fail and no others. Some such runs without one between them that succeeds, a run that
+hangs for longer than ``watchdog_s``, a thread that has ended or a lost device cannot be mended in this process: ``broken`` says
+so, and whoever supervises it ends the process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredE
 from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
+
+MOST_FAILED_RUNS = 8  # in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,7 @@ class Batcher:
         self._threads: list[threading.Thread] = []
         self._idle: list[Instance] = []
         self._lingering: Instance | None = None  # the one idle instance that waits for a batch to fill
-        self._working = 0
-        self._running_images = 0
+        self._working = self._running_images = self._failed_runs = 0
         self._busy_s = 0.0
         self._closed = False
         self.broken: str | None = None  # why this process is to be ended
@@ -101,7 +103,7 @@ class Batcher:
     def cut_off(self) -> int:
         """Fail what waits and what runs; returns how many tickets those were."""
         with self._lock:
-            running = [ticket for instance in self._instances for ticket in _tickets(instance)]
+            running = [ticket for instance in self._instances for ticket in instance.tickets]
             failed = self._fail([*self._queue.tickets(), *running], UnavailableError("the server stopped first"), "drain")
         complete(failed)
         return len(failed)
@@ -131,7 +133,7 @@ class Batcher:
         ``seen_s``: the time since the last call, as far as the process was running: while it is stopped nothing hangs.
         """
         with self._lock:
-            busy = [instance for instance in self._instances if instance.busy_since is not None]
+            busy = [instance for instance in self._instances if instance.batches]
             for instance in busy:
                 instance.watched_s += seen_s
             hung = [instance for instance in busy if instance.watched_s > self.limits.watchdog_s]
@@ -162,8 +164,8 @@ class Batcher:
     # What the instances call.
 
     def next_batch(self, instance: Instance, *, wait: bool = True) -> Batch | None:
-        """Wait for work. None when the batcher is closed or this instance has been given up; without ``wait``, for an instance
-        whose run has ended and is not delivered yet, also when there is nothing to be taken now."""
+        """Wait for work; without ``wait``, of an instance whose run is not delivered yet, take what there is now, if anything.
+        None when the batcher is closed or the instance has been given up."""
         while True:
             expired: list[Ticket] = []
             batch: Batch | None = None
@@ -181,13 +183,13 @@ class Batcher:
                     images = 0
                     for ticket, first, count in chunks:
                         images += count
+                        ticket.wait_seconds = now - ticket.queued_at
                         if first == 0:
-                            ticket.queue_seconds = now - ticket.queued_at
+                            ticket.queue_seconds = ticket.wait_seconds
                     batch = Batch(chunks, images)
                     self._hand_out(instance, batch, now)
                 self._wake_an_instance(now)
-            if expired:
-                complete(expired)
+            complete(expired)
             if batch is not None:
                 return batch
 
@@ -196,16 +198,19 @@ class Batcher:
         with self._lock:
             if instance not in self._instances:  # given up meanwhile: its tickets have been failed
                 return
-            chunks, now = batch.chunks, time.monotonic()
-            self._take_back(instance, batch, now)
+            chunks, now = batch.chunks, self._take_back(instance, batch)
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
+                self._failed_runs += 1
+                if self._failed_runs == MOST_FAILED_RUNS:
+                    self._observer.failed("repeated")
+                    finished += self._break(f"{MOST_FAILED_RUNS} runs of the model have failed in a row")
             else:
+                self._failed_runs = 0
                 finished = scatter(chunks, rows, compute_s)
                 self._policy.note_run(batch.images, compute_s)
-        if finished:
-            complete(finished)
+        complete(finished)
 
     def fail(self, instance: Instance, reason: str, why: str) -> None:
         """Give an instance up: the tickets of its batch fail, and the process is to be ended."""
@@ -214,23 +219,20 @@ class Batcher:
                 return
             self._instances.remove(instance)
             self.broken = self.broken or why
-            failed = self._fail(_tickets(instance), EngineError(why), "failed")
-            now = time.monotonic()
+            failed = self._fail(instance.tickets, EngineError(why), "failed")
             for batch in [*instance.batches]:
-                self._take_back(instance, batch, now)
+                self._take_back(instance, batch)
             if not self._instances:
                 failed += self._fail(self._queue.tickets(), UnavailableError(why), "failed")
-            self._wake_an_instance(now)
+            self._wake_an_instance(time.monotonic())
         log.critical("%s; the process is to be ended and started again", why)
         self._observer.failed(reason)
         complete(failed)
 
     def lose_device(self, error: DeviceLostError) -> None:
         """The device has failed, and with it every run to come: what waits is told so now."""
-        log.critical("%s; the process is to be ended and started again", error)
         with self._lock:
-            self.broken = str(error)
-            failed = self._fail(self._queue.tickets(), UnavailableError(self.broken), "failed")
+            failed = self._break(str(error))
         complete(failed)
 
     # All below: the lock is held.
@@ -271,16 +273,22 @@ class Batcher:
         instance.watched_s = 0.0
         self._running_images += batch.images
 
-    def _take_back(self, instance: Instance, batch: Batch, now: float) -> None:
-        """Take a batch from an instance."""
+    def _take_back(self, instance: Instance, batch: Batch) -> float:
+        """Take a batch from an instance. Returns the time."""
+        now = time.monotonic()
         instance.batches.remove(batch)
-        assert instance.busy_since is not None
         self._busy_s += now - instance.busy_since
         instance.busy_since, instance.watched_s = now, 0.0
         if not instance.batches:
             self._working -= 1
-            instance.busy_since = None
         self._running_images -= batch.images
+        return now
+
+    def _break(self, why: str) -> list[Ticket]:
+        """No run to come can be trusted: nothing is accepted any more, and what waits fails. Returns that."""
+        log.critical("%s; the process is to be ended and started again", why)
+        self.broken = self.broken or why
+        return self._fail(self._queue.tickets(), UnavailableError(self.broken), "failed")
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception, reason: str) -> list[Ticket]:
         """Mark tickets failed and drop their waiting rows; returns those that had not failed already."""
@@ -290,7 +298,3 @@ class Batcher:
             if dropped := self._queue.discard(ticket):
                 self._observer.dropped(dropped, reason)
         return failed
-
-
-def _tickets(instance: Instance) -> list[Ticket]:
-    return [chunk.ticket for batch in instance.batches for chunk in batch.chunks]

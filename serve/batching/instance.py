@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 from numpy.typing import NDArray
 
-from serve.batching.ticket import Arrays, Batch
+from serve.batching.ticket import Arrays, Batch, Ticket
 from serve.errors import DeviceLostError
 from serve.latents import LatentReader, Span
 
@@ -76,7 +76,7 @@ class Instance:
         self.number = number
         self.wake = threading.Condition(lock)
         self.batches: list[Batch] = []  # that it has: one, or one that is being delivered and one that runs
-        self.busy_since: float | None = None  # time.monotonic(), or when its last batch ended
+        self.busy_since = 0.0  # time.monotonic() when it got the first of them, or its last batch ended
         self.watched_s = 0.0  # for how long the batcher's watchdog has seen it get no further
         self._make_engine = make_engine
         self._observer = observer
@@ -84,6 +84,10 @@ class Instance:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self.thread: threading.Thread
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        return [chunk.ticket for batch in self.batches for chunk in batch.chunks]
 
     def start(self, dispatcher: Dispatcher) -> None:
         """Start the thread; ``wait_started`` tells how it went."""
@@ -99,7 +103,7 @@ class Instance:
 
     def _work(self, dispatcher: Dispatcher) -> None:
         with suppress(OSError):  # for top and ps, on Linux
-            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(threading.current_thread().name)
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_bytes(threading.current_thread().name.encode())
         try:
             engine = self._make_engine()
         except BaseException as error:

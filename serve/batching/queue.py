@@ -71,7 +71,7 @@ class FairQueue:
             level.no_room[ticket] = None
         else:
             text = f"queue is full: {level.images} of {self.max_images} images wait, {ticket.span.count} more do not fit"
-            raise QueueFullError(text, max(LEAST_RETRY_S, self.images * seconds_per_image))
+            raise QueueFullError(text, max(LEAST_RETRY_S, self.images * seconds_per_image), self.max_images)
 
     def discard(self, ticket: Ticket) -> int:
         """Drop a ticket's waiting rows, and the ticket with what it holds; returns how many rows there were."""

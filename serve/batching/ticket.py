@@ -53,7 +53,8 @@ class Ticket(msgspec.Struct, eq=False):
     taken: int = 0  # rows handed to an instance
     done: int = 0  # rows come back
     error: Exception | None = None
-    queue_seconds: float = 0.0
+    queue_seconds: float = 0.0  # until its first row went into a batch
+    wait_seconds: float = 0.0  # until its last row did: in between its other rows were computed, and those of others
     compute_seconds: float = 0.0
     parts: list[Part] = []  # in order of completion; msgspec gives every ticket a list of its own
 

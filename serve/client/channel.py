@@ -7,14 +7,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from serve.errors import SettingsError
+from serve.client.errors import mistake
+from serve.client.target import DEFAULT_TARGET, addresses, check_target, is_loopback
 
-DEFAULT_TARGET = "localhost:50051"
+File = str | os.PathLike[str]
 TOKEN_VARIABLE = "DIGITS_TOKEN"
 MAX_RESPONSE_BYTES = 64 << 20
+CONNECT_S = 5.0  # for a connection to stand, and between two tries of one: back within seconds after an outage
 
 # A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
 # calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
@@ -40,6 +43,11 @@ CHANNEL_OPTIONS = [
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
+    # Of a request beyond it (256 KiB by default) gRPC keeps no copy, and so does not try it again; a server takes 4 MiB.
+    ("grpc.per_rpc_retry_buffer_size", 8 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(CONNECT_S * 1000)),
 ]
 
 
@@ -48,9 +56,9 @@ class Access:
     """What a server may ask of its callers. ``ca``, ``cert`` and ``key`` are PEM files; without ``ca``, plaintext."""
 
     token: str = ""
-    ca: Path | None = None  # the authorities that the server's certificate is checked against
-    cert: Path | None = None  # this client's own certificate chain, where the server wants one
-    key: Path | None = None
+    ca: File | None = None  # the authorities that the server's certificate is checked against
+    cert: File | None = None  # this client's own certificate chain, where the server wants one
+    key: File | None = None
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -58,21 +66,34 @@ class Access:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def open_channel(self, target: str, *, follow_health: bool = True) -> grpc.Channel:
-        """A channel to one or more replicas. Raises SettingsError naming a file that cannot be read.
+        """A channel to one or more replicas. Raises DigitError naming a target that is none or a file that cannot be read.
 
         Without ``follow_health`` a replica is called that says it serves nothing: to administer it.
         """
-        options = CHANNEL_OPTIONS if follow_health else CHANNEL_OPTIONS[1:]
+        channel: grpc.Channel = self._open(grpc, target, follow_health)
+        return channel
+
+    def open_asyncio_channel(self, target: str) -> grpc.aio.Channel:
+        """As ``open_channel``, for asyncio."""
+        channel: grpc.aio.Channel = self._open(grpc.aio, target, True)
+        return channel
+
+    def _open(self, transport: Any, target: str, follow_health: bool) -> Any:
+        check_target(target)
+        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS if follow_health else CHANNEL_OPTIONS[1:])
+        if "," in target:
+            # gRPC makes all of ``ipv4:host:port,host:port`` the calls' authority, which a strict HTTP/2 server refuses, and
+            # the name that a certificate must be for.
+            host, port = addresses(target)[0]
+            options.append(("grpc.default_authority", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+        if is_loopback(target):
+            options.append(("grpc.enable_http_proxy", 0))  # whatever http_proxy says: a proxy has another loopback
         if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
-            raise SettingsError("--cert and --key go together, and with --ca")
+            raise mistake("--cert and --key go together, and with --ca")
         if self.ca is None:
-            # gRPC makes all of ``ipv4:host:port,host:port`` the calls' authority, which a strict HTTP/2 server refuses.
-            first = target.removeprefix("ipv4:").removeprefix("ipv6:").partition(",")[0]
-            authority = [("grpc.default_authority", first)] if "," in target else []
-            return grpc.insecure_channel(target, options=[*options, *authority])
+            return transport.insecure_channel(target, options=options)
         ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
-        credentials = grpc.ssl_channel_credentials(ca, key, cert)
-        return grpc.secure_channel(target, credentials, options=options)
+        return transport.secure_channel(target, grpc.ssl_channel_credentials(ca, key, cert), options=options)
 
 
 PLAIN = Access()
@@ -88,13 +109,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def access_from(flags: argparse.Namespace) -> Access:
-    """What those flags say. Raises SettingsError naming a file that cannot be read."""
+    """What those flags say. Raises DigitError naming a file that cannot be read."""
     token = _read(flags.token_file).decode("ascii", "replace") if flags.token_file else os.environ.get(TOKEN_VARIABLE, "")
     return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: File) -> bytes:
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})") from None
+        raise mistake(f"{path} cannot be read ({error.strerror})") from None

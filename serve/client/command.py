@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.client.again import compared, make_again, origin_of, read_picture
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
-from serve.client.diagnosis import described
-from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, failed
-from serve.errors import SettingsError
-from serve.pictures import to_grid, to_png
+from serve.client.digits import Digits
+from serve.client.errors import DigitError
+from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, encodable, failed
+from serve.pictures import Origin
+
+STANDARD_OUTPUT = Path("-")
+ASKED = ("count", "seed", "start", "digit", "truncation", "model", "version")  # the flags that say which digits
 
 
 def as_text(pixels: NDArray[np.uint8], columns: int) -> str:
@@ -31,34 +37,69 @@ def as_text(pixels: NDArray[np.uint8], columns: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask a server for digits; write a picture and print them."""
-    flags = _parser().parse_args(arguments)
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if flags.again is not None:
+        for name in ASKED:
+            if getattr(flags, name) != parser.get_default(name):
+                return failed(f"--{name} cannot go with --again: the picture says which digits it is of")
+    out = flags.out or Path("digits.png" if flags.again is None else f"{flags.again.stem}-again.png")
     try:
-        access = access_from(flags)
-        with DigitClient(flags.target, flags.timeout, access, wait_for_server=False) as client:
-            digits = client.generate(
-                flags.count,
-                seed=flags.seed,
-                start=flags.start,
-                labels=flags.digit,
-                truncation=flags.truncation,
-                model=flags.model,
-                version=flags.version,
-            )
-    except grpc.RpcError as error:
-        return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
-    except (SettingsError, ValueError) as error:  # protobuf refuses a name that is no text before anything is sent
-        return failed(error)
+        picture = None if flags.again is None else read_picture(flags.again)
+        client = DigitClient(flags.target, flags.timeout, access_from(flags), wait_for_server=False)
+    except DigitError as error:
+        return failed(error.details())
     try:
-        flags.out.write_bytes(to_png(to_grid(digits.pixels)))
-    except OSError as error:
-        return failed(f"cannot write {flags.out} ({error.strerror}); name another file with --out", 1)
-    with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
-        print(as_text(digits.pixels, columns=5))
-    print(
-        f"{flags.out}: {len(digits.pixels)} digits by {digits.model}/{digits.version}, seed {digits.seed}, from {digits.start}; "
-        f"queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
+        with client:
+            digits, origin = _ask(client, flags) if picture is None else _ask_again(client, picture[0])
+    except DigitError as error:
+        return failed(f"{flags.target}: {error}", 2 if error.code() is grpc.StatusCode.INVALID_ARGUMENT else 1)
+    same, found = (True, "") if picture is None else compared(*picture, digits, origin.digest)
+    found += "; " if found else ""
+    about = (
+        f"{out}: {len(digits)} digits by {digits.model}/{digits.version}, seed {origin.seed}, from {origin.index}; "
+        f"{found}queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
     )
-    return 0
+    if out == STANDARD_OUTPUT:
+        sys.stdout.buffer.write(digits.to_png(origin))
+        sys.stdout.flush()
+        print(about, file=sys.stderr)
+        return 0 if same else 1
+    try:
+        out.write_bytes(digits.to_png(origin))
+    except OSError as error:
+        return failed(f"cannot write {out} ({error.strerror}); name another file with --out", 1)
+    with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
+        print(encodable(as_text(digits.pixels, columns=5)))
+    print(about)
+    return 0 if same else 1
+
+
+def _ask(client: DigitClient, flags: argparse.Namespace) -> tuple[Digits, Origin]:
+    digits = client.generate(
+        flags.count,
+        seed=flags.seed,
+        start=flags.start,
+        labels=flags.digit,
+        truncation=flags.truncation,
+        model=flags.model,
+        version=flags.version,
+    )
+    return digits, origin_of(digits, client.get_model(digits.model, digits.version), flags.truncation)
+
+
+def _ask_again(client: DigitClient, origin: Origin) -> tuple[Digits, Origin]:
+    """The digits, and the origin with the digest of the model file that made them now."""
+    digits = make_again(client, origin)
+    return digits, replace(origin, digest=client.get_model(digits.model, digits.version).digest)
+
+
+def _picture(text: str) -> Path:
+    """A flag's ``type`` for argparse: a PNG file, or ``-``."""
+    path = Path(text)
+    if path.suffix.lower() not in ("", ".png"):
+        raise argparse.ArgumentTypeError(f"{text} would not hold what its name says: pictures are PNG; name it {path.stem}.png")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="", help="model name (default: the server's)")
     parser.add_argument("--version", type=INT63, default=0, help="model version (default: the model's)")
     parser.add_argument("--timeout", type=TIMEOUT_S, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write (default: digits.png)")
+    text = "make the digits of this PNG again, from what it says, and compare them; written to <its name>-again.png"
+    parser.add_argument("--again", type=Path, metavar="PICTURE", help=text)
+    parser.add_argument("--out", type=_picture, help="PNG to write; -: standard output (default: digits.png)")
     return parser
 
 

@@ -1,45 +1,124 @@
-"""Explains why no server could be reached: gRPC reports only the last address that it tried."""
+"""Explains why no server could be reached: gRPC reports only the last address that it tried, or that time has passed."""
 
 from __future__ import annotations
 
+import os
+import queue
 import socket
 import ssl
-from collections.abc import Iterator
+import threading
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 
-from serve.client.channel import DEFAULT_TARGET, PLAIN, Access
+from serve.client.channel import PLAIN, Access
+from serve.client.errors import DigitError, retry_after_s
+from serve.client.target import DEFAULT_TARGET, addresses, is_loopback
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 2.0  # for one step on the way to one address
+WHOLE_TIMEOUT_S = 5.0  # for the whole of it, names' resolution included
 HTTP2 = ["h2"]
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and settings, of which there are none
+SETTINGS_FRAME = 4
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # the first that is set has effect, as in gRPC's core
+EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+def failure_of(error: Any, target: str, access: Access, timeout_s: float, late: bool = False) -> DigitError:
+    """What a client raises in the place of a ``grpc.RpcError``, or when a stream's next answer was ``late``."""
+    code = grpc.StatusCode.DEADLINE_EXCEEDED if late else error.code()
+    text = "" if late else error.details() or ""
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and (reason := why_unreachable(target, access)):
+        return DigitError(grpc.StatusCode.UNAVAILABLE, reason)
+    if late or text == "Deadline Exceeded":  # gRPC's own words, which do not say how long it was
+        text = f"no answer from {target} within {timeout_s:g} s"
+    return DigitError(code, text, None if late else retry_after_s(error))
 
 
 def described(error: grpc.RpcError, target: str, access: Access = PLAIN) -> str:
-    """A failed call's status in one line, with the way out where nobody could be reached."""
-    details = " ".join((error.details() or "").split())
-    reason = why_unreachable(target, access) if error.code() is grpc.StatusCode.UNAVAILABLE else None
-    return f"{error.code().name}: {reason or details}"
+    """A failed call's status in one line, with the way out where nobody could be reached. For calls without a ``DigitClient``."""
+    return str(failure_of(error, target, access, 0.0))
 
 
 def why_unreachable(target: str, access: Access) -> str | None:
     """What is wrong with the way to a server, found by going it again; None when nothing is, or it is none that can be gone."""
+    found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: found.put(_why_unreachable(target, access)), daemon=True).start()
+    try:
+        return found.get(timeout=WHOLE_TIMEOUT_S)
+    except queue.Empty:
+        return f"no connection to {target} came about within {WHOLE_TIMEOUT_S:g} s"
+
+
+def _why_unreachable(target: str, access: Access) -> str | None:
     found = None
-    for host, port in _addresses(target):
+    for host, port in addresses(target):
+        proxy = None if is_loopback(target) else _proxy_for(host)
         try:
-            connection = socket.create_connection((host, port), TIMEOUT_S)
+            with _connected(host, port, proxy) as connection:
+                return _why_refused(connection, host, access) if access.ca else _why_not_grpc(connection, host, port)
         except OSError as error:
-            found = (
-                f"nobody answers at {host}:{port} ({error.strerror or error}); is a server running there? "
-                f"make serve{_port_flag(port)} starts one"
-            )
-            continue
-        with connection:
-            return _why_refused(connection, host, access)
+            reason = error.strerror or str(error)
+            found = _not_through(proxy[0], host, port, reason) if proxy else _nobody_at(host, port, reason)
     return found
 
 
-def _port_flag(port: int) -> str:
-    return "" if DEFAULT_TARGET.endswith(f":{port}") else f' ARGS="--grpc-port {port}"'
+def _not_through(variable: str, host: str, port: int, reason: str) -> str:
+    return f"the proxy that {variable} names does not lead to {host}:{port} ({reason}); no_proxy={host} leaves it out"
+
+
+def _nobody_at(host: str, port: int, reason: str) -> str:
+    flag = "" if DEFAULT_TARGET.endswith(f":{port}") else f' ARGS="--grpc-port {port}"'
+    return f"nobody answers at {host}:{port} ({reason}); is a server running there? make serve{flag} starts one"
+
+
+def _connected(host: str, port: int, proxy: tuple[str, str, int] | None) -> socket.socket:
+    """Raises OSError."""
+    if proxy is None:
+        return socket.create_connection((host, port), TIMEOUT_S)
+    connection = socket.create_connection(proxy[1:], TIMEOUT_S)
+    connection.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode("ascii", "replace"))
+    line = connection.recv(1024).partition(b"\r\n")[0].decode("ascii", "replace")
+    if line.split()[1:2] != ["200"]:
+        connection.close()
+        raise OSError(line[:64] or "it ends the connection")
+    return connection
+
+
+def _proxy_for(host: str) -> tuple[str, str, int] | None:
+    """The variable that has gRPC go through a proxy, and the proxy's host and port."""
+    exempt, variable = (next(filter(os.environ.get, names), "") for names in (EXEMPTION_VARIABLES, PROXY_VARIABLES))
+    suffixes = [each.strip() for each in os.environ.get(exempt, "").split(",")]
+    if not variable or any(suffix and host.endswith(suffix) for suffix in suffixes):
+        return None
+    try:
+        parts = urlsplit(os.environ[variable])
+        return variable, parts.hostname or "", parts.port or 80
+    except ValueError:
+        return variable, "", 80
+
+
+def _why_not_grpc(connection: socket.socket, host: str, port: int) -> str | None:
+    """An HTTP/2 server answers the preface with its settings."""
+    connection.settimeout(TIMEOUT_S)
+    try:
+        connection.sendall(PREFACE)
+        answer = connection.recv(1024)
+    except TimeoutError:
+        return f"what is at {host}:{port} takes connections and says nothing: it hangs, or speaks another protocol"
+    except OSError:
+        answer = b""
+    if answer.startswith(b"HTTP/"):
+        usual = DEFAULT_TARGET.rpartition(":")[2]
+        return f"{host}:{port} is an HTTP port; give the server's gRPC port ({usual} unless it was told otherwise)"
+    if answer[3:4] == bytes([SETTINGS_FRAME]):
+        return None
+    with suppress(OSError), socket.create_connection((host, port), TIMEOUT_S) as again:
+        if (reason := _why_refused(again, host, PLAIN)) is not None:
+            return reason
+    return f"what answers at {host}:{port} is no gRPC server"
 
 
 def _why_refused(connection: socket.socket, host: str, access: Access) -> str | None:
@@ -78,11 +157,3 @@ def _why_hung_up(secure: ssl.SSLSocket) -> str | None:
     except OSError:
         spoken = b""
     return None if spoken else "the server ends the connection: it may want a certificate of its client (--cert and --key)"
-
-
-def _addresses(target: str) -> Iterator[tuple[str, int]]:
-    """The hosts and ports of a target, where they can be told from its text."""
-    for each in target.removeprefix("dns:///").removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").split(","):
-        host, _, port = each.rpartition(":")
-        if port.isascii() and port.isdecimal():
-            yield host.strip("[]") or "localhost", int(port)

@@ -8,29 +8,29 @@ import math
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.background import settle
 from serve.batching.ticket import Send, Ticket
 from serve.core.request import Addresses, Digits, DigitsRequest, Holder, Interpolation, Latents
-from serve.errors import RequestError
-from serve.latents import INDEX_LIMIT, Span, draw_span, in_turn, slerp
+from serve.errors import RequestError, ServeError
+from serve.latents import INDEX_LIMIT, LEAST_TRUNCATION, Span, draw_span, in_turn, slerp
 from serve.models.catalog import Catalog
 from serve.models.model import Model, ordered
 
 DEFAULT_CHUNK = 256
-LEAST_TRUNCATION = 0.01  # below it all digits are the same, and the tail's grid is too coarse to tell
 DRAWN_BITS = 53  # of a random seed: the most that a number in JavaScript, and so in JSON, is sure to keep
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number
 MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
 
 Completed = Callable[[Digits | Exception], Send | None]
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 class Core:
@@ -54,23 +54,32 @@ class Core:
         """
         model, rows, count = self._enter(request)
         try:
-            most = self.most(request)
-            if not 1 <= count <= most:
-                raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}")
-            labels = _checked_labels(request.labels, model, count)
+            labels = self._checked(request, model, count)
             holder.take(count, count * request.row_bytes)
             ticket = Ticket(_span(rows, model, labels), request.outputs, request.priority, request.deadline)
 
             def complete(ticket: Ticket) -> Send | None:
                 model.in_use.leave()
-                return completed(ticket.error or _digits(model, ticket, request))
+                if ticket.error is not None:
+                    return completed(_named(ticket.error, model))
+                return completed(_digits(model, ticket, request))
 
             ticket.completion = complete
             model.submit(ticket)
-        except BaseException:
+        except BaseException as error:
             model.in_use.leave()
+            _named(error, model)
             raise
         return partial(model.batcher.cancel, ticket)
+
+    def find(self, request: DigitsRequest) -> Model:
+        """The model that would answer a request, which is checked as by ``begin``: nothing is held or queued."""
+        model, _, count = self._enter(request)
+        try:
+            self._checked(request, model, count)
+        finally:
+            model.in_use.leave()
+        return model
 
     async def generate(self, request: DigitsRequest, holder: Holder) -> Digits:
         """As ``begin``, awaited on the event loop; given up when the waiter is cancelled."""
@@ -95,9 +104,13 @@ class Core:
         most = self.most(request)
         chunk = chunk or min(DEFAULT_CHUNK, most)
         if chunk > most:
-            raise RequestError(f"chunk must be from 1 to {most} for {request.encoding}, got {chunk}")
+            raise RequestError(f"chunk must be from 1 to {most} for {request.encoding}, got {chunk}", "chunk", most)
         if len(request.labels) > MOST_STREAM_LABELS:
-            raise RequestError(f"labels must have at most {MOST_STREAM_LABELS} entries in a stream, got {len(request.labels)}")
+            raise RequestError(
+                f"labels must have at most {MOST_STREAM_LABELS} entries in a stream, got {len(request.labels)}",
+                "labels",
+                MOST_STREAM_LABELS,
+            )
         ahead = 1 + CHUNKS_AHEAD
         if holder.images_limit:
             ahead = min(ahead, holder.images_limit // chunk or 1)
@@ -105,7 +118,7 @@ class Core:
         model, rows, count = self._enter(request)
         try:
             if count < 1:
-                raise RequestError("count must be 1 or more, got 0")
+                raise RequestError("count must be 1 or more, got 0", "count", 1)
             labels = _checked_labels(request.labels, model)
             held = min(count, ahead * chunk)
             holder.take(held, held * request.row_bytes + LABEL_BYTES * len(request.labels))
@@ -116,10 +129,13 @@ class Core:
                     part = whole.part(given, min(chunk, count - given))
                     given += part.count
                     if labels is not None:
-                        part = msgspec.structs.replace(part, labels=in_turn(labels, part.start, part.count))
+                        part = replace(part, labels=in_turn(labels, part.start, part.count))
                     ticket = Ticket(part, request.outputs, request.priority, request.deadline, waits_for_room=True)
                     under_way.append(asyncio.ensure_future(model.run(ticket)))
                 yield _digits(model, await under_way.popleft(), request)
+        except ServeError as error:
+            _named(error, model)
+            raise
         finally:
             for task in under_way:
                 task.cancel()
@@ -127,6 +143,13 @@ class Core:
 
     def _enter(self, request: DigitsRequest) -> tuple[Model, Addresses | Latents | Interpolation, int]:
         """The model that answers, in use from here on, the rows with their seed, and how many there are."""
+        try:
+            return self._entered(request)
+        except RequestError as error:
+            error.about(request.model or self.catalog.default_model, request.version)
+            raise
+
+    def _entered(self, request: DigitsRequest) -> tuple[Model, Addresses | Latents | Interpolation, int]:
         rows = request.rows
         if isinstance(rows, Addresses):
             seed, count = rows.seed, rows.count
@@ -137,7 +160,8 @@ class Core:
         elif isinstance(rows, Interpolation):
             seed, count = rows.begin[0], rows.steps
             if not 2 <= count <= self.most(request):
-                raise RequestError(f"steps must be from 2 to {self.most(request)} for {request.encoding}, got {count}")
+                most = self.most(request)
+                raise RequestError(f"steps must be from 2 to {most} for {request.encoding}, got {count}", "steps", most)
             for _, index in (rows.begin, rows.end):
                 _check_range(index, 1, rows.truncation)
         else:
@@ -154,13 +178,28 @@ class Core:
                 raise
         return model, rows, count
 
+    def _checked(self, request: DigitsRequest, model: Model, count: int) -> NDArray[np.int64] | None:
+        """The labels of a request for ``count`` digits, None if it gives none. Raises RequestError."""
+        most = self.most(request)
+        if not 1 <= count <= most:
+            raise RequestError(f"count must be from 1 to {most} for {request.encoding}, got {count}", "count", most)
+        return _checked_labels(request.labels, model, count)
+
+
+def _named(error: ErrorT, model: Model) -> ErrorT:
+    """The error, with the model that was asked."""
+    if isinstance(error, ServeError):
+        error.about(model.manifest.name, model.manifest.version)
+    return error
+
 
 def _check_range(start: int, count: int, truncation: float) -> None:
     """Raises RequestError for rows that reach beyond a stream's end or are truncated to nothing."""
     if start >= INDEX_LIMIT or start + count > INDEX_LIMIT:
-        raise RequestError(f"start + count must be at most 2^63, got {start} + {count}")
+        raise RequestError(f"start + count must be at most 2^63, got {start} + {count}", "start", INDEX_LIMIT)
     if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
-        raise RequestError(f"truncation must be {LEAST_TRUNCATION} or more, or 0 for none, got {truncation:g}")
+        least = LEAST_TRUNCATION
+        raise RequestError(f"truncation must be {least:g} or more, or 0 for none, got {truncation:g}", "truncation", least)
 
 
 def _latents_count(rows: Latents, model: Model) -> int:
@@ -170,13 +209,15 @@ def _latents_count(rows: Latents, model: Model) -> int:
         count, rest = divmod(len(values), size)
         if rest:
             raise RequestError(
-                f"latents has {values.nbytes} bytes, which is no multiple of {size * 4} ({size} float32 values a row)"
+                f"latents has {values.nbytes} bytes, which is no multiple of {size * 4} ({size} float32 values a row)",
+                "latents",
+                size * 4,
             )
         if rows.count not in (0, count):
-            raise RequestError(f"count is {rows.count}, but latents holds {count} rows; leave count at 0")
+            raise RequestError(f"count is {rows.count}, but latents holds {count} rows; leave count at 0", "count", count)
         return count
     if values.ndim != 2 or values.shape[1] != size:
-        raise RequestError(f"latents must have shape [n, {size}], got {list(values.shape)}")
+        raise RequestError(f"latents must have shape [n, {size}], got {list(values.shape)}", "latents", size)
     return len(values)
 
 
@@ -191,9 +232,9 @@ def _span(rows: Addresses | Latents | Interpolation, model: Model, labels: NDArr
     finite = np.isfinite(values)
     if not finite.all():
         row, value = np.argwhere(~finite)[0]
-        raise RequestError(f"latents must be finite, but row {row} value {value} is {values[row, value]}")
+        raise RequestError(f"latents must be finite, but row {row} value {value} is {values[row, value]}", "latents")
     if labels is None and model.manifest.labels:
-        raise RequestError("labels are needed with latents: only an address has labels of its own")
+        raise RequestError("labels are needed with latents: only an address has labels of its own", "labels")
     return Span(0, 0, len(values), values.astype(np.float32, copy=False), labels)
 
 
@@ -224,12 +265,14 @@ def _checked_labels(labels: Sequence[int] | NDArray[np.int64], model: Model, cou
     manifest = model.manifest
     name = f"model {manifest.name}/{manifest.version}"
     if not manifest.labels:
-        raise RequestError(f"{name} is unconditional and takes no labels; ask a conditional model, as GetModel tells")
+        raise RequestError(f"{name} is unconditional and takes no labels; ask a conditional model, as GetModel tells", "labels")
     if count and given not in (1, count):
-        raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each")
+        raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each", "labels", count)
     numbers = np.asarray(labels)
     if odd := numbers[(numbers < 0) | (numbers >= manifest.labels)].tolist():
-        raise RequestError(f"labels must be from 0 to {manifest.labels - 1} for {name}, got {odd[0]}")
+        raise RequestError(
+            f"labels must be from 0 to {manifest.labels - 1} for {name}, got {odd[0]}", "labels", manifest.labels - 1
+        )
     return np.broadcast_to(numbers.astype(np.int64), count or given)
 
 
@@ -241,14 +284,17 @@ def _digits(model: Model, ticket: Ticket, request: DigitsRequest) -> Digits:
         labels = cast("NDArray[np.int64]", pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
     return Digits(
         model=model,
+        rows=request.rows,
         encoding=request.encoding,
         seed=span.seed if span.explicit is None else None,
         start=span.start,
         count=span.count,
         pixels=cast("list[NDArray[np.uint8]]", ordered(ticket, "pixels")) if "pixels" in outputs else (),
-        images=cast("list[NDArray[np.float32]]", ordered(ticket, "images")) if "images" in outputs else (),
+        # The model's own range is [0, 1] up to rounding: -1e-7 has been seen.
+        images=[np.clip(rows, 0, 1, dtype=np.float32) for rows in ordered(ticket, "images")] if "images" in outputs else (),
         labels=labels,
         queued_at=ticket.queued_at,
         queue_seconds=ticket.queue_seconds,
+        wait_seconds=ticket.wait_seconds,
         compute_seconds=ticket.compute_seconds,
     )

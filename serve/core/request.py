@@ -57,11 +57,17 @@ class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     deadline: float | None = None  # on time.monotonic()
     row_bytes: int = 0
 
+    @property
+    def count(self) -> int:
+        """How many images are asked for; 0 for latents whose number is known to the model alone."""
+        return self.rows.steps if isinstance(self.rows, Interpolation) else self.rows.count
+
 
 class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     """What came of a request: rows in order, in the pieces they were computed in, their address and timing."""
 
     model: Model  # that made them
+    rows: Addresses | Latents | Interpolation  # as the request has them
     encoding: str  # as the request has it
     seed: int | None  # None for rows without an address
     start: int
@@ -71,6 +77,7 @@ class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     labels: NDArray[np.int64] | None  # (count,); None of an unconditional model
     queued_at: float  # on time.monotonic()
     queue_seconds: float
+    wait_seconds: float
     compute_seconds: float
 
     @property

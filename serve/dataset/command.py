@@ -1,16 +1,18 @@
 """A data set of any size from one seed's stream, written in shards by any number of processes and then joined.
 
     python -m serve.dataset write --out digits --count 1000000 --seed 7 --shards 8 --shard 3   # shard 3 of 0 to 7
-    python -m serve.dataset join --out digits --format idx                                      # or npz
+    python -m serve.dataset join --out digits --format idx                                      # or npz, keras, parquet
+    python -m serve.dataset verify --out digits --sample 1000                                   # computes some digits anew
 
 In a Kubernetes Indexed Job the shard is ``JOB_COMPLETION_INDEX``. The model runs in this process, without a server. Batches are
 whole and aligned to the stream whichever shard a digit falls into, so a digit's bytes do not depend on how the work was split.
 On different processors or providers they are equal within one grey level.
 
 A shard is written beside its place and renamed once complete: a killed process leaves no shard, and an existing shard is kept.
-idx files have the layout of MNIST's. A conditional model's labels are the stream's own, or with ``--labels`` the given ones in
-turn; an unconditional model's digits have label 255, for none. With ``--filter``, a digit that the judge does not read as its
-label is replaced by one at a later address (filter.py).
+idx files have the layout of MNIST's; all digits are training digits unless ``--test-share`` says how many are test digits. A
+conditional model's labels are the stream's own, or with ``--labels`` the given ones in turn; an unconditional model's digits have
+label 255, for none. With ``--filter``, a digit that the judge does not read as its label is replaced by one at a later address
+(filter.py).
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from serve.command_line import INT63, UINT32, UINT64, OneLineParser, failed, within
-from serve.dataset.filter import BUNDLED_JUDGE, Judge
+from serve.dataset.filter import BUNDLED_JUDGE, TRAINED_ON, Judge
 from serve.dataset.header import ATTEMPTS, MOST_SHARDS, Dataset, read_header
-from serve.dataset.joining import UNKNOWN_LABEL, join
+from serve.dataset.hub import write_parquet
+from serve.dataset.joining import UNKNOWN_LABEL, join, write_idx, write_keras, write_npz
 from serve.dataset.shards import Generator, write_shard
+from serve.dataset.verifying import verify
 from serve.engine.provider import EngineOptions, choose_provider
 from serve.engine.resources import usable_cores
 from serve.errors import ServeError, SettingsError
@@ -36,19 +41,15 @@ from serve.models.repository import Bundle, Repository
 from serve.settings import DEFAULT_MODEL
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+OWN_JUDGE = "write a judge of the model's data and name it: python -m export judge --data-dir … --out judge.onnx"
 ENGINES_ON_CUDA = 2  # one computes while the digits of the other are on their way
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a shard or join them. Returns the exit status; an error is one line on stderr."""
+    """Write a shard, join them or check them. Returns the exit status; an error is one line on stderr."""
     flags = _parser().parse_args(arguments)
     try:
-        if flags.action == "join":
-            for path in join(flags.out, flags.format):
-                print(path)
-            _say_unlabelled(read_header(flags.out))
-            return 0
-        _write(flags)
+        {"write": _write, "join": _join, "verify": _verify}[flags.action](flags)
     except ServeError as error:
         return failed(error)
     except OSError as error:  # a disk that is full, a folder that may not be written to
@@ -83,6 +84,32 @@ def _write(flags: argparse.Namespace) -> None:
     print(f"{path}: {count:,} digits by {dataset.model}/{dataset.version} in {seconds:.1f} s, {count / seconds:,.0f} a second")
 
 
+def _join(flags: argparse.Namespace) -> None:
+    formats = {
+        "idx": write_idx,
+        "npz": write_npz,
+        "keras": write_keras,
+        "parquet": lambda whole: write_parquet(whole, _bundle_of(whole.dataset, flags)),
+    }
+    for path in join(flags.out, formats[flags.format], flags.test_share):
+        print(path)
+    dataset = read_header(flags.out)
+    if flags.format != "parquet":  # which has no column of labels then
+        _say_unlabelled(dataset)
+
+
+def _verify(flags: argparse.Namespace) -> None:
+    dataset = read_header(flags.out)
+    options = EngineOptions(provider=choose_provider(flags.provider))
+    count, identical = verify(flags.out, _bundle_of(dataset, flags), options, flags.sample)
+    same = (
+        "all have the bytes that were written"
+        if identical == count
+        else (f"{identical:,} have the bytes that were written, the others differ by rounding, as on another kind of processor")
+    )
+    print(f"{flags.out}: {count:,} of {dataset.count:,} digits computed anew; {same}")
+
+
 def _judge(flags: argparse.Namespace, manifest: Manifest) -> Judge:
     if not 0 < flags.filter < 1:
         raise SettingsError(f"--filter must be from 0 to below 1, got {flags.filter:g}")
@@ -94,8 +121,24 @@ def _judge(flags: argparse.Namespace, manifest: Manifest) -> Judge:
         )
     judge = Judge(flags.judge)
     if judge.classes != manifest.labels:
-        raise SettingsError(f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels")
+        raise SettingsError(
+            f"--judge {flags.judge} knows {judge.classes} classes, {manifest.name} has {manifest.labels} labels; {OWN_JUDGE}"
+        )
+    if judge.trained_on and (data := _trained_on(manifest)) and data != judge.trained_on:
+        print(
+            f"--judge {flags.judge} was trained on other images than {manifest.name}/{manifest.version}; if its labels stand for"
+            f" something else, {OWN_JUDGE}",
+            file=sys.stderr,
+        )
     return judge
+
+
+def _trained_on(manifest: Manifest) -> Any:
+    """The digest of the model's training images, if its manifest has it."""
+    try:
+        return manifest.training["provenance"]["data"][TRAINED_ON]
+    except (KeyError, TypeError):
+        return None
 
 
 def _say_unlabelled(dataset: Dataset) -> None:
@@ -105,6 +148,10 @@ def _say_unlabelled(dataset: Dataset) -> None:
             " write a data set of a conditional model, as --model rpgan",
             file=sys.stderr,
         )
+
+
+def _bundle_of(dataset: Dataset, flags: argparse.Namespace) -> Bundle:
+    return _bundle(flags.models_dir, dataset.model, dataset.version)
 
 
 def _bundle(models_dir: Path, model: str, version: int) -> Bundle:
@@ -136,12 +183,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument("--judge", type=Path, default=BUNDLED_JUDGE, help="the judge's file (default: the bundled one)")
     write.add_argument("--version", type=INT63, default=0, help="model version (default: the highest)")
-    write.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="folder of bundles (default: the bundled models)")
-    write.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
     text = f"concurrent runs (default, 0: one per core, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
     write.add_argument("--threads", type=within(0, 256), default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
-    join_them.add_argument("--format", choices=("idx", "npz"), default="idx", help="as MNIST's files, or for numpy")
-    for action in (write, join_them):
+    text = "as MNIST's files; for numpy: images, labels; as Keras has them: x_train, y_train, x_test, y_test; in the Hugging Face"
+    text += " Hub's layout (default: idx)"
+    join_them.add_argument("--format", choices=("idx", "npz", "keras", "parquet"), default="idx", help=text)
+    text = "share of the digits, the last ones, that go to the test part instead of the training part (default: 0: none)"
+    join_them.add_argument("--test-share", type=within(0.0, 1.0), default=0.0, metavar="SHARE", help=text)
+    check = actions.add_parser("verify", help="compute some digits anew and compare them with those that were written")
+    check.add_argument("--sample", type=within(1, INDEX_LIMIT), default=1000, help="how many, at random (default: 1000)")
+    for action in (write, check):
+        action.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
+    for action in (write, join_them, check):
+        text = "folder of bundles (default: the bundled models)"
+        action.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help=text)
         action.add_argument("--out", type=Path, required=True, help="folder of the data set")
     return parser

@@ -20,6 +20,7 @@ from serve.manifest import sha256
 
 BUNDLED_JUDGE = Path(__file__).parent / "judge.onnx"
 PIXELS, PROBABILITIES = "pixels", "probabilities"
+TRAINED_ON = "train-images-idx3-ubyte"  # of a model's and of a judge's data: the file whose digest says which it is
 ROWS_AT_ONCE = 64
 
 
@@ -35,6 +36,7 @@ class Judge:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             [given], [answered] = self._session.get_inputs(), self._session.get_outputs()
             self.classes = int(answered.shape[1])
+            self.trained_on = self._session.get_modelmeta().custom_metadata_map.get(TRAINED_ON)  # None: an older file's
             if (given.name, answered.name) != (PIXELS, PROBABILITIES):
                 raise ValueError(path)
         except OSError as error:
@@ -79,6 +81,7 @@ def filtered_digits(
         padded = np.pad(np.arange(len(others)), (0, -len(others) % rows_at_once), mode="edge")
         latents, labels = dataset.chosen_rows(others[padded], given[padded])
         made = engine.compute(latents, labels)["pixels"]
+        assert labels is not None
         good = (judge.confidence(made, labels) >= dataset.filter)[: len(others)]
         pixels[open_places[good]], indices[open_places[good]] = made[: len(others)][good], others[good]
         open_places = open_places[~good]

@@ -60,13 +60,20 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             labels = in_turn(self.labels, first, count)
         return latents, labels
 
-    def chosen_rows(self, indices: NDArray[np.int64], given: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Latents (n, z) and labels (n,) of stream indices (n,) that stand in the places of the ``given`` ones."""
-        latents, labels = np.empty((len(indices), self.latent_size), np.float32), np.empty(len(indices), np.int64)
+    def chosen_rows(
+        self, indices: NDArray[np.int64], given: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+        """As ``rows``, of stream indices (n,) that stand in the places of the ``given`` ones."""
+        latents = np.empty((len(indices), self.latent_size), np.float32)
+        labels = np.empty(len(indices), np.int64) if self.classes else None
         LatentReader(self.latent_size, self.classes).fill(latents, [Span(self.seed, int(each), 1) for each in indices], labels)
         if self.labels:
             labels = np.asarray(self.labels, np.int64)[given % len(self.labels)]
         return latents, labels
+
+    def shard_of(self, place: int) -> int:
+        """The shard that holds the ``place``-th digit of the data set."""
+        return ((place + 1) * self.shards - 1) // self.count
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First index of a shard in the stream, and how many digits it holds."""

@@ -20,7 +20,7 @@ from serve.dataset.header import Dataset, agree
 from serve.engine.cuda_engine import make_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
-from serve.files import replacing
+from serve.files import remove_abandoned, replacing
 from serve.models.repository import Bundle
 
 BATCH = 64  # rows of one run; index 0 of the stream begins one
@@ -93,10 +93,12 @@ def write_shard(folder: Path, dataset: Dataset, shard: int, generator: Generator
     agree(folder, dataset)
     path = dataset.shard_file(folder, shard)
     first, count = dataset.shard_range(shard)
-    if path.exists() and path.stat().st_size == count * dataset.height * dataset.width:
-        return path
     # The pixels last: where they are, the shard is whole.
     targets = [dataset.indices_file(folder, shard), path] if dataset.filter else [path]
+    if path.exists() and path.stat().st_size == count * dataset.height * dataset.width:
+        for each in targets:
+            remove_abandoned(each)
+        return path
     with replacing(targets) as files:
         for digits in _with_progress(generator.digits(dataset, first, count), count):
             files[-1].write(digits.pixels.data)

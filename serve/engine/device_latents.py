@@ -32,7 +32,7 @@ class DeviceLatents:
     """
 
     def __init__(self, device: Device, largest: int, latent_size: int, labels: int, stream: int) -> None:
-        self._kernel = device.compile(SOURCE.read_text(), FUNCTION, definitions())
+        self._kernel = device.compile(SOURCE.read_text(encoding="utf-8"), FUNCTION, definitions())
         self._latent_size, self._labels = latent_size, labels
         self._blocks = blocks_per_row(latent_size + (labels > 0))
         self._memory = PairedMemory(device, stream)

@@ -1,13 +1,17 @@
-"""The golden check: compares the output of a session with samples that eager PyTorch computed at export."""
+"""Checks at load: a session's output beside samples that eager PyTorch computed at export, and beside that of other batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.latents import Span, draw_span
 from serve.manifest import Manifest
+
+Compute = Callable[[NDArray[np.float32], NDArray[np.int64] | None], NDArray[np.float32]]
 
 
 class GoldenSamples(NamedTuple):
@@ -42,4 +46,22 @@ def golden_difference(manifest: Manifest, expected: NDArray[np.uint8], got: NDAr
             f"golden sample {row} differs by up to {worst} levels ({identical:.2%} of all pixels identical); "
             f"allowed are {tolerance.pixel_levels} and {tolerance.pixel_identical_share:.2%}"
         )
+    return None
+
+
+def batch_difference(manifest: Manifest, compute: Compute, sizes: Iterable[int]) -> str | None:
+    """How a digit's float32 bits depend on its batch, in words; None when they do not, in batches of these ``sizes``.
+
+    ``compute`` runs rows (n, z) with their labels as one batch. The first and the last rows of the largest batch are run again
+    in batches of each smaller size.
+    """
+    largest, *smaller = sorted(set(sizes), reverse=True)
+    latents, labels = draw_span(Span(0, 0, largest), manifest.latent_size, manifest.labels)
+    whole = compute(latents, labels)
+    for size in smaller:
+        for rows in (slice(0, size), slice(largest - size, largest)):
+            part = compute(latents[rows], None if labels is None else labels[rows])
+            if part.tobytes() != whole[rows].tobytes():
+                worst = float(np.abs(part - whole[rows]).max())
+                return f"the same digits in batches of {size} and of {largest} differ by up to {worst:.1e}"
     return None

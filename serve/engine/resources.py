@@ -63,6 +63,6 @@ def _memory(folder: Path) -> int | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.golden import golden_difference, golden_samples
+from serve.engine.golden import batch_difference, golden_difference, golden_samples
 from serve.engine.graph import check_graph
 from serve.engine.onnx_runtime import ort
 from serve.engine.provider import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_NAMES, EngineOptions, described
@@ -29,6 +29,7 @@ Arrays = Mapping[str, Array]
 SAMPLE_SEED = 3
 PIXELS = ("pixels",)
 PIXELS_AND_IMAGES = ("pixels", "images")
+ODD = 7  # a batch's size that no kernel is made for
 
 # TF32 is off because parity is proven without it. It is no guarantee: where no plan of cuDNN's builds without, ONNX Runtime tries
 # again with TF32 (conv_transpose.cc, conv.cc), which moves 1 % of the pixels by a level; the golden check allows a tenth of that.
@@ -133,6 +134,21 @@ class Engine:
         got = self.compute(samples.latents, samples.labels)["pixels"]
         if problem := golden_difference(manifest, samples.pixels, got):
             raise GoldenError(f"model {manifest.name}/{manifest.version} on {self.options.provider}: {problem}")
+
+    def batch_difference(self) -> str | None:
+        """How a digit's float32 bits depend on its batch; None when they do not: alone, in an odd batch and in the largest.
+
+        Where batches are padded every bucket has kernels of its own, and is tried.
+        """
+        odd = min(ODD, self.largest)
+        sizes = {1, odd, self.largest}
+        if self.bucket(odd) != odd:
+            sizes.update(self.buckets())
+
+        def images(latents: NDArray[np.float32], labels: NDArray[np.int64] | None) -> NDArray[np.float32]:
+            return self.compute(latents, labels, PIXELS_AND_IMAGES)["images"]
+
+        return batch_difference(self.manifest, images, sizes)
 
     def blank(self, count: int) -> dict[str, Array]:
         """As ``allocate``, filled with zeros: something to run when it does not matter what."""

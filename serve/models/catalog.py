@@ -62,13 +62,13 @@ class Catalog:
         served = self._served.get(name)
         if served is None:
             there = ", ".join(self.names()) or "none at the moment"
-            raise UnknownModelError(f"model {name[:64]!r} is not served; there are {there}")
+            raise UnknownModelError(f"model {name[:64]!r} is not served; there are {there}", name)
         versions, route = served.versions, served.route
         if version == 0:
             return versions[route.pick(seed()) if route.canary_share else route.default]
         if version not in versions:
             there = ", ".join(map(str, sorted(versions)))
-            raise UnknownModelError(f"model {name!r} has no version {version}; there are {there}")
+            raise UnknownModelError(f"model {name!r} has no version {version}; there are {there}", name, version)
         return versions[version]
 
     def route(self, name: str) -> Route:

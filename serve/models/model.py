@@ -24,7 +24,8 @@ from serve.errors import EngineError, OutOfMemoryError, ProviderError, QueueFull
 from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
-from serve.observability.metrics import Metrics, ModelMetrics
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
 from serve.settings import Settings, parse_cuda_options
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,14 @@ class Model:
     """A model version that answers requests. Make it with ``open_model``."""
 
     def __init__(
-        self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics, device_latents: bool = False
+        self,
+        bundle: Bundle,
+        provider: Provider,
+        batcher: Batcher,
+        metrics: ModelMetrics,
+        *,
+        batch_invariant: bool = False,
+        device_latents: bool = False,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -74,6 +82,7 @@ class Model:
         self.batcher = batcher
         self.metrics = metrics
         self.device_latents = device_latents
+        self.batch_invariant = batch_invariant  # whether a digit's bits were the same in batches of every size tried
         self.breached = False
         self.in_use = RefCount()
 
@@ -102,6 +111,7 @@ class Model:
             "instances_wanted": self.batcher.limits.instances,
             "model_ready": self.ready,
             "device_latents": self.device_latents,
+            "model_batch_invariant": self.batch_invariant,
         }
 
     def submit(self, ticket: Ticket) -> None:
@@ -160,6 +170,7 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
     )
 
     drawing: list[bool] = []
+    differences: set[str] = set()  # of the engines' batches
 
     def load() -> Engine:
         engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
@@ -167,6 +178,8 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
             with engine.closed_if_it_fails():
                 engine.check_golden()
                 captures = engine.warm()
+                if difference := engine.batch_difference():
+                    differences.add(difference)
         except OutOfMemoryError as error:
             raise ProviderError(
                 f"{error}; name a smaller --max-batch-size or a larger --gpu-mem-limit-mib, or use --provider cpu"
@@ -185,7 +198,9 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
 
     batcher = Batcher(limits, make_engine_of, model_metrics)
     batcher.start()
-    return Model(bundle, provider, batcher, model_metrics, all(drawing))
+    for difference in differences:
+        log.warning("%s/%s is not batch-invariant: %s", manifest.name, manifest.version, difference)
+    return Model(bundle, provider, batcher, model_metrics, batch_invariant=not differences, device_latents=all(drawing))
 
 
 def batch_size(manifest: Manifest, provider: Provider) -> int:

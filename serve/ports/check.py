@@ -36,11 +36,13 @@ def check_ports(settings: Settings) -> IO[bytes] | None:
             _try(settings.host, settings.grpc_port)
         except OSError:
             raise port_taken(settings) from None
-    if settings.http_port:
+    http_ports = {"--http-port": settings.http_port} | ({"--https-port": settings.https_port} if settings.https else {})
+    for flag, port in http_ports.items():
         try:
-            _try(settings.http_host, settings.http_port)
+            if port:
+                _try(settings.http_host, port)
         except OSError as error:
-            raise http_port_taken(settings.http_host, settings.http_port, error) from None
+            raise http_port_taken(flag, settings.http_host, port, error) from None
     return held
 
 

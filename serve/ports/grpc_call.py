@@ -19,6 +19,7 @@ core: Any = import_module("grpc._cython.cygrpc")
 
 NO_DEADLINE = 1e12  # seconds since 1970 that the core gives to a call without one, or more
 FLAGS = 0
+FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)  # the server's own, for which clients turn to another
 NUMBERS = {code: code.value[0] for code in grpc.StatusCode}  # an enumeration's own look-up takes half a microsecond
 
 
@@ -26,7 +27,7 @@ class GrpcCall:
     """``requests`` and ``send`` need the event loop; what else there is may be called in any thread."""
 
     __slots__ = (
-        "_begun", "_call", "_deadline", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
+        "_begun", "_call", "_details", "_left", "_load_reports", "_loop", "_over", "_sent", "_watched", "_watching", "begun_at",
         "counted_for", "ended", "has_left", "metadata", "method", "received", "sent_bytes",
     )  # fmt: skip
 
@@ -47,7 +48,7 @@ class GrpcCall:
         self.sent_bytes = 0
         self.counted_for = ""  # the address that it is counted for
         self._call = event.call
-        self._deadline: float = event.call_details.deadline
+        self._details = event.call_details
         self._loop = loop
         self._over = over
         self._load_reports = load_reports
@@ -64,7 +65,13 @@ class GrpcCall:
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None without one."""
-        return None if self._deadline > NO_DEADLINE else max(0.0, self._deadline - time.time())
+        deadline: float = self._details.deadline
+        return None if deadline > NO_DEADLINE else max(0.0, deadline - time.time())
+
+    def authority(self) -> str:
+        """The server's name and port as the caller has them."""
+        host: bytes = self._details.host
+        return host.decode(errors="replace")
 
     def when_over(self, sent: Callable[[], None]) -> None:
         """Have ``sent`` called once when the status has been sent or cannot be."""
@@ -111,8 +118,8 @@ class GrpcCall:
     def ending(self, code: grpc.StatusCode, text: str = "", trailing: Metadata = (), message: bytes | None = None) -> Send:
         """What sends the only answer, if there is one, and the status."""
         self.ended = True
-        if code is grpc.StatusCode.OK and self._load_reports is not None:
-            trailing = ((METADATA_KEY, self._load_reports.answered()),)
+        if self._load_reports is not None and (code is grpc.StatusCode.OK or code in FAULTS):
+            trailing = (*trailing, (METADATA_KEY, self._load_reports.answered(failed=code in FAULTS)))
         status = core.SendStatusFromServerOperation(trailing, NUMBERS[code], text, FLAGS)
         operations = [status]
         if message is not None:

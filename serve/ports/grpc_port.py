@@ -18,9 +18,10 @@ from typing import Any
 import grpc
 
 from serve.access.tls import Certificates
-from serve.api.rpc import Method
+from serve.api.rpc import Method, refused
+from serve.api.status import refusal
 from serve.background import until
-from serve.errors import StartError
+from serve.errors import CallerLeftError, DrainingError, ExpiredError, RequestError, StartError, UnsupportedError
 from serve.observability.logs import mute
 from serve.ports.grpc_call import GrpcCall, core
 from serve.ports.load_report import LoadReports
@@ -153,7 +154,7 @@ class GrpcPort:
         for call in self.open.all():
             if not call.received and now - call.begun_at > REQUEST_TIMEOUT_S:
                 call.received = True
-                self._end(call, grpc.StatusCode.DEADLINE_EXCEEDED, f"no request has come within {REQUEST_TIMEOUT_S:g} s")
+                self._end(call, ExpiredError(f"no request has come within {REQUEST_TIMEOUT_S:g} s"))
 
     # In the thread of the core's events.
 
@@ -205,13 +206,13 @@ class GrpcPort:
 
     def _accept(self, call: GrpcCall) -> None:
         method = self._methods.get(call.method)
-        refusal = self.open.add(call)
+        too_many = self.open.add(call)
         if self._stopping:
-            self._end(call, grpc.StatusCode.UNAVAILABLE, STOPPING)
-        elif refusal is not None:
-            self._end(call, grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
+            self._end(call, DrainingError(STOPPING))
+        elif too_many is not None:
+            self._end(call, too_many)
         elif method is None:
-            self._end(call, grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}")
+            self._end(call, UnsupportedError(f"there is no method {call.method[:200]}"))
         elif method.streams_requests:
             call.received = True
             self._begin(call, method, None)
@@ -225,7 +226,7 @@ class GrpcPort:
             return
         call.received = True
         if request is None:
-            self._end(call, grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+            self._end(call, RequestError("the call has no request", ""))
         else:
             self._received.append((call, method, request))
 
@@ -236,18 +237,18 @@ class GrpcPort:
                 method.begin(call, request)
             else:
                 self._loop.call_soon_threadsafe(self._begin_task, call, method, request)
-        except Exception:
-            log.exception("a call could not be answered")
-            self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")
+        except Exception as error:
+            self._end(call, error)
         if not self._to_be_watched:
             self._to_be_watched = True
             self._loop.call_soon_threadsafe(self._loop.call_later, WATCHED_AFTER_S, self._watch)
 
-    def _end(self, call: GrpcCall, code: grpc.StatusCode, text: str) -> None:
-        """Give a call a status unless it has one: without, its caller would wait for ever."""
+    def _end(self, call: GrpcCall, error: Exception) -> None:
+        """Give a call the status of an error unless it has one: without, its caller would wait for ever."""
         try:
+            answer = refusal(error)
             if not call.ended:
-                call.ending(code, text)()
+                refused(call, answer)()
         except Exception:
             log.exception("a call could not be given its status")
 
@@ -256,7 +257,7 @@ class GrpcPort:
     def _begin_task(self, call: GrpcCall, method: Method, request: bytes | None) -> None:
         assert method.task is not None
         if call.has_left:
-            self._end(call, grpc.StatusCode.CANCELLED, "the caller has left")
+            self._end(call, CallerLeftError("the caller has left"))
             return
         task = self._tasks[call] = self._loop.create_task(self._answer(call, method.task(call, request)))
         call.when_left(lambda: self._loop.call_soon_threadsafe(task.cancel))
@@ -266,11 +267,10 @@ class GrpcPort:
         try:
             await answer
         except asyncio.CancelledError:
-            self._end(call, grpc.StatusCode.CANCELLED, "the caller has left, or the server has stopped")
+            self._end(call, CallerLeftError("the caller has left, or the server has stopped"))
             raise
-        except Exception:
-            log.exception("a call could not be answered")
-            self._end(call, grpc.StatusCode.INTERNAL, "the call could not be answered")
+        except Exception as error:
+            self._end(call, error)
         finally:
             del self._tasks[call]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import LineTooLong
 
 from serve.api.http_call import error_answer
@@ -27,6 +27,9 @@ LONGEST_LINE = 32 * 1024  # bytes of a request's first line: 4,096 labels take h
 # A header's, and how many there may be. Browsers send localhost the cookies of every program that listens on it.
 LONGEST_HEADER, MOST_HEADERS = 32 * 1024, 64
 MOST_HEAD_BYTES = 1 << 20  # of all of them, and what has come of a body by then
+MOST_BYTES_BEHIND = 64 << 10  # of further requests, sent before the one in hand is answered
+MOST_HELD_BYTES = 16 << 20  # of the heads of all connections, which take twice that in memory
+HEAD_END = b"\r\n\r\n"
 MOST_CONNECTIONS = 512
 ANY_ADDRESS = "::"  # of either family
 # On every answer: nobody else's page shows it, or guesses at what it is.
@@ -37,10 +40,10 @@ ANSWER_HEADERS = {
 }
 
 
-def connection_limit() -> int:
-    """How many HTTP connections may be open: a quarter of the descriptors at most, so that gRPC has its own."""
+def connection_limit(ports: int) -> int:
+    """How many connections each HTTP port may have: all a quarter of the descriptors, so that gRPC has its own."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, min(MOST_CONNECTIONS, soft // 4))
+    return max(8, (MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 4)) // ports)
 
 
 def usable_host(host: str) -> str:
@@ -62,6 +65,7 @@ class Connections:
         self._head_timeout_s = head_timeout_s
         self._is_probe = is_probe
         self._open: set[Connection] = set()
+        self._held_bytes = 0
         self.idle: dict[Connection, None] = {}  # in the order in which they began to wait
 
     def add(self, connection: Connection) -> bool:
@@ -69,15 +73,25 @@ class Connections:
         if len(self._open) >= self._limit:
             if not self.idle:
                 return False
-            oldest = next(iter(self.idle))
-            oldest.end()
-            self.remove(oldest)
+            self._end(next(iter(self.idle)))
         self._open.add(connection)
         connection.wait(self._head_timeout_s)
         return True
 
     def remove(self, connection: Connection) -> None:
-        self._open.discard(connection)
+        if connection in self._open:
+            self._open.remove(connection)
+            self.hold(-connection.head_bytes)
+
+    def hold(self, more_bytes: int) -> None:
+        """Count what has come of heads. Where all are too large, the largest ends: hardly that of who asks for digits."""
+        self._held_bytes += more_bytes
+        if self._held_bytes > MOST_HELD_BYTES:
+            self._end(max(self._open, key=lambda connection: connection.head_bytes))
+
+    def _end(self, connection: Connection) -> None:
+        connection.end()
+        self.remove(connection)
 
     @web.middleware
     async def note_requests(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
@@ -85,7 +99,7 @@ class Connections:
         connection = request.protocol
         if not isinstance(connection, Connection) or connection not in self._open:
             raise ConnectionResetError  # it has just made room for another
-        connection.stop_waiting()
+        connection.begin(request)
         try:
             if len(self._open) - len(self.idle) > self._most_busy and not self._is_probe(request.path):
                 return error_answer(503, "too many requests are under way; try again", **{"Retry-After": "1"})
@@ -102,23 +116,45 @@ class Connection(web.RequestHandler):
     Its own errors are answered like all others, and not logged with what the caller sent.
     """
 
-    __slots__ = ("_connections", "_head_bytes", "_taken", "_timer")
+    __slots__ = ("_after_head", "_body", "_connections", "_handshake", "_head_ended", "_last", "_taken", "_timer", "head_bytes")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: Connections) -> None:
         limits = {"max_line_size": LONGEST_LINE, "max_field_size": LONGEST_HEADER, "max_headers": MOST_HEADERS}
         # Compressed bodies are read by their handler, which knows what is a caller's mistake and where it ends.
         super().__init__(server, loop=loop, access_log=None, auto_decompress=False, **limits)  # type: ignore[arg-type]
         self._connections = connections
+        self._handshake: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._taken = False
-        self._head_bytes = 0
+        self._body: StreamReader | None = None  # of the request in hand
+        self._head_ended = False
+        self._last = b""  # the head's last bytes: its end may come in pieces
+        self.head_bytes = self._after_head = 0
+
+    def shake_hands(self, handshake: asyncio.Task[None]) -> bool:
+        """Take a place already while TLS is agreed on, which counts against a head's time; False when there is no room."""
+        self._handshake = handshake
+        self._taken = self._connections.add(self)
+        return self._taken
+
+    def give_up(self) -> None:
+        """Give the place back: TLS was not agreed on."""
+        self.stop_waiting()
+        self._connections.remove(self)
 
     def wait(self, timeout_s: float) -> None:
         """Close the connection unless a request begins in time."""
         self.stop_waiting()
-        self._head_bytes = 0
+        self._connections.hold(-self.head_bytes)
+        self._body, self._head_ended, self._last = None, False, b""
+        self.head_bytes = self._after_head = 0
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self._abort)
         self._connections.idle[self] = None
+
+    def begin(self, request: web.BaseRequest) -> None:
+        """A request's head is complete. Of its body whoever reads it takes account."""
+        self.stop_waiting()
+        self._body = request.content
 
     def stop_waiting(self) -> None:
         if self._timer is not None:
@@ -133,10 +169,12 @@ class Connection(web.RequestHandler):
     def _abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+        elif self._handshake is not None:
+            self._handshake.cancel()
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self._taken = self._connections.add(self)
+        self._taken = self._taken or self._connections.add(self)
         if self._taken:
             super().connection_made(transport)
         else:
@@ -149,13 +187,23 @@ class Connection(web.RequestHandler):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self.end()
-                return
-        if self._taken:
-            super().data_received(data)
+        if not self._taken:
+            return
+        more = 0
+        if not self._head_ended:
+            joined = self._last + data
+            end = joined.find(HEAD_END)
+            more = len(data) if end < 0 else end + len(HEAD_END) - len(self._last)
+            self._head_ended, self._last = end >= 0, joined[1 - len(HEAD_END) :]
+            self.head_bytes += more
+            self._connections.hold(more)
+        self._after_head += len(data) - more
+        super().data_received(data)
+        behind, most = self._after_head, MOST_HEAD_BYTES
+        if self._body is not None:
+            behind, most = behind - self._body.total_bytes, MOST_BYTES_BEHIND
+        if self.head_bytes > MOST_HEAD_BYTES or behind > most:
+            self.end()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -1,109 +1,106 @@
-"""The HTTP port: /metrics, /healthz and /readyz; whose requests are answered: under which names, and from which pages."""
+"""The HTTP ports: /metrics, /healthz and /readyz in plaintext, and the HTTP API, over TLS on a port of its own where there is a
+certificate.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 
-from serve.api.http_call import CONTENT_ENCODINGS, error_answer
+from serve.access.tls import Certificates
+from serve.api.http_call import error_answer
 from serve.errors import StartError
 from serve.observability.logs import mute
 from serve.ports.http_connections import ANSWER_HEADERS, Connections, Site, connection_limit, usable_host
-from serve.settings import LOOPBACK_NAMES
+from serve.ports.http_origins import OPEN_TO_EVERY_NAME, Origins, refusing
+from serve.ports.http_tls import TlsSite
+from serve.settings import Settings
 
 Reason = Callable[[], str | None]
 ReasonOf = Callable[[str | None], str | None]
 
 HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, from the connection's start or the answer before
-OPEN_TO_EVERY_NAME = re.compile(r"/metrics|/healthz|/readyz(/[^/]+)?")  # asked by address, by those who watch
-HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@]+))(?::[0-9]{0,5})?", re.ASCII)
 GZIP = re.compile(r"\b(?:x-)?gzip\s*(?:;\s*q=([0-9.]*))?", re.ASCII)
+ON_THE_OTHER_PORT = r"/{path:(v[12](/.*)?|openapi\.json)?}"
 
 
-async def start_http(
-    app: web.Application, host: str, port: int, cleanup_s: float, names: Collection[str] | None
-) -> tuple[web.AppRunner, int]:
-    """Listen; returns the runner, to be cleaned up, and the port. Raises StartError when the port cannot be had.
+class HttpPorts:
+    """The HTTP port, and the HTTPS port where there is a certificate for the API."""
 
-    ``names`` are those in the Host header that are answered to, in lower case; None: all. A handler whose client has gone is
-    cancelled. Cleaning up takes at most twice ``cleanup_s``, which is for clients that do not read what they asked for.
-    """
-    connections = Connections(connection_limit(), HEAD_TIMEOUT_S, OPEN_TO_EVERY_NAME.fullmatch)
-    app.middlewares.extend((connections.note_requests, _refusing(names)))
-    app.on_response_prepare.append(_finish_headers)
-    mute("aiohttp.server", "an HTTP connection was ended by an error in what the caller sent, or in its transport")
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=cleanup_s)
-    await runner.setup()
-    try:
-        await Site(runner, usable_host(host), port, connections).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise http_port_taken(host, port, error) from None
-    return runner, int(runner.addresses[0][1])
+    def __init__(self, settings: Settings, certificates: Certificates | None, cleanup_s: float) -> None:
+        """Stopping takes at most twice ``cleanup_s``, which is for clients that do not read what they asked for."""
+        self._settings = settings
+        self._certificates = certificates if settings.https else None
+        self._cleanup_s = cleanup_s
+        self._runners: list[web.AppRunner] = []
+        self.port = 0
+        self.https_port: int | None = None
+
+    async def start(self, app: web.Application, routes: Collection[web.RouteDef], max_body_bytes: int) -> None:
+        """Listen: ``app`` answers probes, ``routes`` the HTTP API. Raises StartError when a port cannot be had."""
+        settings = self._settings
+        mute("aiohttp.server", "an HTTP connection was ended by an error in what the caller sent, or in its transport")
+        try:
+            if self._certificates is None:
+                app.add_routes(routes)
+            else:
+                api = web.Application(client_max_size=max_body_bytes)
+                api.add_routes(routes)
+                self.https_port = await self._listen(api, "--https-port", settings.https_port, self._certificates)
+                app.add_routes([web.route("*", ON_THE_OTHER_PORT, _on_port(self.https_port))])
+            self.port = await self._listen(app, "--http-port", settings.http_port)
+        except StartError:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+
+    async def _listen(self, app: web.Application, flag: str, port: int, certificates: Certificates | None = None) -> int:
+        """A handler whose client has gone is cancelled."""
+        settings, host = self._settings, self._settings.http_host
+        limit = connection_limit(1 if self._certificates is None else 2)
+        connections = Connections(limit, HEAD_TIMEOUT_S, OPEN_TO_EVERY_NAME.fullmatch)
+        origins = Origins(settings.allowed_http_origins)
+
+        async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+            response.headers.pop("Server", None)
+            response.headers.update(ANSWER_HEADERS)
+            origins.add_headers(request, response)
+
+        app.middlewares.extend((connections.note_requests, refusing(settings.answered_http_names, origins)))
+        app.on_response_prepare.append(finish_headers)
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=self._cleanup_s)
+        self._runners.append(runner)
+        await runner.setup()
+        listens = usable_host(host)
+        site = (
+            Site(runner, listens, port, connections)
+            if certificates is None
+            else TlsSite(runner, listens, port, connections, certificates.context)
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            raise http_port_taken(flag, host, port, error) from None
+        return int(runner.addresses[0][1])
 
 
-def http_port_taken(host: str, port: int, error: OSError) -> StartError:
+def _on_port(port: int) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def refuse(request: web.Request) -> web.Response:
+        return error_answer(404, f"the HTTP API is served over TLS, on port {port} (--https-port)")
+
+    return refuse
+
+
+def http_port_taken(flag: str, host: str, port: int, error: OSError) -> StartError:
     """What to raise when the port cannot be had."""
-    return StartError(f"--http-port {port} on {host} cannot be had ({error.strerror}); name another")
-
-
-def host_name(host: str) -> str:
-    """The name in a Host header, in lower case and without its port; empty where it is none."""
-    found = HOST.fullmatch(host.lower())
-    return (found[1] or found[2]) if found else ""
-
-
-def _refusing(names: Collection[str] | None) -> Any:
-    """Refuses what no client of this server sends, unless it is a probe."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-        if not OPEN_TO_EVERY_NAME.fullmatch(request.path):
-            name = host_name(request.headers.get("Host", ""))
-            # A page elsewhere could otherwise read digits by having its own name lead here.
-            if names is not None and name not in names:
-                return error_answer(421, f"this server does not answer to the name {name[:100]!r}; --http-names adds one")
-            if _of_another_site(request, names or ()):
-                return error_answer(403, "requests from another site's pages are not answered")
-        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in CONTENT_ENCODINGS:
-            text = f"Content-Encoding must be one of {', '.join(CONTENT_ENCODINGS)}, got {encoding[:20]!r}"
-            return error_answer(415, text, **{"Accept-Encoding": ", ".join(CONTENT_ENCODINGS)})
-        answer: web.StreamResponse = await handler(request)
-        return answer
-
-    return check
-
-
-def _of_another_site(request: web.Request, names: Collection[str]) -> bool:
-    """Whether a browser says that another site's page sends this: to write something, or to show it as its own.
-
-    Links from elsewhere are followed. What is no browser says nothing of the kind.
-    """
-    headers = request.headers
-    if request.method in ("GET", "HEAD"):
-        return headers.get("Sec-Fetch-Mode", "navigate") != "navigate" and _crosses(headers.get("Sec-Fetch-Site", ""))
-    origin = headers.get("Origin")
-    if origin is None:
-        return _crosses(headers.get("Sec-Fetch-Site", ""))
-    where = origin.lower().partition("://")[2]
-    # Behind a proxy the two can differ: then the page's name is one of --http-names.
-    by_proxy = host_name(where) in names and host_name(where) not in LOOPBACK_NAMES
-    return not by_proxy and where != headers.get("Host", "").lower()
-
-
-def _crosses(site: str) -> bool:
-    return site in ("cross-site", "same-site")
-
-
-async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.pop("Server", None)
-    response.headers.update(ANSWER_HEADERS)
+    return StartError(f"{flag} {port} on {host} cannot be had ({error.strerror}); name another")
 
 
 def takes_gzip(accepted: str) -> bool:

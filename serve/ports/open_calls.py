@@ -6,12 +6,14 @@ import time
 from collections import Counter
 
 from serve.access.identity import peer_address
+from serve.errors import OverloadedError
 from serve.ports.grpc_call import GrpcCall
 
 MOST_CALLS = 8192  # open at once, each of some 24 KiB
 FEW_CALLS = 1024  # beyond so many, one address has half of the rest at most; asking for a call's address takes a while
 # An answer of this size can be with the core for so long after it has told that it is sent.
 MUCH_BYTES, SENDING_S = 64 << 10, 60.0
+RETRY_S = 0.1
 
 
 class OpenCalls:
@@ -33,16 +35,16 @@ class OpenCalls:
         """Whether the core may still have much of an answer that it has told is sent."""
         return time.monotonic() - self._sent_much_at < SENDING_S
 
-    def add(self, call: GrpcCall) -> str | None:
-        """Count a call; returns why it is one too many, or None."""
+    def add(self, call: GrpcCall) -> OverloadedError | None:
+        """Count a call; returns an error if it is one too many."""
         self._calls[call] = None
         if len(self._calls) <= FEW_CALLS:
             return None
         if len(self._calls) > MOST_CALLS:
-            return f"{MOST_CALLS} calls are open; try again"
+            return OverloadedError(f"{MOST_CALLS} calls are open; try again", RETRY_S, MOST_CALLS)
         address = peer_address(call.peer())
-        if self._by_address[address] >= (MOST_CALLS - FEW_CALLS) // 2:
-            return f"{address} has {self._by_address[address]} calls open; try again"
+        if (own := self._by_address[address]) >= (MOST_CALLS - FEW_CALLS) // 2:
+            return OverloadedError(f"{address} has {own} calls open; try again", RETRY_S, (MOST_CALLS - FEW_CALLS) // 2)
         self._by_address[address] += 1
         call.counted_for = address
         return None

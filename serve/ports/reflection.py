@@ -9,7 +9,8 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from serve.api.rpc import Method, Wire, parse
+from serve.api.rpc import Method, Wire, parse, refused
+from serve.api.status import refusal
 from serve.api.wire_format import check_size
 from serve.errors import RequestError
 
@@ -29,7 +30,7 @@ def reflection_methods(services: Collection[str]) -> dict[str, Method]:
             async for response in responses:
                 await wire.send(response.SerializeToString())
         except RequestError as error:
-            wire.ending(grpc.StatusCode.INVALID_ARGUMENT, str(error))()
+            refused(wire, refusal(error))()
         else:
             wire.ending(grpc.StatusCode.OK)()
 

@@ -25,7 +25,9 @@ from prometheus_client import CollectorRegistry
 from serve.command_line import OneLineParser, within
 from serve.engine.onnx_runtime import ort
 from serve.latents import LatentReader, Span, draw
-from serve.observability.metrics import Metrics, ModelMetrics, RpcMetrics
+from serve.observability.call_metrics import RpcMetrics
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
 from tests.bench.load import H2LOAD, Load, Result, by_python, closed
 from tests.bench.process import Started, started
 from tests.bench.report import Target, machine, print_targets, runs_per_second, say, write
@@ -188,7 +190,7 @@ def metrics_cost(server: Started, seconds: int) -> dict[str, float]:
     def request() -> None:
         rpc.started()
         model.answer("uint8", 1, 0.002, 0.00002)
-        rpc.ended("OK", 0.01)
+        rpc.ended("OK", 200, 0.01)
 
     def batch() -> None:
         model.batch(1, 1, 0.0001, 0.001)

@@ -30,7 +30,8 @@ from serve.manifest import BUNDLED_DIR
 from serve.models.catalog import Catalog
 from serve.models.model import open_model
 from serve.models.repository import read_bundle
-from serve.observability.metrics import Metrics, RpcMetrics
+from serve.observability.call_metrics import RpcMetrics
+from serve.observability.metrics import Metrics
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.settings import Settings
 from tests.fake_wire import FakeWire

@@ -19,9 +19,11 @@ OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
 JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
 WITH_COMPONENTS = {
     "overlays/cpu + components/keda": ("overlays/cpu", "components/keda"),
+    "overlays/cpu + components/http-api": ("overlays/cpu", "components/http-api"),
     "overlays/cpu + components/models-image": ("overlays/cpu", "components/models-image"),
     "overlays/cpu + components/serving-file": ("overlays/cpu", "components/serving-file"),
     "overlays/gpu + components/gateway": ("overlays/gpu", "components/gateway"),
+    "overlays/gpu + components/https-api": ("overlays/gpu", "components/https-api"),
 }
 FOLDERS = (
     *OVERLAYS, *JOBS, "jobs/trainjob", "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring", "kserve",
@@ -34,6 +36,8 @@ TOGETHER: Mapping[str, Sequence[str]] = {
     "gpu and the parity watch": ("overlays/gpu", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
     "cpu with KEDA": ("overlays/cpu + components/keda", "parity-watch", *EVERYWHERE),
     "gpu behind a gateway": ("overlays/gpu + components/gateway", *EVERYWHERE),
+    "cpu with the HTTP API": ("overlays/cpu + components/http-api", *EVERYWHERE),
+    "gpu with the HTTP API over TLS": ("overlays/gpu + components/https-api", "parity-watch-secure", *EVERYWHERE),
     "cpu with a serving file": ("overlays/cpu + components/serving-file", *EVERYWHERE),
     "cpu with models from an image": ("overlays/cpu + components/models-image", *EVERYWHERE),
 }

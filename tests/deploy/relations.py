@@ -111,6 +111,11 @@ def services_are_as_clients_know_them(items: Sequence[Object]) -> Iterator[str]:
                     wanted = "kubernetes.io/h2c" if settings.tls_cert is None else "https"
                     if (port["port"], port["appProtocol"]) != (GRPC_PORT, wanted):
                         yield f"{title(service)}: {port['port']} and {port['appProtocol']}, not {GRPC_PORT} and {wanted}"
+                elif port["appProtocol"] != port["name"]:  # http, and https
+                    yield f"{title(service)}: {port['appProtocol']} for {port['name']}"
+            there = {port["port"] for port in service["spec"]["ports"]}
+            if settings.https and service["spec"].get("clusterIP") != "None" and settings.https_port not in there:
+                yield f"{title(service)} has no port for digits over HTTPS"
         if service["metadata"]["name"].endswith("-pods") and service["spec"].get("clusterIP") != "None":
             yield f"{title(service)} is for clients that balance by themselves: it must be headless"
 
@@ -128,14 +133,16 @@ def the_server_gets_the_settings_it_is_given(items: Sequence[Object]) -> Iterato
             if name.startswith("DIGITS_") and name not in known:
                 yield f"{title(item)}: {name} is no setting"
         settings = settings_of(items, container)
-        if ports_of(item) != {"grpc": settings.grpc_port, "http": settings.http_port}:
-            yield f"{title(item)} listens on {settings.grpc_port} and {settings.http_port}, and its ports are {ports_of(item)}"
+        listens = {"grpc": settings.grpc_port, "http": settings.http_port}
+        listens |= {"https": settings.https_port} if settings.https else {}
+        if ports_of(item) != listens:
+            yield f"{title(item)} listens on {listens}, and its ports are {ports_of(item)}"
         if (settings.host, settings.http_host) != ("::", "::"):
             yield f"{title(item)} listens on {settings.host} and {settings.http_host}, not on every address of both families"
         if settings.insecure != (settings.tls_cert is None):
             yield f"{title(item)} is insecure and has a certificate, or neither"
-        if settings.http_api or settings.log_format != "json":
-            yield f"{title(item)} answers over HTTP in plaintext, or writes its log for people"
+        if settings.page or settings.log_format != "json":
+            yield f"{title(item)} serves the page, or writes its log for people"
 
 
 def probes_ask_what_the_server_answers(items: Sequence[Object]) -> Iterator[str]:
@@ -234,6 +241,9 @@ def traffic_is_let_through(items: Sequence[Object]) -> Iterator[str]:
             yield f"{title(own[0])} lets in to {strangers}, which are no ports of {title(item)}"
         if missing := set(there) - {name for name in there if name in let_in or there[name] in let_in}:
             yield f"{title(own[0])} lets nobody in to {missing}"
+        callers = {port["port"] for rule in spec["ingress"] if {"podSelector": {}} in rule["from"] for port in rule["ports"]}
+        if item in servers(items) and callers != (wanted := called_at(settings_of(items, containers(item)[0]))):
+            yield f"{title(own[0])} lets callers in to {sorted(callers)}, and {title(item)} answers them at {sorted(wanted)}"
         let_out = {(port["port"], port["protocol"]) for rule in spec["egress"] for port in rule["ports"]}
         if missing_out := {(53, "UDP"), (53, "TCP")} - let_out:
             yield f"{title(own[0])} lets no name be looked up: {sorted(missing_out)}"
@@ -248,6 +258,11 @@ def traffic_is_let_through(items: Sequence[Object]) -> Iterator[str]:
             ]
             if not reached:
                 yield f"{title(own[0])} keeps the watch from every server"
+
+
+def called_at(settings: Settings) -> set[str]:
+    """The ports at which callers get digits. Probes and metrics are not theirs, where they have a port without digits."""
+    return {"grpc", "https" if settings.https else "http"} if settings.http_api else {"grpc"}
 
 
 def disruptions_are_bounded(items: Sequence[Object]) -> Iterator[str]:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve.access.tokens import main as tokens_main
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
+from tests.certificates import Certificates
 from tests.deploy.manifests import containers, of_kind, rendered, settings_of
 from tests.deploy.relations import failing_s, memory_complaints, stopping_s
 from tests.server_process import ServerProcess
@@ -24,21 +26,23 @@ from tests.waiting import wait_until
 PYTHON, PEER = "build/integrations/bin/python", "tests/deploy/kserve_peer.py"
 
 
-def called(target: str) -> dict[str, Any]:
-    done = subprocess.run([PYTHON, PEER, "call", target], capture_output=True, text=True, timeout=60, check=False)
+def called(*words: str) -> dict[str, Any]:
+    done = subprocess.run([PYTHON, PEER, *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen
 
 
 @contextmanager
-def kserves_own() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with subprocess.Popen([PYTHON, PEER, "serve", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def kserves_own() -> Iterator[tuple[str, str]]:
+    """Its addresses: gRPC's, and REST's."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as another:
+        ports = [free.getsockname()[1] for free in (one, another)]
+    command = [PYTHON, PEER, "serve", *map(str, ports)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: listens(port))
-            yield f"localhost:{port}"
+            wait_until(lambda: all(map(listens, ports)))
+            yield f"localhost:{ports[0]}", f"http://localhost:{ports[1]}"
         finally:
             process.terminate()
 
@@ -55,16 +59,33 @@ def test_kserves_client_is_answered_as_by_kserves_own_server(tmp_path: Path) -> 
     flags = [f"--models-dir={tmp_path / 'models'}" if each.startswith("--models-dir") else each for each in container["args"]]
     server = ServerProcess(*flags, "--provider=cpu", "--instances=2", "--grpc-port=0")
     try:
-        target = f"localhost:{server.target.rpartition(':')[2]}"
-        ours = called(target)
-        with kserves_own() as other:
-            theirs = called(other)
-        pixels = np.array(ours.pop("pixels"))
-        assert np.array(theirs.pop("pixels")).shape == pixels.shape
-        assert ours == theirs
+        target, http_port = f"localhost:{server.target.rpartition(':')[2]}", server.http.rpartition(":")[2]
+        ours = called("call", target), called("rest", f"http://localhost:{http_port}")
+        with kserves_own() as (other, rest):
+            theirs = called("call", other), called("rest", rest)
         rows = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)
         with DigitClient(target) as client:
-            assert int(np.abs(pixels - client.generate(latents=rows, model="mlp").pixels.astype(int)).max()) <= 1
+            digits = client.generate(latents=rows, model="mlp").pixels.astype(int)
+        for our, their in zip(ours, theirs, strict=True):
+            pixels = np.array(our.pop("pixels"))
+            assert np.array(their.pop("pixels")).shape == pixels.shape
+            assert our == their
+            assert int(np.abs(pixels - digits).max()) <= 1
+        assert "digits_images_total" in server.get("/metrics")[1]
+    finally:
+        server.kill()
+
+
+def test_kserves_rest_client_gets_digits_over_tls_with_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens, certificates = tmp_path / "tokens.json", Certificates(tmp_path)
+    assert tokens_main(["add", str(tokens), "--name", "kserve"]) == 0
+    token = capsys.readouterr().out.strip()
+    server = ServerProcess(*certificates.flags, f"--tokens-file={tokens}")
+    try:
+        seen = called("rest", f"https://localhost:{server.https.rpartition(':')[2]}", str(certificates.ca), token)
+        assert np.array(seen.pop("pixels")).shape == (3, 28, 28)
+        assert (seen["live"], seen["ready"], seen["model ready"], seen["both forms"]) == (True, True, True, True)
+        assert (seen["unknown model"], seen["without a token"]) == (404, 401)
     finally:
         server.kill()
 
@@ -94,4 +115,17 @@ def test_there_is_an_inference_service_for_every_bundled_model() -> None:
         assert model["runtime"] == runtime["metadata"]["name"]
         assert model["storageUri"] == f"pvc://digits-models/{name}"
     [container] = containers(runtime)
-    assert container["ports"][0]["containerPort"] == container["readinessProbe"]["grpc"]["port"] == 50051
+    settings = settings_of(rendered("kserve"), container)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"h2c": settings.grpc_port, "http": settings.http_port}
+    assert next(iter(ports)) == "h2c", "what KServe routes to is as it was"
+    assert container["readinessProbe"]["grpc"]["port"] == settings.grpc_port
+    assert (settings.http_api, settings.page) == (True, False)
+    assert runtime["spec"]["annotations"] == {
+        "prometheus.kserve.io/port": str(settings.http_port),
+        "prometheus.kserve.io/path": "/metrics",
+    }
+    assert set(runtime["spec"]["protocolVersions"]) == {"v2", "grpc-v2"}
+    for item in rendered("kserve"):
+        if item["kind"] == "InferenceService":
+            assert item["metadata"]["annotations"]["serving.kserve.io/enable-prometheus-scraping"] == "true"

@@ -169,7 +169,7 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
             elif module != "serve.dataset":  # below
                 parsers[module].parse_args(container["args"])
             checked += 1
-    assert checked == 14
+    assert checked == 16
 
 
 def test_the_readmes_kubectl_commands_name_what_is_there() -> None:
@@ -223,7 +223,7 @@ def test_every_metric_that_is_asked_for_is_exported_or_recorded(shared_server: S
     for where, expression in queries():
         bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)|on \([^)]*\)', "", expression)
         for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare):
-            if re.fullmatch(r"(digits|grpc_server|process|kube)_\w+|digits:[\w:]+|up", name):
+            if re.fullmatch(r"(digits|grpc_server|http_server|process|kube)_\w+|digits:[\w:]+|up", name):
                 asked += 1
                 assert name in exported | recorded, f"{where} asks for {name}"
     assert asked > 50

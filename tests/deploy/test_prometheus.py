@@ -150,8 +150,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
 
 
 def test_the_server_is_up_and_every_recording_gives_a_number(watched: tuple[Prometheus, LoadedServer, Path]) -> None:
-    prometheus, _, _ = watched
+    prometheus, loaded, _ = watched
     prometheus.until(lambda: prometheus.value("up") == 1)
+    assert loaded.server.get("/v1/digits")[0] == 200
     names = [rule["record"] for group in groups() for rule in group["rules"] if "record" in rule]
     assert len(names) >= 8
     # No error is no number where the numerator has no series: the ratio appears with the first failure.
@@ -198,7 +199,7 @@ def test_a_server_that_is_gone_fires_and_clears_when_it_is_back(watched: tuple[P
 
 def test_the_metrics_are_as_prometheus_wants_them(shared_server: ServerProcess) -> None:
     exposition = shared_server.get("/metrics")[1]
-    ours = [line for line in exposition.splitlines(keepends=True) if re.match(r"(# \w+ )?(digits_|grpc_)", line)]
+    ours = [line for line in exposition.splitlines(keepends=True) if re.match(r"(# \w+ )?(digits_|grpc_|http_)", line)]
     done = run("promtool", "check", "metrics", stdin="".join(ours))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -213,6 +214,8 @@ OURS = {"namespace": "digits", "instance": "pod", "model": "dcgan", "version": "
 WATCH = 'job="digits/digits-parity-watch"'
 HPA = 'horizontalpodautoscaler="digits-serve"'
 OK, BAD = 'grpc_server_handled_total{grpc_code="OK"}', 'grpc_server_handled_total{grpc_code="INTERNAL"}'
+HTTP = "http_server_request_duration_seconds"
+HTTP_OK, HTTP_BAD = (f'{HTTP}_count{{route="/v1/digits",status="{status}"}}' for status in (200, 500))
 REFUSED = "digits_drain_refusals_total"
 GONE = 'grpc_server_handled_total{grpc_code="UNAVAILABLE"}'
 
@@ -252,6 +255,37 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
     ("DigitsModelFailed", True, "a version cannot be loaded"): ({"digits_model_failed": "1x20"}, "5m"),
     ("DigitsModelFailed", False, "it has been taken away"): ({"digits_model_failed": "1 _x20"}, "8m"),
     ("DigitsErrorBudgetBurn", True, "a twentieth fails"): ({BAD: "0+5x120", OK: "0+100x120", REFUSED: "0x120"}, "70m"),
+    ("DigitsErrorBudgetBurn", True, "a twentieth fails over HTTP, and nobody calls over gRPC"): (
+        {HTTP_BAD: "0+5x120", HTTP_OK: "0+100x120", REFUSED: "0x120"},
+        "70m",
+    ),
+    ("DigitsErrorBudgetBurn", True, "what fails over HTTP is much of all calls"): (
+        {BAD: "0x120", OK: "0+100x120", HTTP_BAD: "0+5x120", HTTP_OK: "0+100x120", REFUSED: "0x120"},
+        "70m",
+    ),
+    ("DigitsErrorBudgetBurn", False, "what fails over HTTP is little of all calls"): (
+        {BAD: "0x120", OK: "0+2000x120", HTTP_BAD: "0+5x120", HTTP_OK: "0+100x120", REFUSED: "0x120"},
+        "70m",
+    ),
+    ("DigitsErrorBudgetBurn", False, "callers' own mistakes over HTTP, and who asks whether it is ready"): (
+        {
+            f'{HTTP}_count{{route="/v2/models/{{model}}/infer",status="400"}}': "0+90x120",
+            f'{HTTP}_count{{route="/v2/health/ready",status="503"}}': "0+90x120",
+            HTTP_BAD: "0x120",
+            HTTP_OK: "0+100x120",
+            REFUSED: "0x120",
+        },
+        "70m",
+    ),
+    ("DigitsErrorBudgetBurn", False, "another program in the namespace fails over HTTP"): (
+        {
+            f'{HTTP}_count{{job="else/where",route="/x",status="500"}}': "0+90x120",
+            HTTP_BAD: "0x120",
+            HTTP_OK: "0+100x120",
+            REFUSED: "0x120",
+        },
+        "70m",
+    ),
     ("DigitsErrorBudgetBurn", False, "callers' own mistakes"): (
         {'grpc_server_handled_total{grpc_code="INVALID_ARGUMENT"}': "0+90x120", OK: "0+100x120", BAD: "0x120", REFUSED: "0x120"},
         "70m",
@@ -283,12 +317,20 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
         {'grpc_server_handled_total{grpc_code="RESOURCE_EXHAUSTED"}': "0+10x30", OK: "0+90x30"},
         "20m",
     ),
+    ("DigitsShedding", True, "a tenth is refused over HTTP"): (
+        {f'{HTTP}_count{{route="/v1/digits",status="429"}}': "0+10x30", HTTP_OK: "0+90x30"},
+        "20m",
+    ),
     ("DigitsShedding", False, "a hundredth is refused"): (
         {'grpc_server_handled_total{grpc_code="RESOURCE_EXHAUSTED"}': "0+1x30", OK: "0+99x30"},
         "20m",
     ),
     ("DigitsDeadlinesMissed", True, "a twentieth is too late"): (
         {'grpc_server_handled_total{grpc_code="DEADLINE_EXCEEDED"}': "0+5x40", OK: "0+95x40"},
+        "30m",
+    ),
+    ("DigitsDeadlinesMissed", True, "a twentieth is too late over HTTP"): (
+        {f'{HTTP}_count{{route="/v1/digits",status="504"}}': "0+5x40", HTTP_OK: "0+95x40"},
         "30m",
     ),
     ("DigitsDeadlinesMissed", False, "one in a thousand"): (
@@ -300,6 +342,14 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
             'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="1.0"}': "0+90x30",
             'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="2.5"}': "0+100x30",
             'grpc_server_handling_seconds_bucket{grpc_method="Generate",le="+Inf"}': "0+100x30",
+        },
+        "15m",
+    ),
+    ("DigitsSlow", True, "a hundredth takes over a second over HTTP"): (
+        {
+            f'{HTTP}_bucket{{route="/v2/models/{{model}}/infer",le="1.0"}}': "0+90x30",
+            f'{HTTP}_bucket{{route="/v2/models/{{model}}/infer",le="2.5"}}': "0+100x30",
+            f'{HTTP}_bucket{{route="/v2/models/{{model}}/infer",le="+Inf"}}': "0+100x30",
         },
         "15m",
     ),
@@ -339,7 +389,15 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
         {'digits_run_failures_total{reason="hung"}': "0 0 0 1 _ 0x9"},
         "8m",
     ),
+    ("DigitsRunsHang", True, "all of some runs raised"): ({'digits_run_failures_total{reason="repeated"}': "0x3 1x9"}, "6m"),
     ("DigitsRunsHang", False, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", True, "one raised"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", True, "a self-check could not run"): ({'digits_self_checks_total{result="failed"}': "0x3 1x9"}, "6m"),
+    ("DigitsRunsFail", False, "long ago"): ({'digits_run_failures_total{reason="raised"}': "0x3 1x30"}, "25m"),
+    ("DigitsRunsFail", False, "checks pass or are left out"): (
+        {'digits_self_checks_total{result="passed"}': "0+1x20", 'digits_self_checks_total{result="skipped"}': "0+1x20"},
+        "15m",
+    ),
     ("DigitsSelfCheckBreach", True, "the first check"): ({'digits_self_checks_total{result="breach"}': "0 0 0 1 1 1"}, "5m"),
     ("DigitsSelfCheckBreach", False, "all pass"): ({'digits_self_checks_total{result="passed"}': "0+1x20"}, "5m"),
     ("DigitsParityBreach", True, "a later comparison"): ({"digits_watch_breaches_total": "0 0 0 1 1 1"}, "5m"),
@@ -360,11 +418,11 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
     ("DigitsBackgroundTaskFails", True, "every round"): ({'digits_background_failures_total{task="watchdog"}': "0+1x20"}, "15m"),
     ("DigitsBackgroundTaskFails", False, "once"): ({'digits_background_failures_total{task="watchdog"}': "0x5 1x20"}, "15m"),
     ("DigitsOnTheWrongProvider", True, "asked for CUDA"): (
-        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cuda"}': "1x20"},
+        {'digits_provider_info{provider="cpu"}': "1x20", 'digits_expected_provider_info{provider="cuda"}': "1x20"},
         "5m",
     ),
     ("DigitsOnTheWrongProvider", False, "asked for the CPU"): (
-        {'digits_provider{provider="cpu"}': "1x20", 'digits_expected_provider{provider="cpu"}': "1x20"},
+        {'digits_provider_info{provider="cpu"}': "1x20", 'digits_expected_provider_info{provider="cpu"}': "1x20"},
         "5m",
     ),
     ("DigitsGpuMemoryHigh", True, "97 of 100"): (
@@ -380,7 +438,7 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
 
 def series(name: str) -> str:
     """A series with our labels, but for those that it names."""
-    bare, _, given = name.rstrip("}").partition("{")
+    bare, _, given = name.removesuffix("}").partition("{")
     labels = OURS | dict(re.findall(r'(\w+)="([^"]*)"', given))
     inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
     return f"{bare}{{{inside}}}"

@@ -13,6 +13,7 @@ from tests.deploy.server_rules import RULES, refused
 
 CPU, GPU = "cpu, dev and the parity watch", "gpu and the parity watch"
 KEDA, GATEWAY = "cpu with KEDA", "gpu behind a gateway"
+HTTP_API, HTTPS_API = "cpu with the HTTP API", "gpu with the HTTP API over TLS"
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -191,6 +192,22 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     "the server's port changes alone": (CPU, lambda items: settings(items).update(DIGITS_GRPC_PORT="50052")),
     "IPv4 alone": (CPU, lambda items: settings(items).update(DIGITS_HOST="0.0.0.0")),
     "the HTTP API is on": (CPU, lambda items: settings(items).update(DIGITS_HTTP_API="true")),
+    "the HTTP API is off": (HTTP_API, lambda items: settings(items).update(DIGITS_HTTP_API="false")),
+    "the HTTP API over TLS in plaintext": (HTTPS_API, lambda items: settings(items).pop("DIGITS_TLS_CERT")),
+    "the HTTP API at another port": (HTTPS_API, lambda items: settings(items).update(DIGITS_HTTPS_PORT="8444")),
+    "probes and metrics for every caller": (
+        HTTPS_API,
+        of("NetworkPolicy", lambda item: item["spec"]["ingress"][0]["ports"].append({"port": "http", "protocol": "TCP"})),
+    ),
+    "callers over HTTP are not let in": (HTTP_API, of("NetworkPolicy", lambda item: item["spec"]["ingress"][0]["ports"].pop())),
+    "HTTPS said to be plaintext": (
+        HTTPS_API,
+        of("Service", lambda item: named(item["spec"]["ports"], "https").update(appProtocol="http")),
+    ),
+    "a Service without the HTTPS port": (
+        HTTPS_API,
+        of("Service", lambda item: item["spec"]["ports"].remove(named(item["spec"]["ports"], "https"))),
+    ),
     "the page is on": (CPU, lambda items: settings(items).update(DIGITS_HTTP_API="true", DIGITS_PAGE="true")),
     "the image of another tag": (CPU, of_container(put("image", value="digits-serve:latest"))),
     "the CPU's image for CUDA": (GPU, of_container(put("image", value="digits-serve:0.1.0-cpu"))),

@@ -10,7 +10,7 @@ import pytest
 
 FROM_PIP = Path("build/deploy-tools/bin")
 # Command → Debian package.
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus"} | {
+PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "nginx": "nginx-light"} | {
     name: name for name in ("haproxy", "podman", "buildah", "mmdebstrap")
 }
 

@@ -50,12 +50,13 @@ from serve.models.model import Model
 from serve.models.reconcile import Reconciler
 from serve.models.repository import Repository, read_bundle
 from serve.models.serving_file import parse_serving_state, watched_serving_file
-from serve.observability.metrics import Metrics, ModelMetrics
+from serve.observability.metrics import Metrics
+from serve.observability.model_metrics import ModelMetrics
 from serve.pb.digits.v1 import digits_pb2
 from serve.pb.inference import open_inference_pb2
 from serve.settings import DEFAULT_MODEL, Settings
 from tests.fake_wire import FakeWire
-from train.data import read_idx
+from train.data.files import read_idx
 from train.errors import DataError
 
 MAX_COUNT = 64

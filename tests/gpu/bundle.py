@@ -48,7 +48,7 @@ echo "next: PYTHONPATH=$folder/packages make gpu-check PYTHON=$python"
 def wanted() -> list[str]:
     """The project's own requirements, CUDA's bindings among them and what the machine has left out."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], "cuda-bindings>=13", *FOR_CHECKS]
+    named = [*project["optional-dependencies"]["serve"], *project["dependencies"], "cuda-bindings>=13", *FOR_CHECKS]
     return [
         each for each in named if not each.split(";")[0].strip().lower().startswith(LEFT_OUT) and "sys_platform != " not in each
     ]

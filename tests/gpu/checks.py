@@ -43,9 +43,10 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 from tests.bench.load import Load, by_python
 from tests.bench.process import Started, started
 from tests.bench.report import Target, runs_per_second
-from train.bench import measure, milliseconds_per_step
 from train.checkpoint import create_run
-from train.config import PRESETS, TrainConfig
+from train.config import TrainConfig
+from train.presets import PRESETS
+from train.reports.bench import measure, milliseconds_per_step
 from train.trainer.capture import CudaRecording, Recording
 from train.trainer.loop import Trainer
 

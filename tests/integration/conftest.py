@@ -11,9 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
+from serve.access.tokens import main as tokens_command
 from serve.client import DigitClient
 from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from tests.certificates import Certificates
+from tests.collector import Collector
 from tests.server_process import ServerProcess
 
 TRITON_PYTHON = Path("build/triton-client/bin/python")
@@ -33,16 +36,39 @@ def stub(shared_server: ServerProcess) -> Iterator[Any]:
         yield pb_grpc.DigitGeneratorStub(channel)
 
 
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates(tmp_path)
+
+
+@pytest.fixture
+def add_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Adds a token to the test's file and returns it."""
+
+    def add(name: str, *flags: str) -> str:
+        assert tokens_command(["add", str(tmp_path / "tokens.json"), f"--name={name}", *flags]) == 0
+        return capsys.readouterr().out.strip()
+
+    return add
+
+
 @pytest.fixture(scope="session")
-def by_triton() -> Callable[[str, str], dict[str, Any]]:
+def by_triton() -> Callable[..., dict[str, Any]]:
     """Runs a script of this folder by tritonclient's own interpreter, against an address; returns what it saw."""
 
-    def seen(script: str, address: str) -> dict[str, Any]:
+    def seen(script: str, address: str, *more: str) -> dict[str, Any]:
         assert TRITON_PYTHON.exists(), "tritonclient is not set up: run the tests with make test, which does that"
-        command = [str(TRITON_PYTHON), str(Path(__file__).parent / script), address]
+        command = [str(TRITON_PYTHON), str(Path(__file__).parent / script), address, *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         answers: dict[str, Any] = json.loads(done.stdout)
         return answers
 
     return seen
+
+
+@pytest.fixture
+def collecting() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.stop().wait(10)

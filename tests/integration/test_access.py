@@ -28,47 +28,12 @@ from serve.client.channel import Access
 from serve.files import replace_file
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
+from tests.certificates import Certificates
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
 ONE = pb.GenerateRequest(model="mlp", count=1, seed=1)
 GUESSES = 10_000
-
-
-class Certificates:
-    """An authority and the files that a server and its clients use."""
-
-    def __init__(self, folder: Path) -> None:
-        self.authority = trustme.CA()
-        self.cert, self.key, self.ca = folder / "tls.crt", folder / "tls.key", folder / "ca.crt"
-        self.authority.cert_pem.write_to_path(self.ca)
-        self.renew()
-
-    def renew(self) -> None:
-        """A new certificate and key, the key first, as a renewal by hand may have it."""
-        issued = self.authority.issue_cert("localhost", "127.0.0.1")
-        self.key.write_bytes(issued.private_key_pem.bytes())
-        self.cert.write_bytes(issued.cert_chain_pems[0].bytes())
-
-    @property
-    def flags(self) -> list[str]:
-        return [f"--tls-cert={self.cert}", f"--tls-key={self.key}"]
-
-
-@pytest.fixture
-def certificates(tmp_path: Path) -> Certificates:
-    return Certificates(tmp_path)
-
-
-@pytest.fixture
-def add_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Adds a token to the test's file and returns it."""
-
-    def add(name: str, *flags: str) -> str:
-        assert tokens_command(["add", str(tmp_path / "tokens.json"), f"--name={name}", *flags]) == 0
-        return capsys.readouterr().out.strip()
-
-    return add
 
 
 def secure(target: str, certificates: Certificates, *own: bytes) -> grpc.Channel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from tests.conftest import SUBSET
 from tests.server_process import ServerProcess
 from train.checkpoint import LOSSES_FILE, create_run, save_checkpoint
 from train.cli import main as train_main
-from train.config import preset
+from train.presets import preset
 from train.reports.reference import NOTEBOOK_MLP_LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,7 @@ def nobody_reads() -> Iterator[int]:
         "serve.access.tokens add {folder}/tokens.json --name jobs",
         "serve.admin status --target {target}",
         "serve.client --target {target} --out {folder}/digits.png",
+        "serve.client --target {target} --out -",
         "serve.dataset write --count 1 --provider cpu --out {folder}/digits",
         pytest.param(f"export verify {BUNDLED_DIR}/mlp/1", marks=pytest.mark.long),  # they take their time to load torch
         pytest.param("train list --runs-dir {folder}", marks=pytest.mark.long),
@@ -125,6 +127,27 @@ def test_digits_come_to_a_terminal_without_braille_as_a_picture(shared_server: S
         assert picture.size == (140, 140)
 
 
+def test_standard_output_takes_the_picture_and_nothing_else(shared_server: ServerProcess) -> None:
+    command = [sys.executable, "-m", "serve.client", "--target", shared_server.target, "--out", "-", "--count", "4"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    with Image.open(io.BytesIO(done.stdout)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (56, 56))
+    assert done.stderr.startswith(b"-: 4 digits by rpgan/1, seed ")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.PDF", "folder.d/x.gif"])
+def test_a_name_that_promises_another_format_is_refused(name: str) -> None:
+    done = in_process(client_main, "--out", name)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: argument --out: .*PNG; name it x\.png .*--help.*\n", done.stderr)
+
+
+def test_a_request_that_is_refused_is_to_be_made_otherwise(shared_server: ServerProcess) -> None:
+    done = in_process(client_main, "--target", shared_server.target, "--count=0")
+    assert (done.returncode, done.stderr.count("count must be from 1 to"), done.stderr.count("\n")) == (2, 1, 1)
+
+
 def test_one_look_of_the_watch_says_at_once_that_nobody_answers() -> None:
     done = in_process(export_main, "watch", "--once", "--target=localhost:1")
     assert done.returncode == 2
@@ -148,7 +171,7 @@ def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> No
     assert [line.split()[0] for line in said.splitlines() if line.endswith("outside")] == [str(int(marks[3, 0]))]
     status, said = compare(marks[:-1])
     assert status == 2
-    assert f"has no log point at step {int(marks[-1, 0])} yet" in said
+    assert f"has no log point at step {int(marks[-1, 0])};" in said
 
 
 @pytest.mark.long
@@ -292,6 +315,8 @@ def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     for figure in ("classification accuracy score", "digits read as their labels", "a call for one digit, median", "time in all"):
         assert figure in page
+    assert "rpgan in 2 epochs" in page
+    assert re.search(r"served on cpu, [^,]*, 1 thread\.", page), "as it was trained, not as this process is"
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (280, 280), "ten of each digit"
     manifest = read_bundle(tmp_path / "models" / "rpgan" / "1").manifest

@@ -26,10 +26,12 @@ from serve.engine.provider import EngineOptions
 from serve.errors import GoldenError, SettingsError
 from serve.files import locked, replacing
 from serve.manifest import BUNDLED_DIR, Manifest
+from tests.command_lines import in_process
 from tests.full_disk import files_of_at_most
 from tests.host_device import HostDevice
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
+from train.data.mnist import load_mnist
 
 COUNT = 3001
 BASE = ["write", "--model=mlp", "--provider=cpu", "--seed=7", "--start=100", f"--count={COUNT}"]
@@ -73,6 +75,7 @@ def test_a_shard_that_is_killed_is_not_there_and_repeats_its_bytes(tmp_path: Pat
         process.kill()
     assert not list(tmp_path.glob("part-*"))
     assert main(flags) == 0
+    assert not list(tmp_path.glob(".part-*")), "nor what it had written"
     [part] = tmp_path.glob("part-*")
     again = tmp_path / "again"
     assert main([*flags[:-1], f"--out={again}"]) == 0
@@ -106,14 +109,56 @@ def test_writing_says_how_far_it_has_come(
 def test_torchvision_reads_the_idx_files_and_numpy_the_npz(uninterrupted: Path) -> None:
     pixels = np.frombuffer(whole(uninterrupted), np.uint8).reshape(-1, 28, 28)
     assert main(["join", f"--out={uninterrupted}"]) == 0
+    train = MNIST(uninterrupted, train=True)
+    assert np.array_equal(train.data.numpy(), pixels), "no digit is a test digit unless that is wanted"
+    assert main(["join", f"--out={uninterrupted}", "--test-share=0.25"]) == 0
     train, test = MNIST(uninterrupted, train=True), MNIST(uninterrupted, train=False)
-    assert len(test) == COUNT // 7
+    assert len(test) == COUNT // 4
     assert np.array_equal(np.concatenate([train.data.numpy(), test.data.numpy()]), pixels)
     assert set(train.targets.tolist()) == {255}
     assert main(["join", "--format=npz", f"--out={uninterrupted}"]) == 0
     with np.load(uninterrupted / "digits.npz") as archive:
         assert np.array_equal(archive["images"], pixels)
         assert set(archive["labels"].tolist()) == {255}, "an unconditional model's digits are nobody's"
+    assert main(["join", "--format=keras", "--test-share=0.25", f"--out={uninterrupted}"]) == 0
+    with np.load(uninterrupted / "mnist.npz") as archive:
+        assert sorted(archive) == ["x_test", "x_train", "y_test", "y_train"]
+        assert np.array_equal(archive["x_train"], train.data.numpy())
+        assert np.array_equal(archive["x_test"], test.data.numpy())
+        assert (archive["y_train"].tolist(), archive["y_test"].tolist()) == (train.targets.tolist(), test.targets.tolist())
+
+
+@pytest.mark.parametrize("count", [1, 6, 20])
+def test_training_takes_what_was_joined_whatever_its_size(count: int, tmp_path: Path) -> None:
+    """By the digests that lie beside the files."""
+    flags = ["--model=cdcgan", "--provider=cpu", f"--count={count}", "--labels", "3", "9"]
+    assert main(["write", *flags, f"--out={tmp_path}"]) == 0
+    assert main(["join", f"--out={tmp_path}"]) == 0
+    data = load_mnist(tmp_path / "MNIST" / "raw")
+    assert (data.train_labels.tolist(), len(data.test_images)) == ([3, 9] * (count // 2) or [3], 0)
+    assert len(MNIST(tmp_path, train=True)) == count
+    assert main(["join", "--format=keras", f"--out={tmp_path}"]) == 0
+    with np.load(tmp_path / "mnist.npz") as archive:
+        assert (archive["x_train"].shape, archive["x_test"].shape) == ((count, 28, 28), (0, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--test-share=0.01"], "--test-share 0.01 makes 0 test digits of 20"),
+        (["--test-share=1"], "--test-share 1 makes 20 test digits of 20"),
+        (["--test-share=1.5"], "--test-share: must be from 0.0 to 1.0, got 1.5"),
+        (["--test-share=0.5", "--format=npz"], "--test-share is not for npz"),
+    ],
+)
+def test_a_test_share_that_leaves_a_part_empty_is_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", "--model=mlp", "--provider=cpu", "--count=20", f"--out={tmp_path}"]) == 0
+    before, _ = set(tmp_path.rglob("*")), capsys.readouterr()
+    done = in_process(main, "join", f"--out={tmp_path}", *flags)
+    assert (done.returncode, done.stderr.count("\n"), message in done.stderr) == (2, 1, True), done.stderr
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("labels", [(), (3, 1, 4)])
@@ -124,9 +169,9 @@ def test_a_conditional_models_labels_are_the_tapes_or_those_in_turn(
     for shard in (0, 1):
         flags = ["--model=cdcgan", "--provider=cpu", "--seed=7", "--start=100", "--count=140", "--shards=2", f"--shard={shard}"]
         assert main(["write", *flags, f"--out={tmp_path}", *given]) == 0
-    assert main(["join", f"--out={tmp_path}"]) == 0
+    assert main(["join", f"--out={tmp_path}", "--test-share=0.15"]) == 0
     train, test = MNIST(tmp_path, train=True), MNIST(tmp_path, train=False)
-    assert (len(train), len(test)) == (120, 20)
+    assert (len(train), len(test)) == (119, 21)
     with DigitClient(shared_server.target) as client:
         parts = list(client.stream(140, seed=7, start=100, labels=labels, model="cdcgan"))
     pixels, expected = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ from tests.command_lines import in_process
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 from train.checkpoint import Run, create_run, save_checkpoint, write_json
-from train.config import TrainConfig, preset
+from train.config import TrainConfig
 from train.errors import TrainError
 from train.models import LabelledNorm, build_generator
+from train.presets import preset
 
 SMALL = {
     "mlp": {"generator_widths": (16, 32), "discriminator_widths": (16,)},
@@ -115,6 +118,7 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
     manifest = bundles[half.path].manifest
     assert (manifest.precision, manifest.tolerance) == ("fp16", parity.FP16_TOLERANCE)
     assert len(bundles[half.path].model) < 0.7 * len(bundles[full.path].model)
+    assert onnx.load_from_string(bundles[half.path].model).ir_version == 8
     graph = onnx.load_from_string(bundles[half.path].model).graph
     assert {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
         "latents": onnx.TensorProto.FLOAT, "images": onnx.TensorProto.FLOAT, "pixels": onnx.TensorProto.UINT8,
@@ -189,8 +193,11 @@ def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
     assert bundle.manifest.training["step"] == 7
     assert bundle.manifest.latent_size == run.config.latent_size
     assert bundle.manifest.cuda_buckets == (() if name == "mlp" else CONVOLUTION_BUCKETS)
+    graph = onnx.load_from_string(bundle.model)
+    assert (graph.ir_version, graph.opset_import[0].version) == (8, 18), "which ONNX Runtime 1.15 reads"
+    assert bundle.manifest.opset == 18
     if name == "rpgan":  # its blocks' biases are in the labels' tables, and parity holds
-        inputs = [len(node.input) for node in onnx.load_from_string(bundle.model).graph.node if node.op_type.startswith("Conv")]
+        inputs = [len(node.input) for node in graph.graph.node if node.op_type.startswith("Conv")]
         assert inputs == [2, 2, 3]
     report = json.loads(bundle.parity_json)
     assert report["batch_sizes"] == [1, 2, 3, 7, 64, 257]
@@ -279,6 +286,17 @@ def test_a_crash_while_publishing_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         export_run(make_run("mlp"), tmp_path / "models")
     assert list((tmp_path / "models" / "mlp").iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_a_later_one(tmp_path: Path) -> None:
+    manifest = read_bundle(BUNDLED_DIR / "mlp" / "1").manifest
+    old, new = (tmp_path / "mlp" / name for name in (".new-old", ".new-other"))
+    for each in (old, new):
+        each.mkdir(parents=True)
+        (each / "model.onnx").touch()
+    os.utime(old, (time.time() - 4000,) * 2)
+    assert bundle_module._publish(tmp_path, manifest, {"model.onnx": b"x"}) == tmp_path / "mlp" / "1"
+    assert sorted(path.name for path in (tmp_path / "mlp").iterdir()) == [".new-other", "1"], "one may still be written"
 
 
 def test_two_exports_at_once_take_numbers_of_their_own(
@@ -463,6 +481,7 @@ def test_a_run_that_was_judged_carries_its_quality_into_the_bundle(make_run: Cal
     bundle = read_bundle(export_run(run, tmp_path / "models", floors=floors).path)
     assert json.loads(bundle.quality_json) == QUALITY
     assert "quality.json" in bundle.manifest.files
+    assert bundle.manifest.training["data"] == "not known"
 
 
 @pytest.mark.parametrize(
@@ -472,6 +491,7 @@ def test_a_run_that_was_judged_carries_its_quality_into_the_bundle(make_run: Cal
         ("label_accuracy=0.9,frechet_distance=8.5", r"frechet_distance of .* is 9\b.* at most 8\.5"),
         ("classification_accuracy_score=0.1", "classification_accuracy_score of .* not known"),
         ("beauty=1", "--min-quality: 'beauty'"),
+        ("recall=nan", "--min-quality: recall needs a finite number, got 'nan'"),
     ],
 )
 def test_a_run_below_a_floor_is_not_exported(floors: str, message: str, make_run: Callable[[str], Run], tmp_path: Path) -> None:
@@ -489,6 +509,9 @@ def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_ru
         export_run(run, tmp_path / "models", floors={"recall": 0.1})
     write_json(run.folder / "quality.json", QUALITY | {"step": 6})
     with pytest.raises(ExportError, match=r"step 6\b.*step 7\b.*evaluate"):
+        export_run(run, tmp_path / "models")
+    write_json(run.folder / "quality.json", QUALITY | {"weights": "0" * 64})
+    with pytest.raises(ExportError, match=r"quality\.json is of other weights than those of .*evaluate"):
         export_run(run, tmp_path / "models")
     (run.folder / "quality.json").write_text("[]")
     with pytest.raises(ExportError, match=r"quality\.json.*evaluate"):

@@ -15,7 +15,7 @@ from export.graphs import judge as graph
 from serve.dataset.filter import Judge as ExportedJudge
 from tests.command_lines import in_process
 from train.checkpoint import write_atomically
-from train.data import load_mnist
+from train.data.mnist import load_mnist
 from train.evaluation.judge import Judge, judge_file
 
 

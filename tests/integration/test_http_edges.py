@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from serve.api import http as http_api
-from serve.api import http_call
+from serve.api import encoding, http_call
 from serve.manifest import BUNDLED_DIR
-from serve.ports.http_port import HEAD_TIMEOUT_S, host_name, takes_gzip
+from serve.ports.http_origins import host_name
+from serve.ports.http_port import HEAD_TIMEOUT_S, takes_gzip
 from tests.in_process import Running, with_server
 from tests.server_process import ServerProcess
 
@@ -370,7 +370,7 @@ def test_a_client_that_takes_no_answer_is_left_after_a_time(monkeypatch: pytest.
             body = BODY.replace(b'"data": [1]', b'"data": [4096]')
             head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             await loop.sock_sendall(slow, head.encode() + body)
-            await running.until_metric(1, "grpc_server_handled_total", grpc_service="http", grpc_code="OK")
+            await running.until_metric(1, "http_server_request_duration_seconds_count", status="200")
             await asyncio.sleep(1)
             received = b""
             with contextlib.suppress(ConnectionError):
@@ -386,12 +386,12 @@ def test_pictures_of_a_client_who_has_left_are_not_made(monkeypatch: pytest.Monk
     made: list[int] = []
     free = threading.Event()
 
-    def to_png(pixels: Any) -> bytes:
+    def to_png(pixels: Any, origin: Any) -> bytes:
         made.append(len(pixels))
         free.wait(10)
         return b""
 
-    monkeypatch.setattr(http_api, "to_png", to_png)
+    monkeypatch.setattr(encoding, "to_png", to_png)
 
     async def test(running: Running) -> None:
         async def asked(count: int) -> asyncio.StreamWriter:
@@ -410,8 +410,8 @@ def test_pictures_of_a_client_who_has_left_are_not_made(monkeypatch: pytest.Monk
             await asyncio.sleep(0.5)
         finally:
             free.set()
-        await running.until_metric(40, "grpc_server_handled_total", grpc_service="http", grpc_code="OK")
-        assert await running.metric("grpc_server_handled_total", grpc_service="http", grpc_code="CANCELLED") == 1
+        await running.until_metric(40, "http_server_request_duration_seconds_count", status="200")
+        assert await running.metric("http_server_request_duration_seconds_count", status="499") == 1
         assert len(made) == 40
         for other in others:
             other.close()

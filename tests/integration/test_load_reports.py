@@ -31,7 +31,7 @@ def test_a_report_is_an_orca_load_report() -> None:
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="orca.proto", package="xds.data.orca.v3", syntax="proto3")
     message = file.message_type.add(name="OrcaLoadReport")
-    for name, number in (("rps_fractional", 6), ("application_utilization", 9)):
+    for name, number in (("rps_fractional", 6), ("eps", 7), ("application_utilization", 9)):
         message.field.add(name=name, number=number, type=field.TYPE_DOUBLE, label=field.LABEL_OPTIONAL)
     entry = message.nested_type.add(name="UtilizationEntry")
     entry.options.map_entry = True
@@ -44,9 +44,10 @@ def test_a_report_is_an_orca_load_report() -> None:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     report_type = message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.data.orca.v3.OrcaLoadReport"))
-    report = report_type.FromString(encoded(120.5, 0.75, 0.25))
-    assert (report.rps_fractional, report.application_utilization, dict(report.utilization)) == (120.5, 0.75, {"queue": 0.25})
-    assert report.SerializeToString() == encoded(120.5, 0.75, 0.25), "nothing in it is unknown"
+    report = report_type.FromString(encoded(120.5, 2.5, 0.75, 0.25))
+    assert (report.rps_fractional, report.eps, report.application_utilization) == (120.5, 2.5, 0.75)
+    assert dict(report.utilization) == {"queue": 0.25}
+    assert report.SerializeToString() == encoded(120.5, 2.5, 0.75, 0.25), "nothing in it is unknown"
 
 
 def test_figures_follow_what_is_done_and_are_made_anew_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +62,10 @@ def test_figures_follow_what_is_done_and_are_made_anew_ten_times_a_second(monkey
     for turn in range(1, 401):  # 100 calls a second; both instances busy for three quarters of the time
         now[0] += 0.01
         load[0] = Load(turn * 0.01 * 2 * 0.75, 2, 0.5)
-        latest = reports.answered()
+        latest = reports.answered(failed=turn % 4 == 0)
     assert reads[0] == pytest.approx(400 * 0.01 / REFRESH_S, rel=0.15)
-    np.testing.assert_allclose(np.frombuffer(latest[-17:-9], "<f8"), 100, rtol=0.02)
+    np.testing.assert_allclose(np.frombuffer(latest[-26:-18], "<f8"), 100, rtol=0.02)
+    np.testing.assert_allclose(np.frombuffer(latest[-17:-9], "<f8"), 25, rtol=0.2)
     np.testing.assert_allclose(np.frombuffer(latest[-8:], "<f8"), 0.75 + 0.5, rtol=0.02)
 
 
@@ -140,3 +142,7 @@ def test_answers_end_with_a_report_only_where_it_is_asked_for(wanted: bool, monk
     assert trailing == []
     call.ending(grpc.StatusCode.OK, message=b"answer")
     assert [key for key, _ in trailing] == [METADATA_KEY] * wanted
+    trailing.clear()
+    call.ending(grpc.StatusCode.INTERNAL, "a fault of the server's, for which clients are to turn away", (("hint", "5"),))
+    assert [key for key, _ in trailing] == ["hint"] + [METADATA_KEY] * wanted
+    assert reports is None or reports._errors == 1

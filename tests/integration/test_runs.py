@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from export.cli import main as export_main
 from serve.dataset.command import main as dataset_main
 from tests.command_lines import in_process
 from tests.conftest import SUBSET
-from train.checkpoint import Run, latest_checkpoint, open_run, save_checkpoint
+from train.checkpoint import Run, create_run, held, latest_checkpoint, open_run, save_checkpoint
 from train.cli import main
 from train.evaluation import judge
+from train.presets import preset
+from train.progress import progress_bar
+from train.runs import runs_of
 
 SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
 MACHINE = [f"--data-dir={SUBSET}", "--device=cpu", "--threads=1"]
@@ -59,9 +67,10 @@ def test_list_tells_each_runs_state_time_and_quality(runs: Path) -> None:
     assert rows[0][:2] == [str(damaged), "damaged"]
     assert rows[1][:3] == [str(first), "finished", "16"]
     assert rows[1][3].endswith(" min")
-    assert rows[1][4:] == ["–"] * 4
+    assert rows[1][4:8] == ["–"] * 4
+    assert rows[1][8].startswith("not MNIST ("), "it is the small set"
     assert rows[2][0] == str(second)
-    assert rows[2][4:] == ["–", "12.35", "0.500", "98.76% ± 0.11"]
+    assert rows[2][4:8] == ["–", "12.35", "0.500", "98.76% ± 0.11"]
 
 
 def test_list_without_runs_says_how_to_start_one(tmp_path: Path) -> None:
@@ -110,7 +119,8 @@ def test_every_run_has_a_page_that_needs_no_server(runs: Path) -> None:
     page = Page((first / "report.html").read_text())
     assert "finished: 16 steps in" in " ".join(page.text)
     assert "Not judged yet:" in page.text
-    assert len(page.sources) == 1 + 5, "the losses, and a grid for each of five log points"
+    assert len(page.sources) == 1 + 6 + 3, "the losses, a grid for each of five log points and one at the end, three layers"
+    assert "Inside the generator" in page.text
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     changed = [line for line in (first / "report.html").read_text().splitlines() if '<tr class="changed">' in line]
     named = [line.split("<td>")[1].removesuffix("</td>") for line in changed]
@@ -119,6 +129,12 @@ def test_every_run_has_a_page_that_needs_no_server(runs: Path) -> None:
     assert done.stdout == f"{second / 'report.html'}\n"
     judged = Page((second / "report.html").read_text()).text
     assert judged.count("12.35") == 4, "by both judges, of generated and of real digits"
+    assert "Worst and best digits" not in judged
+    assert any("lower is better" in text for text in judged), "what a figure means"
+    for name in ("worst", "best"):
+        shutil.copy(next((second / "pictures").glob("*.png")), second / f"{name}.png")
+    in_process(main, "report", f"--run={second}")
+    assert "Worst and best digits" in Page((second / "report.html").read_text()).text
     assert judged.count("98.76% ± 0.11") == 4
 
 
@@ -127,7 +143,7 @@ def test_a_page_of_a_run_that_was_stopped_says_so(tmp_path: Path, monkeypatch: p
     done = in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 130
     [run] = folders(tmp_path)
-    assert "unfinished: 6 steps in" in " ".join(Page((run / "report.html").read_text()).text)
+    assert "unfinished: 6 of 16 steps in" in " ".join(Page((run / "report.html").read_text()).text)
     monkeypatch.undo()
     before = latest_checkpoint(open_run(run))["seconds"]
 
@@ -181,5 +197,172 @@ def test_a_data_set_without_labels_or_with_too_few_digits_is_refused(tmp_path: P
     assert dataset_main(["join", f"--out={few}"]) == 0
     done = in_process(main, "evaluate", f"--dataset={few}", *MACHINE, f"--runs-dir={tmp_path}")
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: {few / 'MNIST' / 'raw'} .*\b86 .*\b128 .*--count\n", done.stderr)
+    assert re.fullmatch(rf"error: {few / 'MNIST' / 'raw'} .*\b100 .*\b128 .*--count\n", done.stderr)
     assert not (tmp_path / "judge").exists(), "nothing was trained for it"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return stored
+
+
+def rewrite(folder: Path, **provenance: Any) -> None:
+    stored = config_of(folder)
+    (folder / "config.json").write_text(json.dumps(stored | {"provenance": stored["provenance"] | provenance}))
+
+
+def damage(folder: Path, how: str) -> None:
+    """One of the ways that a run's folder has been found in."""
+    stored = config_of(folder)
+    if how == "newer":
+        stored["config"]["momentum"] = 0.9
+    if how == "older":
+        del stored["config"]["grid_images"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    if how == "named by hand":
+        shutil.copy(next((folder / "checkpoints").glob("step-*.pt")), folder / "checkpoints" / "step-best.pt")
+        shutil.copy(next((folder / "pictures").glob("fake-*")), folder / "pictures" / "fake-best.png")
+    if how == "empty losses":
+        (folder / "losses.npy").write_bytes(b"")
+    if how == "result":
+        (folder / "result.json").write_text('{"seconds": "long"}')
+    if how == "quality":
+        (folder / "quality.json").write_text('{"model": 3}')
+
+
+@pytest.mark.parametrize(
+    ("how", "state"),
+    [("newer", "other version"), ("older", "other version"), ("named by hand", "finished"), ("empty losses", "finished"),
+     ("result", "finished"), ("quality", "finished")],
+)  # fmt: skip
+def test_one_bad_run_is_named_and_holds_up_no_other(how: str, state: str, runs: Path, tmp_path: Path) -> None:
+    """Issue: list, activations, compare and export failed, and did not say at which run."""
+    good, bad = (tmp_path / "mlp" / name for name in ("20260101-000000", "20260102-000000"))
+    for place, run in zip((good, bad), folders(runs), strict=True):
+        shutil.copytree(run, place)
+    damage(bad, how)
+    done = in_process(main, "list", f"--runs-dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    states = {row[0]: row[1] for row in map(cells, done.stdout.splitlines())}
+    assert (states[str(good)], states[str(bad)]) == ("finished", state)
+    assert ("is damaged" in done.stderr) == (how in ("result", "quality"))
+    done = in_process(main, "activations", f"--runs-dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    of_other_version = how in ("newer", "older")
+    assert str(good if of_other_version else bad) in done.stdout
+    assert (f"skipped: {bad} was made by another version" in done.stderr) == of_other_version
+    done = in_process(main, "compare", str(good), str(bad))
+    assert done.returncode == 2 * of_other_version
+    assert str(bad) in done.stdout + done.stderr
+    done = in_process(main, "report", f"--run={bad}")
+    assert done.returncode == 2 * of_other_version, done.stderr
+
+
+def test_the_newest_run_is_the_one_that_began_last(runs: Path, tmp_path: Path) -> None:
+    """Issue: a folder's name decided, a renamed run or one with a wrong clock won, and was published in silence."""
+    early, late, future = (tmp_path / "mlp" / name for name in ("zz-best", "20260101-000000", "20260301-000000"))
+    for place in (early, late, future):
+        shutil.copytree(folders(runs)[0], place)
+    rewrite(early, started="2026-01-01T00:00:00+00:00")
+    rewrite(late, started="2026-02-01T00:00:00+00:00")
+    rewrite(future, started="2062-01-01T00:00:00+00:00")
+    done = in_process(export_main, f"--runs-dir={tmp_path}", f"--models-dir={tmp_path / 'models'}", "--min-quality=recall=2")
+    assert f"{future} began at 2062-01-01 00:00 UTC by its clock: it counts as the oldest" in done.stderr
+    assert f"the newest finished mlp run: {late}, begun 2026-02-01 00:00 UTC" in done.stderr
+    assert [run.folder for run in runs_of(tmp_path, "mlp")] == [late, early, future]
+    for folder, name in ((early, "20250102-030405"), (late, "20250102-030406-2")):  # as before they recorded it
+        rewrite(folder, started=None)
+        folder.rename(folder.with_name(name))
+    assert [run.folder.name for run in runs_of(tmp_path, "mlp")][:2] == ["20250102-030406-2", "20250102-030405"]
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Issue: --resume auto beside a live run trained it twice, and its checkpoints were replaced and unlinked."""
+    config = preset("mlp").replace({"epochs": 2})
+    run = create_run(tmp_path, config, {"data": {}})
+    save_checkpoint(run, 0, {"step": 0})
+    left, live = (run.folder / "checkpoints" / f".step-00000007.pt-{digit * 16}" for digit in "ab")
+    left.write_bytes(b"half")
+    with live.open("wb") as writing, held(run):
+        assert not left.exists(), "what a killed process left"
+        fcntl.flock(writing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for resume in ("--resume", "--resume=auto", f"--resume={run.folder}"):
+            done = in_process(main, "mlp", *MACHINE, f"--runs-dir={tmp_path}", resume)
+            assert done.returncode == 2
+            assert done.stderr == f"error: {run.folder} is being trained by another process; let it end, or stop it first\n"
+        assert not list(tmp_path.glob("mlp/*/result.json"))
+    with held(run):
+        pass
+
+
+def test_a_finished_run_can_be_made_longer_and_ends_as_if_it_had_been_so_from_the_beginning(runs: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "mlp" / "longer"
+    shutil.copytree(folders(runs)[0], longer)
+    done = in_process(main, "mlp", *MACHINE, f"--resume={longer}")
+    assert done.returncode == 2
+    assert "is finished; to train it further, name more --epochs than its 4" in done.stderr
+    done = in_process(main, "mlp", *MACHINE, f"--resume={longer}", "--epochs=3")
+    assert done.returncode == 2
+    assert "is finished at step 16, and these numbers end at 12" in done.stderr
+    done = in_process(main, "mlp", *MACHINE, f"--resume={longer}", "--epochs=6", "--seed=3")
+    assert "--seed cannot be changed" in done.stderr
+    assert (longer / "result.json").exists()
+    done = in_process(main, "mlp", *MACHINE, f"--resume={longer}", "--epochs=6")
+    assert done.returncode == 0, done.stderr
+    whole = in_process(main, "mlp", *SMALL, "--epochs=6", "--seed=1", *MACHINE, f"--runs-dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    [other] = folders(tmp_path / "whole")
+    assert np.load(longer / "losses.npy").tolist() == np.load(other / "losses.npy").tolist()
+    ours, theirs = (latest_checkpoint(open_run(folder))["generator"] for folder in (longer, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert config_of(longer)["config"]["epochs"] == 6
+    assert json.loads((longer / "result.json").read_text())["step"] == 24
+
+
+def test_resuming_on_another_machine_is_said_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: the bits that are promised were lost in silence."""
+    monkeypatch.setattr("train.trainer.loop.Trainer._stop_agreed", lambda trainer: trainer.step == 6)
+    assert in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}").returncode == 130
+    monkeypatch.undo()
+    [run] = folders(tmp_path)
+    row = cells(in_process(main, "list", f"--runs-dir={tmp_path}").stdout.splitlines()[2])
+    assert row[1:3] == ["unfinished", "6 of 16"]
+    assert row[3].endswith(" min")
+    rewrite(run, cpu_threads=7)
+    done = in_process(main, "mlp", *SMALL, *MACHINE, f"--runs-dir={tmp_path}", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"cpu threads: 1 now, 7 when {run} began\nthe result will not have the bits" in done.stderr
+    [start] = config_of(run)["provenance"]["resumed"]
+    assert (start["step"], start["cpu_threads"], config_of(run)["provenance"]["cpu_threads"]) == (6, 1, 7)
+    assert "resumed at step 6" in " ".join(Page((run / "report.html").read_text()).text)
+
+
+def test_compare_takes_the_newest_run_that_is_long_enough(tmp_path: Path) -> None:
+    """Issue: a short run that was newer was an error."""
+    folder = []
+    for last in (3500, 500):
+        run = create_run(tmp_path, preset("mlp"), {"data": {}})
+        losses = [[step, 1.0, 0.2] for step in range(500, last + 1, 500)]
+        np.save(run.folder / "losses.npy", np.array(losses))
+        folder.append(run.folder)
+    done = in_process(main, "compare", f"--runs-dir={tmp_path}")
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{folder[0]}\n  step  generator")
+    shutil.rmtree(folder[0])
+    done = in_process(main, "compare", f"--runs-dir={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has come to step 3500; train one with: make train PRESET=mlp" in done.stderr
+
+
+def test_a_log_file_has_a_line_a_minute_and_no_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Issue: 37 kB of carriage returns."""
+    now = [0.0]
+    monkeypatch.setattr("train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress_bar(1000, "mlp", initial=100) as bar:
+        for _ in range(900):
+            now[0] += 1
+            bar.update()
+            bar.set_postfix(refresh=False, G="1.000")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 14
+    assert said[0] == "mlp: step 160 of 1,000, about 14 min left, G 1.000"

@@ -169,6 +169,7 @@ def test_models_are_listed_and_described(client: DigitClient) -> None:
     assert (about.architecture, about.latent_size, about.height, about.width) == ("mlp", 64, 28, 28)
     assert about.provider in ("cpu", "cuda")
     assert about.digest == read_bundle(BUNDLED_DIR / "mlp" / "1").digest
+    assert about.batch_invariant
     assert about.limits.max_count == 4096
     assert json.loads(about.training_json)["config"]["learning_rate"] == 1e-5
     assert json.loads(about.parity_json)["worst_images"] <= 1e-5
@@ -307,7 +308,7 @@ def test_metrics_count_what_was_done(start_server: Any) -> None:
     assert server.metric("digits_compute_seconds_count", model="mlp") == 3
     assert server.metric("digits_encode_seconds_count", model="mlp") == 1
     assert server.metric("digits_models_loaded") == 4
-    assert server.metric("digits_provider", provider="cpu") == 4
+    assert server.metric("digits_provider_info", provider="cpu") == 4
     assert server.metric("digits_model_ready", model="mlp") == 1
     assert server.metric("digits_queue_images") == 0
     assert server.metric("digits_queue_limit_images", model="mlp") == 16384

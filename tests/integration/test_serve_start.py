@@ -19,7 +19,7 @@ import pytest
 from serve.client import DigitClient
 from serve.client.command import main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE
-from serve.ports.http_port import usable_host
+from serve.ports.http_connections import usable_host
 from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
 
@@ -109,7 +109,7 @@ def test_auto_says_that_it_took_the_cpu_and_warns_of_nothing(start_server: Calla
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("this machine has an NVIDIA driver")
     server = start_server()
-    assert server.metric("digits_provider", provider="cpu") == 4
+    assert server.metric("digits_provider_info", provider="cpu") == 4
     _, log = server.terminate()
     assert "INFO serve.engine.provider: provider auto: on the CPU, because no NVIDIA driver" in log
     assert "WARNING" not in log

@@ -134,7 +134,7 @@ def test_an_http_client_that_does_not_read_holds_the_end_up_no_longer_than_promi
     """Issue: one such client made stopping take 122 s where 9 were promised."""
     server = start_server("--drain-deadline-s=1", "--max-count=16384")
     with http_get(server, "/v1/digits?model=mlp&count=16384&seed=1"):
-        wait_until(lambda: server.metric("grpc_server_handled_total", grpc_service="http", grpc_code="OK") == 1)
+        wait_until(lambda: server.metric("http_server_request_duration_seconds_count", status="200") == 1)
         began = time.monotonic()
         assert server.terminate()[0] == 0
         assert time.monotonic() - began < 1 + DRAIN_OVERHEAD_S + 5
@@ -148,4 +148,4 @@ def test_an_http_caller_who_leaves_takes_the_digits_along(start_server: Callable
     connection.close()
     wait_until(lambda: server.metric("digits_queue_images", model="dcgan") == 0)
     assert server.metric("digits_dropped_images_total", model="dcgan", reason="cancelled") > 1000
-    wait_until(lambda: server.metric("grpc_server_handled_total", grpc_service="http", grpc_code="CANCELLED") == 1)
+    wait_until(lambda: server.metric("http_server_request_duration_seconds_count", status="499") == 1)

@@ -59,6 +59,17 @@ def test_a_full_standard_output_is_one_line(name: str, buffered: bool, shared_se
     assert (done.returncode, done.stderr) == (2, "error: standard output cannot be written to (No space left on device)\n")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"\\u2013 \xdf"), ("utf-8", b"\xe2\x80\x93 \xdf"), ("ascii:replace", b"? ?")]
+)
+def test_what_a_terminal_lacks_is_printed_some_other_way(encoding: str, printed: bytes) -> None:
+    """Issue: a run that was finished ended with a UnicodeEncodeError, of a dash in a table or a path in Latin-1."""
+    code = "from serve.command_line import open_standard_streams; open_standard_streams(); print('\\u2013 \\udcdf', end='')"
+    variables = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True, cwd=ROOT)
+    assert done.stdout == printed
+
+
 def test_a_token_that_nobody_has_seen_is_not_in_force(tmp_path: Path) -> None:
     """Issue: it was stored, and then could not be shown."""
     path = tmp_path / "tokens.json"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,8 +30,8 @@ from tests.full_disk import files_of_at_most
 from train import pictures
 from train.checkpoint import create_run, save_checkpoint
 from train.cli import main
-from train.config import preset
 from train.errors import DivergedError
+from train.presets import preset
 from train.trainer.loop import Trainer
 
 TIMEOUT_S = 170
@@ -103,16 +105,16 @@ def test_a_run_leaves_all_that_it_promises(whole_run: Callable[[str], Path]) -> 
     assert len(list((folder / "checkpoints").iterdir())) == 7  # one at the start and one per epoch
     losses = np.load(folder / "losses.npy")
     in_each_epoch = [6 * epoch + batch for epoch in range(6) for batch in (0, 4)]
-    assert losses[:, 0].tolist() == in_each_epoch, "the first batch of each epoch and every fourth after it"
+    assert losses[:, 0].tolist() == [*in_each_epoch, 35], "the first batch of each epoch and every fourth after it, and the last"
     assert np.isfinite(losses).all()
-    assert sorted(int(path.stem[5:]) for path in (folder / "pictures").glob("fake-*")) == in_each_epoch
+    assert sorted(int(path.stem[5:]) for path in (folder / "pictures").glob("fake-*")) == [*in_each_epoch, 36]
     for picture in ("fake-00000034.png", "real-00000034.png"):
         with Image.open(folder / "pictures" / picture) as grid:
             rows = 8 if picture.startswith("fake") else 6  # the real ones are the batch's own 48
             assert grid.size == (4 * (8 * 30 + 2), 4 * (rows * 30 + 2)), "eight digits a row, each pixel 4 × 4"
     with Image.open(folder / "fakes.gif") as lapse:
-        assert lapse.n_frames == len(in_each_epoch), "a frame a log point"
-        assert lapse.info["duration"] == 450, "few frames go slowly, 5 s in all"
+        assert lapse.n_frames == len(in_each_epoch) + 1, "a frame a log point, and what came of it"
+        assert lapse.info["duration"] == 410, "few frames go slowly, 5 s in all"
     with Image.open(folder / "losses.png") as plot:
         assert plot.size[0] > 500
     activations = np.load(folder / "activations" / "activations.npz")
@@ -177,6 +179,59 @@ def test_a_run_saves_its_last_step_whatever_the_interval(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path, "mlp")
     assert final_state(folder)["step"] == json.loads((folder / "result.json").read_text())["step"] == 18
+
+
+def test_a_log_point_says_whether_the_generators_weights_have_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"generator_widths": (8,), "discriminator_widths": (8,), "batch_size": 4, "epochs": 3, "report_every": 2}
+    config = preset("mlp").replace(small)
+    trainer = Trainer(create_run(tmp_path, config, {}), (torch.rand(12, 1, 28, 28),), torch.device("cpu"))
+    honest = trainer.take_step
+    still = torch.zeros(2, dtype=torch.float64)
+    trainer.take_step = lambda real: honest(real) if trainer.step not in (5, 6) else still
+    caplog.set_level("INFO")
+    trainer.fit()
+    verdicts = [line.rpartition("; ")[2] for line in caplog.messages if "generator loss" in line]
+    changed, unchanged = "the generator's weights have changed", "the generator's weights have NOT changed"
+    assert verdicts == [changed, changed, unchanged, changed]
+
+
+def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: a closed laptop's ssh ended a run without saving."""
+    honest = Trainer.take_step
+
+    def hang_up(self: Trainer, real: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        for _ in range(2 * (self.step == 4)):  # from the kernel and from the shell
+            os.kill(os.getpid(), signal.SIGHUP)
+        return honest(self, real)
+
+    monkeypatch.setattr(Trainer, "take_step", hang_up)
+    flags = [*SMALL["mlp"], "--epochs=1"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train_here("mlp", tmp_path / "nohup", *flags).returncode == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        done = train_here("mlp", tmp_path / "ssh", *flags)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (done.returncode, "stopped at step 5 of 6 and saved" in done.stderr) == (130, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(["evaluate"], "stopped\n"), (["mlp"], "stopped; add --resume to the same command to go on from the last checkpoint\n")],
+)
+def test_advice_to_resume_is_given_where_it_can_be_followed(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue: Ctrl-C in evaluate said that --resume should be added, and it has none."""
+
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.cli.train", interrupted)
+    monkeypatch.setattr("train.cli._evaluate", interrupted)
+    done = in_process(main, *command)
+    assert (done.returncode, done.stderr) == (130, said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
@@ -277,11 +332,11 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
     [
         (["vae"], "invalid choice: 'vae'"),
         (["mlp", "--epochs=zero"], "--epochs cannot take 'zero': a whole number is needed"),
-        (["mlp", "--batch-size=1"], "batch_size must be at least 2"),
+        (["mlp", "--batch-size=1"], "batch_size must be from 2 to 131072, got 1"),
         (["mlp", "--device=tpu"], "invalid choice: 'tpu'"),
         (["mlp", "--resume=nowhere"], "nowhere is not a run folder"),
         (["mlp", "--resume", "--epochs=3"], "no unfinished run of mlp"),
-        (["mlp", "--seed=17592186044416"], "seed must be from 0 to 2^44 - 1"),
+        (["mlp", "--seed=17592186044416"], "seed must be from 0 to 17592186044415"),
         (["mlp", "--learning-rat=1"], "unrecognized arguments: --learning-rat=1"),
         (["activations", "--run=nowhere"], "nowhere is not a run folder"),
         (["bench", "--seconds=-1"], "--seconds must be over 0 and at most 3600, got -1"),
@@ -333,7 +388,7 @@ def test_evaluating_needs_runs_and_a_judge_worth_the_name(tmp_path: Path, whole_
     assert done.returncode == 2
     assert done.stderr.count("skipped: no finished run of") == 3
     assert "judging takes about 1 min here: it trains the judge and the second judge\n" in done.stderr
-    assert "and 99.3% are needed; evaluate on all of MNIST" in done.stderr.strip().splitlines()[-1]
+    assert re.search(r"% of the test images, and 73\.44% are needed.*--no-judge", done.stderr.strip().splitlines()[-1])
     folder = only_run(tmp_path, "dcgan")
     assert not (folder / "quality.json").exists()
     (folder / "quality.json").write_text("{}")
@@ -360,7 +415,7 @@ def test_the_first_picture_is_of_the_untrained_generator(tmp_path: Path) -> None
     with torch.no_grad():
         pictures.save_grid((untrained(*trainer.grid_inputs) + 1) / 2, 8, tmp_path / "expected.png")
     assert (trainer.run.pictures / "fake-00000000.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
-    assert trainer.log_points[0][0] == 0
+    assert trainer.log_points.points[0][0] == 0
 
 
 def test_what_a_resumed_run_reports_again_is_purged_from_the_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

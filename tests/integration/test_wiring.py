@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from serve.api import http_call
+from serve.batching.batcher import MOST_FAILED_RUNS
 from serve.batching.ticket import Priority
 from serve.errors import DeviceLostError, StartError
 from serve.models.serving_file import Route
@@ -198,7 +199,7 @@ def test_load_reports_are_made_where_the_settings_ask_for_them(
     asked: bool, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[bytes] = []
-    monkeypatch.setattr(LoadReports, "answered", lambda reports: made.append(b"") or b"")
+    monkeypatch.setattr(LoadReports, "answered", lambda reports, **how: made.append(b"") or b"")
 
     async def test(server: Running) -> None:
         await server.digits.Generate(pb.GenerateRequest(count=2))
@@ -251,6 +252,32 @@ def test_a_run_that_raises_fails_its_caller_alone_and_tells_nothing_of_the_insid
         assert (await server.digits.Generate(pb.GenerateRequest(count=2))).count == 2
 
     served(test)
+
+
+def test_a_model_whose_every_run_raises_becomes_unready_and_ends_the_process(served: Served) -> None:
+    """Issue: 56 runs had failed, and the model was ready; half of all calls were INTERNAL for ever."""
+
+    async def test(server: Running) -> None:
+        [model] = server.server.catalog.models()
+        for fails in (RuntimeError("planted"), None, RuntimeError("planted")):
+            server.orders.fails = fails
+            for _ in range(MOST_FAILED_RUNS - 1):
+                call = server.digits.Generate(pb.GenerateRequest(count=2))
+                if fails is None:
+                    await call
+                else:
+                    assert (await failure_of(call)).code() is StatusCode.INTERNAL
+            assert model.ready, "some that fail are not all that fail"
+        assert (await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))).code() is StatusCode.INTERNAL
+        assert not model.ready
+        assert (await failure_of(server.digits.Generate(pb.GenerateRequest(count=2)))).code() is StatusCode.UNAVAILABLE
+        assert (await server.get("/healthz"))[0] == 503
+        assert await server.metric("digits_run_failures_total", reason="repeated") == 1
+        assert await server.metric("digits_run_failures_total", reason="raised") == 2 * MOST_FAILED_RUNS - 1
+        await asyncio.wait_for(server.server._stopping.wait(), 30)
+
+    with pytest.raises(StartError, match="8 runs of the model have failed in a row; start the server again"):
+        served(test)
 
 
 def test_a_device_that_is_lost_ends_the_process_and_no_call_waits_for_it(served: Served) -> None:

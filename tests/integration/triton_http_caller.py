@@ -1,6 +1,6 @@
 """What the unmodified tritonclient sees of a server over HTTP. Run by its own interpreter; prints one JSON object.
 
-build/triton-client/bin/python tests/integration/triton_http_caller.py HOST:PORT
+build/triton-client/bin/python tests/integration/triton_http_caller.py HOST:PORT [CA_FILE TOKEN]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.http as triton
+from tritonclient._plugin import InferenceServerClientPlugin
 
 
 def ask(client: Any, binary: bool, version: str = "", **values: tuple[str, Any]) -> Any:
@@ -23,8 +24,21 @@ def ask(client: Any, binary: bool, version: str = "", **values: tuple[str, Any])
     return client.infer("mlp", tensors, model_version=version, outputs=wanted, request_id="abc")
 
 
-def main(target: str) -> dict[str, Any]:
-    client = triton.InferenceServerClient(target)
+class WithToken(InferenceServerClientPlugin):
+    """Sends a bearer token with every call."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: Any) -> None:
+        request.headers["authorization"] = f"Bearer {self.token}"
+
+
+def main(target: str, ca: str = "", token: str = "") -> dict[str, Any]:
+    secure = {"ssl": True, "ssl_options": {"ca_certs": ca}} if ca else {}
+    client = triton.InferenceServerClient(target, **secure)
+    if token:
+        client.register_plugin(WithToken(token))
     seen: dict[str, Any] = {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
@@ -53,4 +67,4 @@ def main(target: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(*sys.argv[1:])))

@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-WANTED = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS["cuda"], *EXTRAS["tracing"], *EXTRAS["train"])]
+SHIPPED = (*PROJECT["dependencies"], *(text for extra in ("serve", "cuda", "tracing", "train") for text in EXTRAS[extra]))
+WANTED = [wanted for wanted in map(Requirement, SHIPPED) if wanted.name != PROJECT["name"]]
 LOCKS = sorted((ROOT / "deploy" / "requirements").glob("*.txt"))
 
 
@@ -31,5 +32,10 @@ def test_every_locked_version_is_within_its_bounds(wanted: Requirement) -> None:
 @pytest.mark.parametrize("name", ["grpcio", "grpcio-health-checking", "grpcio-reflection"])
 def test_grpcio_has_an_upper_bound(name: str) -> None:
     """serve.ports uses classes of its core that are not public, and that have changed between minor versions."""
-    [specifier] = [wanted.specifier for wanted in WANTED if wanted.name == name]
+    [specifier] = [wanted.specifier for wanted in map(Requirement, EXTRAS["serve"]) if wanted.name == name]
     assert any(each.operator in ("<", "==") for each in specifier)
+
+
+def test_the_client_may_be_installed_beside_any_later_version() -> None:
+    assert {wanted.name for wanted in map(Requirement, PROJECT["dependencies"])} == {"grpcio", "protobuf", "numpy"}
+    assert {each.operator for text in PROJECT["dependencies"] for each in Requirement(text).specifier} == {">="}

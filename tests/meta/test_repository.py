@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "deploy/README.md")
 DOCS = {name: (ROOT / name).read_text() for name in PAGES} | GUIDES
 LAYOUT = GUIDES["docs/layout.md"]
 MAKEFILE = (ROOT / "Makefile").read_text()
+PROTO_TOOLS = ROOT / "build" / "proto-tools" / "bin"
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
 
 
@@ -27,7 +27,7 @@ def test_generated_code_is_what_the_protos_give(tmp_path: Path) -> None:
     protos = sorted(path.relative_to(ROOT / "protos") for path in (ROOT / "protos").rglob("*.proto"))
     assert protos
     command = [
-        sys.executable, "-m", "grpc_tools.protoc", f"-Iserve/pb={ROOT / 'protos'}", f"--python_out={tmp_path}",
+        PROTO_TOOLS / "python", "-m", "grpc_tools.protoc", f"-Iserve/pb={ROOT / 'protos'}", f"--python_out={tmp_path}",
         f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}", *(f"serve/pb/{proto}" for proto in protos),
     ]  # fmt: skip
     subprocess.run(command, check=True)

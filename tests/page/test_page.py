@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from serve.access.tokens import main as tokens_main
 from serve.client.command import main as client_main
@@ -20,16 +20,6 @@ from tests.server_process import ServerProcess
 WIDE, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
 QUICK_MS = 15_000
 expect.set_options(timeout=QUICK_MS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    binary = shutil.which("chromium")
-    assert binary, "chromium is missing; make page-test installs it where it may"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -123,6 +113,7 @@ def test_choosing_a_digit_copies_the_call_that_makes_it_again(
     page = open_page(shared_server, "?seed=5&labels=8&start=2&count=3&truncation=0.7")
     page.locator("#digits button").nth(1).click()
     expect(page.locator("#copied")).to_contain_text("copied: python -m serve.client")
+    expect(page.locator("#where")).to_contain_text("where the package digits-serve is installed")
     command = page.evaluate("navigator.clipboard.readText()")
     words = command.split()
     assert words[:3] == ["python", "-m", "serve.client"]
@@ -233,7 +224,9 @@ def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser
 
 def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
     page = open_page(shared_server, "?seed=-1&start=abc&count=1e9&truncation=x&labels=77&model=vae&begin=3&end=9&version=99")
-    expect(page.locator("#message")).to_contain_text("has no usable seed, start, count, truncation")
+    expect(page.locator("#message")).to_contain_text(
+        "cannot be used: seed=-1, start=abc, count=1e9, truncation=x, model=vae, version=99, labels=77."
+    )
     assert page.locator("#seed").input_value().isdecimal()
     values = {name: page.locator(f"#{name}").input_value() for name in ("start", "count", "truncation", "digit", "version")}
     assert values == {"start": "0", "count": "25", "truncation": "2.5", "digit": "", "version": ""}
@@ -241,10 +234,39 @@ def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerPr
     assert page.locator("#model").input_value() == "rpgan"
 
 
+def test_what_is_refused_is_not_kept_in_the_address(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    for name, refused in (("seed", "99999999999999999999"), ("end", "9223372036854775808"), ("end", "x")):
+        was = page.input_value(f"#{name}")
+        page.fill(f"#{name}", refused)
+        page.press(f"#{name}", "Enter")
+        if refused.isdecimal():
+            expect(page.locator("#message")).to_contain_text("The server refuses")
+        page.fill(f"#{name}", was)
+        assert refused not in page.url
+    changed(page, lambda: page.locator("#another").click())
+    expect(page).not_to_have_url(re.compile("seed=7"))
+
+
+def test_an_interpolation_keeps_one_digit(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    """Between two labels there is nothing: it jumped from five sixes to six threes."""
+    page = open_page(shared_server)
+    digits = [text.split(" · ")[0] for text in page.locator("#digits span").all_inner_texts()]
+    assert digits[0] != digits[1], "or this shows nothing"
+    names = page.eval_on_selector_all("#strip img", "images => images.map(image => image.alt.split(',')[0])")
+    assert names == [f"a {digits[0]}"] * 11
+
+
+def test_labels_stand_in_one_line(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
+    page = open_page(shared_server)
+    boxes = [label.bounding_box() for label in page.locator("#controls label:visible").all()]
+    assert len({box["height"] for box in boxes if box}) == 1, "they are aligned at their lower edges"
+
+
 def test_the_ends_are_kept_in_the_address(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
     page = open_page(shared_server)
     changed(page, lambda: (page.fill("#end", "40"), page.press("#end", "Enter")), "strip")
-    page.wait_for_function("location.search.includes('end=40')")
+    expect(page).to_have_url(re.compile("end=40"))
     strip = pictures(page, "strip")
     again = open_page(shared_server, page.evaluate("location.search"))
     assert again.locator("#end").input_value() == "40"
@@ -257,9 +279,9 @@ def test_a_version_can_be_chosen(
     add_version(bundles, "mlp", 2)
     server = start_server(f"--models-dir={bundles}", "--versions=latest:2")
     page = open_page(server, "?seed=7&model=mlp")
-    assert page.locator("#version option").all_text_contents() == ["as routed", "1", "2"]
+    assert page.locator("#version option").all_text_contents() == ["the server's choice", "1", "2"]
     page.select_option("#version", "1")
-    page.wait_for_function("location.search.includes('version=1')")
+    expect(page).to_have_url(re.compile("version=1"))
     page.click("#digits button >> nth=0")
     expect(page.locator("#copied")).to_contain_text("--version 1 ")
 

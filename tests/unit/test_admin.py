@@ -230,6 +230,17 @@ def test_the_table_tells_of_every_version_what_is_known() -> None:
     assert lines[2].split(maxsplit=6) == ["mlp", "4", "failed", "0.0%", "0", "0", "golden sample 2 is off"]
 
 
+def test_flags_may_come_before_the_action(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--models-dir={models}", "--version", "2", "load", "mlp"]) == 0
+    assert wanted(models)["versions"] == [2, 4]
+    capsys.readouterr()
+    for flags in (["--target", "127.0.0.1:1", "--timeout=0.5"], ["--timeout", "0.5", "--target=127.0.0.1:1"]):
+        assert main([*flags, "status"]) == 1
+        assert "127.0.0.1:1" in capsys.readouterr().err
+    assert "servers take no changes" in refused(capsys, "--target", "127.0.0.1:1", "load", "mlp")
+    assert "ACTION" in refused(capsys, "--target", "127.0.0.1:1")
+
+
 def test_status_of_a_server_that_is_not_there_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--target=127.0.0.1:1", "--timeout=0.5"]) == 1
     said = capsys.readouterr()

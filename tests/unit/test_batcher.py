@@ -133,6 +133,15 @@ def test_while_a_slot_works_a_batch_waits_for_company_but_at_most_the_linger() -
     assert sorted(observer.batches) == [1, 5]
 
 
+def test_a_request_waits_until_its_last_row_is_in_a_batch_and_is_queued_until_its_first_is() -> None:
+    batcher, observer = start_batcher(lambda: FakeEngine(lambda latents: time.sleep(0.05)), max_batch_size=4)
+    batcher.submit(ticket := make_ticket(12))
+    wait_for(ticket)
+    assert ticket.wait_seconds >= ticket.queue_seconds + 2 * 0.05
+    assert drain(batcher) == 0
+    assert observer.batches == [4, 4, 4]
+
+
 def test_a_full_batch_does_not_linger() -> None:
     gate = Gate()
     runner = lambda: FakeEngine(lambda latents: gate(latents) if len(latents) == 1 else None)  # noqa: E731

@@ -96,6 +96,24 @@ def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(make: C
 
 
 @either
+def test_a_digits_bits_do_not_depend_on_its_batch(
+    make: Callable[..., Engine], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(name)
+    sizes: list[int] = []
+    honest = type(engine).run
+    monkeypatch.setattr(
+        type(engine), "run", lambda self, feeds, outputs: (sizes.append(len(feeds["latents"])), honest(self, feeds, outputs))[1]
+    )
+    assert engine.batch_difference() is None
+    assert {engine.bucket(size) for size in sizes} == {1, 2, 4, 8, 16}, "every bucket"
+    assert sizes[0] == 16
+    assert 7 in sizes
+    sizes.clear()
+    assert make(name, 1).batch_difference() is None, "there is nothing to compare"
+
+
+@either
 def test_only_the_outputs_asked_for_come_back_and_no_input_does(make: Callable[..., Engine]) -> None:
     engine = make("cdcgan")
     feeds = engine.allocate(3)

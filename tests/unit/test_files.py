@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 from serve import files
 from serve.access.tokens import TokenFile, main
 from serve.errors import SettingsError, UnauthenticatedError
-from serve.files import Watched
+from serve.files import Watched, remove_abandoned, replacing
 
 
 def parse(contents: list[bytes]) -> str:
@@ -165,3 +168,64 @@ def test_a_token_revoked_while_the_file_could_not_be_read_is_out_once_it_can(
     with pytest.raises(UnauthenticatedError):
         tokens.check(token)
     assert reloads == ["failed", "ok"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from serve.files import replacing
+with replacing([Path(sys.argv[1])]) as (file,):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_when_the_file_is_written_again(path: Path) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+        assert len(list(path.parent.iterdir())) == 2, "the next one that is killed removes what the one before left"
+    others = [path.with_name(name) for name in (f".{path.name}-notes", f".{path.name}x-{'0' * 16}", f".{path.name}-{'0' * 17}")]
+    for other in others:
+        other.write_text("somebody's")
+    with replacing([path]) as (file,):
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert set(path.parent.iterdir()) == {path, *others}
+
+
+def test_what_is_being_written_is_not_taken_for_abandoned(path: Path) -> None:
+    with replacing([path]) as (one,):
+        one.write(b"one")
+        remove_abandoned(path)
+        with replacing([path]) as (other,):
+            other.write(b"other")
+    assert path.read_bytes() == b"one"
+
+
+def test_a_file_that_another_removes_before_it_is_locked_is_made_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, removed = fcntl.flock, []
+
+    def late(handle: Any, operation: int) -> None:
+        [made] = path.parent.glob(".file-*")
+        if not removed:
+            made.unlink()
+            removed.append(made)
+        honest(handle, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with replacing([path]) as (file,):
+        file.write(b"two")
+    assert (path.read_bytes(), len(removed)) == (b"two", 1)
+
+
+def test_without_locks_nothing_is_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    beside = path.with_name(f".{path.name}-{'0' * 16}")
+    beside.write_text("perhaps somebody writes it")
+    with replacing([path]) as (file,):
+        file.write(b"two")
+    assert (path.read_bytes(), beside.exists()) == (b"two", True)

@@ -137,6 +137,12 @@ def test_labels_that_are_given_take_the_place_of_the_tapes() -> None:
     assert Span(1, 2, 3, labels=own).part(1, 2).labels.tolist() == [7, 2]
 
 
+@pytest.mark.parametrize("truncation", [0.584, 0.798, 1.223, 2.539])
+def test_truncation_is_the_same_as_text_and_as_protobufs_float(truncation: float) -> None:
+    """Over HTTP it comes with 64 bits, over gRPC with 32: of these values the tails differed."""
+    assert tail_beyond(truncation) == tail_beyond(float(np.float32(truncation)))
+
+
 @pytest.mark.parametrize("truncation", [0.01, 0.5, 1.0, 2.0])
 def test_truncation_is_the_normal_distribution_cut_off_there(truncation: float) -> None:
     whole = draw(3, 0, 4000, 64)

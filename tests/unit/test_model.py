@@ -238,3 +238,30 @@ def test_the_metrics_tell_who_draws_the_latents(draws: bool, value: float, monke
     model = open_model(read_bundle(MLP), "cuda", Settings(instances=2), Metrics(CollectorRegistry()))
     assert model.gauges()["device_latents"] == value
     assert model.batcher.close(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("odd_size", "named"), [(1, "of 1 and of 16"), (7, "of 7 and of 16"), (16, "of 7 and of 16"), (None, "")]
+)
+def test_a_model_whose_bits_depend_on_the_batch_serves_and_says_so(
+    odd_size: int | None, named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stand-in computes batches of one size with another last bit."""
+    honest = Engine.run
+
+    def run(self: Engine, feeds: Any, outputs: Any = PIXELS) -> Any:
+        rows = honest(self, feeds, outputs)
+        if len(feeds["latents"]) == odd_size and "images" in rows:
+            rows["images"] = np.nextafter(rows["images"], np.float32(2))
+        return rows
+
+    monkeypatch.setattr(Engine, "run", run)
+
+    async def test(model: Model, registry: CollectorRegistry) -> None:
+        assert model.ready
+        assert len(await digits(model, 3)) == 3
+        assert model.batch_invariant == (odd_size is None)
+        assert registry.get_sample_value("digits_model_batch_invariant", ALL) == (odd_size is None)
+        assert ("mlp/1 is not batch-invariant" in caplog.text, named in caplog.text) == (odd_size is not None, True)
+
+    with_model(test)

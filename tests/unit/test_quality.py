@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import nn
 
 from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
-from train.config import preset
-from train.data import load_mnist
+from train.data.files import DIGESTS
+from train.data.mnist import load_mnist
 from train.errors import QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
+from train.presets import preset
 
 CPU = torch.device("cpu")
 SCORED = 64  # digits that the classifier for a score is trained on
@@ -122,19 +124,44 @@ def test_training_a_judge_leaves_the_callers_chance_alone(subset: Path) -> None:
     assert torch.equal(short.read(data.test_images)[0], again.read(data.test_images)[0]), "the same seed, the same judge"
 
 
-def test_a_judge_that_is_not_good_enough_is_refused_and_not_kept(subset: Path, tmp_path: Path) -> None:
+def untrained(*_: Any, classes: int, **__: Any) -> judge.Judge:
+    return judge.Judge(classes).eval()
+
+
+def test_a_judge_that_is_not_good_enough_is_refused_and_not_trained_again(
+    subset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of other data than MNIST as many are needed as the nearest training image's label is right for."""
     data = load_mnist(subset)
-    with pytest.raises(QualityError, match=r"%.* 99\.3%"):
-        judge.kept_judge(data, tmp_path / "judge", CPU, train=lambda *_, **__: judge.Judge().eval())
-    assert not list(tmp_path.glob("judge/*"))
+    with caplog.at_level("INFO"), pytest.raises(QualityError, match=r"%.* 73\.44% .*ARGS=--no-judge") as first:
+        judge.kept_judge(data, tmp_path / "judge", CPU, train=untrained)
+    said = [Path(message.partition("kept as ")[2]) for message in caplog.messages if "kept as" in message]
+    assert [path.exists() for path in said] == [True], "what is said to be kept is there"
+    with pytest.raises(QualityError) as second:
+        judge.kept_judge(data, tmp_path / "judge", CPU, train=lambda *_, **__: pytest.fail("trained again"))
+    assert str(second.value) == str(first.value)
+
+
+def test_of_mnist_itself_a_fixed_share_is_needed(subset: Path) -> None:
+    data = load_mnist(subset)
+    assert judge.accuracy_needed(dataclasses.replace(data, digests=DIGESTS), CPU) == 0.993
+    known = dataclasses.replace(data, test_images=data.train_images, test_labels=data.train_labels)
+    assert judge.accuracy_needed(known, CPU) == 0.993, "and of nothing more"
 
 
 def test_a_good_judge_is_kept_and_not_trained_again(subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_mnist(subset)
     monkeypatch.setattr(judge, "ACCURACY_NEEDED", 0.0)
-    first = judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: judge.Judge().eval())
+    first = judge.kept_judge(data, tmp_path, CPU, train=untrained)
     second = judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("trained again"))
     assert torch.equal(first.read(data.test_images)[0], second.read(data.test_images)[0])
+    for record in tmp_path.glob("*.json"):
+        record.write_text("{}")
+    with pytest.raises(QualityError, match=r"\.json cannot be read; delete it"):
+        judge.kept_judge(data, tmp_path, CPU, train=untrained)
+    for record in tmp_path.glob("*.json"):
+        record.unlink()
+    judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("one that was kept without a record was good"))
 
 
 class Copying(nn.Module):
@@ -183,6 +210,7 @@ def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
     run = small_run(tmp_path, "cdcgan")
     monkeypatch.setattr(evaluate, "trained_generator", lambda *_: Copying(data.train_images, data.train_labels))
     report = evaluator.evaluate(run)
+    assert re.fullmatch("[0-9a-f]{64}", report["weights"])
     model, real = report["model"], report["real"]
     assert model["nearest_training_image"] < 0.01 < real["nearest_training_image"]
     assert model["class_imbalance"] < 0.5

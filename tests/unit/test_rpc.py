@@ -17,8 +17,8 @@ from serve.api.admission import Call
 from serve.api.rpc import LARGE_REQUEST_BYTES, caller_of
 from serve.api.wire_format import SMALL_BYTES
 from serve.batching.instance import INSTANCE_THREAD
+from serve.observability.call_metrics import RpcMetrics
 from serve.observability.logs import current_call
-from serve.observability.metrics import RpcMetrics
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2 as oip
 from tests.fake_engine import LATENT_SIZE
@@ -81,7 +81,7 @@ def test_what_takes_long_to_parse_is_not_done_where_calls_are_received(
 def test_what_takes_long_to_encode_is_not_done_where_batches_are_run(
     image_format: pb.ImageFormat, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digits_v1, "to_png", lambda digit: b"")
+    monkeypatch.setattr(digits_v1, "as_pngs", lambda digits: [b""])
     threads = recorded(monkeypatch, digits_v1, "_encode")
     with FakeService() as service:
         wire = service.call("Generate", pb.GenerateRequest(count=2, format=image_format))
@@ -275,22 +275,41 @@ def test_a_call_is_traced_with_what_its_caller_sent() -> None:
     seen: list[Any] = []
 
     class FakeTracing:
-        def begin(self, name: str, metadata: Any) -> Any:
-            seen.append((name, dict(metadata)))
-            return Span()
+        def begin(self, describe: Any, context: Any) -> Any:
+            seen.append((*describe(), dict(context)))
+            return "4bf9", Span()
 
     class Span:
-        trace_id = "4bf9"
+        def about(self, *asked: Any) -> None:
+            seen.append(asked)
 
         def phases(self, *figures: float) -> None:
-            seen.append("phases")
+            seen.append(("phases", figures[-1]))
 
-        def end(self, code: str) -> None:
-            seen.append(code)
+        def end(self, code: str, http_status: int, reason: str) -> None:
+            seen.append((code, http_status, reason))
 
     wire = FakeWire()
-    wire.metadata = (("traceparent", "00-1-2-01"), ("binary-bin", b"\xff"))
+    wire.metadata = (
+        ("traceparent", "00-1-2-01"),
+        ("binary-bin", b"\xff"),
+        ("x", "y"),
+        ("tracestate", "a=b"),
+        ("tracestate", "c=d"),
+    )
     with FakeService(tracing=FakeTracing()) as service:
         service.call("Generate", ONE, wire).ended()
-    assert seen == [(f"{digits_v1.SERVICE}/Generate", {"traceparent": "00-1-2-01"}), "phases", "OK"]
-    assert caller_of(wire).metadata == {}
+    about = {"rpc.system.name": "grpc", "rpc.method": f"{digits_v1.SERVICE}/Generate", "client.address": "192.0.2.1"}
+    assert seen == [
+        (
+            f"{digits_v1.SERVICE}/Generate",
+            about | {"server.address": "digits.test", "server.port": 50051},
+            False,
+            {"traceparent": "00-1-2-01", "tracestate": "a=b,c=d"},
+        ),
+        ("", 0, 1),
+        ("mlp", 1),
+        ("phases", 1),
+        ("OK", 200, ""),
+    ]
+    assert caller_of(wire).trace == {}

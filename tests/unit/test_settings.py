@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from serve.command_line import release
 from serve.errors import SettingsError
-from serve.settings import Settings, env_name, flag_name, from_arguments, release
+from serve.settings import Settings, env_name, flag_name, from_arguments
 
 # A value other than the default for every setting; a new setting without one fails the first test.
 OTHER: dict[str, Any] = {
@@ -33,6 +34,8 @@ OTHER: dict[str, Any] = {
     "http_host": "0.0.0.0",
     "http_port": 1235,
     "device": 1,
+    "https_port": 1236,
+    "http_origins": "https://app.example.org,http://localhost:3000",
     "provider": "cpu",
     "buckets": "powers",
     "cuda_graphs": "off",
@@ -95,6 +98,25 @@ def test_without_the_page_the_http_api_is_still_there_and_refused_in_plaintext_b
     assert not from_arguments(["--page=false", "--http-api=false", "--http-host=0.0.0.0"], {}).http_api
 
 
+TLS = ("--tls-cert=a.pem", "--tls-key=a.key")
+
+
+def test_with_a_certificate_the_http_api_is_over_tls_and_never_on_the_plaintext_port() -> None:
+    assert not from_arguments([], {}).https
+    assert from_arguments([*TLS, "--http-host=0.0.0.0", "--host=0.0.0.0"], {}).https
+    assert from_arguments([*TLS, "--insecure"], {}).https
+    assert not from_arguments([*TLS, "--page=false", "--http-api=false"], {}).https
+    with pytest.raises(SettingsError, match=r"^--https-port 8080 is --http-port too, which is plaintext [^\n]*: name another$"):
+        from_arguments([*TLS, "--https-port=8080"], {})
+    assert from_arguments([*TLS, "--https-port=0", "--http-port=0"], {}).https
+
+
+def test_origins_need_the_http_api() -> None:
+    with pytest.raises(SettingsError, match="--http-origins needs --http-api"):
+        from_arguments(["--http-api=false", "--page=false", "--http-origins=*"], {})
+    assert from_arguments(["--http-origins= HTTPS://A.example , *"], {}).allowed_http_origins == {"https://a.example", "*"}
+
+
 def test_the_flag_wins_over_the_environment() -> None:
     assert from_arguments(["--grpc-port=1"], {"DIGITS_GRPC_PORT": "2"}).grpc_port == 1
 
@@ -112,6 +134,12 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("--http-host=0.0.0.0", r"--http-host 0\.0\.0\.0 .*--http-api false --page false"),
         ("--http-api=false", "--page .*--http-api"),
         ("--tls-cert=a.pem", "--tls-cert and --tls-key"),
+        ("--http-origins=https://app.example.org/", "--http-origins: 'https://app.example.org/' is no origin"),
+        ("--http-origins=https://app.example.org:443", "--http-origins: .*:PORT where it is not 443 or 80"),
+        ("--http-origins=http://a.example:80", "--http-origins: .*:PORT where it is not 443 or 80"),
+        ("--http-origins=app.example.org", "--http-origins: 'app.example.org' is no origin"),
+        ("--http-origins=https://*.example.org", "--http-origins: .* is no origin"),
+        ("--http-origins=null", "--http-origins: 'null' is no origin"),
         ("--tls-client-ca=a.pem", "--tls-client-ca .*--tls-cert"),
         ("--caller-images=100", "--caller-images 100 .*--max-count 4096"),
         ("--cuda-options=speed=1", "--cuda-options: 'speed' .*use_tf32, prefer_nhwc"),

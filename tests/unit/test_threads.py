@@ -21,7 +21,8 @@ from serve.errors import CallerLimitError, DrainingError, OverloadedError, Unkno
 from serve.models.catalog import Catalog
 from serve.models.model import RefCount
 from serve.models.serving_file import Route
-from serve.observability.metrics import Metrics, RpcMetrics
+from serve.observability.call_metrics import RpcMetrics
+from serve.observability.metrics import Metrics
 from serve.ports.load_report import Load, LoadReports
 
 THREADS = 4
@@ -68,7 +69,7 @@ def test_every_call_is_observed_once() -> None:
     def calls() -> None:
         for turn in range(TURNS):
             observed.started()
-            observed.ended("OK", 0.001)
+            observed.ended("OK", 200, 0.001)
             if turn % 50 == 0:
                 metrics.collect()
 
@@ -241,7 +242,7 @@ def test_a_call_that_finds_a_retired_model_is_answered_by_the_one_that_replaces_
     assert (retired.in_use.calls, replacement.in_use.calls) == (0, 1)
 
     def nothing_left(*_: object) -> Any:
-        raise UnknownModelError("none")
+        raise UnknownModelError("none", "mlp")
 
     catalog = SimpleNamespace(find=nothing_left)
     with pytest.raises(UnknownModelError):

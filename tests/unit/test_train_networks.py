@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import preset
 from train.models import PointConvTranspose2d, build_discriminator, build_generator
+from train.presets import preset
 from train.reports.activations import record
 from train.trainer.losses import discriminator_loss, generator_loss
 

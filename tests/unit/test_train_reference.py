@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import create_run
-from train.config import TrainConfig, preset
+from train.config import TrainConfig
+from train.presets import preset
 from train.trainer.loop import Trainer
 
 IMAGES, BATCH, EPOCHS = 44, 8, 3
@@ -187,8 +188,8 @@ def test_a_run_is_the_training_that_its_notebook_describes(name: str, tmp_path: 
     assert trainer.step == 18
     # Batch 0's own loss, or the mean over the batches to number 4, as the notebooks have them.
     first = reference.losses[:1] if name == "dcgan" else reference.losses[:5]
-    assert [step for step, *_ in trainer.log_points] == LOG_POINTS[config.report_per]
-    assert trainer.log_points[0][2] == pytest.approx(sum(first) / len(first), rel=1e-4)
+    assert [step for step, *_ in trainer.log_points.points] == LOG_POINTS[config.report_per]
+    assert trainer.log_points.points[0][2] == pytest.approx(sum(first) / len(first), rel=1e-4)
     assert apart(trainer.generator, reference.generator, before["generator"]) < 2e-3
     assert apart(trainer.discriminator, reference.discriminator, before["discriminator"]) < 2e-3
     if config.average_decay:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.host_device import ReplayedByHand
 from train.checkpoint import create_run
-from train.config import preset
 from train.device import set_precision
 from train.errors import ConfigError, DeviceError
+from train.presets import preset
 from train.trainer.capture import WARM_UP_STEPS, Batch, CapturedStep
 from train.trainer.loop import Trainer
 

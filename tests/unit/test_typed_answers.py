@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from serve.api import open_inference_messages
-from serve.core.request import Digits
+from serve.core.request import Addresses, Digits
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 from serve.pb.inference import open_inference_pb2 as pb
@@ -22,9 +22,9 @@ def digits_of(count: int) -> Digits:
     pieces = [chance.integers(0, 256, (part, 28, 28), dtype=np.uint8) for part in (count // 2, count - count // 2)]
     model = cast(Any, SimpleNamespace(manifest=CDCGAN.manifest))
     return Digits(
-        model=model, encoding="uint8", seed=7, start=0, count=count, pixels=pieces,
+        model=model, rows=Addresses(7, 0, count), encoding="uint8", seed=7, start=0, count=count, pixels=pieces,
         images=[chance.random((count, 1, 28, 28), dtype=np.float32)], labels=chance.integers(0, 10, count),
-        queued_at=0.0, queue_seconds=0.0, compute_seconds=0.0,
+        queued_at=0.0, queue_seconds=0.0, wait_seconds=0.0, compute_seconds=0.0,
     )  # fmt: skip
 
 

@@ -14,14 +14,11 @@ from prometheus_client import CollectorRegistry
 
 from export.errors import ExportError
 from export.watch import Check, Round, Watch, WatchMetrics, table, watch_forever
-from serve.client import DigitClient
+from serve.client import DigitClient, DigitError
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
 
-
-class Refused(grpc.RpcError):
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
+REFUSED = DigitError(grpc.StatusCode.UNAVAILABLE, "nobody answers")
 
 
 def check(difference: float) -> Check:
@@ -47,8 +44,8 @@ class Rounds:
 def test_breaches_and_what_cannot_be_compared_are_counted_and_the_watch_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     registry = CollectorRegistry()
     rounds = Rounds(
-        Refused(),
-        Round([check(1e-6), check(2e-5)], [Refused(), ExportError("mlp/2 is not what the server serves")]),
+        REFUSED,
+        Round([check(1e-6), check(2e-5)], [REFUSED, ExportError("mlp/2 is not what the server serves")]),
         Round([check(math.nan)], []),
     )
     watch_forever(cast(Watch, rounds), WatchMetrics(registry), 0.0, rounds.stop)

@@ -1,4 +1,4 @@
-"""Evaluates a run: compares 10,000 of its digits with the MNIST test set, and real digits in the same way.
+"""Evaluates a run: compares 10,000 of its digits with the data's test set, and real digits in the same way.
 
 For conditional generators, the labels have the test set's frequencies, and so have the real digits: with
 other label frequencies two sets of features would differ even if all digits were real.
@@ -9,10 +9,10 @@ labels the judge is least and most confident, ``worst.png`` and ``best.png``.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from train.checkpoint import Run, latest_checkpoint, write_json
 from train.config import TrainConfig
-from train.data import Mnist
+from train.data.mnist import Mnist
 from train.errors import QualityError
 from train.evaluation import quality
-from train.evaluation.judge import EPOCHS, LABELS, Judge, SecondJudge, judge_file, kept_judge, train_judge, training_seconds
-from train.models import trained_generator
+from train.evaluation.judge import EPOCHS, Judge, train_judge
+from train.models import trained_generator, weights_digest
 from train.pictures import save_grid
 
 QUALITY_FILE = "quality.json"
@@ -52,6 +52,8 @@ COLUMNS = {
 class Evaluator:
     """Judges sets of digits by two judges against one test set. ``samples`` are at most as many as the test set has.
 
+    The classes are the data's, whatever they stand for.
+
     ``scores`` classifiers, each from a seed of its own, are trained for the classification accuracy score, which is their mean.
     """
 
@@ -70,7 +72,6 @@ class Evaluator:
         self._judge = judge
         self._second = second
         self._device = device
-        self._samples = samples
         self._labels = data.test_labels[:samples]
         self._scored = scored
         self._scores = scores
@@ -100,20 +101,21 @@ class Evaluator:
     def _samples_of(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Some of them, drawn by the seed, with the test set's labels as far as there are such."""
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
-        counts = torch.bincount(self._labels, minlength=LABELS).tolist()
+        counts = torch.bincount(self._labels, minlength=self._data.classes).tolist()
         chosen = torch.cat([order[labels[order] == label][:count] for label, count in enumerate(counts)])
         return pixels[chosen], labels[chosen]
 
     def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """What the digits of a run's generator reach, as the checkpoint has it, beside real ones, by both judges."""
         digits = sampler(run.config, checkpoint, self._device)
-        samples, labels = digits(self._samples, SEED, self._labels if scored_by_training(run) else None)
+        scored = scored_by_training(run, self._data)
+        samples, labels = digits(len(self._labels), SEED, self._labels if scored else None)
         report, probabilities = self._judged(samples, labels)
         _draw_extremes(run, samples, labels, probabilities)
-        if scored_by_training(run):
-            scored, scored_labels = digits(self._scored, SEED + 1)
-            assert scored_labels is not None
-            report["model"] |= self._score(scored, scored_labels, digits_of(run))
+        if scored:
+            trained = self._data.train_labels.unique()  # a number below the highest may have no images
+            in_turn = trained[torch.arange(self._scored) % len(trained)]
+            report["model"] |= self._score(digits(self._scored, SEED + 1, in_turn)[0], in_turn, digits_of(run))
         return report
 
     def dataset(self, pixels: Tensor, labels: Tensor, whose: str) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Evaluator:
         return report
 
     def _judged(self, samples: Tensor, labels: Tensor | None) -> tuple[dict[str, Any], Tensor]:
-        """The samples beside real digits by both judges, and the first one's probabilities (n, 10)."""
+        """The samples beside real digits by both judges, and the first one's probabilities (n, classes)."""
         read = self._judge.read(samples)
         model = self._compared(self._judge, read, labels) | {"nearest_training_image": self._nearest(samples)}
         by_second = self._compared(self._second, self._second.read(samples), labels)
@@ -139,9 +141,10 @@ class Evaluator:
         checkpoint = latest_checkpoint(run)
         report = {
             "step": checkpoint["step"],
+            "weights": weights_digest(trained_generator(run.config, checkpoint)),
             "data": self._data.digests,
-            "samples": self._samples,
-            "labels": "the test set's" if scored_by_training(run) else None,
+            "samples": len(self._labels),
+            "labels": "the test set's" if scored_by_training(run, self._data) else None,
             "scored_samples": self._scored,
             **self.fake(run, checkpoint),
             "seconds": round(time.monotonic() - begun, 1),
@@ -213,7 +216,7 @@ def accuracy_score(
     single = []
     for seed in range(scores):
         which = f" {seed + 1} of {scores}" if scores > 1 else ""
-        scorer = train_judge(pixels, labels, device, epochs, seed, what=f"judge of {whose}{which}")
+        scorer = train_judge(pixels, labels, device, epochs, seed, classes=data.classes, what=f"judge of {whose}{which}")
         single.append(scorer.accuracy(data.test_images, data.test_labels))
     mean = sum(single) / len(single)
     # Of the test images that were drawn: the classifiers are all asked the same ones, so more of them do not lessen it.
@@ -230,27 +233,9 @@ def digits_of(run: Run) -> str:
     return f"{run.config.preset}'s digits"
 
 
-def scored_by_training(run: Run) -> bool:
-    """Whether a run's digits can be asked for by label, so that a classifier is trained on them for their score."""
-    return run.config.labels == LABELS
-
-
-def kept_evaluator(data: Mnist, judge_folder: Path, device: torch.device, scores: int = 1) -> Evaluator:
-    """An evaluator with both judges from ``judge_folder``, trained there first if need be. Raises QualityError."""
-    first, second = (kept_judge(data, judge_folder, device, network) for network in (Judge, SecondJudge))
-    return Evaluator(data, first, second, device, scores=scores)
-
-
-def foretold(data: Mnist, whose: Sequence[str], judge_folder: Path, device: torch.device, scores: int = 1) -> str:
-    """What judging trains on this machine, and about how long that takes; ``whose`` digits classifiers are trained on."""
-    trained = [f"the {each.name}" for each in (Judge, SecondJudge) if not judge_file(data, judge_folder, each).exists()]
-    number = "a classifier" if scores == 1 else f"{scores} classifiers"
-    scored = [f"{number} on {each}" for each in whose]
-    counted, trained = len(trained) + scores * len(scored), trained + scored
-    if not trained:
-        return "judging takes less than a minute: the judges are there, and no classifier is to be trained"
-    minutes = training_seconds(len(data.train_images), device) * counted / 60
-    return f"judging takes about {max(1, round(minutes))} min here: it trains {' and '.join(trained)}"
+def scored_by_training(run: Run, data: Mnist) -> bool:
+    """Whether a run's digits can be asked for by each label of the data: a classifier is trained on them for their score."""
+    return run.config.labels >= data.classes
 
 
 # Figures with a better end: which way it lies. A distance to the training images is good in the middle.
@@ -276,8 +261,10 @@ def parse_floors(text: str) -> dict[str, float]:
             raise QualityError(f"--min-quality: {name[:64]!r} is unknown; there are {', '.join(HIGHER_IS_BETTER)}")
         try:
             floors[name] = float(value)
+            if not math.isfinite(floors[name]):
+                raise ValueError(value)
         except ValueError:
-            raise QualityError(f"--min-quality: {name} needs a number, got {value[:64]!r}") from None
+            raise QualityError(f"--min-quality: {name} needs a finite number, got {value[:64]!r}") from None
     return floors
 
 

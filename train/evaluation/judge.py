@@ -17,22 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
-from tqdm import tqdm
 
-from train.checkpoint import load_checkpoint, write_atomically
-from train.data import Mnist
+from train.checkpoint import load_checkpoint, write_atomically, write_json
+from train.data.mnist import Mnist
 from train.device import has_bf16
 from train.errors import QualityError
+from train.evaluation import quality
+from train.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 FEATURES = 128
-LABELS = 10
+MNIST_CLASSES = 10
 EPOCHS = 8
 BATCH = 128  # and the least that a judge can be trained on
 PEAK_RATE = 4e-3
 JUDGE_FOLDER = "judge"  # below the runs' own
 ACCURACY_NEEDED = 0.993  # of the MNIST test set; a worse judge says little of digits that are better than it
+LEAST_TEST_IMAGES = quality.NEIGHBOURS + 1  # with fewer no test image has so many neighbours among the others
+EXPORT_UNJUDGED = "to export without judging: make export RUN=… ARGS=--no-judge"
 READ_BATCH = 500
 TIMED_STEPS = 8
 
@@ -46,13 +49,13 @@ SHIFT = 2 / 14  # of half the width: two pixels
 class Judge(nn.Module):
     """Something with ``features`` and ``logits`` of them; the first judge is this class.
 
-    Two blocks of two 3×3 convolutions with BatchNorm and pooling, a hidden layer of 128, and a logit per digit.
+    Two blocks of two 3×3 convolutions with BatchNorm and pooling, a hidden layer of 128, and a logit per class.
     """
 
     name = "judge"
     seed = 0
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = MNIST_CLASSES) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in ((1, 32), (32, 64)):
@@ -62,15 +65,15 @@ class Judge(nn.Module):
         self.features: nn.Module = nn.Sequential(
             *layers, nn.Dropout(0.25), nn.Flatten(), nn.Linear(64 * 7 * 7, FEATURES), nn.ReLU(), nn.Dropout(0.5)
         )
-        self.logits = nn.Linear(FEATURES, LABELS)
+        self.logits = nn.Linear(FEATURES, classes)
 
-    def forward(self, images: Tensor) -> Tensor:  # float32 (batch, 1, 28, 28) in [0, 1] → (batch, 10)
+    def forward(self, images: Tensor) -> Tensor:  # float32 (batch, 1, 28, 28) in [0, 1] → (batch, classes)
         logits: Tensor = self.logits(self.features(images))
         return logits
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features float32 (n, features) and probabilities float32 (n, 10) of ``pixels`` uint8 (n, 28, 28), on the CPU."""
+        """Features float32 (n, features) and probabilities (n, classes) of ``pixels`` uint8 (n, 28, 28), on the CPU."""
         self.eval()
         device = self.logits.weight.device
         features, probabilities = [], []
@@ -106,7 +109,7 @@ class SecondJudge(Judge):
     name = "second judge"
     seed = 1
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = MNIST_CLASSES) -> None:
         nn.Module.__init__(self)
         self.features = nn.Sequential(
             nn.Conv2d(1, 32, 5, stride=2, padding=2),
@@ -118,7 +121,7 @@ class SecondJudge(Judge):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.logits = nn.Linear(96, LABELS)
+        self.logits = nn.Linear(96, classes)
 
 
 def train_judge(
@@ -129,6 +132,7 @@ def train_judge(
     seed: int | None = None,
     *,
     network: type[Judge] = Judge,
+    classes: int = MNIST_CLASSES,
     what: str | None = "",
 ) -> Judge:
     """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little.
@@ -137,14 +141,14 @@ def train_judge(
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(network.seed if seed is None else seed)
-        judge = network().to(device).to(memory_format=torch.channels_last)
+        judge = network(classes).to(device).to(memory_format=torch.channels_last)
         batches = max(1, len(pixels) // BATCH)
         optimizer = torch.optim.AdamW(judge.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
         pixels, labels = pixels.to(device), labels.to(device)
         mixed = has_bf16(device)
         judge.train()
-        with tqdm(total=epochs * batches, desc=what or network.name, unit="step", mininterval=1, disable=what is None) as bar:
+        with progress_bar(epochs * batches, what or network.name, disable=what is None) as bar:
             for _ in range(epochs):
                 for chosen in torch.randperm(len(pixels), device=device).split(BATCH)[:batches]:
                     images = moved(pixels[chosen].unsqueeze(1).float() / 255)
@@ -162,7 +166,7 @@ def train_judge(
 def training_seconds(images: int, device: torch.device, epochs: int = EPOCHS) -> float:
     """About how long ``train_judge`` takes on so many images on this machine: some of its steps are timed, on noise."""
     pixels = torch.randint(256, (TIMED_STEPS * BATCH, 28, 28), dtype=torch.uint8)
-    labels = torch.arange(len(pixels)) % LABELS
+    labels = torch.arange(len(pixels)) % MNIST_CLASSES
     train_judge(pixels[:BATCH], labels[:BATCH], device, 1, what=None)  # the first step sets up what the others find there
     begun = time.perf_counter()
     train_judge(pixels, labels, device, 1, what=None)
@@ -197,23 +201,63 @@ def kept_judge(
     network: type[Judge] = Judge,
     train: Callable[..., Judge] = train_judge,
 ) -> Judge:
-    """The judge of this data from ``folder``, trained and written there first if need be. Raises QualityError if it is bad."""
+    """The judge of this data from ``folder``, trained and written there first if need be.
+
+    What it knows of the test images is written beside it. Raises QualityError if that is too little, the next time at once.
+    """
+    check_data(data)
     path = judge_file(data, folder, network)
-    if path.exists():
-        judge = network().to(device)
-        judge.load_state_dict(load_checkpoint(path))
-        return judge.eval()
-    log.info("training the %s; it is kept as %s", network.name, path)
-    judge = train(data.train_images, data.train_labels, device, network=network)
-    accuracy = judge.accuracy(data.test_images, data.test_labels)
-    if accuracy < ACCURACY_NEEDED:
+    record = path.with_suffix(".json")
+    if not path.exists():
+        log.info("training the %s", network.name)
+        trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
+        known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, known)
+            write_atomically(path, lambda stream: torch.save(trained.state_dict(), stream))
+        except OSError as error:
+            raise QualityError(f"cannot keep the judge in {folder} ({error.strerror}); name another with --runs-dir") from None
+        log.info("the %s is kept as %s", network.name, path)
+    _check_accuracy(record, network)
+    judge = network(data.classes).to(device)
+    judge.load_state_dict(load_checkpoint(path))
+    return judge.eval()
+
+
+def check_data(data: Mnist) -> None:
+    """Raises QualityError for data that no judge can be had of."""
+    if (count := len(data.test_images)) < LEAST_TEST_IMAGES:
         raise QualityError(
-            f"the {network.name} knows {accuracy:.2%} of the test images,"
-            f" and {ACCURACY_NEEDED:.1%} are needed; evaluate on all of MNIST"
+            f"the data has {count} test images, and judging needs {LEAST_TEST_IMAGES}: a data set of serve.dataset has those of"
+            f" join --test-share; {EXPORT_UNJUDGED}"
         )
+    if not data.labelled:
+        raise QualityError(f"the data has no labels, and judging needs them; {EXPORT_UNJUDGED}")
+
+
+def accuracy_needed(data: Mnist, device: torch.device) -> float:
+    """Share of the test images that a judge must know: ``ACCURACY_NEEDED``, or what a plain classifier knows of other data.
+
+    That one reads an image as the training image that is nearest to it, by the Euclidean distance.
+    """
+    if data.is_mnist:
+        return ACCURACY_NEEDED
+    rows, among = (part.flatten(1).float().to(device) / 255 for part in (data.test_images, data.train_images))
+    nearest = quality.nearest(rows, among)[1][:, 0].cpu()
+    return min(ACCURACY_NEEDED, float((data.train_labels[nearest] == data.test_labels).double().mean()))
+
+
+def _check_accuracy(record: Path, network: type[Judge]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda stream: torch.save(judge.state_dict(), stream))
-    except OSError as error:
-        raise QualityError(f"cannot keep the judge in {folder} ({error.strerror}); name another with --runs-dir") from None
-    return judge
+        known = json.loads(record.read_text(encoding="utf-8"))
+        accuracy, needed = float(known["accuracy"]), float(known["needed"])
+    except FileNotFoundError:  # of an earlier version, which kept no other judges than good ones
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise QualityError(f"{record} cannot be read; delete it and the judge beside it to train it again") from None
+    if accuracy < needed:
+        raise QualityError(
+            f"the {network.name} knows {accuracy:.2%} of the test images, and {needed:.2%} are needed, so it cannot judge:"
+            f" train and judge on more images; {EXPORT_UNJUDGED}"
+        )

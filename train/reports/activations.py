@@ -53,7 +53,8 @@ def draw(run: Run, sample: int) -> str:
     folder.mkdir(exist_ok=True)
     arrays = {"latents": latents.numpy()} | {f"layer{number}": layer.numpy() for number, layer in enumerate(layers, start=1)}
     write_atomically(folder / "activations.npz", lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
-    written = [f"{folder / 'activations.npz'}: {', '.join(str(tuple(layer.shape)) for layer in layers)}"]
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    written = [f"{folder / 'activations.npz'}: {shapes}"]
     for number, layer in enumerate(layers[:-1], start=1):
         path = folder / f"sample-{sample:02d}-layer{number}.png"
         tiles, columns = _filters(layer[sample]) if layer.dim() == 4 else _units(layer[sample])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from train.checkpoint import LOSSES_FILE, Run
+from train.checkpoint import Run
 from train.errors import CheckpointError
+from train.runs import how_to_train, runs_of
 
 # Running means over 500 steps at batch 128 and learning rate 1e-5: step → (generator, discriminator).
 NOTEBOOK_MLP_LOSSES = {
@@ -21,15 +22,23 @@ GENERATOR_TOLERANCE = 0.10
 DISCRIMINATOR_TOLERANCE = 0.15
 
 
+def comparable_run(runs_dir: Path) -> Run:
+    """The newest mlp run, finished or not, that has come as far as the table. Raises CheckpointError without one."""
+    for run in runs_of(runs_dir, "mlp"):
+        if set(NOTEBOOK_MLP_LOSSES) <= set(run.losses()[:, 0].astype(int).tolist()):
+            return run
+    raise CheckpointError(
+        f"no mlp run in {runs_dir} has come to step {max(NOTEBOOK_MLP_LOSSES)}; train one with: {how_to_train('mlp', runs_dir)}"
+    )
+
+
 def compare_losses(run: Run) -> tuple[str, bool]:
     """The run's log points beside the notebook's as a table, and whether all are within tolerance. Raises CheckpointError."""
     if run.config.architecture != "mlp":
         raise CheckpointError(f"{run.folder} is a {run.config.preset} run; the notebook's table is the mlp's")
-    path = run.folder / LOSSES_FILE
-    marks = np.load(path) if path.exists() else np.zeros((0, 3))
-    ours = {int(step): (generator, discriminator) for step, generator, discriminator in marks}
+    ours = {int(step): (generator, discriminator) for step, generator, discriminator in run.losses()}
     if missing := [step for step in NOTEBOOK_MLP_LOSSES if step not in ours]:
-        raise CheckpointError(f"{path} has no log point at step {missing[0]} yet; let the run go on to step 3500")
+        raise CheckpointError(f"{run.folder} has no log point at step {missing[0]}; the table needs a run of 3,501 steps or more")
     lines = ["  step  generator: ours  notebook      off  discriminator: ours  notebook      off"]
     within = True
     for step, (generator, discriminator) in NOTEBOOK_MLP_LOSSES.items():

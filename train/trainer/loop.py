@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from train.checkpoint import RESULT_FILE, Run, save_checkpoint, write_json
+from train.checkpoint import PROGRESS_FILE, RESULT_FILE, Run, save_checkpoint, write_json
 from train.device import set_precision
 from train.errors import DivergedError, StoppedError
 from train.models import build_discriminator, build_generator
-from train.pictures import grid_array, plot_losses, save_grid, save_losses, save_time_lapse
+from train.pictures import grid_array, save_grid, save_time_lapse
+from train.progress import progress_bar
+from train.trainer.board import events_of
 from train.trainer.capture import Batch, Recording
+from train.trainer.log_points import LogPoints
 from train.trainer.parallel import Ranks
 from train.trainer.step import Step
 
 log = logging.getLogger(__name__)
 
 ALONE = Ranks()
-PLOT_EVERY_S = 10.0
 PROGRESS_EVERY = 25  # steps between two looks at the losses: each look waits for the device
 
 
@@ -74,21 +74,17 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of training, up to the last save or the end, all starts together
         self._timed_at = time.monotonic()
-        self._plotted_at = 0.0  # time.monotonic()
         self.stop_wanted = False  # set by a signal: save after the step that is under way, and stop
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # generator, discriminator since the last log point
-        self.log_points: list[tuple[int, float, float]] = []
+        self.log_points = LogPoints(run, device)
+        self._logged_weights = self._weights()  # as they were at the last log point
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(len(self.images), self.config.batch_size * self.ranks.world)
-        least = 1 if self.ranks.world == 1 else 2 * self.ranks.world  # BatchNorm needs two images in each process
-        return whole + (rest >= least)
+        return self.config.steps_per_epoch(len(self.images), self.ranks.world)
 
     @property
     def total_steps(self) -> int:
-        whole = self.steps_per_epoch * self.config.epochs
-        return min(whole, self.config.steps) if self.config.steps else whole
+        return self.config.total_steps(len(self.images), self.ranks.world)
 
     def fit(self) -> None:
         """Train to the last epoch. Raises DivergedError, and the last good checkpoint stands untouched; or StoppedError."""
@@ -98,28 +94,26 @@ class Trainer:
         first_step, seconds_before = self.step, self.seconds
         quiet = not self.ranks.first
         with (
-            nullcontext() if quiet else SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step) as board,
-            tqdm(
-                total=self.total_steps, initial=self.step, unit="step", desc=self.config.preset, mininterval=1, disable=quiet
-            ) as bar,
+            nullcontext() if quiet else events_of(self.run.folder / "tensorboard", self.step) as board,
+            progress_bar(self.total_steps, self.config.preset, initial=self.step, disable=quiet) as bar,
             logging_redirect_tqdm(),  # or lines of the log would tear the bar
         ):
             for batch in self._batches():
                 self._announce_epoch(bar, self.step == first_step)
                 log_point = self._is_log_point()
                 if log_point and board is not None:
-                    self._draw(batch[0], board)
+                    self._draw(board, batch[0])
                 self.update.decay(self.step / self.total_steps)
                 latest = self.ranks.mean(self.take_step(batch))
                 self._average()
-                self.sums += latest
+                self.log_points.count(latest)
                 if log_point:
-                    self._log(latest, board)
+                    self._log(board)
                 self.step += 1
                 bar.update()
                 if self.step % PROGRESS_EVERY == 0:
                     generator, discriminator = latest.tolist()
-                    bar.set_postfix(G=f"{generator:.3f}", D=f"{discriminator:.3f}", refresh=False)
+                    bar.set_postfix(refresh=False, G=f"{generator:.3f}", D=f"{discriminator:.3f}")
                 last, due = self.step == self.total_steps, self.step % (self.steps_per_epoch * self.config.checkpoint_every) == 0
                 stopping = self._stop_agreed()
                 if due or last or stopping:
@@ -128,6 +122,8 @@ class Trainer:
                     break  # with --steps, within an epoch
                 if stopping:
                     raise StoppedError(f"stopped at step {self.step} of {self.total_steps} and saved")
+            if board is not None:
+                self._draw(board)  # what came of it
         self._finish(first_step, seconds_before)
 
     def _stop_agreed(self) -> bool:
@@ -157,8 +153,7 @@ class Trainer:
             "discriminator": self.discriminator.state_dict(),
             **({"average": self.average.state_dict()} if self.average is not None else {}),
             **self.update.state(),
-            "sums": self.sums,
-            "marks": torch.tensor(self.log_points, dtype=torch.float64).reshape(-1, 3),
+            **self.log_points.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -170,8 +165,8 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.update.load_state(state)
-        self.sums = state["sums"].to(self.device)
-        self.log_points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]
+        self.log_points.load(state)
+        self._logged_weights = self._weights()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -211,30 +206,36 @@ class Trainer:
             return self.step % self.steps_per_epoch % self.config.report_every == 0
         return self.step > 0 and self.step % self.config.report_every == 0
 
-    def _log(self, latest: Tensor, board: SummaryWriter | None) -> None:
-        """Record the losses of batch number ``step``, or their mean over the batches after the last log point's."""
-        batches = self.step - (self.log_points[-1][0] if self.log_points else -1)
-        generator, discriminator = (self.sums / max(1, batches) if self.config.reported_loss == "mean" else latest).tolist()
+    def _log(self, board: SummaryWriter | None) -> None:
+        """Make batch number ``step`` a log point."""
         self._check_finite()
-        self.sums.zero_()
-        self.log_points.append((self.step, generator, discriminator))
+        _, generator, discriminator = self.log_points.add(self.step)
         if board is None:
             return
-        log.info("step %d: generator loss %.4f, discriminator loss %.4f", self.step, generator, discriminator)
-        self._write_losses()
+        weights = self._weights()
+        same = all(torch.equal(now, before) for now, before in zip(weights, self._logged_weights, strict=True))
+        self._logged_weights = weights
+        verdict = "NOT changed" if same else "changed"  # the test that the MLP's notebook makes as it trains
+        losses = (self.step, generator, discriminator, verdict)
+        log.info("step %d: generator loss %.8f, discriminator loss %.8f; the generator's weights have %s", *losses)
+        self.log_points.write()
         board.add_scalar("loss/generator", generator, self.step)
         board.add_scalar("loss/discriminator", discriminator, self.step)
 
-    def _draw(self, real: Tensor, board: SummaryWriter) -> None:
+    def _weights(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self.generator.parameters()]
+
+    def _draw(self, board: SummaryWriter, real: Tensor | None = None) -> None:
         """Save grids of fakes, as the generator is after ``step`` steps, and of the ``real`` images of the next one."""
         shown = self.average or self.generator
         shown.eval()  # as exported: running statistics, and the picture leaves no trace in them
         with torch.no_grad():
             fakes = self._to_unit(shown(*self.grid_inputs))
         shown.train()
-        reals = self._to_unit(real[: self.config.grid_images])
         save_grid(fakes, self.config.grid_columns, self.run.pictures / f"fake-{self.step:08d}.png")
-        save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
+        if real is not None:
+            reals = self._to_unit(real[: self.config.grid_images])
+            save_grid(reals, self.config.grid_columns, self.run.pictures / f"real-{self.step:08d}.png")
         board.add_image("fakes", grid_array(fakes, self.config.grid_columns), self.step, dataformats="HW")
 
     def _save(self) -> None:
@@ -243,24 +244,16 @@ class Trainer:
             return
         self._count_time()
         save_checkpoint(self.run, self.step, self.state())
-        self._write_losses(plot=True)
+        progress = {"step": self.step, "steps": self.total_steps, "seconds": round(self.seconds, 1)}
+        write_json(self.run.folder / PROGRESS_FILE, progress)
+        self.log_points.write(plot=True)
 
     def _count_time(self) -> None:
         now = time.monotonic()
         self.seconds, self._timed_at = self.seconds + now - self._timed_at, now
 
-    def _write_losses(self, plot: bool = False) -> None:
-        """Write the losses so far, and draw them if that is not too long ago: a plot takes as long as several steps."""
-        if not self.log_points:
-            return
-        losses = np.array(self.log_points, dtype=np.float64)
-        save_losses(losses, self.run.folder)
-        if plot or time.monotonic() - self._plotted_at > PLOT_EVERY_S:
-            plot_losses(losses, self.run.folder)
-            self._plotted_at = time.monotonic()
-
     def _check_finite(self) -> None:
-        tensors = [self.sums, *self.generator.parameters(), *self.discriminator.parameters()]
+        tensors = [self.log_points.sums, *self.generator.parameters(), *self.discriminator.parameters()]
         if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return
         kept = [path.name for path in self.run.checkpoints()][-1:]
@@ -278,14 +271,16 @@ class Trainer:
         if not self.ranks.first:
             return
         self._count_time()  # the last save took some as well
-        self._write_losses(plot=True)
-        pictures = sorted(self.run.pictures.glob("fake-*.png"))
-        if pictures:
-            save_time_lapse(pictures, self.run.folder / "fakes.gif")
+        closing = self.log_points.closing(self.step)
+        for step, generator, discriminator in closing:
+            log.info("step %d, the last: generator loss %.8f, discriminator loss %.8f", step, generator, discriminator)
+        self.log_points.write(plot=True, closing=closing)
+        save_time_lapse(self.run.grids(), self.run.folder / "fakes.gif")
+        points = [*self.log_points.points, *closing]
         result = {
             "step": self.step,
-            "generator_loss": self.log_points[-1][1] if self.log_points else None,
-            "discriminator_loss": self.log_points[-1][2] if self.log_points else None,
+            "generator_loss": points[-1][1] if points else None,
+            "discriminator_loss": points[-1][2] if points else None,
             "seconds": round(self.seconds, 1),
             "seconds_since_last_start": round(self.seconds - seconds_before, 1),
             "steps_since_last_start": self.step - first_step,

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -103,14 +103,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with ``code``.
+def leave(code: int) -> None:
+    """End this process with ``code``, if it is one of several.
 
     DistributedDataParallel keeps its group, and so gloo's threads, beyond ``destroy_process_group``; one of them at work
     while Python winds down aborts the process, with all that it had to do done. One of several ends without winding down.
     """
     if "WORLD_SIZE" not in os.environ:
-        sys.exit(code)
+        return
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

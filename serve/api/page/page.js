@@ -10,6 +10,7 @@ let models = new Map();
 let target = "";
 let before = null; // the last status, for rates
 let first = true; // what is said of the address bar stays until something is changed
+const unusable = []; // what the address bar has that cannot be used, as name=value
 let latest = 0; // number of the last drawing asked for: an older answer is thrown away
 
 function say(text) {
@@ -53,10 +54,10 @@ async function draw() {
   if (!at("controls").reportValidity()) return;
   const turn = ++latest;
   const asked = { ...chosen(), start: at("start").value, count: at("count").value };
-  keepAddress(asked);
   try {
     const answer = await ask("v1/digits", asked);
     if (turn !== latest) return;
+    keepAddress(asked);
     if (!first) say("");
     first = false;
     at("digits").replaceChildren(...answer.digits.map((digit) => tile(answer, digit, asked)));
@@ -65,9 +66,14 @@ async function draw() {
   }
 }
 
-function keepAddress(asked) {
-  const shown = { ...asked, begin: at("begin").value, end: at("end").value };
-  history.replaceState(null, "", `?${new URLSearchParams(Object.entries(shown).filter(([, value]) => value !== ""))}`);
+// Only what was answered is kept: a value that was refused would be refused again by whoever opens the address.
+function keepAddress(answered) {
+  const kept = new URLSearchParams(location.search);
+  for (const [name, value] of Object.entries(answered)) {
+    if (value === "") kept.delete(name);
+    else kept.set(name, value);
+  }
+  history.replaceState(null, "", `?${kept}`);
 }
 
 function tile(answer, digit, asked) {
@@ -102,6 +108,7 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
     at("copied").textContent = `copied: ${text}`;
+    at("where").hidden = false;
   } catch {
     at("copied").textContent = text; // no clipboard for pages over plain HTTP from elsewhere: it can be copied by hand
   }
@@ -110,10 +117,14 @@ async function copy(text) {
 async function interpolate() {
   if (!at("ends").reportValidity()) return;
   const { seed, ...rest } = chosen();
-  keepAddress({ ...chosen(), start: at("start").value, count: at("count").value });
+  const [begin, end] = [at("begin").value, at("end").value];
+  const asked = { ...rest, seed, start: begin, to_seed: seed, to_start: end, steps: STEPS };
   try {
-    const ends = { seed, start: at("begin").value, to_seed: seed, to_start: at("end").value };
-    const answer = await ask("v1/interpolation", { ...rest, ...ends, steps: STEPS });
+    let answer = await ask("v1/interpolation", asked);
+    const label = answer.digits[0].label;
+    // There is nothing between two labels: a strip from a six to a three would be sixes and then threes.
+    if (answer.digits.some((digit) => digit.label !== label)) answer = await ask("v1/interpolation", { ...asked, labels: label });
+    keepAddress({ begin, end });
     at("strip").replaceChildren(...answer.digits.map((digit, step) => picture(digit, `step ${step}`)));
   } catch (error) {
     say(error.message);
@@ -152,33 +163,41 @@ function offer(status) {
     served.set(model.name, known);
   }
   if (JSON.stringify([...served]) === JSON.stringify([...models])) return;
-  const kept = at("model").value || new URLSearchParams(location.search).get("model") || status.default_model;
+  const opened = !models.size;
   models = served;
-  at("model").replaceChildren(...[...served.keys()].map((name) => new Option(name, name)));
-  at("model").value = served.has(kept) ? kept : status.default_model;
-  offerOfModel();
+  choose("model", [...served.keys()].map((name) => new Option(name, name)), opened, status.default_model);
+  offerOfModel(opened);
 }
 
-function offerOfModel() {
-  const model = models.get(at("model").value);
-  const versions = model ? model.versions.map(String) : [];
-  const wanted = at("version").value || new URLSearchParams(location.search).get("version") || "";
-  at("version").replaceChildren(new Option("as routed", ""), ...versions.map((version) => new Option(version, version)));
-  at("version").value = versions.includes(wanted) ? wanted : "";
-  const kept = at("digit").value || new URLSearchParams(location.search).get("labels") || "";
-  const labels = model ? model.labels : 0;
-  at("digit").replaceChildren(new Option("any", ""), ...Array.from({ length: labels }, (_, label) => new Option(label, label)));
-  at("digit").value = Number(kept) < labels ? kept : "";
-  at("digit").disabled = !labels;
+// Offer other options in a list: what was chosen stays, and when the page was opened what its address says is chosen, or else the default.
+function choose(name, options, opened, otherwise = "", parameter = name) {
+  const given = opened ? new URLSearchParams(location.search).get(parameter) : null;
+  const wanted = given || at(name).value;
+  const known = options.some((option) => option.value === wanted);
+  if (given && !known) unusable.push(`${parameter}=${given}`);
+  at(name).replaceChildren(...options);
+  at(name).value = known ? wanted : otherwise;
+}
+
+function offerOfModel(opened) {
+  const model = models.get(at("model").value) || { versions: [], labels: 0 };
+  const versions = model.versions.map((version) => new Option(version, version));
+  choose("version", [new Option("the server's choice", ""), ...versions], opened);
+  const labels = Array.from({ length: model.labels }, (_, label) => new Option(label, label));
+  choose("digit", [new Option("any", ""), ...labels], opened, "", "labels");
+  at("digit").disabled = !model.labels;
 }
 
 async function watch() {
   try {
     const status = await ask("v1/status");
-    const first = !models.size;
+    const opened = !models.size;
     offer(status);
+    if (opened && unusable.length) {
+      say(`The address of this page has values that cannot be used: ${unusable.join(", ")}. The fields show what is used instead.`);
+    }
     showStatus(status, performance.now());
-    if (first || at("message").textContent.includes("cannot be reached")) await drawAll();
+    if (opened || at("message").textContent.includes("cannot be reached")) await drawAll();
   } catch (error) {
     say(error.message);
     showNothing();
@@ -207,8 +226,10 @@ function take(name, value) {
 function begin() {
   const given = new URLSearchParams(location.search);
   anotherSeed();
-  const odd = ["seed", "start", "count", "truncation", "begin", "end"].filter((name) => given.get(name) && !take(name, given.get(name)));
-  if (odd.length) say(`The address of this page has no usable ${odd.join(", ")}; what is shown instead is in the fields.`);
+  for (const name of ["seed", "start", "count", "truncation", "begin", "end"]) {
+    const value = given.get(name);
+    if (value && !take(name, value)) unusable.push(`${name}=${value}`);
+  }
   const showTruncation = () => {
     const value = at("truncation").value;
     at("truncation-shown").textContent = Number(value) >= NO_TRUNCATION ? "none" : value;
@@ -216,7 +237,7 @@ function begin() {
   showTruncation();
   at("truncation").addEventListener("input", showTruncation);
   for (const id of ["version", "digit", "seed", "start", "count", "truncation", "token"]) at(id).addEventListener("change", drawAll);
-  at("model").addEventListener("change", () => { offerOfModel(); drawAll(); });
+  at("model").addEventListener("change", () => { offerOfModel(false); drawAll(); });
   at("another").addEventListener("click", () => { anotherSeed(); drawAll(); });
   at("controls").addEventListener("submit", (event) => { event.preventDefault(); drawAll(); });
   at("ends").addEventListener("submit", (event) => { event.preventDefault(); interpolate(); });

@@ -2,8 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -47,7 +46,7 @@ VERSION_STATE_DRAINING: VersionState
 VERSION_STATE_FAILED: VersionState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority", "labels", "truncation")
+    __slots__ = ("model", "version", "count", "seed", "start", "latents", "format", "priority", "labels", "truncation", "latent_size")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +57,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    LATENT_SIZE_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -68,7 +68,8 @@ class GenerateRequest(_message.Message):
     priority: Priority
     labels: _containers.RepeatedScalarFieldContainer[int]
     truncation: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ...) -> None: ...
+    latent_size: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., latents: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ..., latent_size: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("model", "version", "count", "seed", "start", "chunk", "format", "priority", "labels", "truncation")
@@ -182,7 +183,7 @@ class ModelSummary(_message.Message):
     ready: bool
     default_version: bool
     traffic_share: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., ready: _Optional[bool] = ..., default_version: _Optional[bool] = ..., traffic_share: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., ready: bool = ..., default_version: bool = ..., traffic_share: _Optional[float] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model", "version")
@@ -193,7 +194,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision", "labels", "quality_json")
+    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision", "labels", "quality_json", "batch_invariant", "tolerance")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LATENT_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +209,8 @@ class GetModelResponse(_message.Message):
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_JSON_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     summary: ModelSummary
     architecture: str
     latent_size: int
@@ -222,7 +225,19 @@ class GetModelResponse(_message.Message):
     precision: str
     labels: int
     quality_json: str
-    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ..., labels: _Optional[int] = ..., quality_json: _Optional[str] = ...) -> None: ...
+    batch_invariant: bool
+    tolerance: Tolerance
+    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ..., labels: _Optional[int] = ..., quality_json: _Optional[str] = ..., batch_invariant: bool = ..., tolerance: _Optional[_Union[Tolerance, _Mapping]] = ...) -> None: ...
+
+class Tolerance(_message.Message):
+    __slots__ = ("images", "pixel_levels", "pixel_identical_share")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_IDENTICAL_SHARE_FIELD_NUMBER: _ClassVar[int]
+    images: float
+    pixel_levels: int
+    pixel_identical_share: float
+    def __init__(self, images: _Optional[float] = ..., pixel_levels: _Optional[int] = ..., pixel_identical_share: _Optional[float] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_count", "max_count_float32", "max_batch_size", "max_queue_images")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from train.checkpoint import create_run
-from train.config import PRESETS, TrainConfig
+from train.config import TrainConfig
 from train.device import describe
+from train.presets import PRESETS
 from train.trainer.capture import Batch, CudaRecording
 from train.trainer.loop import Trainer
 

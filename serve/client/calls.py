@@ -1,0 +1,204 @@
+"""The calls of both clients: what is asked becomes a request here, and a transport's methods send it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, SupportsIndex, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serve.client.digits import from_response
+from serve.client.errors import mistake, whole
+from serve.client.streaming import Progress
+from serve.latents import LEAST_TRUNCATION, Span, draw_span
+from serve.pb.digits.v1 import digits_pb2 as pb
+
+Labels = SupportsIndex | Iterable[SupportsIndex]  # one digit for all, or one for each; empty: the addresses' own
+Address = tuple[SupportsIndex, SupportsIndex]  # seed and index
+
+DigitsT = TypeVar("DigitsT")
+StreamT = TypeVar("StreamT")
+LatentsT = TypeVar("LatentsT")
+ModelsT = TypeVar("ModelsT")
+ModelT = TypeVar("ModelT")
+
+
+class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
+    """What can be asked of a server. The types say what comes back: a ``Digits``, or something to await that gives one."""
+
+    def generate(
+        self,
+        count: SupportsIndex | None = None,
+        *,
+        seed: SupportsIndex | None = None,
+        start: SupportsIndex = 0,
+        latents: ArrayLike | None = None,
+        labels: Labels = (),
+        truncation: float = 0.0,
+        model: str = "",
+        version: SupportsIndex = 0,
+        as_float: bool = False,
+        bulk: bool = False,
+    ) -> DigitsT:
+        """Digits ``start`` … of ``seed`` (drawn by the server when None), or those of explicit ``latents`` (n, z).
+
+        ``count``: how many; without, one, or as many as there are ``latents``. ``labels``: the digit wanted, or one for each;
+        without, the addresses' own. ``truncation``: no latent value beyond it. Raises DigitError, and TypeError for what is
+        no whole number where one is needed.
+        """
+        if latents is not None and count is not None:
+            raise mistake("count cannot go with latents: there are as many digits as latents")
+        request = pb.GenerateRequest(
+            count=0 if latents is not None else 1 if count is None else whole("count", count, 32),
+            seed=None if seed is None else whole("seed", seed, 64),
+            start=whole("start", start, 64),
+            format=pb.IMAGE_FORMAT_FLOAT32 if as_float else pb.IMAGE_FORMAT_UINT8,
+            priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
+            **_common(model, version, labels, truncation),
+        )
+        if latents is not None:
+            rows = _rows(latents)
+            request.latents, request.latent_size = rows.tobytes(), rows.shape[1]
+        digits: DigitsT = self._ask("Generate", request, from_response)
+        return digits
+
+    def interpolate(
+        self,
+        begin: Address,
+        end: Address,
+        steps: SupportsIndex,
+        *,
+        labels: Labels = (),
+        truncation: float = 0.0,
+        model: str = "",
+        version: SupportsIndex = 0,
+    ) -> DigitsT:
+        """``steps`` digits on the arc from one address, (seed, index), to another; the rest as in ``generate``."""
+        request = pb.InterpolateRequest(
+            begin=_address("begin", begin),
+            end=_address("end", end),
+            steps=whole("steps", steps, 32),
+            **_common(model, version, labels, truncation),
+        )
+        digits: DigitsT = self._ask("Interpolate", request, from_response)
+        return digits
+
+    def latents(
+        self,
+        seed: SupportsIndex,
+        start: SupportsIndex = 0,
+        count: SupportsIndex = 1,
+        *,
+        truncation: float = 0.0,
+        model: str = "",
+        version: SupportsIndex = 0,
+    ) -> LatentsT:
+        """The latent vectors float32 (count, z) of addresses, for arithmetic: what ``generate(latents=…)`` takes. Made here."""
+        numbers = whole("seed", seed, 64), whole("start", start, 63), whole("count", count, 32)
+        checked_truncation(truncation)
+
+        def draw(about: pb.GetModelResponse) -> NDArray[np.float32]:
+            return draw_span(Span(*numbers, truncation=truncation), about.latent_size, about.labels)[0]
+
+        rows: LatentsT = self._ask("GetModel", _model_request(model, version), draw)
+        return rows
+
+    def stream(
+        self,
+        count: SupportsIndex,
+        *,
+        seed: SupportsIndex | None = None,
+        start: SupportsIndex = 0,
+        labels: Labels = (),
+        truncation: float = 0.0,
+        model: str = "",
+        version: SupportsIndex = 0,
+        chunk: SupportsIndex = 0,
+    ) -> StreamT:
+        """Any number of digits, chunk by chunk in order. The digit at index i is ``labels[i % n]``; the rest as in ``generate``.
+
+        The client's timeout bounds the time between two chunks. If the server goes away half-way, or ends the connection
+        because of its age, the stream goes on with the next address, at another replica if there is one: gRPC itself
+        cannot retry a stream that has begun.
+        """
+        request = pb.GenerateStreamRequest(
+            count=whole("count", count, 64),
+            seed=None if seed is None else whole("seed", seed, 64),
+            start=whole("start", start, 64),
+            chunk=whole("chunk", chunk, 32),
+            **_common(model, version, labels, truncation),
+        )
+        chunks: StreamT = self._stream(Progress(request))
+        return chunks
+
+    def list_models(self) -> ModelsT:
+        """The models that are served (``ListModelsResponse``)."""
+        models: ModelsT = self._ask("ListModels", pb.ListModelsRequest(), _as_it_is)
+        return models
+
+    def get_model(self, model: str = "", version: SupportsIndex = 0) -> ModelT:
+        """One model (``GetModelResponse``): what made it, its limits, where it runs."""
+        about: ModelT = self._ask("GetModel", _model_request(model, version), _as_it_is)
+        return about
+
+    @abstractmethod
+    def _ask(self, method: str, request: Any, read: Callable[[Any], Any]) -> Any:
+        """Call a method, and give what ``read`` makes of its answer."""
+
+    @abstractmethod
+    def _stream(self, progress: Progress) -> Any:
+        """Give a stream's digits chunk by chunk."""
+
+
+def _as_it_is(response: Any) -> Any:
+    return response
+
+
+def checked_truncation(truncation: float) -> float:
+    """That of latents which are drawn here, unseen by a server. Raises DigitError."""
+    if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
+        raise mistake(f"truncation must be {LEAST_TRUNCATION:g} or more, or 0 for none, got {truncation:g}")
+    return float(truncation)
+
+
+def as_numbers(labels: Labels) -> list[int]:
+    """One label for all, or one for each, as a list. Raises TypeError or DigitError."""
+    given: Any = labels
+    one = (
+        not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+    )  # an array without an axis says that it can be iterated
+    return [whole("labels", label, 32) for label in ([given] if one else given)]
+
+
+def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
+    """The fields that all requests for digits share."""
+    return {**_named(model, version), "labels": as_numbers(labels), "truncation": float(truncation)}
+
+
+def _named(model: str, version: SupportsIndex) -> dict[str, Any]:
+    if not isinstance(model, str):
+        raise TypeError(f"model must be a name, got {model!r:.64}")
+    try:
+        model.encode()
+    except UnicodeEncodeError:
+        raise mistake(f"model must be text, got {model!a:.64}") from None
+    return {"model": model, "version": whole("version", version, 63)}
+
+
+def _model_request(model: str, version: SupportsIndex) -> pb.GetModelRequest:
+    return pb.GetModelRequest(**_named(model, version))
+
+
+def _address(name: str, address: Address) -> pb.Address:
+    seed, index = address
+    return pb.Address(seed=whole(f"{name}'s seed", seed, 64), index=whole(f"{name}'s index", index, 64))
+
+
+def _rows(latents: ArrayLike) -> NDArray[np.float32]:
+    rows = np.ascontiguousarray(latents, "<f4")
+    if rows.ndim != 2 or not rows.size:
+        raise mistake(f"latents must have shape (n, z), got {rows.shape}")
+    return rows

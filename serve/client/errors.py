@@ -1,0 +1,56 @@
+"""The one exception of the client, and how the values of a request are checked before it is sent."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+import grpc
+
+RETRY_AFTER = "grpc-retry-pushback-ms"
+
+
+class DigitError(grpc.RpcError):
+    """A call that was not answered, or could not be made: what ``DigitClient`` and ``AsyncDigitClient`` raise.
+
+    ``code()`` and ``details()`` are those of a ``grpc.RpcError``: a status code, and one line of text. ``retry_after_s`` is
+    when an overloaded server has room again, None where it did not say.
+    """
+
+    def __init__(self, code: grpc.StatusCode, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(code, text, retry_after_s)  # so that it can be pickled
+        self._code, self._text = code, " ".join(text.split())
+        self.retry_after_s = retry_after_s
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._text
+
+    def __str__(self) -> str:
+        return f"{self._code.name}: {self._text}"
+
+
+def mistake(text: str) -> DigitError:
+    """For what is wrong with a request, a target or a file before anything was sent."""
+    return DigitError(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
+def retry_after_s(error: Any) -> float | None:
+    """What an error's trailing metadata say of when to come back."""
+    for key, value in error.trailing_metadata() or ():
+        if key == RETRY_AFTER and value.isdecimal():  # a negative one says: never
+            return int(value) / 1000
+    return None
+
+
+def whole(name: str, value: SupportsIndex, bits: int) -> int:
+    """``value`` as an int of so many bits, numpy's and torch's integers too. Raises TypeError or DigitError naming the field."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r:.64}") from None
+    if not 0 <= number < 1 << bits:
+        raise mistake(f"{name} must be from 0 to 2^{bits} - 1, got {number}")
+    return number

@@ -1,0 +1,43 @@
+"""A stream's progress: what is still to be asked for, also after its connection has ended."""
+
+from __future__ import annotations
+
+import grpc
+
+from serve.client.digits import Digits, from_response
+from serve.client.errors import DigitError
+from serve.pb.digits.v1 import digits_pb2 as pb
+
+ATTEMPTS = 3  # without a chunk between; gRPC itself makes each up to five times
+BACKOFF_S = 0.2
+RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+class Progress:
+    """How far a stream has come."""
+
+    def __init__(self, request: pb.GenerateStreamRequest) -> None:
+        self._request = request
+        self._begun = False
+        self._failures = 0
+
+    @property
+    def rest(self) -> pb.GenerateStreamRequest | None:
+        """The request for what has not come yet; None when all has. One for nothing is for the server to refuse."""
+        return self._request if self._request.count or not self._begun else None
+
+    def take(self, response: pb.GenerateResponse) -> Digits:
+        """A chunk: the next request begins behind it, in the same stream of the same model, whatever the default is by then."""
+        digits = from_response(response)
+        request, self._begun, self._failures = self._request, True, 0
+        request.seed, request.model, request.version = response.seed, response.model, response.version
+        request.start += response.count
+        request.count -= response.count
+        return digits
+
+    def pause_after(self, failure: DigitError) -> float:
+        """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain."""
+        self._failures += 1
+        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE:
+            raise failure from None
+        return failure.retry_after_s or BACKOFF_S * self._failures

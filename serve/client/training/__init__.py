@@ -1,0 +1,1 @@
+"""Digits as a training set (digit_set.py)."""
