@@ -78,7 +78,7 @@ evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each p
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16, ARGS=--no-judge)
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16|tf32x3, ARGS=--no-judge)
 	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
@@ -121,7 +121,7 @@ page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs 
 fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter; ARGS=--session: what ten minutes decide)
 	@"$(or $(OWN_PYTHON),$(BIN)/python)" -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
     run.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
-    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
+    run.add_argument("--name", help="the model's name (default: its preset, and the precision if it is not fp32)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
     run.add_argument(
         "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
