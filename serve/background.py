@@ -40,6 +40,23 @@ def in_daemon_thread(name: str, action: Callable[[], ResultT]) -> Future[ResultT
     return future
 
 
+def keep_looking(
+    name: str, interval_s: Callable[[], float], look: Callable[[], object], note_failure: Callable[[], object]
+) -> None:
+    """Look again every so often until the process ends, in a thread that nobody waits for: a disk may hang."""
+
+    def go_on() -> None:
+        while True:
+            time.sleep(interval_s())
+            try:
+                look()
+            except Exception:  # the next look may go well, and what was revoked must not stay for want of one
+                log.exception("looking at the %s has failed", name)
+                note_failure()
+
+    threading.Thread(target=go_on, name=name, daemon=True).start()
+
+
 async def finished(future: Future[ResultT], limit_s: float, what: str) -> ResultT:
     """A thread's result. Raises what it raised, or TimeoutError naming ``what`` when it takes too long; it goes on then."""
     try:

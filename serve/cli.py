@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from serve.background import DAEMON_THREAD
 from serve.batching.instance import INSTANCE_THREAD
@@ -15,7 +16,7 @@ from serve.errors import StartError
 from serve.observability.logs import configure, last_line
 from serve.ports.grpc_port import address
 from serve.server import Ports, Server, serve
-from serve.settings import Settings, from_arguments
+from serve.settings import Settings, env_name, flag_name, from_arguments
 
 log = logging.getLogger(__name__)
 
@@ -24,19 +25,30 @@ USUAL_TARGETS = ("127.0.0.1:50051", "localhost:50051")  # make generate's own
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit status; an error is one line on stderr."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
+        if _wants_json(given, os.environ):
+            configure("info", "json")  # an unusable setting is said so too
+        settings = from_arguments(given, os.environ)
         configure(settings.log_level, settings.log_format)
         serve(settings, lambda server, ports: _announce(server, ports, settings))
         status = 0
     except StartError as error:
-        last_line(f"error: {error}")
+        last_line(str(error))
         status = 2
     if any(thread.name.startswith((INSTANCE_THREAD, DAEMON_THREAD)) for thread in threading.enumerate()):
         # A hung run or load cannot be ended, and ending the interpreter under it would abort the process.
         logging.shutdown()
         os._exit(status)
     return status
+
+
+def _wants_json(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether the log is to be JSON, as far as can be told before the settings are known to be usable."""
+    flag = flag_name("log_format")
+    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
+    given += [each.removeprefix(f"{flag}=") for each in arguments if each.startswith(f"{flag}=")]
+    return (given or [environment.get(env_name("log_format"), "")])[-1] == "json"
 
 
 def _announce(server: Server, ports: Ports, settings: Settings) -> None:

@@ -101,7 +101,7 @@ class QueueFullError(BusyError):
 
 
 class CallerLimitError(BusyError):
-    """This caller has reached a limit of its own: images in flight, or requests a second."""
+    """This caller has reached a limit of its own: images in flight, requests a second, or its share of the memory."""
 
     def __init__(self, message: str, retry_after_s: float, denial: str, limit: float) -> None:
         super().__init__(message, retry_after_s, limit)
@@ -110,7 +110,7 @@ class CallerLimitError(BusyError):
 
 
 class OverloadedError(BusyError):
-    """The calls that are open hold as much memory as they may, or one caller's hold its share of it."""
+    """The calls that are open hold as much memory as they may."""
 
     reason = "OVERLOADED"
 

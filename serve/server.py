@@ -217,8 +217,6 @@ class Server:
         await self._grpc.stop(max(FLUSH_GRACE_S, deadline - time.monotonic()))
         await self._http.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)
-        if leftovers:
-            self._metrics.drained.inc(leftovers)
         log.info("stopped; %d requests were cancelled by the drain deadline", leftovers)
         if self._tracing is not None:
             with contextlib.suppress(TimeoutError):  # a collector that is silent or gone
@@ -253,7 +251,9 @@ class Server:
         cert, key = self._settings.tls_cert, self._settings.tls_key
         if cert is None or key is None:
             return None
-        return tls.Certificates(cert, key, self._settings.tls_client_ca, self._note_reload("certificate"))
+        certificates = tls.Certificates(cert, key, self._settings.tls_client_ca, self._note_reload("certificate"))
+        certificates.watch()
+        return certificates
 
     def _tokens(self) -> TokenFile | None:
         if self._settings.tokens_file is None:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from serve.command_line import OneLineParser, release
 from serve.errors import SettingsError
@@ -278,9 +278,14 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> 
     return Settings(**values)
 
 
+class _Parser(OneLineParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (see {self.prog} --help)")
+
+
 def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Settings from a command line. Raises SettingsError; an unknown flag ends the process with one line."""
-    parser = OneLineParser(prog="python -m serve", description="Serve digit generators over gRPC.")
+    """Settings from a command line. Raises SettingsError."""
+    parser = _Parser(prog="python -m serve", description="Serve digit generators over gRPC.")
     add_flags(parser)
     parser.add_argument("--version", action="version", version=f"digits-serve {release()}")
     return resolve(vars(parser.parse_args(arguments)), environment)

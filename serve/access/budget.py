@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 from serve.access.identity import Account, Caller
-from serve.errors import OverloadedError
+from serve.errors import BusyError, CallerLimitError, OverloadedError
 
 LARGE_BYTES = 64 << 10  # what holds more is counted for its caller too; asking for a caller's address takes a while
 RETRY_S = 0.1
@@ -24,7 +24,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, size: int, caller: str) -> None:
-        """Count ``size`` bytes, for ``caller`` if it is not empty. Raises OverloadedError."""
+        """Count ``size`` bytes, for ``caller`` if it is not empty. Raises OverloadedError or CallerLimitError."""
         with self._lock:
             if self.held_bytes + size > self.limit_bytes:
                 text = f"the server's calls hold {self.held_bytes >> 20} MiB of --max-inflight-mib {self.limit_bytes >> 20}"
@@ -33,7 +33,7 @@ class Budget:
                 own = self._held_by.get(caller, 0) + size
                 if own > self.limit_bytes // 2:
                     text = f"{caller} would hold {own / 1048576:.1f} MiB: more than half of --max-inflight-mib"
-                    raise OverloadedError(f"{text} {self.limit_bytes >> 20}", RETRY_S, self.limit_bytes // 2)
+                    raise CallerLimitError(f"{text} {self.limit_bytes >> 20}", RETRY_S, "memory", self.limit_bytes // 2)
                 self._held_by[caller] = own
             self.held_bytes += size
 
@@ -71,7 +71,7 @@ class Hold:
         images = self.account.take(images) if self.account.images_limit else 0
         try:
             self._budget.take(size, caller)
-        except OverloadedError:
+        except BusyError:
             self.account.give_back(images)
             raise
         self._taken.append((images, size, caller))

@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 import grpc
 
+from serve.background import keep_looking
 from serve.errors import SettingsError
 from serve.files import Watched
+
+LOOK_S = 5.0
 
 
 class Loaded(NamedTuple):
@@ -58,6 +61,10 @@ class Certificates:
     def context(self) -> ssl.SSLContext:
         """For the next handshake over HTTP. It looks at the files: not for the event loop's thread."""
         return self._newest().for_http
+
+    def watch(self) -> None:
+        """Look at the files until the process ends: a renewal that went wrong is seen before somebody connects anew."""
+        keep_looking("certificate", lambda: LOOK_S, self._newest, lambda: self._note_reload("failed"))
 
     def _newest(self) -> Loaded:
         with self._lock:

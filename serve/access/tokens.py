@@ -15,7 +15,6 @@ import hashlib
 import hmac
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -25,6 +24,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from serve.background import keep_looking
 from serve.command_line import OneLineParser, failed, run_command, within
 from serve.errors import SettingsError, UnauthenticatedError
 from serve.files import Watched, locked, replace_file
@@ -97,18 +97,8 @@ class TokenFile:
             log.warning("%s: the scope admin has no meaning any more; which models are served is a file (docs/models.md)", path)
 
     def watch(self) -> None:
-        """Look at the file twice a second until the process ends, in a thread that nobody waits for: no call waits for a disk."""
-
-        def go_on() -> None:
-            while True:
-                time.sleep(RELOAD_CHECK_S)
-                try:
-                    self.look()
-                except Exception:  # the next look may go well, and a revoked token must not stay for want of one
-                    log.exception("looking at the tokens has failed")
-                    self._note_reload("failed")
-
-        threading.Thread(target=go_on, name="tokens", daemon=True).start()
+        """Look at the file twice a second until the process ends: no call waits for a disk."""
+        keep_looking("tokens", lambda: RELOAD_CHECK_S, self.look, lambda: self._note_reload("failed"))
 
     def look(self) -> None:
         """Take up a change of the file. In one thread at a time."""

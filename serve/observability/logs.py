@@ -30,20 +30,27 @@ current_call: ContextVar[tuple[str, str]] = ContextVar("current_call", default=(
 
 
 def configure(level: str, log_format: str) -> None:
-    """Log from ``level`` on, as ``text`` or ``json``."""
-    handler = QueuedHandler(STDERR)
+    """Log from ``level`` on, as ``text`` or ``json``. May be called again; where others have set the log up, it stays theirs."""
+    root = logging.getLogger()
+    handler = next((each for each in root.handlers if isinstance(each, QueuedHandler)), None)
+    if handler is None:
+        if root.handlers:
+            return
+        handler = QueuedHandler(STDERR)
+        root.addHandler(handler)
+    root.setLevel(level.upper())
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT_FORMAT))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def last_line(text: str) -> None:
-    """Say why the process ends, after what was logged; it ends although nobody reads it."""
+    """Say why the process ends, after what was logged: as an object where the log is JSON. It ends although nobody reads it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, QueuedHandler):
-            handler.say(text)
+            record = logging.LogRecord("serve", logging.CRITICAL, __file__, 0, text, None, None)
+            handler.say(handler.format(record) if isinstance(handler.formatter, JsonFormatter) else f"error: {text}")
             handler.flush()
             return
-    print(text, file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr)
 
 
 class QueuedHandler(logging.Handler):

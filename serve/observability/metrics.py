@@ -118,9 +118,6 @@ class Metrics:
         self.drain_refusals = Counter(
             "digits_drain_refusals", "Calls refused because the process stops: another replica takes them", registry=registry
         )
-        self.drained = Counter(
-            "digits_drain_leftover_requests", "Requests cancelled because a drain ran out of time", registry=registry
-        )
         self.model_loads = Counter(
             "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
         )

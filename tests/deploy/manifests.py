@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -17,47 +19,85 @@ from tests.deploy.tools import run
 DEPLOY = Path("deploy")
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
 JOBS = ("jobs/train", "jobs/export", "jobs/dataset")
-WITH_COMPONENTS = {
-    "overlays/cpu + components/keda": ("overlays/cpu", "components/keda"),
-    "overlays/cpu + components/http-api": ("overlays/cpu", "components/http-api"),
-    "overlays/cpu + components/models-image": ("overlays/cpu", "components/models-image"),
-    "overlays/cpu + components/serving-file": ("overlays/cpu", "components/serving-file"),
-    "overlays/gpu + components/gateway": ("overlays/gpu", "components/gateway"),
-    "overlays/gpu + components/https-api": ("overlays/gpu", "components/https-api"),
+# Overlays as deploy/README.md tells to write them: what they are above of, and their components.
+OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "cpu with KEDA": (("overlays/cpu",), ("components/keda",)),
+    "cpu with models from an image": (("overlays/cpu",), ("components/models-image",)),
+    "cpu with a serving file": (("overlays/cpu",), ("components/serving-file",)),
+    "cpu on OpenShift": (("overlays/cpu", "parity-watch"), ("components/openshift",)),
+    "cpu with TLS, tokens and a watch": (
+        ("overlays/cpu", "parity-watch"),
+        ("components/tls", "components/tokens", "components/watch-access"),
+    ),
+    "cpu on spot nodes": (("overlays/cpu",), ("components/spot",)),
+    "gpu behind a gateway": (("overlays/gpu",), ("components/gateway",)),
+    "gpu with KEDA and certificates": (("overlays/gpu",), ("components/keda", "components/certificate")),
+    "cpu with the HTTP API": (("overlays/cpu",), ("components/http-api",)),
+    "gpu with the HTTP API over TLS": (("overlays/gpu", "parity-watch-secure"), ("components/https-api",)),
 }
 FOLDERS = (
     *OVERLAYS, *JOBS, "jobs/trainjob", "jobs/models-volume", "parity-watch", "parity-watch-secure", "monitoring", "kserve",
-    *WITH_COMPONENTS,
+    *OWN,
 )  # fmt: skip
 EVERYWHERE = ("monitoring", "jobs/models-volume", *JOBS)
 # What is applied to one namespace, as deploy/README.md says.
 TOGETHER: Mapping[str, Sequence[str]] = {
     "cpu, dev and the parity watch": ("overlays/cpu", "overlays/dev", "parity-watch", *EVERYWHERE),
     "gpu and the parity watch": ("overlays/gpu", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
-    "cpu with KEDA": ("overlays/cpu + components/keda", "parity-watch", *EVERYWHERE),
-    "gpu behind a gateway": ("overlays/gpu + components/gateway", *EVERYWHERE),
-    "cpu with the HTTP API": ("overlays/cpu + components/http-api", *EVERYWHERE),
-    "gpu with the HTTP API over TLS": ("overlays/gpu + components/https-api", "parity-watch-secure", *EVERYWHERE),
-    "cpu with a serving file": ("overlays/cpu + components/serving-file", *EVERYWHERE),
-    "cpu with models from an image": ("overlays/cpu + components/models-image", *EVERYWHERE),
+    "all overlays and both watches": (*OVERLAYS, "parity-watch", "parity-watch-secure", "jobs/trainjob", *EVERYWHERE),
+    "cpu with KEDA": ("cpu with KEDA", "parity-watch", *EVERYWHERE),
+    **{name: (name, *EVERYWHERE) for name in OWN if name != "cpu with KEDA"},
 }
+PREFIX = "mine-"
 
 Object = dict[str, Any]
 
 
 @cache
 def _rendered(folder: str) -> list[Object]:
-    if folder not in WITH_COMPONENTS:
-        done = run("kubectl", "kustomize", str(DEPLOY / folder))
-    else:
-        overlay, component = WITH_COMPONENTS[folder]
-        Path("build").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir="build") as scratch:  # beside deploy/, as an overlay of one's own would be
-            kustomization = {"resources": [f"../../deploy/{overlay}"], "components": [f"../../deploy/{component}"]}
-            (Path(scratch) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-            done = run("kubectl", "kustomize", scratch)
+    if folder in OWN:
+        resources, components = OWN[folder]
+        return kustomized(resources=resources, components=components)
+    return _built(DEPLOY / folder)
+
+
+def kustomized(*, resources: Sequence[str], components: Sequence[str] = (), **fields: Any) -> list[Object]:
+    """The objects of an overlay of one's own, above folders of deploy/."""
+    with tempfile.TemporaryDirectory() as scratch:
+        deploy = Path(scratch) / "deploy"
+        shutil.copytree(DEPLOY, deploy)  # an overlay of one's own lies beside it
+        own = Path(scratch) / "own"
+        own.mkdir()
+        fields |= {"resources": [f"../deploy/{each}" for each in resources]}
+        fields |= {"components": [f"../deploy/{each}" for each in components]}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump(fields))
+        return _built(own)
+
+
+def examples() -> list[Object]:
+    """The objects in deploy/README.md's blocks of YAML."""
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)]
+
+
+def _built(folder: Path) -> list[Object]:
+    done = run("kubectl", "kustomize", str(folder))
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+@cache
+def _prefixed(name: str) -> list[Object]:
+    resources, components = [], []
+    for folder in TOGETHER[name]:
+        below, with_them = OWN.get(folder, ((folder,), ()))
+        resources += below
+        components += with_them
+    return kustomized(resources=resources, components=components, namePrefix=PREFIX)
+
+
+def prefixed(name: str) -> list[Object]:
+    """The objects of one of ``TOGETHER`` from one kustomization, with a prefix before every name."""
+    return copy.deepcopy(_prefixed(name))
 
 
 def rendered(folder: str) -> list[Object]:
@@ -96,7 +136,12 @@ def pod_specs(item: Mapping[str, Any]) -> list[Object]:
 
 
 def containers(item: Mapping[str, Any]) -> list[Object]:
-    return [container for pod in pod_specs(item) for container in pod["containers"]]
+    return [each for pod in pod_specs(item) for each in containers_of(pod)]
+
+
+def containers_of(pod: Mapping[str, Any]) -> list[Object]:
+    """Those that run before the others, and the others."""
+    return [*pod.get("initContainers", ()), *pod["containers"]]
 
 
 def settings_of(items: Sequence[Object], container: Mapping[str, Any]) -> Settings:
@@ -107,4 +152,9 @@ def settings_of(items: Sequence[Object], container: Mapping[str, Any]) -> Settin
         data |= maps[source["configMapRef"]["name"]]
     own = [each for each in container.get("env", ()) if each["name"].startswith("DIGITS_") and "value" in each]
     data |= {each["name"]: each["value"] for each in own}
-    return from_arguments(container.get("args", []), data)
+    return _settings(tuple(container.get("args", [])), tuple(data.items()))
+
+
+@cache
+def _settings(arguments: Sequence[str], environment: Sequence[tuple[str, str]]) -> Settings:
+    return from_arguments(arguments, dict(environment))

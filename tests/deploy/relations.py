@@ -6,7 +6,6 @@ an autoscaler finds its target and its metric, and a pod gets the memory that th
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +19,29 @@ from serve.api.digits_v1 import SERVICE
 from serve.client.channel import DEFAULT_TARGET
 from serve.errors import SettingsError
 from serve.ports.health import LIVENESS
-from serve.server import DRAIN_OVERHEAD_S
 from serve.settings import Settings, env_name
-from tests.deploy.manifests import DEPLOY, Object, containers, pod_specs, pod_templates, settings_of
+from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, settings_of
+from tests.deploy.network import who_may_reach_whom
+from tests.deploy.objects import (
+    claims_of,
+    failing_s,
+    flags_of,
+    labels_of,
+    of,
+    ports_of,
+    selected,
+    selects,
+    servers,
+    stopping_s,
+    title,
+    workloads,
+)  # fmt: skip
+from tests.deploy.platform import PLATFORM
+from tests.deploy.promises import PROMISES
 from tests.deploy.server_rules import quantity
 
 Relation = Callable[[Sequence[Object]], Iterator[str]]
 
-SERVER = {"app.kubernetes.io/name": "digits-serve"}
 GRPC_PORT = int(DEFAULT_TARGET.rpartition(":")[2])
 # Secrets that deploy/README.md tells to make, with their keys, and the ConfigMap of the gateway's platform.
 SECRETS = {
@@ -43,45 +57,6 @@ BUDGET_SHARE = 4  # of the memory limit one part is for open calls, where --max-
 BESIDE_MIB = 136
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"
-
-
-def of(items: Sequence[Object], *kinds: str) -> list[Object]:
-    return [item for item in items if item["kind"] in kinds]
-
-
-def title(item: Object) -> str:
-    return f"{item['kind']}/{item['metadata']['name']}"
-
-
-def workloads(items: Sequence[Object]) -> list[Object]:
-    return [item for item in items if pod_templates(item)]
-
-
-def servers(items: Sequence[Object]) -> list[Object]:
-    return [item for item in of(items, "Deployment") if labels_of(item).items() >= SERVER.items()]
-
-
-def labels_of(item: Object) -> Mapping[str, str]:
-    [template] = pod_templates(item)
-    found: Mapping[str, str] = template["metadata"].get("labels", {})
-    return found
-
-
-def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether a label selector, or a Service's plain one, selects pods with these labels."""
-    plain = selector.get("matchLabels", {} if "matchExpressions" in selector else selector)
-    chosen = all(labels.get(key) == value for key, value in plain.items())
-    for each in selector.get("matchExpressions", ()):
-        chosen = chosen and (labels.get(each["key"]) in each["values"]) == (each["operator"] == "In")
-    return chosen
-
-
-def selected(items: Sequence[Object], selector: Mapping[str, Any]) -> list[Object]:
-    return [item for item in workloads(items) if item["kind"] != "ServingRuntime" and selects(selector, labels_of(item))]
-
-
-def ports_of(item: Object) -> dict[str, int]:
-    return {port["name"]: port["containerPort"] for each in containers(item) for port in each.get("ports", ())}
 
 
 def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
@@ -100,9 +75,11 @@ def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
 
 def services_are_as_clients_know_them(items: Sequence[Object]) -> Iterator[str]:
     """By the names and ports of the README and the client's default, and by what balances by ``appProtocol``."""
-    names = {item["metadata"]["name"].removeprefix("dev-") for item in of(items, "Service")}
-    if missing := {"digits-serve", "digits-serve-pods"} - names:
-        yield f"there is no Service {missing}"
+    for item in servers(items):
+        name = item["metadata"]["name"]
+        own = {each["metadata"]["name"] for each in of(items, "Service") if selects(each["spec"]["selector"], labels_of(item))}
+        if own != {name, f"{name}-pods"}:
+            yield f"{title(item)} is behind {sorted(own)}, not behind {name} and {name}-pods"
     for service in of(items, "Service"):
         for item in selected(items, service["spec"]["selector"]):
             [settings] = [settings_of(items, each) for each in containers(item)]
@@ -180,17 +157,6 @@ def stopping_fits_into_the_grace_period(items: Sequence[Object]) -> Iterator[str
             yield f"{title(item)} drains and ends by itself when a run hangs, and its liveness probe does not wait for it"
 
 
-def stopping_s(settings: Settings) -> float:
-    """The longest time from SIGTERM, or from a hung run, to the process's end."""
-    return settings.drain_grace_s + settings.drain_deadline_s + DRAIN_OVERHEAD_S
-
-
-def failing_s(probe: Mapping[str, Any]) -> float:
-    """For how long a probe must fail to have an effect."""
-    allowed: float = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-    return allowed
-
-
 def files_are_where_they_are_looked_for(items: Sequence[Object]) -> Iterator[str]:
     claims = {item["metadata"]["name"] for item in of(items, "PersistentVolumeClaim")}
     for item in workloads(items):
@@ -201,7 +167,7 @@ def files_are_where_they_are_looked_for(items: Sequence[Object]) -> Iterator[str
                     yield f"{title(item)} claims {volume['persistentVolumeClaim']['claimName']}, which nobody makes"
                 if "secret" in volume and volume["secret"]["secretName"] not in SECRETS:
                     yield f"{title(item)} wants the Secret {volume['secret']['secretName']}, of which the README says nothing"
-            for container in pod["containers"]:
+            for container in containers_of(pod):
                 mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", ())}
                 for path in paths_of(items, item, container):
                     place = next((path.parents[n] for n in range(len(path.parents)) if str(path.parents[n]) in mounts), None)
@@ -221,48 +187,8 @@ def paths_of(items: Sequence[Object], item: Object, container: Mapping[str, Any]
         named = (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.tokens_file)
         found = [path for path in named if path is not None]
         return [*found, settings.models_dir] if settings.models_dir.parts[:2] == ("/", "models") else found
-    arguments = container.get("args", [])
-    pairs = itertools.pairwise(arguments)
-    flags = ("--runs-dir", "--models-dir", "--data-dir", "--out", "--ca", "--cert", "--key", "--token-file")
-    return [Path(value) for flag, value in pairs if flag in flags]
-
-
-def traffic_is_let_through(items: Sequence[Object]) -> Iterator[str]:
-    """Callers, Prometheus and name look-ups; and the parity watch to the server."""
-    policies = of(items, "NetworkPolicy")
-    for item in of(items, "Deployment"):
-        own = [policy for policy in policies if selects(policy["spec"]["podSelector"], labels_of(item))]
-        if len(own) != 1:
-            yield f"{title(item)} is selected by {[title(policy) for policy in own]}, not by one NetworkPolicy"
-            continue
-        spec, there = own[0]["spec"], ports_of(item)
-        let_in = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
-        if strangers := {name for name in let_in if name not in (*there, *there.values())}:
-            yield f"{title(own[0])} lets in to {strangers}, which are no ports of {title(item)}"
-        if missing := set(there) - {name for name in there if name in let_in or there[name] in let_in}:
-            yield f"{title(own[0])} lets nobody in to {missing}"
-        callers = {port["port"] for rule in spec["ingress"] if {"podSelector": {}} in rule["from"] for port in rule["ports"]}
-        if item in servers(items) and callers != (wanted := called_at(settings_of(items, containers(item)[0]))):
-            yield f"{title(own[0])} lets callers in to {sorted(callers)}, and {title(item)} answers them at {sorted(wanted)}"
-        let_out = {(port["port"], port["protocol"]) for rule in spec["egress"] for port in rule["ports"]}
-        if missing_out := {(53, "UDP"), (53, "TCP")} - let_out:
-            yield f"{title(own[0])} lets no name be looked up: {sorted(missing_out)}"
-        if item not in servers(items):
-            reached = [
-                server
-                for rule in spec["egress"]
-                for peer in rule["to"]
-                if "podSelector" in peer and any(port["port"] == GRPC_PORT for port in rule["ports"])
-                for server in servers(items)
-                if selects(peer["podSelector"], labels_of(server))
-            ]
-            if not reached:
-                yield f"{title(own[0])} keeps the watch from every server"
-
-
-def called_at(settings: Settings) -> set[str]:
-    """The ports at which callers get digits. Probes and metrics are not theirs, where they have a port without digits."""
-    return {"grpc", "https" if settings.https else "http"} if settings.http_api else {"grpc"}
+    files = ("--runs-dir", "--models-dir", "--data-dir", "--out", "--ca", "--cert", "--key", "--token-file")
+    return [Path(value) for flag, value in flags_of(container).items() if flag in files]
 
 
 def disruptions_are_bounded(items: Sequence[Object]) -> Iterator[str]:
@@ -324,9 +250,9 @@ def prometheus_finds_the_pods(items: Sequence[Object]) -> Iterator[str]:
         watching = [monitor for monitor in monitors if selects(monitor["spec"]["selector"], labels_of(item))]
         if len(watching) != 1:
             yield f"{title(item)} is scraped by {[title(monitor) for monitor in watching]}, not by one PodMonitor"
-        jobs = {monitor["metadata"]["name"] for monitor in watching}
-        if jobs and jobs != {item["metadata"]["name"].removeprefix("dev-")}:
-            yield f"{title(item)} is scraped as the job {jobs}, and alerts ask for its own name"
+        jobs = {labels_of(item).get(monitor["spec"].get("jobLabel", "")) for monitor in watching}
+        if jobs and jobs != {labels_of(item)["app.kubernetes.io/name"]}:
+            yield f"{title(item)} is scraped as the job {jobs}, and alerts ask for its name"
 
 
 def memory_is_what_was_measured(items: Sequence[Object]) -> Iterator[str]:
@@ -364,7 +290,7 @@ def memory_complaints(container: Mapping[str, Any], settings: Settings) -> Itera
 def gpus_are_asked_for_where_they_are_tolerated(items: Sequence[Object]) -> Iterator[str]:
     for item in workloads(items):
         for pod in pod_specs(item):
-            wants = any(GPU in container["resources"]["limits"] for container in pod["containers"])
+            wants = any(GPU in container["resources"]["limits"] for container in containers_of(pod))
             tolerates = any(each["key"] == GPU for each in pod.get("tolerations", ()))
             if wants != tolerates:
                 yield f"{title(item)} wants a GPU: {wants}; tolerates the taint of nodes that have some: {tolerates}"
@@ -416,7 +342,7 @@ def pods_are_restricted(items: Sequence[Object]) -> Iterator[str]:
         for pod in pod_specs(item):
             if item["kind"] != "ServingRuntime" and pod.get("automountServiceAccountToken") is not False:
                 yield f"{title(item)} mounts an account's token"
-            for container in pod["containers"]:
+            for container in containers_of(pod):
                 security = {**pod.get("securityContext", {}), **container["securityContext"]}
                 wanted = {
                     "runAsNonRoot": True, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
@@ -444,14 +370,23 @@ def the_watch_finds_the_server(items: Sequence[Object]) -> Iterator[str]:
     services = {item["metadata"]["name"]: item for item in of(items, "Service")}
     for item in of(items, "Deployment"):
         for container in containers(item):
-            arguments = container.get("args", [])
-            if "--target" in arguments:
-                host, _, port = arguments[arguments.index("--target") + 1].removeprefix("dns:///").rpartition(":")
-                if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
-                    yield f"{title(item)} watches {host}:{port}, which is no Service"
-                secure = any(settings_of(items, each).tls_cert for server in servers(items) for each in containers(server))
-                if secure != ("--ca" in arguments):
-                    yield f"{title(item)} speaks {'TLS' if '--ca' in arguments else 'plaintext'}, and the server does not"
+            flags = flags_of(container)
+            if "--target" not in flags:
+                continue
+            host, _, port = flags["--target"].removeprefix("dns:///").rpartition(":")
+            if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
+                yield f"{title(item)} watches {host}:{port}, which is no Service"
+                continue
+            for server in selected(items, services[host]["spec"]["selector"]):
+                settings = settings_of(items, containers(server)[0])
+                if (settings.tls_cert is not None) != ("--ca" in flags):
+                    yield f"{title(item)} speaks {'TLS' if '--ca' in flags else 'plaintext'}, and {title(server)} does not"
+                if (settings.tls_client_ca is not None) != ("--cert" in flags) or ("--cert" in flags) != ("--key" in flags):
+                    yield f"{title(item)} has no certificate that {title(server)} asks for, or one for nothing"
+                if (settings.tokens_file is not None) != ("--token-file" in flags):
+                    yield f"{title(item)} has no token that {title(server)} asks for, or one for nothing"
+                if claims_of(item) != claims_of(server):
+                    yield f"{title(item)} compares bundles that {title(server)} does not serve"
 
 
 def routes_lead_to_the_service(items: Sequence[Object]) -> Iterator[str]:
@@ -474,10 +409,10 @@ RELATIONS: Mapping[str, Relation] = {
     for relation in (
         services_reach_one_workload_each, services_are_as_clients_know_them, the_server_gets_the_settings_it_is_given,
         probes_ask_what_the_server_answers, stopping_fits_into_the_grace_period, files_are_where_they_are_looked_for,
-        traffic_is_let_through, disruptions_are_bounded, scaling_finds_its_target_and_its_metric, prometheus_finds_the_pods,
+        who_may_reach_whom, disruptions_are_bounded, scaling_finds_its_target_and_its_metric, prometheus_finds_the_pods,
         memory_is_what_was_measured, gpus_are_asked_for_where_they_are_tolerated, images_are_built_here,
         pods_are_spread_and_have_their_account, pods_are_restricted, jobs_outlive_evictions, the_watch_finds_the_server,
-        routes_lead_to_the_service,
+        routes_lead_to_the_service, *PROMISES, *PLATFORM,
     )
 }  # fmt: skip
 

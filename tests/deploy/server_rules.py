@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from tests.deploy.manifests import Object, pod_specs, pod_templates
+from tests.deploy.manifests import Object, containers_of, pod_specs, pod_templates
 
 Rule = Callable[[Object], Iterator[str]]
 
@@ -63,7 +63,7 @@ def rollout(item: Object) -> Iterator[str]:
 
 def handlers(item: Object) -> Iterator[str]:
     for pod in pod_specs(item):
-        for container in pod["containers"]:
+        for container in containers_of(pod):
             holders = {probe: container[probe] for probe in PROBES if probe in container} | container.get("lifecycle", {})
             for where, holder in holders.items():
                 found = [name for name in HANDLERS if holder.get(name) is not None]
@@ -85,7 +85,7 @@ def volumes(item: Object) -> Iterator[str]:
         for volume in found:
             if len(volume) != 2:
                 yield f"volume {volume['name']} must have exactly one source, has {sorted(volume.keys() - {'name'})}"
-        for container in pod["containers"]:
+        for container in containers_of(pod):
             mounts = container.get("volumeMounts", [])
             yield from (f"mountPath {path} is there twice" for path in twice(mount["mountPath"] for mount in mounts))
             known = {volume["name"] for volume in found}
@@ -94,8 +94,8 @@ def volumes(item: Object) -> Iterator[str]:
 
 def containers_and_ports(item: Object) -> Iterator[str]:
     for pod in pod_specs(item):
-        yield from (f"container {name} is there twice" for name in twice(each["name"] for each in pod["containers"]))
-        for container in pod["containers"]:
+        yield from (f"container {name} is there twice" for name in twice(each["name"] for each in containers_of(pod)))
+        for container in containers_of(pod):
             ports = container.get("ports", [])
             yield from (f"port {name} is there twice" for name in twice(port["name"] for port in ports))
             for port in ports:
@@ -107,7 +107,7 @@ def containers_and_ports(item: Object) -> Iterator[str]:
                 if ("value" in variable) == ("valueFrom" in variable):
                     yield f"env {variable['name']} must have one of value and valueFrom"
                 source = variable.get("valueFrom", {}).get("resourceFieldRef")
-                if source and source["containerName"] not in {each["name"] for each in pod["containers"]}:
+                if source and source["containerName"] not in {each["name"] for each in containers_of(pod)}:
                     yield f"resourceFieldRef names no container: {source['containerName']}"
             for source in container.get("envFrom", []):
                 if len(source.keys() & {"configMapRef", "secretRef"}) != 1:
@@ -116,7 +116,7 @@ def containers_and_ports(item: Object) -> Iterator[str]:
 
 def resources(item: Object) -> Iterator[str]:
     for pod in pod_specs(item):
-        for container in pod["containers"]:
+        for container in containers_of(pod):
             wanted, limits = (container.get("resources", {}).get(name, {}) for name in ("requests", "limits"))
             for name, value in (*wanted.items(), *limits.items()):
                 try:

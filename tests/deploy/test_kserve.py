@@ -19,6 +19,8 @@ from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from tests.certificates import Certificates
 from tests.deploy.manifests import containers, of_kind, rendered, settings_of
+from tests.deploy.network import CALLER, DNS, NEIGHBOUR, PROMETHEUS, STRANGERS, is_let
+from tests.deploy.objects import selects
 from tests.deploy.relations import failing_s, memory_complaints, stopping_s
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
@@ -99,6 +101,39 @@ def test_a_pod_of_kserves_has_the_memory_and_the_time_to_stop_that_the_server_ta
     for item in rendered("kserve"):
         if item["kind"] == "InferenceService":
             assert item["spec"]["predictor"]["terminationGracePeriodSeconds"] >= longest_s
+
+
+def test_kserves_pods_are_watched_and_let_in_as_the_overlays_are() -> None:
+    [container], policy = containers(of_kind("kserve", "ServingRuntime")), of_kind("kserve", "NetworkPolicy")
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    of_monitor = of_kind_named("monitoring", "PodMonitor", "digits-serve")["spec"]
+    settings = settings_of(rendered("kserve"), container)
+    assert settings.metrics
+    assert settings.load_reports
+    assert 0 < settings.max_connection_age_s <= 600
+    instances = set()
+    for item in rendered("kserve"):
+        if item["kind"] != "InferenceService":
+            continue
+        labels = item["spec"]["predictor"]["labels"]
+        instances.add(labels["app.kubernetes.io/instance"])
+        assert selects(of_monitor["selector"], labels)
+        assert selects(policy["spec"]["podSelector"], labels)
+        assert not any(  # no traffic of an overlay beside it comes here
+            selects(each["spec"]["selector"], labels) for each in rendered("overlays/cpu") if each["kind"] == "Service"
+        )
+    assert len(instances) == len(list(BUNDLED_DIR.iterdir()))
+    assert of_monitor["podMetricsEndpoints"][0]["port"] in ports
+    for peer in (CALLER, NEIGHBOUR, PROMETHEUS, *STRANGERS):
+        wanted = set() if peer in STRANGERS else {"http"} if peer is PROMETHEUS else {"h2c", "http"}
+        assert {name for name, number in ports.items() if is_let([policy], "Ingress", peer, ports, number)} == wanted, peer.name
+    assert is_let([policy], "Egress", DNS, {}, 53, protocol="UDP")
+    assert not any(is_let([policy], "Egress", peer, {}, 443) for peer in STRANGERS)
+
+
+def of_kind_named(folder: str, kind: str, name: str) -> dict[str, Any]:
+    [found] = [item for item in rendered(folder) if (item["kind"], item["metadata"]["name"]) == (kind, name)]
+    return found
 
 
 def test_there_is_an_inference_service_for_every_bundled_model() -> None:

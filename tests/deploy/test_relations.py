@@ -7,12 +7,28 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.manifests import TOGETHER, Object, everything, rendered, together
+from tests.deploy.manifests import (
+    EVERYWHERE,
+    OVERLAYS,
+    PREFIX,
+    TOGETHER,
+    Object,
+    containers,
+    everything,
+    examples,
+    kustomized,
+    prefixed,
+    rendered,
+    together,
+)
+from tests.deploy.network import namespace
+from tests.deploy.objects import workloads
 from tests.deploy.relations import RELATIONS, complaints
 from tests.deploy.server_rules import RULES, refused
 
 CPU, GPU = "cpu, dev and the parity watch", "gpu and the parity watch"
 KEDA, GATEWAY = "cpu with KEDA", "gpu behind a gateway"
+CERTIFICATES, SERVING_FILE = "gpu with KEDA and certificates", "cpu with a serving file"
 HTTP_API, HTTPS_API = "cpu with the HTTP API", "gpu with the HTTP API over TLS"
 
 
@@ -21,18 +37,48 @@ def test_what_is_applied_together_fits_together(name: str) -> None:
     assert complaints(together(name)) == []
 
 
+# kustomize itself cannot put a prefix before two overlays of one base at once; a certificate has its names from what is below it.
+ONE_OVERLAY = [name for name, folders in TOGETHER.items() if len({*folders} & {*OVERLAYS}) < 2 and "certificates" not in name]
+
+
+@pytest.mark.parametrize("name", ONE_OVERLAY)
+def test_it_fits_together_under_a_prefix_too(name: str) -> None:
+    items = prefixed(name)
+    assert all(item["metadata"]["name"].startswith(PREFIX) for item in items)
+    assert complaints(items) == []
+
+
+def test_the_readmes_own_overlays_fit_together() -> None:
+    overlays = [each for each in examples() if each["kind"] == "Kustomization"]
+    assert len(overlays) == 3
+    for each in overlays:
+        resources, components = (
+            [path.removeprefix("../deploy/") for path in each.pop(key, ())] for key in ("resources", "components")
+        )
+        items = kustomized(resources=resources, components=components, **each)
+        assert refused(items) == []
+        if "monitoring" in resources:
+            assert {item["metadata"]["labels"]["release"] for item in items} == {"kube-prometheus-stack"}
+            continue
+        for item in workloads(items):
+            for own in containers(item):
+                own["image"] = own["image"].removeprefix("registry.example.org/digits/")
+        assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
+
+
 def test_an_api_server_would_take_every_object() -> None:
     assert refused(item for _, item in everything()) == []
 
 
-def test_overlays_beside_each_other_have_names_of_their_own() -> None:
-    seen = [(item["kind"], item["metadata"]["name"]) for folder in ("overlays/cpu", "overlays/dev") for item in rendered(folder)]
+def test_what_is_applied_to_one_namespace_has_names_of_its_own() -> None:
+    folders = [*OVERLAYS, "parity-watch", "parity-watch-secure", "jobs/trainjob", "kserve", *EVERYWHERE]
+    seen = [(item["kind"], item["metadata"]["name"]) for folder in folders for item in rendered(folder)]
     assert len(seen) == len(set(seen))
 
 
 def find(items: Sequence[Object], kind: str, name: str = "digits-serve") -> Object:
-    [item] = [item for item in items if item["kind"] == kind and item["metadata"]["name"] == name]
-    return item
+    found = {item["metadata"]["name"]: item for item in items if item["kind"] == kind}
+    return found.get(name) or found[f"gpu-{name}"]
 
 
 def container(items: Sequence[Object], name: str = "digits-serve", kind: str = "Deployment") -> Any:
@@ -226,16 +272,217 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     "shards and completions apart": (CPU, of("Job", put("spec", "completions", value=9), "digits-dataset")),
     "the watch asks another name": (
         CPU,
-        of_container(
-            lambda each: each["args"].__setitem__(each["args"].index("--target") + 1, "dns:///digits:50051"),
-            "digits-parity-watch",
-        ),
+        of_container(lambda each: named(each["env"], "SERVICE").update(value="digits"), "digits-parity-watch"),
     ),
     "a plaintext watch of a TLS server": (
         GPU,
-        lambda items: items.__setitem__(
-            items.index(find(items, "Deployment", "digits-parity-watch")),
-            find(rendered("parity-watch"), "Deployment", "digits-parity-watch"),
+        of_container(lambda each: each["args"].remove("--ca=/etc/digits-parity-watch/tls/ca.crt"), "digits-parity-watch"),
+    ),
+    **{
+        name: (CPU, of("NetworkPolicy", lambda item, rule=rule: item["spec"]["ingress"].append(rule)))  # type: ignore[misc]
+        for name, rule in {
+            "everybody is let in at gRPC": {"ports": [{"port": "grpc"}]},
+            "every namespace is let in": {"from": [{"namespaceSelector": {}}], "ports": [{"port": "grpc"}]},
+            "callers read the metrics": {"from": [{"podSelector": {}}], "ports": [{"port": "http"}]},
+            "one namespace is let in at all ports": {"from": [{"namespaceSelector": {"matchLabels": namespace("other")}}]},
+            "every address is let in": {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 50051}]},
+            "whoever calls itself Prometheus": {
+                "from": [
+                    {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}},
+                ],
+                "ports": [{"port": "http"}],
+            },
+        }.items()
+    },
+    "Prometheus is looked for in another namespace": (
+        CPU,
+        of(
+            "NetworkPolicy",
+            put("spec", "ingress", 1, "from", 0, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name", value="prom"),
+        ),
+    ),
+    "callers are told by another label": (
+        CPU,
+        of("NetworkPolicy", put("spec", "ingress", 0, "from", 0, "namespaceSelector", "matchLabels", value={"digits": "yes"})),
+    ),
+    "the label's two selectors become one peer": (
+        CPU,
+        of("NetworkPolicy", lambda item: item["spec"]["ingress"][0]["from"][0].update(item["spec"]["ingress"][0]["from"].pop(1))),
+    ),
+    "ingress is no policy type": (CPU, of("NetworkPolicy", put("spec", "policyTypes", value=["Egress"]))),
+    "a server may call whom it likes": (CPU, of("NetworkPolicy", lambda item: item["spec"]["egress"].append({}))),
+    "a server may call the cloud's metadata": (
+        CPU,
+        of("NetworkPolicy", lambda item: item["spec"]["egress"].append({"to": [{"ipBlock": {"cidr": "169.254.0.0/16"}}]})),
+    ),
+    "names are looked up by TCP alone": (CPU, of("NetworkPolicy", lambda item: item["spec"]["egress"][0]["ports"].pop(0))),
+    "a second policy lets everybody in": (
+        CPU,
+        lambda items: items.append(
+            {
+                "kind": "NetworkPolicy",
+                "metadata": {"name": "open"},
+                "spec": {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}]},
+            }
+        ),
+    ),
+    "the watch of one overlay is kept from its server by the instance": (
+        CPU,
+        of(
+            "NetworkPolicy",
+            put("spec", "egress", 0, "to", 0, "podSelector", "matchLabels", INSTANCE, value="dev"),
+            "digits-parity-watch",
+        ),
+    ),
+    "tokens are mounted and not read": (GPU, lambda items: settings(items).pop("DIGITS_TOKENS_FILE")),
+    "client certificates are not asked for": (GPU, lambda items: settings(items).pop("DIGITS_TLS_CLIENT_CA")),
+    "a certificate by subPath": (
+        GPU,
+        of_container(lambda each: named(each["volumeMounts"], "tls").update(subPath="tls.crt")),
+    ),
+    "one key of a Secret": (
+        GPU,
+        of_pod(lambda pod: named(pod["volumes"], "tls")["secret"].update(items=[{"key": "tls.crt", "path": "tls.crt"}])),
+    ),
+    "a Secret that may be missing": (GPU, of_pod(lambda pod: named(pod["volumes"], "tokens")["secret"].update(optional=True))),
+    "a Secret for its owner alone": (GPU, of_pod(lambda pod: named(pod["volumes"], "tls")["secret"].update(defaultMode=0o400))),
+    "a server that may write models": (GPU, of_container(lambda each: named(each["volumeMounts"], "models").pop("readOnly"))),
+    "a serving file of another name": (
+        SERVING_FILE,
+        lambda items: settings(items).update(DIGITS_SERVING_FILE="/etc/digits-serve/serving/served.json"),
+    ),
+    "a serving file by subPath": (
+        SERVING_FILE,
+        of_container(lambda each: named(each["volumeMounts"], "serving").update(subPath="serving.json")),
+    ),
+    "a home that cannot be written": (
+        CPU,
+        of_container(lambda each: named(each["volumeMounts"], "tmp").update(mountPath="/scratch"), "digits-train", "Job"),
+    ),
+    **{
+        f"{name}={value}": (place, lambda items, name=name, value=value: settings(items).update({name: value}))  # type: ignore[misc]
+        for place, name, value in (
+            (CPU, "DIGITS_METRICS", "false"),
+            (CPU, "DIGITS_LOAD_REPORTS", "false"),
+            (CPU, "DIGITS_DRAIN_GRACE_S", "0"),
+            (CPU, "DIGITS_DRAIN_DEADLINE_S", "1"),
+            (CPU, "DIGITS_MAX_CONNECTION_AGE_S", "0"),
+            (CPU, "DIGITS_SELF_CHECK_INTERVAL_S", "0"),
+            (CPU, "DIGITS_WATCHDOG_S", "900"),
+            (CPU, "DIGITS_LOG_LEVEL", "error"),
+            (GPU, "DIGITS_WAIT_FOR_MODELS", "false"),
+            (GPU, "DIGITS_POLL_INTERVAL_S", "3600"),
+        )
+    },
+    "a probe that gives up at once": (CPU, of_container(put("readinessProbe", "timeoutSeconds", value=1))),
+    "a readiness probe of a minute": (CPU, of_container(put("readinessProbe", "periodSeconds", value=60))),
+    "a liveness probe of an hour": (CPU, of_container(put("livenessProbe", "failureThreshold", value=360))),
+    "an hour to start": (CPU, of_container(put("startupProbe", "failureThreshold", value=1800))),
+    "a minute until the first probe": (CPU, of_container(put("readinessProbe", "initialDelaySeconds", value=60))),
+    "a grace period of an hour": (CPU, of_pod(put("terminationGracePeriodSeconds", value=3600))),
+    "a second of preStop": (CPU, of_container(put("lifecycle", "preStop", "sleep", "seconds", value=1))),
+    "a liveness probe with a grace of its own": (
+        CPU,
+        of_container(put("livenessProbe", "terminationGracePeriodSeconds", value=1)),
+    ),
+    "a roll that gives up before pods can start": (CPU, of("Deployment", put("spec", "progressDeadlineSeconds", value=60))),
+    "a Deployment that is paused": (CPU, of("Deployment", put("spec", "paused", value=True))),
+    "a scrape a minute": (CPU, of("PodMonitor", put("spec", "podMetricsEndpoints", 0, "interval", value="60s"))),
+    "scrapes without the overlay": (CPU, of("PodMonitor", take("spec", "podMetricsEndpoints", 0, "relabelings"))),
+    "scrapes under the PodMonitor's name": (CPU, of("PodMonitor", take("spec", "jobLabel"))),
+    "an autoscaler of one": (CPU, of("HorizontalPodAutoscaler", put("spec", "minReplicas", value=1))),
+    "an autoscaler that cannot move": (CPU, of("HorizontalPodAutoscaler", put("spec", "maxReplicas", value=2))),
+    "an autoscaler that does not add pods": (
+        CPU,
+        of("HorizontalPodAutoscaler", put("spec", "behavior", "scaleUp", "selectPolicy", value="Disabled")),
+    ),
+    "an autoscaler that takes pods away at once": (
+        CPU,
+        of("HorizontalPodAutoscaler", put("spec", "behavior", "scaleDown", "stabilizationWindowSeconds", value=0)),
+    ),
+    "KEDA scales to none": (KEDA, of("ScaledObject", put("spec", "minReplicaCount", value=0))),
+    "KEDA idles at none": (KEDA, of("ScaledObject", put("spec", "idleReplicaCount", value=0))),
+    "KEDA is paused": (KEDA, of("ScaledObject", put("metadata", "annotations", value={"autoscaling.keda.sh/paused": "true"}))),
+    "KEDA's fallback takes pods away": (KEDA, of("ScaledObject", take("spec", "fallback", "behavior"))),
+    "KEDA takes nothing for an empty queue": (
+        KEDA,
+        of("ScaledObject", take("spec", "triggers", 0, "metadata", "ignoreNullValues")),
+    ),
+    "KEDA counts other overlays' queues": (
+        KEDA,
+        of("ScaledObject", put("spec", "triggers", 0, "metadata", "query", value='sum(digits_queue_images{namespace="digits"})')),
+    ),
+    "a Service of pods that are not ready": (CPU, of("Service", put("spec", "publishNotReadyAddresses", value=True))),
+    "a Service of the caller's node": (CPU, of("Service", put("spec", "internalTrafficPolicy", value="Local"))),
+    "a Service that keeps callers": (CPU, of("Service", put("spec", "sessionAffinity", value="ClientIP"))),
+    "a Service for the world": (CPU, of("Service", put("spec", "type", value="LoadBalancer"))),
+    "a pod on its node's network": (CPU, of_pod(put("hostNetwork", value=True))),
+    "a Service of one version": (
+        CPU,
+        of("Service", put("spec", "selector", "app.kubernetes.io/version", value="0.1.0")),
+    ),
+    "a certificate for another name": (CERTIFICATES, of("Certificate", put("spec", "dnsNames", 1, value="digits-serve-pods"))),
+    "a certificate that is none of a client": (
+        CERTIFICATES,
+        of("Certificate", put("spec", "usages", value=["server auth"]), "digits-parity-watch"),
+    ),
+    "training begins anew": (
+        CPU,
+        of_container(lambda each: each["args"].__setitem__(each["args"].index("auto"), "never"), "digits-train", "Job"),
+    ),
+    "runs are exported that nobody has judged": (CPU, of_pod(take("initContainers"), "digits-export", "Job")),
+    "runs are looked for elsewhere": (
+        CPU,
+        of_container(lambda each: each["args"].__setitem__(each["args"].index("/models/runs"), "/models"), "digits-train", "Job"),
+    ),
+    "Secrets that nobody in the pod can read": (GPU, of_pod(take("securityContext", "fsGroup"))),
+    "a server as root": (CPU, of_pod(put("securityContext", "runAsUser", value=0))),
+    "the certificate for its key": (GPU, lambda items: settings(items).update(DIGITS_TLS_KEY="/etc/digits-serve/tls/tls.crt")),
+    "settings that may be missing": (CPU, of_container(lambda each: each["envFrom"][0]["configMapRef"].update(optional=True))),
+    "a serving file that rolls pods": (
+        SERVING_FILE,
+        lambda items: (
+            find(items, "ConfigMap", "digits-serve-serving")["metadata"].update(name="digits-serve-serving-0123456789"),
+            of_pod(lambda pod: named(pod["volumes"], "serving")["configMap"].update(name="digits-serve-serving-0123456789"))(
+                items
+            ),
+        ),
+    ),
+    "no way back": (CPU, of("Deployment", put("spec", "revisionHistoryLimit", value=0))),
+    "the node's DNS": (CPU, of_pod(put("dnsPolicy", value="Default"))),
+    "a zone each or none": (CPU, of_pod(put("topologySpreadConstraints", 0, "whenUnsatisfiable", value="DoNotSchedule"))),
+    "a volume of one node": (
+        GPU,
+        of("PersistentVolumeClaim", put("spec", "accessModes", value=["ReadWriteOnce"]), "digits-models"),
+    ),
+    "a budget for pods that do not work": (CPU, of("PodDisruptionBudget", take("spec", "unhealthyPodEvictionPolicy"))),
+    "an autoscaler that takes all away": (
+        CPU,
+        of(
+            "HorizontalPodAutoscaler",
+            put("spec", "behavior", "scaleDown", "policies", 0, value={"type": "Percent", "value": 100, "periodSeconds": 15}),
+        ),
+    ),
+    "KEDA asks another Prometheus": (
+        KEDA,
+        of("ScaledObject", put("spec", "triggers", 0, "metadata", "serverAddress", value="http://prometheus.default:80")),
+    ),
+    "every namespace is scraped": (CPU, of("PodMonitor", put("spec", "namespaceSelector", value={"any": True}))),
+    "names that Prometheus does not call": (CPU, lambda items: settings(items).update(DIGITS_HTTP_NAMES="digits.example.org")),
+    "the watch is asked for its health": (
+        CPU,
+        of_container(put("readinessProbe", "httpGet", "path", value="/healthz"), "digits-parity-watch"),
+    ),
+    "a route without health": (GATEWAY, of("GRPCRoute", lambda item: item["spec"]["rules"][0]["matches"].pop())),
+    "a gateway that expects another name": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "validation", "hostname", value="digits")),
+    ),
+    "any node": (CPU, of_pod(take("nodeSelector"))),
+    "the watch has no token": (
+        GPU,
+        of_container(
+            lambda each: each["args"].remove("--token-file=/etc/digits-parity-watch/token/token"), "digits-parity-watch"
         ),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),

@@ -46,6 +46,20 @@ def test_an_unknown_flag_and_an_abbreviated_one() -> None:
     assert "unrecognized arguments: --instance=2" in start_and_fail("--instance=2")
 
 
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [((), "--gpu"), (("--log-format=json",), "--instances=all"), (("--log-format", "json"), "--models-dir=/none")],
+)
+def test_where_the_log_is_json_the_reason_is_too(asked: tuple[str, ...], wrong: str) -> None:
+    environment = os.environ | ({} if asked else {"DIGITS_LOG_FORMAT": "json"})
+    command = [sys.executable, "-m", "serve", "--grpc-port=0", "--http-port=0", *asked, wrong]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = [json.loads(each) for each in done.stderr.splitlines()]
+    assert line["level"] == "critical"
+    assert wrong.partition("=")[0] in line["message"]
+
+
 def test_without_the_usual_default_model_what_is_there_answers(
     tmp_path: Path, start_server: Callable[..., ServerProcess]
 ) -> None:

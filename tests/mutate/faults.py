@@ -48,6 +48,8 @@ CACHED = "tests/integration/test_http_cache.py"
 VERIFIED = "tests/integration/test_dataset_verify.py"
 THE_SET = "tests/unit/test_digit_set.py"
 STOPPING = "tests/integration/test_bounds_stopping.py"
+REPORTED, STREAMED = "tests/integration/test_reported.py -k every_field", "tests/integration/test_stream_costs.py"
+HISTORY = "tests/unit/test_admin.py -k history"
 HTTPS, HEADS = "tests/integration/test_https.py", "tests/integration/test_http_heads.py"
 OTHER_SITES, HTTP_API = "tests/integration/test_http_origins.py", "tests/integration/test_http_api.py"
 
@@ -150,6 +152,17 @@ FAULTS = [
     Fault("a caller's images are never given back", f"{CALLERS}:Account.give_back", "self.images -= images", "pass", f"{ACCESS} -k in_flight"),
     Fault("a caller's images are counted by two threads at once", f"{CALLERS}:Account.give_back", "with self.lock: self.images -= images", "left = self.images; time.sleep(0); self.images = left - images", f"{THREADS} -k images"),
     Fault("images that no limit counted are given back to one", f"{CALLERS}:Account.take", "return 0", "return images", f"{ACCESS} -k limit_that_came_later"),
+    Fault("a caller's share of the memory counts as the server's", f"{BUDGET}:Budget.take", 'raise CallerLimitError(f"{text} {self.limit_bytes >> 20}", RETRY_S, "memory", self.limit_bytes // 2)', "raise OverloadedError(text, RETRY_S, self.limit_bytes // 2)", f"{ACCESS} -k in_flight"),
+    Fault("a certificate is looked at only when somebody connects", "serve/access/tls.py:Certificates.watch", 'keep_looking("certificate", lambda: LOOK_S, self._newest, lambda: self._note_reload("failed"))', "pass", f"{ACCESS} -k renewal"),
+    Fault("where the log is JSON, the reason for no start is text", "serve/observability/logs.py:last_line", "isinstance(handler.formatter, JsonFormatter)", "False", "tests/integration/test_serve_start.py -k json"),
+    Fault("a wrong setting is told of before the log is JSON", "serve/cli.py:main", 'configure("info", "json")', "pass", "tests/integration/test_serve_start.py -k json"),
+    Fault("the messages of a stream are no requests", "serve/api/open_inference.py:OpenInferenceService._answer_one", "call.hold.account.count_request()", "pass", STREAMED),
+    Fault("a queue's bound is told as a batch's", "serve/api/digits_v1.py:DigitService.get_model", "max_queue_images=model.batcher.limits.max_queue_images", "max_queue_images=model.batcher.limits.max_batch_size", REPORTED),
+    Fault("an answer's time of computing is its time of waiting", "serve/api/digits_v1.py:_encode", "COMPUTE_KEY, digits.compute_seconds", "COMPUTE_KEY, digits.queue_seconds", REPORTED),
+    Fault("statistics count digits as runs", "serve/api/open_inference.py:OpenInferenceService.model_statistics", "digits_batch_images_count", "digits_batch_images_sum", REPORTED),
+    Fault("a rollback leaves what it took back", "serve/admin.py:_Change._rollback", "previous=tuple(earlier)", "previous=self._state.previous", HISTORY),
+    Fault("the same default is remembered twice", "serve/admin.py:_Change._routed", "current in (None, route)", "current is None", HISTORY),
+    Fault("the rest of a stream begins where it began", "serve/client/streaming.py:Progress.take", "request.start += response.count", "pass", STREAMED),
     Fault("the budget counts nothing", f"{BUDGET}:Budget.take", "self.held_bytes += size", "pass", f"{THREADS} -k budget"),
     Fault("the budget has no bound", f"{BUDGET}:Budget.take", "self.held_bytes + size > self.limit_bytes", "False", f"{THREADS} -k budget"),
     Fault("one caller may have all of the budget", f"{BUDGET}:Budget.take", "own > self.limit_bytes // 2", "False", f"{THREADS} -k budget"),

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from serve import files
 from serve.access import identity as callers_module
+from serve.access import tls
 from serve.access import tokens as tokens_module
 from serve.access.budget import Budget, Hold
 from serve.access.identity import Account, Accounts, Caller, peer_address
 from serve.access.tls import Certificates
 from serve.access.tokens import TokenFile, main, parse_tokens
 from serve.errors import CallerLimitError, ForbiddenError, OverloadedError, SettingsError, UnauthenticatedError
+from tests.certificates import Certificates as CertificateFiles
 from tests.waiting import wait_until
 
 SHA = "ab" * 32
@@ -125,6 +127,16 @@ def test_the_file_is_looked_at_by_itself_and_a_failure_ends_nothing(
     assert reloads == ["failed", "failed", "ok"]
     with pytest.raises(UnauthenticatedError):
         tokens.check(token)
+
+
+def test_a_renewal_that_went_wrong_is_counted_before_anybody_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "LOOK_S", 0.01)
+    files, reloads = CertificateFiles(tmp_path), list[str]()
+    Certificates(files.cert, files.key, None, reloads.append).watch()
+    files.cert.write_text("half a certifi")
+    wait_until(lambda: "failed" in reloads)
+    files.renew()
+    wait_until(lambda: reloads[-1] == "ok")
 
 
 def test_tokens_that_are_added_at_the_same_time_are_all_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +295,9 @@ def test_images_in_flight_are_limited_and_come_back() -> None:
     second.give_back()
     with pytest.raises(OverloadedError):
         third.take(40, 20 << 20)
+    with pytest.raises(CallerLimitError) as caught:
+        third.take(40, 6 << 20)
+    assert caught.value.denial == "memory"
     assert (account.images, budget.held_bytes) == (60, 1), "what was refused holds nothing"
     first.give_back()
     first.give_back()
@@ -301,7 +316,7 @@ def test_what_was_taken_without_a_limit_is_not_given_back_to_a_limit_that_came_l
 def test_large_calls_are_counted_for_their_callers_address_or_token() -> None:
     budget, everyone = Budget(10 << 20), Accounts(None, 0, 0.0).admit(caller(), "generate")
     Hold(everyone, caller(peer="ipv4:10.0.0.1:1"), budget).take(1, 5 << 20)
-    with pytest.raises(OverloadedError, match=r"10\.0\.0\.1 "):
+    with pytest.raises(CallerLimitError, match=r"10\.0\.0\.1 "):
         Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 20)
     Hold(Account("jobs", 0, 0.0), caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 4 << 20)
     Hold(everyone, caller(peer="ipv4:10.0.0.1:2"), budget).take(1, 1 << 10)

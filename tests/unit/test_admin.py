@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -114,6 +115,27 @@ def test_the_history_is_bounded(models: Path) -> None:
     for _ in range(HISTORY):
         state = run(models, "rollback", "mlp")
     assert "previous" not in state
+
+
+def test_the_history_grows_by_what_changed_and_shrinks_by_what_was_taken_back(models: Path) -> None:
+    """Beside a plain list: a change puts the route before it on top, once; a rollback takes the top, and leaves the rest."""
+    random = Random(7)
+    assert run(models, "load", "mlp", "--version=1")
+    route, stack = {"default": 4}, []
+    for _ in range(3 * HISTORY):
+        version = random.randint(1, 4)
+        action = random.choice(("set-default", "set-default", "canary", "rollback"))
+        if action == "rollback" and stack:
+            route = stack.pop()
+            state = run(models, "rollback", "mlp")
+        elif action == "canary" and version != route["default"]:
+            split = {"default": route["default"], "canary": version, "canary_share": 0.25}
+            state = run(models, "canary", "mlp", f"--version={version}", "--share=0.25")
+            stack, route = (stack if split == route else [*stack, route][-HISTORY:]), split
+        else:
+            state = run(models, "set-default", "mlp", f"--version={version}")
+            stack, route = (stack if route == {"default": version} else [*stack, route][-HISTORY:]), {"default": version}
+        assert (state["route"], state.get("previous", [])) == (route, stack)
 
 
 @pytest.mark.parametrize(
