@@ -75,8 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     judge.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that it knows")
     judge.add_argument("--out", type=Path, default=Path("models/judge.onnx"), help="the file (default: models/judge.onnx)")
     whole = commands.add_parser("speedrun", help="the whole pipeline in one command: short training, score, export, serve")
-    whole.add_argument("--epochs", type=int, default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})")
-    whole.add_argument("--scored", type=int, default=SCORED_SAMPLES, help="digits that the score's classifier is trained on")
+    whole.add_argument(
+        "--epochs", type=within(1, 1_000_000), default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})"
+    )
+    whole.add_argument(
+        "--scored",
+        type=within(JUDGE_BATCH, 10_000_000),
+        default=SCORED_SAMPLES,
+        help="digits that the score's classifier is trained on",
+    )
     whole.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     whole.add_argument("--out", type=Path, default=Path("build/speedrun"), help="where to write (default: build/speedrun)")
     whole.add_argument("train_flags", nargs="*", metavar="FLAG", help="behind --: more flags for python -m train")
@@ -195,8 +202,6 @@ def _judge(flags: argparse.Namespace) -> int:
 
 
 def _speedrun(flags: argparse.Namespace) -> int:
-    if flags.epochs < 1 or flags.scored < JUDGE_BATCH:
-        raise ExportError(f"--epochs must be at least 1 and --scored at least {JUDGE_BATCH}")
     options = speedrun.Options(flags.out, flags.data_dir, epochs=flags.epochs, scored=flags.scored, train_flags=flags.train_flags)
     print(speedrun.speedrun(options))
     return 0

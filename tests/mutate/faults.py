@@ -397,7 +397,7 @@ FAULTS = [
     Fault("a picture has headers of any length", "serve/api/http.py:_picture", "and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
     Fault("a folder of something else is filled with MNIST", "train/data/mnist.py:load_mnist", "not is_empty(data_dir)", "False", "tests/unit/test_data_folders.py -k something_else"),
     Fault("a file is not the one whose digest is listed", "train/data/sums.py:check", "not wanted & {digest, sha256(stored)}", "False", "tests/unit/test_train_data.py -k changed_byte"),
-    Fault("a mirror's file is not checked", "train/data/fetch.py:_fetched", "sha256(idx) != DIGESTS[name]", "False", "tests/unit/test_data_mirrors.py -k other_digits"),
+    Fault("a mirror's file is not checked", "train/data/fetch.py:_fetched", "sha256(idx) != DIGESTS[name]", "False", "tests/unit/test_data_mirrors.py -k other"),
     Fault("a slow mirror has all the time that it wants", "train/data/fetch.py:_fetched", "time.monotonic() > deadline", "False", "tests/unit/test_data_mirrors.py -k trickles"),
     Fault("two processes train one run", "train/checkpoint.py:held", "stack.enter_context(locked(run.folder, wait_s=0))", "pass", "tests/integration/test_runs.py -k one_process"),
     Fault("a run from the future is the newest", "train/runs.py:runs_of", "(run.started <= latest, run.started, run.folder)", "(run.started, run.folder)", "tests/integration/test_runs.py -k began_last"),
