@@ -78,7 +78,7 @@ evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each p
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16, ARGS=--no-judge)
+export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16|tf32x3, ARGS=--no-judge)
 	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
@@ -97,10 +97,16 @@ build/hub/.ready: .venv/.all
 	build/hub/bin/python -m pip install --quiet 'pyarrow>=18' 'datasets>=4' 'pandas>=2.2'
 	@touch $@
 
+# The oldest ONNX Runtime that reads the graphs, other runtimes and optimizers: each needs versions that we do not have.
+build/other-runtimes/.ready: | $(BIN)/python
+	$(PYTHON) -m venv build/other-runtimes
+	build/other-runtimes/bin/python -m pip install --quiet onnxruntime==1.15.1 'numpy<2' onnx openvino onnxslim onnxsim
+	@touch $@
+
 test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready build/other-runtimes/.ready ## run all tests, the long ones too, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
@@ -115,7 +121,7 @@ page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs 
 fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter)
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter; ARGS=--session: what ten minutes decide)
 	@"$(or $(OWN_PYTHON),$(BIN)/python)" -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--run", type=Path, help="the run folder to export (default: the newest finished one of each preset)")
     run.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
-    run.add_argument("--name", help="the model's name (default: its preset, with -fp16 in that precision)")
+    run.add_argument("--name", help="the model's name (default: its preset, and the precision if it is not fp32)")
     run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
     run.add_argument(
         "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
@@ -75,8 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     judge.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that it knows")
     judge.add_argument("--out", type=Path, default=Path("models/judge.onnx"), help="the file (default: models/judge.onnx)")
     whole = commands.add_parser("speedrun", help="the whole pipeline in one command: short training, score, export, serve")
-    whole.add_argument("--epochs", type=int, default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})")
-    whole.add_argument("--scored", type=int, default=SCORED_SAMPLES, help="digits that the score's classifier is trained on")
+    whole.add_argument(
+        "--epochs", type=within(1, 1_000_000), default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})"
+    )
+    whole.add_argument(
+        "--scored",
+        type=within(JUDGE_BATCH, 10_000_000),
+        default=SCORED_SAMPLES,
+        help="digits that the score's classifier is trained on",
+    )
     whole.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     whole.add_argument("--out", type=Path, default=Path("build/speedrun"), help="where to write (default: build/speedrun)")
     whole.add_argument("train_flags", nargs="*", metavar="FLAG", help="behind --: more flags for python -m train")
@@ -167,7 +174,8 @@ def _judged_first(runs: Sequence[Run], flags: argparse.Namespace) -> list[Run]:
         other.append(run)
     waiting = [run for run in waiting if run not in other]
     for run in waiting:
-        print(f"{run.folder} was not judged; it is judged first. Without: {_without_judging(run)}", file=sys.stderr)
+        without = _without_judging(run)
+        print(f"{run.folder} was not judged and is judged first; to export without judging: {without}", file=sys.stderr)
     if waiting:
         judge_runs(waiting, flags.data_dir, flags.runs_dir, choose_device("auto"))
     return [run for run in runs if run not in other]
@@ -194,8 +202,6 @@ def _judge(flags: argparse.Namespace) -> int:
 
 
 def _speedrun(flags: argparse.Namespace) -> int:
-    if flags.epochs < 1 or flags.scored < JUDGE_BATCH:
-        raise ExportError(f"--epochs must be at least 1 and --scored at least {JUDGE_BATCH}")
     options = speedrun.Options(flags.out, flags.data_dir, epochs=flags.epochs, scored=flags.scored, train_flags=flags.train_flags)
     print(speedrun.speedrun(options))
     return 0

@@ -113,13 +113,20 @@ class FoldedCdcgan(nn.Module):
 
 
 class LabelledBlock(nn.Module):
-    """A convolution with the BatchNorm of its LabelledNorm inside it, then the label's gain and bias. NCHW, (batch,) → NCHW."""
+    """A convolution with the BatchNorm of its LabelledNorm inside it, then the label's gain and bias. NCHW, (batch,) → NCHW.
+
+    The convolution's own bias b goes into the label's: (x + b) · gain + bias = x · gain + (b · gain + bias).
+    """
 
     def __init__(self, convolution: nn.Module, norm: LabelledNorm) -> None:
         super().__init__()
         self.convolution = _with_norm(convolution, norm.norm)
+        own = self.convolution.bias
+        assert isinstance(own, Tensor)
+        self.convolution.register_parameter("bias", None)
         # Each label's row has the shape that it is multiplied in: it is looked up, and nothing else is done to it.
-        self.gain, self.bias = (nn.Parameter(table.weight.detach()[:, :, None, None]) for table in (norm.gain, norm.bias))
+        gain, bias = norm.gain.weight.detach(), norm.bias.weight.detach()
+        self.gain, self.bias = (nn.Parameter(table[:, :, None, None]) for table in (gain, bias + gain * own.detach()))
 
     def forward(self, maps: Tensor, labels: Tensor) -> Tensor:
         gain, bias = (table.index_select(0, labels) for table in (self.gain, self.bias))

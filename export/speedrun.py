@@ -28,7 +28,7 @@ from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.data.mnist import Mnist, load_mnist
 from train.device import choose_device
 from train.evaluation.evaluate import SCORED_SAMPLES, SEED, accuracy_score, sampler
-from train.evaluation.judge import MNIST_CLASSES, training_seconds
+from train.evaluation.judge import MNIST_CLASSES, check_data, training_seconds
 from train.presets import DEFAULT_PRESET, preset
 from train.reports.bench import milliseconds_per_step
 from train.reports.run_page import embedded, rendered
@@ -79,6 +79,7 @@ def speedrun(options: Options) -> Path:
     """Run all of it in ``options.out`` and return the page. Raises ExportError when a command fails."""
     device = choose_device("auto")
     data = load_mnist(options.data_dir)
+    check_data(data)
     if data.classes != MNIST_CLASSES:
         raise ExportError(
             f"{options.data_dir} has {data.classes} classes, and the speedrun takes data with {MNIST_CLASSES}, as MNIST has; for"

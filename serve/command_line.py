@@ -97,6 +97,12 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.backslashreplace_errors(error)
 
 
+def encodable(text: str) -> str:
+    """The text. Raises UnicodeEncodeError if standard output's encoding lacks a character of it."""
+    text.encode(sys.stdout.encoding or "utf-8")
+    return text
+
+
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Be a command line's process. SIGTERM ends it by an exception, so that what is half-written is taken away.
 

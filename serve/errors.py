@@ -143,5 +143,9 @@ class EngineError(ServeError):
     """A model run failed, hung or lost its thread. The text stays in the log; callers get a fixed one."""
 
 
+class OutOfMemoryError(EngineError):
+    """There was no memory for a run, on the device or page-locked beside it. The next run may have it."""
+
+
 class DeviceLostError(EngineError):
     """The device has failed. CUDA's errors stay with the process: every later run of it fails too."""

@@ -24,8 +24,8 @@ from serve.errors import BundleError
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
-SCHEMA_VERSION = 4
-READABLE_SCHEMA_VERSIONS = (3, 4)  # 4 added batch_sizes
+SCHEMA_VERSION = 5
+READABLE_SCHEMA_VERSIONS = (3, 4, 5)  # 4 added batch_sizes, 5 cuda_buckets and tf32x3
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts"
@@ -34,8 +34,9 @@ PREVIEW_FILE = "preview.png"
 QUALITY_FILE = "quality.json"
 REQUIRED_FILES = (ONNX_FILE, TORCHSCRIPT_FILE, PARITY_FILE, PREVIEW_FILE)
 
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+# Of products: float32; half precision; of each three in TF32, in float32 graphs for matrix units (export/graphs/to_tf32x3.py).
+Precision = Literal["fp32", "fp16", "tf32x3"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "tf32x3")
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_VERSION_DIGITS = 18  # so that every version fits an int64
 MAX_MANIFEST_BYTES = 4 << 20
@@ -94,6 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     golden: Golden
     files: dict[str, str]  # file name → SHA-256, hexadecimal
     batch_sizes: dict[str, BatchSize] = {}  # provider → most images in one run, as ``python -m export batch-size`` measures
+    cuda_buckets: tuple[BatchSize, ...] = ()  # rows of a run on CUDA, ascending; empty: as ``serve.engine.provider`` has them
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -129,7 +131,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise BundleError(f"{where} is not valid JSON, or no object; export the model again") from None
     if schema not in READABLE_SCHEMA_VERSIONS:
-        known = " and ".join(map(str, READABLE_SCHEMA_VERSIONS))
+        known = ", ".join(map(str, READABLE_SCHEMA_VERSIONS))
         raise BundleError(f"{where} has schema version {ascii(schema)[:20]}, this server reads {known}; export again")
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
@@ -143,6 +145,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         and all(0 <= label < manifest.labels for (label,) in struct.iter_unpack("<q", golden.labels)),
         "golden.pixels": len(golden.pixels) == golden.count * manifest.height * manifest.width,
         "files": set(REQUIRED_FILES) <= set(manifest.files),
+        "cuda_buckets": list(manifest.cuda_buckets) == sorted(set(manifest.cuda_buckets)),
     }
     for name, holds in checks.items():
         if not holds:

@@ -82,9 +82,10 @@ class Settings:
     http_api: bool = _setting(True, "answer requests for digits over HTTP: /v1 and the Open Inference Protocol at /v2")
     page: bool = _setting(True, "serve the web page and /openapi.json over HTTP; it needs --http-api")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
+    device: int = _setting(0, "CUDA device, by its number; several are used by a process each", low=0, high=255)
     buckets: str = _setting(
         "auto",
-        "what batches are padded to; auto: on CUDA 1, 8, 64, 512 and powers of two above, on the CPU nothing; powers: of two",
+        "what batches are padded to; auto: on CUDA some powers of two, which a bundle may name, on the CPU none; powers: of two",
         choices=("auto", "powers"),
     )
     cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))

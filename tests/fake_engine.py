@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,8 @@ TIMEOUT_S = 30
 class FakeEngine:
     """Returns the latents' own bytes as pixels. ``before`` may wait, raise or record; ``labelled`` takes labels."""
 
+    launches_ahead = False
+
     def __init__(self, before: Callable[[NDArray[np.float32]], None] = lambda latents: None, *, labelled: bool = False) -> None:
         self._before = before
         self._labelled = labelled
@@ -36,6 +39,9 @@ class FakeEngine:
         feeds = self.allocate(count)
         reader.fill(feeds["latents"], spans, feeds.get("labels"))
         return feeds
+
+    def launch(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Callable[[], dict[str, NDArray[Any]]]:
+        return partial(self.run, feeds, outputs)
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         latents = feeds["latents"]

@@ -1,5 +1,5 @@
 /* Stands for NVIDIA's libcuda.so.1, as far as serve/engine/driver.py asks. STUB_DRIVER says what it finds:
-   "none": no device; "old": a driver for CUDA 12.8; "hidden": no device to be seen; "one": a device that nothing runs on. */
+   "none": no device; "old": a driver for CUDA 12.8; "hidden": no device to be seen; "one" and "two": devices that nothing runs on. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,7 +16,17 @@ int cuDriverGetVersion(int *version) {
 int cuInit(unsigned flags) { return is("none") ? 100 : 0; }
 
 int cuDeviceGetCount(int *count) {
-    *count = is("one");
+    *count = is("one") + 2 * is("two");
+    return 0;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = 40 + ordinal;
+    return 0;
+}
+
+int cuDeviceGetName(char *name, int size, int device) {
+    strncpy(name, device == 40 ? "NVIDIA One" : "NVIDIA Two", size);
     return 0;
 }
 

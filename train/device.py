@@ -11,6 +11,7 @@ import torch
 from serve.engine.resources import usable_cores
 from train.errors import ConfigError, DeviceError
 
+MOST_THREADS = 4096
 BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # as torch.cpu.get_capabilities names them; the last one is ARM's
 
 
@@ -25,8 +26,8 @@ def choose_device(wanted: str) -> torch.device:
 
 def prepare_machine(device: str, threads: int) -> torch.device:
     """Set the CPU threads, 0 for what ``limit_threads`` leaves, and choose the device. Raises ConfigError or DeviceError."""
-    if threads < 0:
-        raise ConfigError(f"--threads must be 0 or more, got {threads}")
+    if not 0 <= threads <= MOST_THREADS:
+        raise ConfigError(f"--threads must be from 0 to {MOST_THREADS}, got {threads}")
     if threads:
         torch.set_num_threads(threads)
     else:

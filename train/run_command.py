@@ -18,7 +18,8 @@ from train.checkpoint import RESULT_FILE, Run, create_run, held, latest_checkpoi
 from train.config import TrainConfig, parse_field
 from train.data.mnist import DEFAULT_DATA_DIR, Mnist, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, QualityError
+from train.evaluation.judge import check_data
 from train.presets import preset
 from train.reports import activations
 from train.reports.run_page import write_page
@@ -72,10 +73,10 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         trainer = Trainer(run, training_examples(data, run.config, device), device, ranks, recording)
         if resumed:
             trainer.load_state(latest_checkpoint(run))
-        return _fit(trainer, flags)
+        return _fit(trainer, data, flags.data_dir)
 
 
-def _fit(trainer: Trainer, flags: argparse.Namespace) -> int:
+def _fit(trainer: Trainer, data: Mnist, data_dir: Path) -> int:
     run, ranks = trainer.run, trainer.ranks
     if ranks.first:
         if run.config.precision == "bf16" and not trainer.update.mixed:
@@ -91,9 +92,18 @@ def _fit(trainer: Trainer, flags: argparse.Namespace) -> int:
         return 0
     activations.draw(run, 0)
     write_page(run)  # with them
-    own_data = make_arguments("--data-dir", flags.data_dir) if flags.data_dir != DEFAULT_DATA_DIR else ""
-    print(f"finished: {run.folder}\nnext: make export{make_variable('RUN', run.folder)}{own_data}")
+    print(f"finished: {run.folder}\nnext: {_next(run, data, data_dir)}")
     return 0
+
+
+def _next(run: Run, data: Mnist, data_dir: Path) -> str:
+    """What exports the run: judged by the data that it was trained on, if that can judge."""
+    export = f"make export{make_variable('RUN', run.folder)}"
+    try:
+        check_data(data)
+    except QualityError:
+        return f"{export} ARGS=--no-judge"
+    return export + make_arguments("--data-dir", data_dir) * (data_dir != DEFAULT_DATA_DIR)
 
 
 @contextmanager

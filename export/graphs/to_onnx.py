@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export.errors import GraphError
 from train.config import TrainConfig
 
-OPSET = 20
+OPSET = 18  # the exporter's own; no operator here has changed since for what it is used for
 BATCH_AXIS = "batch"
 OUTPUTS = ("images", "pixels")
 
@@ -49,6 +49,8 @@ def exported(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence
     if program is None:
         raise GraphError("the exporter returned nothing")
     model: onnx.ModelProto = program.model_proto
+    # The exporter writes the newest, which runtimes older than itself refuse; the graph needs nothing of it.
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     for node in model.graph.node:  # the exporter's notes on which line of which file of this machine a node comes from
         node.ClearField("metadata_props")
     return model

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from serve.api.admission import Admission, Call
-from serve.api.encoding import FIXED_64, Piece, as_bytes, as_png_grid, as_pngs, field_key, pack_field
+from serve.api.encoding import FIXED_64, Piece, as_bytes, as_png_grid, as_pngs, field_key, pack_field, packed_varints
 from serve.api.rpc import DigitsMethod, RpcTable
 from serve.batching.ticket import Priority
 from serve.core.generate import Core
@@ -27,7 +27,8 @@ from serve.models.reconcile import VersionStatus
 from serve.pb.digits.v1 import digits_pb2 as pb
 
 SERVICE = "digits.v1.DigitGenerator"
-IMAGES_KEY = field_key(pb.GenerateResponse, "images")
+IMAGES_KEY, LABELS_KEY = field_key(pb.GenerateResponse, "images"), field_key(pb.GenerateResponse, "labels")
+FEW_LABELS = 64  # take protobuf no longer than numpy
 # GenerateResponse.timing on the wire: its key and length, then two doubles with a key each.
 TIMING = struct.Struct("<BBBdBd")
 TIMING_KEY = field_key(pb.GenerateResponse, "timing")[0]
@@ -106,6 +107,11 @@ class DigitService:
             training_json=json.dumps(manifest.training),
             parity_json=model.bundle.parity_json,
             precision=manifest.precision,
+            tolerance=pb.Tolerance(
+                images=manifest.tolerance.images,
+                pixel_levels=manifest.tolerance.pixel_levels,
+                pixel_identical_share=manifest.tolerance.pixel_identical_share,
+            ),
             labels=manifest.labels,
             quality_json=model.bundle.quality_json,
             batch_invariant=model.batch_invariant,
@@ -220,11 +226,15 @@ def _encode(request: Any, digits: Digits) -> bytes:
     else:
         entries = [[as_bytes(rows) for rows in digits.images or digits.pixels]]
     manifest = digits.model.manifest
-    labels = () if digits.labels is None else digits.labels.tolist()
-    own = pb.GenerateResponse(seed=digits.seed, start=digits.start, count=digits.count, labels=labels)
+    few, many = [], b""
+    if digits.labels is not None and digits.count > FEW_LABELS:
+        many = pack_field(b"", LABELS_KEY, [[packed_varints(digits.labels)]])
+    elif digits.labels is not None:
+        few = digits.labels.tolist()
+    own = pb.GenerateResponse(seed=digits.seed, start=digits.start, count=digits.count, labels=few)
     shared = _same_for_all(manifest.name, manifest.version, manifest.height, manifest.width, image_format)
     timing = TIMING.pack(TIMING_KEY, TIMING.size - 2, QUEUE_KEY, digits.queue_seconds, COMPUTE_KEY, digits.compute_seconds)
-    return pack_field(shared + own.SerializeToString() + timing, IMAGES_KEY, entries)
+    return pack_field(shared + own.SerializeToString() + many + timing, IMAGES_KEY, entries)
 
 
 @lru_cache(64)

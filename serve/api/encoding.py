@@ -9,6 +9,7 @@ serialised by protobuf, and the rows are appended as they are in memory.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,13 @@ from serve.pictures import Origin, Way, to_grid, to_png
 FIXED_64, LENGTH_DELIMITED = 1, 2  # protobuf wire types
 LITTLE_ENDIAN = sys.byteorder == "little"
 
+MUCH_BYTES = 1 << 20  # from so many on ``bytes.join`` lets go of the lock as well, where all pieces are bytes
+LEAST_PIECE_BYTES = 1 << 16  # at the mean
+
+# New bytes without content: whoever makes them may write them before anybody else sees them (Python/C API, "Bytes Objects").
+_new_bytes = ctypes.PyDLL(None).PyBytes_FromStringAndSize
+_new_bytes.argtypes, _new_bytes.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
+
 Piece = memoryview | bytes
 
 
@@ -34,9 +42,28 @@ def field_key(message: type[Message], name: str) -> bytes:
 def pack_field(head: bytes, key: bytes, entries: Sequence[Sequence[Piece]]) -> bytes:
     """``head`` with a field of bytes or messages appended, one entry per element; its pieces are joined."""
     pieces: list[Piece] = [head]
+    total = 0
     for entry in entries:
-        pieces += (key, _varint(sum(map(len, entry))), *entry)
-    return b"".join(pieces)
+        size = sum(map(len, entry))
+        total += size
+        pieces += (key, _varint(size), *entry)
+    if total < MUCH_BYTES or total < len(pieces) * LEAST_PIECE_BYTES:
+        return b"".join(pieces)
+    return _joined_unlocked(list(filter(None, pieces)))
+
+
+def _joined_unlocked(pieces: Sequence[Piece]) -> bytes:
+    """As ``bytes.join``, which keeps the interpreter's lock where a piece is a memoryview; for many pieces it is slower."""
+    joined: bytes = _new_bytes(None, sum(len(piece) for piece in pieces))
+    to = _address(joined)
+    for piece in pieces:
+        ctypes.memmove(to, _address(piece), len(piece))
+        to += len(piece)
+    return joined
+
+
+def _address(piece: Piece) -> int:
+    return int(np.frombuffer(piece, np.uint8).__array_interface__["data"][0])
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:
@@ -50,6 +77,8 @@ def packed_varints(values: NDArray[Any]) -> bytes:
     """Whole numbers from 0 to 16,383 as a packed repeated field holds them: low seven bits first, one or two bytes each."""
     flat = values.ravel().astype(np.uint16)
     two = flat > 0x7F
+    if not two.any():
+        return flat.astype(np.uint8).tobytes()
     ends = np.cumsum(two, dtype=np.int64) + np.arange(1, len(flat) + 1)
     out = np.zeros(int(ends[-1]) if len(flat) else 0, np.uint8)
     starts = ends - 1 - two

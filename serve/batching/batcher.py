@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from serve.batching.instance import Engine, Instance, Observer
 from serve.batching.policy import BatchPolicy
 from serve.batching.queue import FairQueue
-from serve.batching.ticket import Arrays, Chunk, Ticket, complete, scatter
+from serve.batching.ticket import Arrays, Batch, Ticket, complete, scatter
 from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, UnavailableError
 from serve.latents import LatentReader
 
@@ -60,10 +60,8 @@ class Batcher:
         self._threads: list[threading.Thread] = []
         self._idle: list[Instance] = []
         self._lingering: Instance | None = None  # the one idle instance that waits for a batch to fill
-        self._working = 0
-        self._running_images = 0
+        self._working = self._running_images = self._failed_runs = 0
         self._busy_s = 0.0
-        self._failed_runs = 0  # since the last that succeeded
         self._closed = False
         self.broken: str | None = None  # why this process is to be ended
 
@@ -105,7 +103,7 @@ class Batcher:
     def cut_off(self) -> int:
         """Fail what waits and what runs; returns how many tickets those were."""
         with self._lock:
-            running = [chunk.ticket for instance in self._instances for chunk in instance.batch]
+            running = [ticket for instance in self._instances for ticket in instance.tickets]
             failed = self._fail([*self._queue.tickets(), *running], UnavailableError("the server stopped first"), "drain")
         complete(failed)
         return len(failed)
@@ -135,7 +133,7 @@ class Batcher:
         ``seen_s``: the time since the last call, as far as the process was running: while it is stopped nothing hangs.
         """
         with self._lock:
-            busy = [instance for instance in self._instances if instance.busy_since is not None]
+            busy = [instance for instance in self._instances if instance.batches]
             for instance in busy:
                 instance.watched_s += seen_s
             hung = [instance for instance in busy if instance.watched_s > self.limits.watchdog_s]
@@ -165,42 +163,42 @@ class Batcher:
 
     # What the instances call.
 
-    def next_batch(self, instance: Instance) -> list[Chunk] | None:
-        """Wait for work. None when the batcher is closed or this instance has been given up."""
+    def next_batch(self, instance: Instance, *, wait: bool = True) -> Batch | None:
+        """Wait for work; without ``wait``, of an instance whose run is not delivered yet, take what there is now, if anything.
+        None when the batcher is closed or the instance has been given up."""
         while True:
             expired: list[Ticket] = []
+            batch: Batch | None = None
             with self._lock:
-                now = self._wait_for_work(instance)
+                now = self._wait_for_work(instance) if wait else time.monotonic()
                 if instance not in self._instances or (self._closed and not self._queue.images):
                     return None
-                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._instances) - self._working), now)
+                working = self._working - (not wait)  # but for itself
+                if not wait and (not self._queue.images or self._policy.left_s(self._queue, working, now) != 0):
+                    return None
+                chunks, late = self._queue.take(self._policy.images(self._queue, len(self._instances) - working), now)
                 if late:
                     expired = self._fail(late, ExpiredError("the deadline passed while the request waited"), "expired")
                 if chunks:
-                    instance.batch, instance.busy_since, instance.watched_s = chunks, now, 0.0
-                    self._working += 1
-                    instance.images = 0
+                    images = 0
                     for ticket, first, count in chunks:
-                        instance.images += count
+                        images += count
                         ticket.wait_seconds = now - ticket.queued_at
                         if first == 0:
                             ticket.queue_seconds = ticket.wait_seconds
-                    self._running_images += instance.images
+                    batch = Batch(chunks, images)
+                    self._hand_out(instance, batch, now)
                 self._wake_an_instance(now)
-            if expired:
-                complete(expired)
-            if chunks:
-                return chunks
+            complete(expired)
+            if batch is not None:
+                return batch
 
-    def end_batch(self, instance: Instance, rows: Arrays | None, compute_s: float) -> None:
+    def end_batch(self, instance: Instance, batch: Batch, rows: Arrays | None, compute_s: float) -> None:
         """Scatter a batch's rows to its tickets (None: the run failed) and complete those that have all of theirs."""
         with self._lock:
             if instance not in self._instances:  # given up meanwhile: its tickets have been failed
                 return
-            chunks, now = instance.batch, time.monotonic()
-            if instance.busy_since is not None:
-                self._busy_s += now - instance.busy_since
-            self._release(instance)
+            chunks, now = batch.chunks, self._take_back(instance, batch)
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
@@ -211,9 +209,8 @@ class Batcher:
             else:
                 self._failed_runs = 0
                 finished = scatter(chunks, rows, compute_s)
-                self._policy.note_run(instance.images, compute_s)
-        if finished:
-            complete(finished)
+                self._policy.note_run(batch.images, compute_s)
+        complete(finished)
 
     def fail(self, instance: Instance, reason: str, why: str) -> None:
         """Give an instance up: the tickets of its batch fail, and the process is to be ended."""
@@ -222,9 +219,9 @@ class Batcher:
                 return
             self._instances.remove(instance)
             self.broken = self.broken or why
-            failed = self._fail([chunk.ticket for chunk in instance.batch], EngineError(why), "failed")
-            if instance.busy_since is not None:
-                self._release(instance)
+            failed = self._fail(instance.tickets, EngineError(why), "failed")
+            for batch in [*instance.batches]:
+                self._take_back(instance, batch)
             if not self._instances:
                 failed += self._fail(self._queue.tickets(), UnavailableError(why), "failed")
             self._wake_an_instance(time.monotonic())
@@ -267,11 +264,25 @@ class Batcher:
         elif self._policy.left_s(self._queue, self._working, now) == 0:
             self._lingering.wake.notify()
 
-    def _release(self, instance: Instance) -> None:
-        """Take an instance's batch from it."""
-        self._running_images -= instance.images
-        self._working -= 1
-        instance.batch, instance.busy_since = [], None
+    def _hand_out(self, instance: Instance, batch: Batch, now: float) -> None:
+        """Give an instance a batch, its first or one ahead."""
+        if not instance.batches:
+            self._working += 1
+            instance.busy_since = now
+        instance.batches.append(batch)
+        instance.watched_s = 0.0
+        self._running_images += batch.images
+
+    def _take_back(self, instance: Instance, batch: Batch) -> float:
+        """Take a batch from an instance. Returns the time."""
+        now = time.monotonic()
+        instance.batches.remove(batch)
+        self._busy_s += now - instance.busy_since
+        instance.busy_since, instance.watched_s = now, 0.0
+        if not instance.batches:
+            self._working -= 1
+        self._running_images -= batch.images
+        return now
 
     def _break(self, why: str) -> list[Ticket]:
         """No run to come can be trusted: nothing is accepted any more, and what waits fails. Returns that."""

@@ -14,9 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from numpy.typing import NDArray
 
-from serve.batching.ticket import Arrays, Chunk
+from serve.batching.ticket import Arrays, Batch, Ticket
 from serve.errors import DeviceLostError
 from serve.latents import LatentReader, Span
 
@@ -28,8 +29,10 @@ INSTANCE_THREAD = "instance"  # how the threads' names begin
 class Engine(Protocol):
     """A loaded model, as an instance uses it (``serve.engine.session.Engine``)."""
 
+    launches_ahead: bool  # whether a launched run goes on by itself, beside what this thread does meanwhile
+
     def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]: ...
-    def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays: ...
+    def launch(self, feeds: Arrays, outputs: Sequence[str]) -> Callable[[], Arrays]: ...
     def bucket(self, count: int) -> int: ...
     def close(self) -> None: ...
 
@@ -46,10 +49,22 @@ class Observer(Protocol):
 class Dispatcher(Protocol):
     """The batcher, as an instance knows it."""
 
-    def next_batch(self, instance: Instance) -> list[Chunk] | None: ...
-    def end_batch(self, instance: Instance, rows: Arrays | None, compute_s: float) -> None: ...
+    def next_batch(self, instance: Instance, *, wait: bool = True) -> Batch | None: ...
+    def end_batch(self, instance: Instance, batch: Batch, rows: Arrays | None, compute_s: float) -> None: ...
     def fail(self, instance: Instance, reason: str, why: str) -> None: ...
     def lose_device(self, error: DeviceLostError) -> None: ...
+
+
+class Run(msgspec.Struct, eq=False):
+    """A batch that was launched: ``finish`` waits for its rows, or ``error`` says why it was not. Times: ``perf_counter()``."""
+
+    batch: Batch
+    splits: int
+    feeds: Arrays
+    finish: Callable[[], Arrays] | None
+    error: Exception | None
+    assembly_s: float
+    launched: float
 
 
 class Instance:
@@ -60,16 +75,19 @@ class Instance:
     ) -> None:
         self.number = number
         self.wake = threading.Condition(lock)
-        self.batch: list[Chunk] = []
-        self.images = 0  # of the batch
-        self.busy_since: float | None = None  # time.monotonic()
-        self.watched_s = 0.0  # for how long the batcher's watchdog has seen it run this batch
+        self.batches: list[Batch] = []  # that it has: one, or one that is being delivered and one that runs
+        self.busy_since = 0.0  # time.monotonic() when it got the first of them, or its last batch ended
+        self.watched_s = 0.0  # for how long the batcher's watchdog has seen it get no further
         self._make_engine = make_engine
         self._observer = observer
         self._reader = reader
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self.thread: threading.Thread
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        return [chunk.ticket for batch in self.batches for chunk in batch.chunks]
 
     def start(self, dispatcher: Dispatcher) -> None:
         """Start the thread; ``wait_started`` tells how it went."""
@@ -94,40 +112,64 @@ class Instance:
             return
         self._started.set()
         try:
-            while (chunks := dispatcher.next_batch(self)) is not None:
-                self._run(dispatcher, engine, chunks)
+            run: Run | None = None  # while it waits for work the thread holds nothing of what it has delivered
+            while run is not None or (run := self._next(dispatcher, engine)) is not None:
+                run = self._finish(dispatcher, engine, run)
             engine.close()
         except BaseException:  # a thread must not die in silence with its callers waiting
             log.exception("the thread of instance %d has ended", self.number)
             dispatcher.fail(self, "died", f"the thread of instance {self.number} has ended")
 
-    def _run(self, dispatcher: Dispatcher, engine: Engine, chunks: list[Chunk]) -> None:
+    def _next(self, dispatcher: Dispatcher, engine: Engine, *, wait: bool = True) -> Run | None:
+        """Take a batch and launch it; None if there is none, which without ``wait`` may be for now."""
+        batch = dispatcher.next_batch(self, wait=wait)
+        if batch is None:
+            return None
         started = time.perf_counter()
-        images, splits = self.images, 0
+        splits = 0
         spans = []
-        outputs: Sequence[str] = chunks[0].ticket.outputs
-        for ticket, first, count in chunks:
+        outputs: Sequence[str] = batch.chunks[0].ticket.outputs
+        for ticket, first, count in batch.chunks:
             splits += first == 0 and count < ticket.span.count
             spans.append(ticket.span.part(first, count))
             if ticket.outputs is not outputs and not set(ticket.outputs) <= set(outputs):
                 outputs = tuple(dict.fromkeys((*outputs, *ticket.outputs)))
-        feeds = engine.assemble(self._reader, spans, images)
+        feeds = engine.assemble(self._reader, spans, batch.images)
         assembled = time.perf_counter()
         try:
-            rows = dict(engine.run(feeds, outputs))
+            finish = engine.launch(feeds, outputs)
+        except Exception as error:  # told in its turn: the batch before it has not been delivered yet
+            return Run(batch, splits, feeds, None, error, 0.0, assembled)
+        return Run(batch, splits, feeds, finish, None, assembled - started, assembled)
+
+    def _finish(self, dispatcher: Dispatcher, engine: Engine, run: Run) -> Run | None:
+        """Wait for a run and deliver its rows. What waits already is launched in between, and returned: while the rows are packed
+        and sent, the device works."""
+        if run.finish is None:
+            self._fail(dispatcher, run.batch, run.error)
+            return None
+        try:
+            rows = dict(run.finish())
         except Exception as error:
-            self._observer.failed("raised")
-            if isinstance(error, DeviceLostError):
-                dispatcher.lose_device(error)
-            else:
-                log.exception("a run of %d images failed", images)
-            dispatcher.end_batch(self, None, 0.0)
-            return
-        compute_s = time.perf_counter() - assembled
-        if "labels" in feeds:
-            rows["labels"] = feeds["labels"].copy()  # the next batch may be assembled in the same memory
+            self._fail(dispatcher, run.batch, error)
+            return None
+        compute_s = time.perf_counter() - run.launched
+        if "labels" in run.feeds:
+            rows["labels"] = run.feeds["labels"].copy()  # the next batch may be assembled in the same memory
         # Before the answers are: who has one finds its batch in the metrics.
-        self._observer.batch(images, engine.bucket(images), assembled - started, compute_s)
-        if splits:
-            self._observer.split(splits)
-        dispatcher.end_batch(self, rows, compute_s)
+        images = run.batch.images
+        self._observer.batch(images, engine.bucket(images), run.assembly_s, compute_s)
+        if run.splits:
+            self._observer.split(run.splits)
+        following = self._next(dispatcher, engine, wait=False) if engine.launches_ahead else None
+        dispatcher.end_batch(self, run.batch, rows, compute_s)
+        return following
+
+    def _fail(self, dispatcher: Dispatcher, batch: Batch, error: Exception | None) -> None:
+        """A batch's run has failed, or could not be launched."""
+        self._observer.failed("raised")
+        if isinstance(error, DeviceLostError):
+            dispatcher.lose_device(error)
+        else:
+            log.error("a run of %d images failed", batch.images, exc_info=error)
+        dispatcher.end_batch(self, batch, None, 0.0)

@@ -77,6 +77,13 @@ class Chunk(NamedTuple):
     count: int  # type: ignore[assignment]  # tuple's method of that name is not used
 
 
+class Batch(msgspec.Struct, eq=False):
+    """What an instance runs at once: chunks, and their images together."""
+
+    chunks: list[Chunk]
+    images: int
+
+
 def scatter(chunks: Sequence[Chunk], rows: Arrays, compute_s: float) -> list[Ticket]:
     """Give a batch's ``rows``, in the order of its ``chunks``, to the tickets; returns those that are complete."""
     finished = []

@@ -18,7 +18,7 @@ from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.digits import Digits
 from serve.client.errors import DigitError
-from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, failed
+from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, encodable, failed
 from serve.pictures import Origin
 
 STANDARD_OUTPUT = Path("-")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return failed(f"cannot write {out} ({error.strerror}); name another file with --out", 1)
     with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
-        print(as_text(digits.pixels, columns=5))
+        print(encodable(as_text(digits.pixels, columns=5)))
     print(about)
     return 0 if same else 1
 

@@ -47,7 +47,8 @@ class Generator:
     def engine(self) -> Engine:
         """An engine that has passed its golden check where it will run. Raises ProviderError or BundleError."""
         engine = make_engine(self.bundle.model, self.bundle.manifest, self.options, self._rows_of_a_run)
-        engine.check_golden()
+        with engine.closed_if_it_fails():
+            engine.check_golden()
         return engine
 
     @property

@@ -8,76 +8,126 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.onnx_runtime import ort
-from serve.errors import EngineError, ProviderError
+from serve.errors import EngineError, OutOfMemoryError, ProviderError
 
 THREADS_PER_BLOCK = 128
 # What ONNX Runtime's CUDA provider is linked with, and cuDNN with its compiler, which it opens for convolutions.
 LIBRARIES = ("cudart", "cublasLt", "cublas", "curand", "nvrtc", "cudnn")
 
+OUT_OF_MEMORY = 2  # in the runtime and in the driver; no error that stays
+
 _this_thread = threading.local()
+_compiling = threading.Lock()
 
 
 class Device:
-    """CUDA device 0, as far as the engine needs it. Every method raises EngineError with the runtime's own code."""
+    """A CUDA device by its number among those that the process sees, as far as the engine needs it.
+
+    Every method raises EngineError with the runtime's own code, and OutOfMemoryError where memory is all that is missing.
+    """
 
     name = "cuda"
+    number = 0
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
 
     def allocate(self, like: NDArray[Any]) -> Any:
         """Memory on the device for as much as an array holds, as an OrtValue."""
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), like.dtype.type, self.name, 0)
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), like.dtype.type, self.name, self.number)
 
     def lock_pages(self, array: NDArray[Any]) -> None:
         """Page-lock an array's memory, so that the GPU copies it at the bus's own speed."""
-        _call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
+        self._call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
 
     def unlock_pages(self, array: NDArray[Any]) -> None:
         """Undo ``lock_pages``, before the memory is freed."""
-        _call("cudaHostUnregister", array.ctypes.data)
+        self._call("cudaHostUnregister", array.ctypes.data)
 
     def open_stream(self) -> int:
         """A stream, as the number that ONNX Runtime takes for it: what is put into it runs in order, and waits for no other."""
         runtime = _bindings("runtime")
-        return int(_call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)[0])
+        return int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)[0])
 
     def close_stream(self, stream: int) -> None:
         """Give a stream back; what is still in it is done first."""
-        _call("cudaStreamDestroy", stream)
+        self._call("cudaStreamDestroy", stream)
 
     def copy_to_device(self, to: int, source: int, size_bytes: int, stream: int) -> None:
         """Put a copy from a page-locked host address to a device address into a stream."""
-        _call("cudaMemcpyAsync", to, source, size_bytes, _bindings("runtime").cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
+        self._call("cudaMemcpyAsync", to, source, size_bytes, _bindings("runtime").cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
 
     def copy_to_host(self, to: int, source: int, size_bytes: int, stream: int) -> None:
         """Put a copy from a device address to a page-locked host address into a stream: it is done when ``wait`` returns."""
-        _call("cudaMemcpyAsync", to, source, size_bytes, _bindings("runtime").cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
+        self._call("cudaMemcpyAsync", to, source, size_bytes, _bindings("runtime").cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
 
     def wait(self, stream: int) -> None:
         """Return when all that was put into a stream is done."""
-        _call("cudaStreamSynchronize", stream)
+        self._call("cudaStreamSynchronize", stream)
 
     def compile(self, source: str, function: str, definitions: Sequence[str]) -> Any:
-        """A kernel for this device from CUDA C, by NVRTC; no addition is fused with a multiplication."""
+        """A kernel for this device from CUDA C, by NVRTC, once a process; no addition is fused with a multiplication."""
+        with _compiling:
+            return _kernel(self.number, source, function, tuple(definitions))
+
+    def load(self, image: bytes, function: str) -> Any:
+        """A kernel out of machine code or PTX, which the driver compiles if it is not older than the compiler that wrote it."""
+        content = np.frombuffer(image, np.uint8)
+        module = self._call("cuModuleLoadData", content.ctypes.data, of="driver")[0]
+        return self._call("cuModuleGetFunction", module, function.encode(), of="driver")[0]
+
+    @property
+    def capability(self) -> int:
+        """The compute capability: 90 for 9.0."""
         attributes = _bindings("runtime").cudaDeviceAttr
         major, minor = (
-            _call("cudaDeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{which}"), 0)[0]
+            self._call("cudaDeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{which}"), self.number)[0]
             for which in ("Major", "Minor")
         )
-        ptx = np.frombuffer(to_ptx(source, f"compute_{major}{minor}", definitions), np.uint8)  # ends with a zero
-        module = _call("cuModuleLoadData", ptx.ctypes.data, of="driver")[0]
-        return _call("cuModuleGetFunction", module, function.encode(), of="driver")[0]
+        return int(10 * major + minor)
+
+    def memory_in_use_bytes(self) -> float:
+        """By all processes. NaN when the device does not say: it is asked when metrics are read."""
+        try:
+            free, total = self._call("cudaMemGetInfo")
+        except EngineError:
+            return float("nan")
+        return float(total - free)
+
+    def memory_total_bytes(self) -> int:
+        """Raises EngineError, or ProviderError without NVIDIA's bindings."""
+        return int(self._call("cudaMemGetInfo")[1])
 
     def launch(self, kernel: Any, threads: int, arguments: Sequence[int], stream: int) -> None:
         """Put a kernel into a stream, with at least so many threads; ``arguments`` are 64-bit numbers and device addresses."""
         values = np.array(arguments, np.uint64)
         places = values.ctypes.data + np.arange(len(values), dtype=np.uint64) * values.itemsize
         grid = (-(-threads // THREADS_PER_BLOCK), 1, 1)
-        _call("cuLaunchKernel", kernel, *grid, THREADS_PER_BLOCK, 1, 1, 0, stream, places.ctypes.data, 0, of="driver")
+        self._call("cuLaunchKernel", kernel, *grid, THREADS_PER_BLOCK, 1, 1, 0, stream, places.ctypes.data, 0, of="driver")
+
+    def _call(self, function: str, *arguments: Any, of: str = "runtime") -> Any:
+        if getattr(_this_thread, "device", None) != self.number:
+            self._take_thread()
+        return _checked(function, *arguments, of=of)
+
+    def _take_thread(self) -> None:
+        """Make this device the thread's, and let the thread do what a capture in another one would forbid (CUDA runtime API).
+
+        ONNX Runtime captures in the global mode, in which an allocation, a synchronous copy or a release on any other thread
+        breaks the capture or fails itself, unless that thread minds its own captures alone: seen on a GPU
+        (docs/decisions/0012-cuda.md).
+        """
+        _checked("cudaSetDevice", self.number, of="runtime")
+        mode = _bindings("runtime").cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _checked("cudaThreadExchangeStreamCaptureMode", mode, of="runtime")
+        _this_thread.device = self.number
 
 
 def load_libraries() -> None:
@@ -93,52 +143,41 @@ def load_libraries() -> None:
             raise ProviderError(f"CUDA's library {name} is not found here") from None
 
 
-def memory_in_use_bytes() -> float:
-    """Of the current device, by all processes. NaN when the device does not say: it is asked when metrics are read."""
-    try:
-        free, total = _call("cudaMemGetInfo")
-    except EngineError:
-        return float("nan")
-    return float(total - free)
+@cache
+def _kernel(number: int, source: str, function: str, definitions: tuple[str, ...]) -> Any:
+    """Machine code for the device itself, and PTX where NVRTC does not know the device or the driver does not take the code.
 
-
-def memory_total_bytes() -> int:
-    """Of the current device. Raises EngineError, or ProviderError without NVIDIA's bindings."""
-    return int(_call("cudaMemGetInfo")[1])
-
-
-def to_ptx(source: str, architecture: str, definitions: Sequence[str]) -> bytes:
-    """CUDA C compiled for an architecture such as ``compute_90``; no device is needed. Raises EngineError."""
-    [program] = _call("nvrtcCreateProgram", source.encode(), b"kernel.cu", 0, [], [], of="nvrtc")
-    flags = [flag.encode() for flag in ("--fmad=false", f"--gpu-architecture={architecture}", *definitions)]
-    _call("nvrtcCompileProgram", program, len(flags), flags, of="nvrtc")
-    ptx: bytes = b" " * _call("nvrtcGetPTXSize", program, of="nvrtc")[0]
-    _call("nvrtcGetPTX", program, ptx, of="nvrtc")
-    _call("nvrtcDestroyProgram", program, of="nvrtc")
-    return ptx
-
-
-def _call(function: str, *arguments: Any, of: str = "runtime") -> Any:
-    if of != "nvrtc" and not hasattr(_this_thread, "minds_own_captures"):
-        _mind_own_captures()
-    return _checked(function, *arguments, of=of)
-
-
-def _mind_own_captures() -> None:
-    """Let this thread do what a capture in another one would forbid (stream capture modes, CUDA runtime API).
-
-    ONNX Runtime captures in the global mode, in which an allocation, a synchronous copy or a release on any other thread breaks
-    the capture or fails itself, unless that thread minds its own captures alone: seen on a GPU (docs/decisions/0012-cuda.md).
+    NVRTC 13.2 writes PTX 9.2, which the driver of CUDA 13.0 refuses; machine code of any CUDA 13 runs on it.
     """
-    mode = _bindings("runtime").cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    _checked("cudaThreadExchangeStreamCaptureMode", mode, of="runtime")
-    _this_thread.minds_own_captures = True
+    device = Device(number)
+    capability = device.capability
+    [architectures] = _checked("nvrtcGetSupportedArchs", of="nvrtc")
+    try:
+        return device.load(compiled(source, f"sm_{capability}", definitions), function)
+    except EngineError:
+        nearest = max((known for known in architectures if known <= capability), default=capability)
+        return device.load(compiled(source, f"compute_{nearest}", definitions), function)
+
+
+def compiled(source: str, architecture: str, definitions: Sequence[str]) -> bytes:
+    """CUDA C as machine code for ``sm_90``, say, or PTX for ``compute_90``; no device is needed. Raises EngineError."""
+    kind = "CUBIN" if architecture.startswith("sm_") else "PTX"
+    [program] = _checked("nvrtcCreateProgram", source.encode(), b"kernel.cu", 0, [], [], of="nvrtc")
+    try:
+        flags = [flag.encode() for flag in ("--fmad=false", f"--gpu-architecture={architecture}", *definitions)]
+        _checked("nvrtcCompileProgram", program, len(flags), flags, of="nvrtc")
+        image: bytes = b" " * _checked(f"nvrtcGet{kind}Size", program, of="nvrtc")[0]
+        _checked(f"nvrtcGet{kind}", program, image, of="nvrtc")
+    finally:
+        _checked("nvrtcDestroyProgram", program, of="nvrtc")
+    return image
 
 
 def _checked(function: str, *arguments: Any, of: str) -> Any:
     code, *values = getattr(_bindings(of), function)(*arguments)
     if int(code):  # 0 is success in all three
-        raise EngineError(f"{function} failed: {code.name}")
+        kind = OutOfMemoryError if int(code) == OUT_OF_MEMORY and of != "nvrtc" else EngineError
+        raise kind(f"{function} failed: {code.name}")
     return values
 
 

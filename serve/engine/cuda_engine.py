@@ -8,9 +8,10 @@ cannot be replayed from several threads (onnxruntime #18806).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from serve.engine.cuda import Device
 from serve.engine.device_buffers import NO_GRAPH, Binding, DeviceBuffers
 from serve.engine.device_latents import DeviceLatents
 from serve.engine.golden import golden_difference
-from serve.engine.provider import CUDA_FAILURE, EngineOptions, described
+from serve.engine.provider import CUDA_FAILURE, OUT_OF_MEMORY, EngineOptions, described
 from serve.engine.session import PIXELS, PIXELS_AND_IMAGES, Arrays, Engine
-from serve.errors import DeviceLostError, EngineError, ProviderError
+from serve.errors import DeviceLostError, EngineError, OutOfMemoryError, ProviderError
 from serve.latents import INDEX_LIMIT, SEED_LIMIT, LatentReader, Span, draw_span
 from serve.manifest import Manifest
 
@@ -42,16 +43,19 @@ class CudaEngine(Engine):
     ``device`` is where the buffers are; tests put them into host memory, beside a session on the CPU.
     """
 
+    launches_ahead = True
+
     def __init__(
         self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int, device: Device | None = None
     ) -> None:
-        self._device = device or Device()
+        self._device = device or Device(options.device)
         self.waits_after_run = True  # after the run as well, until ``warm`` has seen that the stream's order is enough
         self._stream = self._device.open_stream()
         try:
             super().__init__(model, manifest, replace(options, compute_stream=self._stream), largest)
             self._buffers = _buffers(manifest, largest, self._device, self._stream)
         except BaseException:
+            self.__dict__.pop("_session", None)  # before its stream
             with suppress(EngineError):  # a lost device's: what is to be told is why it was lost
                 self._device.close_stream(self._stream)
             raise
@@ -60,6 +64,10 @@ class CudaEngine(Engine):
         self.drawing: DeviceLatents | None = None  # until ``warm`` has seen that it draws the host's bits
         self._drawn: Arrays | None = None  # feeds whose latents the device is to draw
         self._bindings: dict[tuple[int, tuple[str, ...]], Binding] = {}
+
+    @property
+    def draws_latents(self) -> bool:
+        return self.drawing is not None
 
     def allocate(self, count: int) -> dict[str, NDArray[Any]]:
         """The page-locked input buffers themselves: what is filled in place need not be copied on the host."""
@@ -75,6 +83,10 @@ class CudaEngine(Engine):
 
     def run(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> dict[str, NDArray[Any]]:
         """As ``Engine.run``, for at most ``largest`` rows. The arrays returned are never written again."""
+        return self.launch(feeds, outputs)()
+
+    def launch(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> Callable[[], dict[str, NDArray[Any]]]:
+        """As ``Engine.launch``. What an earlier run returned may be read meanwhile; its feeds may not."""
         count = len(feeds["latents"])
         bucket = self.bucket(count)
         drawing = self.drawing if feeds is self._drawn else None
@@ -92,13 +104,27 @@ class CudaEngine(Engine):
             if drawing is not None:
                 self._draw(drawing, bucket)
             self._binding(bucket, wanted).run(graph, wait=self.waits_after_run)
-            return self._buffers.download(outputs, count)
-        except EngineError as error:  # a copy
-            raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version} on CUDA: {error}") from None
+            taken = self._buffers.download(outputs, count)
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
-            if CUDA_FAILURE.search(str(error)):
-                raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version}: {described(error)}") from None
-            raise
+            raise self._meant(error) from None
+        return partial(self._answers, taken, count)
+
+    def _answers(self, taken: Arrays, count: int) -> dict[str, NDArray[Any]]:
+        try:
+            return self._buffers.answers(taken, count)
+        except EngineError as error:
+            raise self._meant(error) from None
+
+    def _meant(self, error: Exception) -> Exception:
+        """What a run's error is: memory that lacked, a lost device, or itself."""
+        where = f"{self.manifest.name}/{self.manifest.version}"
+        if isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return OutOfMemoryError(f"{where}: {described(error)}")
+        if isinstance(error, EngineError):  # a copy
+            return DeviceLostError(f"{where} on CUDA: {error}")
+        if CUDA_FAILURE.search(str(error)):
+            return DeviceLostError(f"{where}: {described(error)}")
+        return error
 
     def _draw(self, drawing: DeviceLatents, rows: int) -> None:
         """Put the drawing of latents into the stream, and the way back of the labels that come of it."""
@@ -157,9 +183,17 @@ class CudaEngine(Engine):
         if problem is None:
             self.drawing = drawing
             return
-        log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
         if drawing is not None:
             drawing.release()
+        self._check_device(problem)
+        log.warning("%s/%s: the host draws latents (%s)", self.manifest.name, self.manifest.version, problem)
+
+    def _check_device(self, problem: str) -> None:
+        """Raises DeviceLostError when what failed took the device with it: such an error stays, and waiting raises it again."""
+        try:
+            self._device.wait(self._stream)
+        except EngineError as error:
+            raise DeviceLostError(f"{self.manifest.name}/{self.manifest.version} on CUDA: {error}, after {problem}") from None
 
     def _drawing_problem(self, drawing: DeviceLatents, reader: LatentReader) -> str | None:
         """How the device's latents and labels differ from the host's: of seeds and indices of every size, truncated and not."""
@@ -214,11 +248,14 @@ class CudaEngine(Engine):
                 self._binding(bucket, wanted).run(_graph_id(bucket, wanted))
             self.captures[bucket] = True
             problem = self._problem(samples)
+        except DeviceLostError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen kinds with no common base
             problem = described(error)
-        if problem is not None:
-            log.warning("%s: runs without a CUDA graph (%s)", where, problem)
         self.captures[bucket] = problem is None
+        if problem is not None:
+            self._check_device(problem)
+            log.warning("%s: runs without a CUDA graph (%s)", where, problem)
 
     def _binding(self, bucket: int, outputs: tuple[str, ...]) -> Binding:
         binding = self._bindings.get((bucket, outputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
 from serve.engine.onnx_runtime import ort
-from serve.errors import EngineError
+from serve.errors import EngineError, OutOfMemoryError
 from serve.manifest import Manifest
 
 # A run with this id is neither captured nor replayed (ONNX Runtime's CUDA provider, "Using CUDA Graphs").
@@ -30,14 +30,20 @@ class OutputSlots:
 
     def __init__(self, shape: tuple[int, ...], dtype: str, lock: Callable[[NDArray[Any]], None]) -> None:
         self._shape, self._dtype, self._lock = shape, dtype, lock
-        self._made = 0
+        self._made, self._most = 0, SLOTS
         self._free: deque[NDArray[Any]] = deque()  # its methods are atomic: an array may die in any thread
         self._free.append(self._new())
 
     def take(self) -> NDArray[Any]:
-        """A slot to copy an answer into. One at least is free: the last one is never lent."""
-        if len(self._free) < 2 and self._made < SLOTS:
-            return self._new()
+        """A slot to copy an answer into. One at least is free: the last one is never lent.
+
+        Where there is no more memory to page-lock it stays at the slots that there are, and answers are copied.
+        """
+        if len(self._free) < 2 and self._made < self._most:
+            try:
+                return self._new()
+            except (OutOfMemoryError, MemoryError):
+                self._most = self._made
         return self._free.popleft()
 
     def answer(self, slot: NDArray[Any], rows: int) -> NDArray[Any]:
@@ -132,10 +138,14 @@ class DeviceBuffers(PairedMemory):
                 self._slots[spec.name] = OutputSlots(array.shape, spec.dtype, self._lock)
 
     def download(self, names: Sequence[str], rows: int) -> dict[str, NDArray[Any]]:
-        """The first rows of outputs, once all that is in the stream is done, as arrays that are never written again."""
+        """Put copies of the first rows of outputs into the stream, each into a slot of its own, which ``answers`` takes."""
         taken = {name: self._slots[name].take() for name in names}
         for name, slot in taken.items():
             self.device.copy_to_host(slot.ctypes.data, self.address(name), rows * slot.strides[0], self.stream)
+        return taken
+
+    def answers(self, taken: Mapping[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
+        """What was downloaded, once all that is in the stream is done, as arrays that are never written again."""
         self.device.wait(self.stream)
         return {name: self._slots[name].answer(slot, rows) for name, slot in taken.items()}
 
@@ -156,7 +166,7 @@ class Binding:
         for names, bind in ((buffers.inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
             for name in names:
                 spec = buffers.specs[name]
-                bind(name, place, 0, np.dtype(spec.dtype).type, [size, *spec.shape], buffers.address(name))
+                bind(name, place, buffers.device.number, np.dtype(spec.dtype).type, [size, *spec.shape], buffers.address(name))
 
     def run(self, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
         """Run the bound rows. With a ``graph_id`` the first run is captured. Returns when the outputs are there, or, without

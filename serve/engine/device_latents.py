@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.engine.cuda import Device
 from serve.engine.device_buffers import PairedMemory
@@ -41,15 +43,27 @@ class DeviceLatents:
             self._memory.upload([name], len(table))
 
     def fill(self, spans: Sequence[Span]) -> None:
-        """Note which rows are wanted, one span's after another's."""
-        row = 0
-        for span in spans:
-            rows = self._rows[row : row + span.count]
-            rows["seed"] = span.seed
-            rows["index"] = np.uint64(span.start) + np.arange(span.count, dtype=np.uint64)
-            rows["label"] = OF_THE_STREAM if span.labels is None else span.labels
-            rows["tail"] = tail_beyond(span.truncation) if span.truncation else 0.0
-            row += span.count
+        """Note which rows are wanted, one span's after another's: what is done is done for all spans together."""
+        seeds: NDArray[Any] = np.array([span.seed for span in spans], np.uint64)
+        indices: NDArray[Any] = np.array([span.start for span in spans], np.uint64)
+        counts = [span.count for span in spans]
+        count = sum(counts)
+        truncations = [span.truncation for span in spans]
+        tails: Any = 0.0
+        if any(truncations):
+            tails = np.array([tail_beyond(truncation) if truncation else 0 for truncation in truncations], np.float32)
+        if count > len(spans):  # else each span is one row
+            firsts = np.cumsum([0, *counts[:-1]], dtype=np.uint64)
+            seeds, indices = seeds.repeat(counts), (indices - firsts).repeat(counts) + np.arange(count, dtype=np.uint64)
+            tails = np.repeat(tails, counts) if any(truncations) else tails
+        rows = self._rows[:count]
+        rows["seed"], rows["index"], rows["label"], rows["tail"] = seeds, indices, OF_THE_STREAM, tails
+        if self._labels:
+            row = 0
+            for span in spans:
+                if span.labels is not None:
+                    rows["label"][row : row + span.count] = span.labels
+                row += span.count
 
     def launch(self, rows: int, latents: int, labels: int) -> None:
         """Put the drawing of the first ``rows`` rows into the stream; ``latents`` and ``labels`` are device addresses, the

@@ -14,9 +14,9 @@ from serve.errors import BundleError
 
 # Of these none makes more of a small input than its weights and the batch account for, but by broadcasting and Concat.
 OPERATORS = {
-    "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Div", "Elu", "Flatten", "Gather",
-    "Gemm", "Identity", "LeakyRelu", "MatMul", "Mul", "PRelu", "Relu", "Reshape", "Round", "Sigmoid", "Slice", "Softplus",
-    "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "DepthToSpace", "Div", "Elu",
+    "Flatten", "Gather", "Gemm", "Identity", "LeakyRelu", "MatMul", "Mul", "PRelu", "Relu", "Reshape", "Round", "Sigmoid",
+    "Slice", "Softplus", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 }  # fmt: skip
 OP_TYPE, DOMAIN, DATA_LOCATION = 4, 7, 14
 # Message → field → the message in it.

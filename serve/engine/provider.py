@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.engine import driver
-from serve.engine.cuda import load_libraries, memory_total_bytes
+from serve.engine.cuda import Device, load_libraries
 from serve.engine.onnx_runtime import ort
 from serve.errors import EngineError, ProviderError
 
@@ -21,7 +21,10 @@ CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # As ONNX Runtime's CUDA provider writes it: "CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=...".
 CUDA_FAILURE = re.compile(r"CUDA failure (\d+): ([^;\n]+)")
-FILLS_A_GPU = 512  # rows from which on a run takes as long as it has rows
+# As its arena writes it, and cuBLAS and cuDNN; what was lacking is memory, and the device goes on.
+OUT_OF_MEMORY = re.compile(r"CUDA failure 2:|Failed to allocate memory[^\n]*|is smaller than requested bytes|_ALLOC_FAILED")
+# Rows of a run on CUDA, where a bundle names no others.
+CUDA_BUCKETS = (1, 8, 64, 512, 1024, 2048, 4096)
 PROVIDER_NAMES = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER}
 
 
@@ -30,6 +33,7 @@ class EngineOptions:
     """How a session runs. ``cuda_options`` are the CUDA provider's own, over the engine's defaults."""
 
     provider: Provider = "cpu"
+    device: int = 0  # which CUDA device, of those that the process sees
     intra_op_threads: int = 1
     pad_to_powers: bool = False  # pad batches to powers of two; always so on CUDA
     cuda_graphs: bool = False
@@ -38,24 +42,22 @@ class EngineOptions:
     record_assignment: bool = False  # keep which provider has which node, for checks
     cuda_options: Mapping[str, str] = field(default_factory=dict)
 
-    def bucket(self, count: int, largest: int) -> int:
-        """The rows that are computed for a batch of ``count``, at most ``largest``: on CUDA 1, 8, 64, 512, 1024, 2048, 4096.
+    def bucket(self, count: int, largest: int, on_cuda: Sequence[int] = ()) -> int:
+        """The rows that are computed for a batch of ``count``, at most ``largest``; on CUDA one of ``on_cuda``, in their order.
 
         There a bucket costs memory, time to capture and a convolution plan of its own, which is made anew whenever the size
-        changes outside a graph (onnxruntime #23006), and a few hundred rows more cost a GPU next to nothing.
+        changes outside a graph (onnxruntime #23006).
         """
-        on_cuda = self.provider == "cuda"
-        if not (on_cuda or self.pad_to_powers):
-            return count
-        bits = 3 if on_cuda and count <= FILLS_A_GPU else 1
-        return min(largest, 1 << -(-(count - 1).bit_length() // bits) * bits)
+        if self.provider == "cuda":
+            return next((size for size in on_cuda or CUDA_BUCKETS if count <= size < largest), largest)
+        return min(largest, 1 << (count - 1).bit_length()) if self.pad_to_powers else count
 
 
-def choose_provider(wanted: str) -> Provider:
+def choose_provider(wanted: str, device: int = 0) -> Provider:
     """Settle ``auto|cpu|cuda`` for this machine. Raises ProviderError when CUDA was asked for and is not there."""
     if wanted == "cpu":
         return "cpu"
-    reason = _cuda_missing()
+    reason = _cuda_missing(device)
     if reason is None:
         return "cuda"
     if wanted == "cuda":
@@ -64,14 +66,14 @@ def choose_provider(wanted: str) -> Provider:
     return "cpu"
 
 
-def _cuda_missing() -> str | None:
+def _cuda_missing(device: int) -> str | None:
     """Why CUDA cannot be used here, as far as that shows before a session is made; None when nothing speaks against it."""
     if CUDA_PROVIDER not in ort.get_available_providers():
         return "this ONNX Runtime is built without CUDA"
-    if reason := driver.why_unusable():
+    if reason := driver.why_unusable(device):
         return reason
     try:
-        memory_total_bytes()
+        Device(device).memory_total_bytes()
         load_libraries()
     except (EngineError, ProviderError) as error:
         return f"its device cannot be used: {error}"
@@ -82,4 +84,6 @@ def described(error: Exception) -> str:
     """What ONNX Runtime raised, in one line: CUDA's own failure where its text holds one."""
     if found := CUDA_FAILURE.search(str(error)):
         return f"CUDA failure {found[1]}: {found[2].strip()}"
+    if (found := OUT_OF_MEMORY.search(str(error))) and found[0].startswith("Failed"):
+        return found[0][:300]
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__

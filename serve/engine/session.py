@@ -7,7 +7,9 @@ Export's parity check runs through this class too, so it checks exactly what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,14 @@ from serve.manifest import Manifest, TensorSpec
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
+SAMPLE_SEED = 3
 PIXELS = ("pixels",)
 PIXELS_AND_IMAGES = ("pixels", "images")
 ODD = 7  # a batch's size that no kernel is made for
 
-# TF32 is off because parity is proven without it. The arena grows by what is asked for, not by doubling: buckets are
-# warmed from the largest down, so it grows once.
+# TF32 is off because parity is proven without it. It is no guarantee: where no plan of cuDNN's builds without, ONNX Runtime tries
+# again with TF32 (conv_transpose.cc, conv.cc), which moves 1 % of the pixels by a level; the golden check allows a tenth of that.
+# The arena grows by what is asked for, not by doubling: buckets are warmed from the largest down, so it grows once.
 DEFAULT_CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 
 
@@ -41,11 +45,18 @@ class Engine:
     padding costs what computing costs.
     """
 
+    launches_ahead = False  # a run on a CPU is the calling thread's own work
+
     def __init__(self, model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> None:
         self.manifest = manifest
         self.options = options
         self.largest = largest
         self._session = open_session(model, manifest, options)
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the device draws what ``assemble`` asks for."""
+        return False
 
     def allocate(self, count: int) -> dict[str, Array]:
         """Arrays for the inputs of a run of ``count`` rows, to be filled and given to ``run``."""
@@ -69,6 +80,10 @@ class Engine:
         arrays = self._session.run(outputs, feeds)
         return {name: array[:count] for name, array in zip(outputs, arrays, strict=True)}
 
+    def launch(self, feeds: Arrays, outputs: Sequence[str] = PIXELS) -> Callable[[], Arrays]:
+        """As ``run``, in two: launched here, and waited for by what is returned, in this thread and before the next launch."""
+        return partial(self.run, feeds, outputs)
+
     def compute(
         self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, outputs: Sequence[str] = PIXELS
     ) -> dict[str, Array]:
@@ -86,12 +101,14 @@ class Engine:
 
     def bucket(self, count: int) -> int:
         """The rows that are computed for a batch of ``count``."""
-        return self.options.bucket(count, self.largest)
+        return self.options.bucket(count, self.largest, self.manifest.cuda_buckets)
 
     def buckets(self) -> list[int]:
-        """The buckets that ``warm`` runs: those of powers of two and the largest, the largest first."""
-        counts = [1 << power for power in range(self.largest.bit_length())] + [self.largest]
-        return sorted({self.options.bucket(count, self.largest) for count in counts}, reverse=True)
+        """The buckets that ``warm`` runs, the largest first: where batches are not padded, powers of two and the largest."""
+        powers = [1 << power for power in range(self.largest.bit_length())]
+        padded = self.options.provider == "cuda" or self.options.pad_to_powers
+        counts = range(1, self.largest + 1) if padded else (*powers, self.largest)
+        return sorted({self.bucket(count) for count in counts}, reverse=True)
 
     def nodes_by_provider(self) -> dict[str, int]:
         """How many of the graph's nodes each execution provider has; of an engine that was made with ``record_assignment``."""
@@ -101,6 +118,15 @@ class Engine:
 
     def close(self) -> None:
         """Release what the engine holds, in the thread that made it. It is not used after that."""
+
+    @contextmanager
+    def closed_if_it_fails(self) -> Iterator[None]:
+        """Close the engine when the block raises: the traceback holds it, and so what it holds on the device, for long."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def check_golden(self) -> None:
         """Run the manifest's golden samples. Raises GoldenError naming the model, the provider and the row that is off."""
@@ -131,6 +157,13 @@ class Engine:
             array[:] = 0
         return feeds
 
+    def sample(self, count: int) -> dict[str, Array]:
+        """As ``allocate``, filled with drawn latents: what a run is timed with. Zeros leave units and pages untouched."""
+        feeds = self.allocate(count)
+        reader = LatentReader(self.manifest.latent_size, self.manifest.labels)
+        reader.fill(feeds["latents"], [Span(SAMPLE_SEED, 0, count)], feeds.get("labels"))
+        return feeds
+
     def warm(self) -> dict[int, bool]:
         """Run every bucket once, the largest first. Returns which graphs were captured, by bucket: none on a CPU."""
         for bucket in self.buckets():
@@ -154,9 +187,10 @@ def open_session(model: bytes, manifest: Manifest, chosen: EngineOptions) -> ort
     if provider == "cuda":
         # A node that cannot run on CUDA must fail here, not move to the CPU in silence (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # Half precision is inexact already, and without it would run beside the matrix units.
-        tf32 = {"use_tf32": "1"} if manifest.precision == "fp16" else {}
+        # Half precision is inexact already, and without it might run beside the matrix units; tf32x3 is made for them.
+        tf32 = {"use_tf32": "0" if manifest.precision == "fp32" else "1"}
         own = {**DEFAULT_CUDA_OPTIONS, **tf32, **chosen.cuda_options, "enable_cuda_graph": "1" if chosen.cuda_graphs else "0"}
+        own["device_id"] = str(chosen.device)
         if chosen.compute_stream:
             own["user_compute_stream"] = str(chosen.compute_stream)
         providers = [(CUDA_PROVIDER, own)]

@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from serve.background import finished, in_daemon_thread
-from serve.engine.cuda import memory_in_use_bytes, memory_total_bytes
+from serve.engine.cuda import Device
+from serve.engine.driver import device_names
 from serve.engine.provider import Provider, choose_provider
 from serve.errors import BundleError, DigestError, GoldenError, ProviderError
 from serve.models.model import JOIN_S, Model, open_model
@@ -54,17 +55,23 @@ class Loader:
 
     async def choose_provider(self) -> None:
         """Settle where models run. Raises ProviderError."""
-        chosen = in_daemon_thread("provider", lambda: choose_provider(self._settings.provider))
+        chosen = in_daemon_thread("provider", lambda: choose_provider(self._settings.provider, self._settings.device))
         self._provider = await finished(chosen, LOAD_LIMIT_S, "looking for CUDA")
+        self._metrics.device.info({"number": "", "name": "cpu"})
         if self._provider == "cuda":
-            self._metrics.gpu_memory.set_function(memory_in_use_bytes)
-            self._metrics.gpu_memory_total.set(memory_total_bytes())
+            device, names = Device(self._settings.device), device_names()
+            self._metrics.gpu_memory.set_function(device.memory_in_use_bytes)
+            self._metrics.gpu_memory_total.set(device.memory_total_bytes())
+            self._metrics.device.info({"number": str(device.number), "name": names[device.number]})
+            if unused := [f"{number} ({name})" for number, name in enumerate(names) if number != device.number]:
+                log.info("this process uses CUDA device %d; start one more for each of: %s", device.number, ", ".join(unused))
 
     def fall_back(self, error: ProviderError) -> None:
         """Go on on the CPU if ``--provider auto`` allows it; raises ``error`` if not."""
         if self._settings.provider != "auto" or self._provider == "cpu":
             raise error
         log.warning("provider auto: serving on the CPU, because %s", error)
+        self._metrics.device.info({"number": "", "name": "cpu"})
         self._provider = "cpu"
 
     async def open(self, key: Key) -> Model:

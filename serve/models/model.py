@@ -20,7 +20,7 @@ from serve.engine.golden import golden_difference, golden_samples
 from serve.engine.provider import EngineOptions, Provider
 from serve.engine.resources import usable_cores
 from serve.engine.session import PIXELS
-from serve.errors import EngineError, ProviderError, QueueFullError, ServeError, UnavailableError
+from serve.errors import EngineError, OutOfMemoryError, ProviderError, QueueFullError, ServeError, UnavailableError
 from serve.latents import Span
 from serve.manifest import Manifest
 from serve.models.repository import Bundle
@@ -67,13 +67,21 @@ class Model:
     """A model version that answers requests. Make it with ``open_model``."""
 
     def __init__(
-        self, bundle: Bundle, provider: Provider, batcher: Batcher, metrics: ModelMetrics, *, batch_invariant: bool = False
+        self,
+        bundle: Bundle,
+        provider: Provider,
+        batcher: Batcher,
+        metrics: ModelMetrics,
+        *,
+        batch_invariant: bool = False,
+        device_latents: bool = False,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.provider = provider
         self.batcher = batcher
         self.metrics = metrics
+        self.device_latents = device_latents
         self.batch_invariant = batch_invariant  # whether a digit's bits were the same in batches of every size tried
         self.breached = False
         self.in_use = RefCount()
@@ -102,6 +110,7 @@ class Model:
             "instances_live": self.batcher.live_instances,
             "instances_wanted": self.batcher.limits.instances,
             "model_ready": self.ready,
+            "device_latents": self.device_latents,
             "model_batch_invariant": self.batch_invariant,
         }
 
@@ -160,19 +169,26 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
         watchdog_s=settings.watchdog_s,
     )
 
+    drawing: list[bool] = []
     differences: set[str] = set()  # of the engines' batches
 
     def load() -> Engine:
         engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
         try:
-            engine.check_golden()
-            captures = engine.warm()
-            if difference := engine.batch_difference():
-                differences.add(difference)
+            with engine.closed_if_it_fails():
+                engine.check_golden()
+                captures = engine.warm()
+                if difference := engine.batch_difference():
+                    differences.add(difference)
+        except OutOfMemoryError as error:
+            raise ProviderError(
+                f"{error}; name a smaller --max-batch-size or a larger --gpu-mem-limit-mib, or use --provider cpu"
+            ) from None
         except EngineError as error:  # CUDA finds out at the first run that cuDNN or a kernel is missing
             raise ProviderError(f"{error}; use --provider cpu, or mend CUDA") from None
         for captured in captures.values():
             model_metrics.graph_capture("captured" if captured else "failed")
+        drawing.append(engine.draws_latents)
         return engine
 
     make_engine_of = load
@@ -184,7 +200,7 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
     batcher.start()
     for difference in differences:
         log.warning("%s/%s is not batch-invariant: %s", manifest.name, manifest.version, difference)
-    return Model(bundle, provider, batcher, model_metrics, batch_invariant=not differences)
+    return Model(bundle, provider, batcher, model_metrics, batch_invariant=not differences, device_latents=all(drawing))
 
 
 def batch_size(manifest: Manifest, provider: Provider) -> int:
@@ -199,6 +215,7 @@ def engine_options(settings: Settings, provider: Provider) -> EngineOptions:
         cuda_options["gpu_mem_limit"] = str(settings.gpu_mem_limit_mib << 20)
     return EngineOptions(
         provider=provider,
+        device=settings.device,
         intra_op_threads=settings.intra_op_threads,
         pad_to_powers=settings.buckets == "powers",
         cuda_graphs=settings.cuda_graphs != "off",

@@ -47,6 +47,7 @@ GAUGES = {
     "instances_live": "Instances that can run a batch",
     "instances_wanted": "Instances that there should be",
     "model_ready": "1 when the model answers requests",
+    "device_latents": "1 when the CUDA device draws the latents, and not the host",
     "model_batch_invariant": "1 when a digit's bits do not depend on its batch",
     "model_traffic_share": "Share of requests naming no version it answers",
 }
@@ -115,9 +116,7 @@ class Metrics:
             "digits_self_checks", "Golden checks through the live batcher, by result", (*MODEL, "result"), registry=registry
         )
         self.drain_refusals = Counter(
-            "digits_drain_refusals",
-            "Calls refused because the process is stopping: no fault, another replica takes them",
-            registry=registry,
+            "digits_drain_refusals", "Calls refused because the process stops: another replica takes them", registry=registry
         )
         self.model_loads = Counter(
             "digits_model_loads", "Attempts to load a version, by result", ("model", "result"), registry=registry
@@ -132,6 +131,7 @@ class Metrics:
         self.background_failures = Counter(
             "digits_background_failures", "Rounds of a background task that raised", ("task",), registry=registry
         )
+        self.device = Info("digits_device", "What models run on: the CUDA device, or the CPU", registry=registry)
         self.build = Info("digits_build", "Versions of the server and its runtime", registry=registry)
         self.serving_file_reads.labels("failed")  # born at 0: what Prometheus first sees at 1 has not increased
 

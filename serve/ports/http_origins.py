@@ -37,7 +37,7 @@ class Origins:
 
     def allow(self, request: web.Request) -> bool:
         """Whether this is a page's request, from a site that may."""
-        origin = request.headers.get("Origin")
+        origin = request.headers.get("Origin") if self._allowed else None
         if origin is None or not API.fullmatch(request.path):
             return False
         return ANY_ORIGIN in self._allowed or origin.lower() in self._allowed

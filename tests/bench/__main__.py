@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from serve.command_line import OneLineParser, within
 from serve.engine.onnx_runtime import ort
-from serve.latents import LatentReader, Span
+from serve.latents import LatentReader, Span, draw
 from serve.observability.call_metrics import RpcMetrics
 from serve.observability.metrics import Metrics
 from serve.observability.model_metrics import ModelMetrics
@@ -136,7 +136,7 @@ def raw_rate(path: Path) -> float:
     latent_size = session.get_inputs()[0].shape[1]
     rates = []
     for batch in RAW_BATCHES:
-        latents = np.zeros((batch, latent_size), np.float32)
+        latents = draw(7, 0, batch, latent_size)
         session.run(None, {"latents": latents})
         rates.append(batch * runs_per_second(partial(session.run, None, {"latents": latents})))
     return max(rates)

@@ -83,7 +83,7 @@ def measure() -> dict[str, float]:
         ended.wait()
 
     engine = make_engine(bundle.model, bundle.manifest, EngineOptions(), 64)
-    reader, feeds = LatentReader(64), engine.blank(1)
+    reader, feeds = LatentReader(64), engine.sample(1)
     spans = [Span(7, 0, 1)]
     hops = {
         "api: parse the message": microseconds(lambda: pb.GenerateRequest.FromString(raw)),

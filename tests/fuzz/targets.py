@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ class DefectError(AssertionError):
 
 class BlankEngine:
     """A model whose digits are blank: what is fuzzed is the way there and back."""
+
+    launches_ahead = False
+
+    def launch(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Callable[[], dict[str, NDArray[Any]]]:
+        return partial(self.run, feeds, outputs)
 
     def assemble(self, reader: LatentReader, spans: Sequence[Span], count: int) -> dict[str, NDArray[Any]]:
         feeds = {"latents": np.zeros((count, LATENT_SIZE), np.float32), "labels": np.zeros(count, np.int64)}

@@ -3,6 +3,8 @@
     python -m tests.gpu                        # writes build/gpu-check.json
     python -m tests.gpu parity graphs          # some of it
     python -m tests.gpu --out gpu-check.json
+    python -m tests.gpu --session              # ten minutes that decide what is open: build/gpu-session.json
+    python -m tests.gpu --session --dry-run    # the same without a GPU, everything tiny
 
 Exits with 3 where there is no GPU, with 1 when something that must hold does not; an aim that is missed is said, and no
 failure.
@@ -11,6 +13,7 @@ failure.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -21,23 +24,48 @@ import torch
 from serve.engine.provider import choose_provider
 from serve.errors import ProviderError
 from tests.bench.report import Target, print_targets, say, write
+from tests.gpu import session
 from tests.gpu.checks import CHECKS, Plan
+from tests.host_device import HostDevice, ReplayedByHand
 
 NO_GPU = 3
+DRY = Plan(
+    provider="cpu", largest=8, seconds=0.1, memory_seconds=0.5, count=64, training_steps=8, recording=ReplayedByHand,
+    compile_options={"backend": "eager"}, device=HostDevice,
+)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description="Check and measure on a GPU.")
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"which (default: all): {', '.join(CHECKS)}")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu-check.json"), help="where the JSON goes")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: build/gpu-check.json, build/gpu-session.json)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement (default: 2)")
+    parser.add_argument("--session", action="store_true", help="stages in order, each under a time limit, with a decision each")
+    parser.add_argument("--total", type=float, default=session.TOTAL_S, help="seconds of a session (default: 600)")
+    parser.add_argument("--dry-run", action="store_true", help="try a session on the CPU, with host memory in the GPU's place")
     flags = parser.parse_args()
+    if flags.session:
+        return run_session(flags)
     if unknown := set(flags.checks) - set(CHECKS):
         parser.error(f"{min(unknown)!r} is no check; there are {', '.join(CHECKS)}")
     if reason := no_gpu():
         print(f"no GPU to check on: {reason}", file=sys.stderr)
         return NO_GPU
-    return run(Plan(seconds=flags.seconds, memory_seconds=20 * flags.seconds), flags.checks or list(CHECKS), flags.out)
+    out = flags.out or Path("build/gpu-check.json")
+    return run(Plan(seconds=flags.seconds, memory_seconds=20 * flags.seconds), flags.checks or list(CHECKS), out)
+
+
+def run_session(flags: argparse.Namespace) -> int:
+    """Run the stages; CUDA is called in their processes alone, for a process that has cannot be forked."""
+    out = flags.out or Path("build/gpu-session.json")
+    if flags.dry_run:
+        return session.run(DRY, out, flags.total)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        reason = pool.apply(no_gpu)
+    if reason:
+        print(f"no GPU to check on: {reason}", file=sys.stderr)
+        return NO_GPU
+    return session.run(Plan(seconds=flags.seconds, memory_seconds=5 * flags.seconds), out, flags.total)
 
 
 def no_gpu() -> str | None:

@@ -29,7 +29,6 @@ from export.generator import torch_form
 from export.graphs.to_fp16 import to_fp16
 from export.graphs.to_torchscript import load_torchscript
 from serve.api.encoding import as_bytes, field_key, pack_field
-from serve.engine import cuda
 from serve.engine.cuda import Device
 from serve.engine.cuda_engine import CudaEngine, _graph_id, make_engine
 from serve.engine.device_buffers import NO_GRAPH
@@ -58,6 +57,7 @@ WIRE_COUNT, WIRE_IN_FLIGHT, WIRE_PROCESSES = 4096, 16, 4
 PIXELS_BYTES = 784
 IMAGES_KEY = field_key(pb.GenerateResponse, "images")
 ENGINE_LIMIT_S = 120.0
+COMPARED = 64  # digits whose difference is looked at
 OPTION_SIZES = (1, 8, 64, 1024, 4096)
 ALGORITHMS = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 
@@ -84,9 +84,9 @@ class Plan:
         return self.provider == "cuda"
 
     @contextmanager
-    def server(self) -> Iterator[Started]:
+    def server(self, *more: str) -> Iterator[Started]:
         """This plan's server, as a process; on CUDA with the batches that it has by default."""
-        flags = [f"--provider={self.provider}"]
+        flags = [f"--provider={self.provider}", *more]
         if self.provider == "cpu":
             flags += ["--buckets=powers", f"--max-batch-size={self.largest}"]
         # Room for all that is in flight: a refusal would be measured as an answer's speed.
@@ -215,6 +215,7 @@ def buckets(plan: Plan) -> Outcome:
             "run_s": seconds,
             "quarter_digits_per_s": smaller.largest / _run_s(smaller, smaller.largest, plan),
             "digits_per_s": max(bucket / run_s for bucket, run_s in seconds.items()),
+            "from_float32_on_cpu": difference(engine),  # were it TF32 after all, it would be here
             "waits_after_run": getattr(engine, "waits_after_run", None),
             "best_bucket": max(seconds, key=lambda bucket: bucket / seconds[bucket]),
         }
@@ -335,7 +336,7 @@ def memory(plan: Plan) -> Outcome:
 
     def used() -> float:
         if plan.provider == "cuda":
-            return cuda.memory_in_use_bytes()
+            return Device().memory_in_use_bytes()
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     engines = [engine_of(model, plan, cuda_graphs=plan.graphs) for model in MODELS]
@@ -362,7 +363,9 @@ def wire(plan: Plan) -> Outcome:
     for count in (plan.count // 16, plan.count // 4, plan.count):
         with started("tests.bench.floor", str(count * PIXELS_BYTES + 64)) as floor:
             by_count[count] = _digits_per_s(floor.target, "", replace(plan, count=count))
-    rows = [np.zeros((plan.largest, 28, 28), np.uint8)] * max(1, plan.count // plan.largest)
+    # As runs return them, digits in memory of their own: zeros that nothing was written to are one page of the system's.
+    one = engine_of("mlp", plan)
+    rows = [one.run(one.sample(plan.largest))["pixels"].copy() for _ in range(max(1, plan.count // plan.largest))]
     packed = (
         len(rows) * len(rows[0]) * runs_per_second(lambda: pack_field(b"", IMAGES_KEY, [[as_bytes(each) for each in rows]]), 0.5)
     )
@@ -467,6 +470,16 @@ CHECKS: dict[str, Check] = {
 }
 
 
+def difference(engine: Engine) -> dict[str, float]:
+    """How far an engine's images are from those of the bundled graph in float32 on the CPU, and the pixels that are off."""
+    bundle = bundle_of(engine.manifest.name)
+    rows = draw_span(Span(SEED, 0, min(COMPARED, engine.largest)), bundle.manifest.latent_size, bundle.manifest.labels)
+    plain = Engine(bundle.model, bundle.manifest, EngineOptions(), COMPARED)
+    expected, got = (each.compute(*rows, PIXELS_AND_IMAGES) for each in (plain, engine))
+    off = float((expected["pixels"] != got["pixels"]).mean())
+    return {"apart": float(np.abs(expected["images"] - got["images"]).max()), "pixels_off": off}
+
+
 def _batch_s(engine: Engine, bucket: int, plan: Plan) -> float:
     """Of a batch from spans to pixels."""
     reader = LatentReader(engine.manifest.latent_size, engine.manifest.labels)
@@ -475,7 +488,7 @@ def _batch_s(engine: Engine, bucket: int, plan: Plan) -> float:
 
 
 def _run_s(engine: Engine, bucket: int, plan: Plan) -> float:
-    feeds = engine.blank(bucket)
+    feeds = engine.sample(bucket)
     return 1 / runs_per_second(lambda: engine.run(feeds), plan.seconds / 8)
 
 

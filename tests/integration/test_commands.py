@@ -171,7 +171,7 @@ def test_compare_holds_a_runs_losses_against_the_notebooks(tmp_path: Path) -> No
     assert [line.split()[0] for line in said.splitlines() if line.endswith("outside")] == [str(int(marks[3, 0]))]
     status, said = compare(marks[:-1])
     assert status == 2
-    assert f"has no log point at step {int(marks[-1, 0])} yet" in said
+    assert f"has no log point at step {int(marks[-1, 0])};" in said
 
 
 @pytest.mark.long

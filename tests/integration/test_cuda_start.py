@@ -50,6 +50,20 @@ def test_cuda_that_cannot_be_used_is_refused_in_one_line(found: str, driver: Cal
     assert line.endswith("install the CUDA extra and a driver, or use --provider cpu")
 
 
+def test_a_device_that_is_not_there_is_refused_by_its_number(driver: Callable[[str], dict[str, str]]) -> None:
+    done = run(driver("two"), "serve", "--grpc-port=0", "--http-port=0", "--provider=cuda", "--device=2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --provider cuda: the NVIDIA driver shows no device 2, only 2, from 0 on")
+
+
+def test_devices_are_called_as_the_driver_calls_them(driver: Callable[[str], dict[str, str]]) -> None:
+    script = "from serve.engine import driver; print(driver.why_unusable(1), driver.device_names())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | driver("two")
+    )
+    assert done.stdout == "None ['NVIDIA One', 'NVIDIA Two']\n"
+
+
 @pytest.mark.parametrize("found", ["none", "one"])
 def test_auto_serves_on_the_cpu_and_says_why(found: str, driver: Callable[[str], dict[str, str]]) -> None:
     server = ServerProcess(environment=driver(found))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from export import bundle as bundle_module
 from export import parity
-from export.bundle import export_run, verify
+from export.bundle import CONVOLUTION_BUCKETS, export_run, verify
 from export.cli import main
 from export.errors import (
     AxesDifferError,
@@ -118,6 +118,7 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
     manifest = bundles[half.path].manifest
     assert (manifest.precision, manifest.tolerance) == ("fp16", parity.FP16_TOLERANCE)
     assert len(bundles[half.path].model) < 0.7 * len(bundles[full.path].model)
+    assert onnx.load_from_string(bundles[half.path].model).ir_version == 8
     graph = onnx.load_from_string(bundles[half.path].model).graph
     assert {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
         "latents": onnx.TensorProto.FLOAT, "images": onnx.TensorProto.FLOAT, "pixels": onnx.TensorProto.UINT8,
@@ -133,6 +134,21 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
         parity.compare(
             "torchscript", stored_forms(half.path), msgspec.structs.replace(manifest, tolerance=parity.FP32_TOLERANCE), 1
         )
+
+
+@pytest.mark.parametrize("name", ["rpgan", pytest.param("dcgan", marks=pytest.mark.long)])
+def test_three_products_in_tf32_are_a_bundle_of_their_own_with_a_report_of_matrix_units(
+    name: str, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    done = export_run(make_run(name), tmp_path / "models", precision="tf32x3")
+    assert done.path == tmp_path / "models" / f"{name}-tf32x3" / "1"
+    bundle = read_bundle(done.path)
+    assert (bundle.manifest.precision, bundle.manifest.tolerance) == ("tf32x3", parity.TF32X3_TOLERANCE)
+    report = json.loads(bundle.parity_json)
+    emulated = report["emulated"]
+    assert emulated["tf32x3"]["images_max_abs"] <= parity.TF32X3_TOLERANCE.images
+    assert emulated["fp32"]["images_max_abs"] < emulated["tf32x3"]["images_max_abs"] < emulated["tf32"]["images_max_abs"] / 20
+    assert verify(done.path)["worst_images"] <= parity.TF32X3_TOLERANCE.images
 
 
 def test_a_checkpoint_older_than_its_run_is_not_exported(make_run: Callable[[str], Run], tmp_path: Path) -> None:
@@ -176,6 +192,13 @@ def test_a_run_becomes_a_bundle_that_reads_verifies_and_counts_up(
     bundle = read_bundle(first.path)
     assert bundle.manifest.training["step"] == 7
     assert bundle.manifest.latent_size == run.config.latent_size
+    assert bundle.manifest.cuda_buckets == (() if name == "mlp" else CONVOLUTION_BUCKETS)
+    graph = onnx.load_from_string(bundle.model)
+    assert (graph.ir_version, graph.opset_import[0].version) == (8, 18), "which ONNX Runtime 1.15 reads"
+    assert bundle.manifest.opset == 18
+    if name == "rpgan":  # its blocks' biases are in the labels' tables, and parity holds
+        inputs = [len(node.input) for node in graph.graph.node if node.op_type.startswith("Conv")]
+        assert inputs == [2, 2, 3]
     report = json.loads(bundle.parity_json)
     assert report["batch_sizes"] == [1, 2, 3, 7, 64, 257]
     assert {"eager", "torchscript", "onnxruntime-cpu"} <= set(report["forms"])

@@ -13,22 +13,10 @@ import pytest
 
 from tests.bench.report import Target
 from tests.gpu import bundle, checks
-from tests.gpu.__main__ import no_gpu, run
+from tests.gpu.__main__ import DRY, no_gpu, run
 from tests.gpu.checks import CHECKS, Outcome, Plan
-from tests.host_device import HostDevice, ReplayedByHand
 
-TWIN = Plan(
-    provider="cpu",
-    largest=8,
-    seconds=0.2,
-    memory_seconds=1.0,
-    count=64,
-    training_steps=8,
-    recording=ReplayedByHand,
-    compile_options={"backend": "eager"},
-    device=HostDevice,
-)  # fmt: skip
-
+TWIN = replace(DRY, seconds=0.2, memory_seconds=1.0)
 QUICK = ("strictness", "parity", "graphs", "releases")
 
 

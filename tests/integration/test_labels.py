@@ -140,6 +140,8 @@ def test_a_model_says_what_can_be_asked_for_and_how_good_it_is(client: DigitClie
     assert {name: each.labels for name, each in about.items()} == {"rpgan": 10, "cdcgan": 10, "dcgan": 0, "mlp": 0}
     for name, each in about.items():
         assert each.quality_json == (BUNDLED_DIR / name / "1" / QUALITY_FILE).read_text()
+        tolerance = each.tolerance
+        assert (tolerance.images, tolerance.pixel_levels, tolerance.pixel_identical_share) == (1e-5, 1, 0.999)
         assert (json.loads(each.quality_json)["model"]["label_accuracy"] is not None) is (each.labels > 0)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from serve.access.tokens import main as tokens_main
 from tests.certificates import Certificates
@@ -84,4 +84,4 @@ def test_a_page_of_another_site_gets_nothing(
     assert server.metric("digits_images_total") == 0
     own = other_site.context.new_page()
     own.goto(f"https://{server.https}/?seed=7")
-    own.wait_for_function("document.querySelectorAll('#digits img').length === 25")  # its own page, over TLS
+    expect(own.locator("#digits img")).to_have_count(25, timeout=20_000)  # its own page, over TLS

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,13 @@ from numpy.typing import NDArray
 from serve.batching.batcher import Batcher
 from serve.batching.policy import CROWD, LEAST_SHARE_S
 from serve.batching.ticket import Priority, Ticket
-from serve.errors import CallerLeftError, EngineError, ExpiredError, QueueFullError, UnavailableError
-from serve.latents import Span, draw, draw_span
+from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, QueueFullError, UnavailableError
+from serve.latents import LatentReader, Span, draw, draw_span
 from tests.fake_engine import (
     LATENT_SIZE,
     TIMEOUT_S,
     FakeEngine,
+    FakeTicket,
     Gate,
     drain,
     make_ticket,
@@ -636,3 +640,231 @@ def test_a_hundred_thousand_images_with_cancels_and_hopeless_deadlines_all_end_r
     ran = sum(observer.batches)
     assert ran == planned[0] - sum(observer.drops.values())
     assert batcher.queued_images == batcher.running_images == 0
+
+
+class AheadEngine(FakeEngine):
+    """Launches and waits apart, as a GPU does: ``story`` has what happened in which order, batches by their first seed."""
+
+    launches_ahead = True
+
+    def __init__(self, story: list[str], before_wait: Any = lambda seed: None, before_launch: Any = lambda seed: None) -> None:
+        super().__init__()
+        self._story, self._before_wait, self._before_launch = story, before_wait, before_launch
+        self._seed = 0
+        self._in_flight = 0
+
+    def assemble(self, reader: LatentReader, spans: Any, count: int) -> dict[str, NDArray[Any]]:
+        assert not self._in_flight, "the inputs of a run that goes on are written over"
+        self._seed = spans[0].seed
+        return super().assemble(reader, spans, count)
+
+    def launch(self, feeds: Any, outputs: Any) -> Any:
+        self._story.append(f"launch {self._seed}")
+        self._before_launch(self._seed)
+        self._in_flight += 1
+        return partial(self._wait, self._seed, feeds, outputs)
+
+    def _wait(self, seed: int, feeds: Any, outputs: Any) -> Any:
+        self._in_flight -= 1
+        self._before_wait(seed)
+        self._story.append(f"wait {seed}")
+        return super().run(feeds, outputs)
+
+
+def told(story: list[str], seed: int, count: int = 16) -> FakeTicket:
+    """A ticket whose delivery is part of the story."""
+    ticket = make_ticket(count, seed)
+    complete = ticket.completion
+    assert complete is not None
+
+    def completion(ticket: Ticket) -> None:
+        story.append(f"deliver {seed}")
+        complete(ticket)
+
+    ticket.completion = completion
+    return ticket
+
+
+def holding(gate: Gate, seed: int) -> Any:
+    """Hold what it is asked about for one seed."""
+    return lambda asked: gate(np.zeros(0, np.float32)) if asked == seed else None
+
+
+def test_the_next_batch_is_launched_before_the_last_one_is_delivered() -> None:
+    """Issue: the device was idle while a batch was joined, copied and sent."""
+    gate, story = Gate(), list[str]()
+    batcher, _ = start_batcher(lambda: AheadEngine(story, holding(gate, 0)))
+    tickets = [told(story, seed) for seed in range(3)]
+    batcher.submit(tickets[0])
+    assert gate.reached.wait(TIMEOUT_S)
+    for ticket in tickets[1:]:
+        batcher.submit(ticket)
+    gate.open()
+    for ticket in tickets:
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    assert drain(batcher) == 0
+    assert story == [
+        *("launch 0", "wait 0", "launch 1", "deliver 0", "wait 1", "launch 2", "deliver 1", "wait 2", "deliver 2"),
+    ], "and with nothing left to launch it is delivered at once"
+    assert batcher.close(TIMEOUT_S) == 0
+    assert batcher.busy_instances == batcher.running_images == 0
+
+
+def test_a_lone_digit_is_delivered_without_looking_for_company() -> None:
+    story = list[str]()
+    batcher, _ = start_batcher(lambda: AheadEngine(story), linger_s=TIMEOUT_S)
+    for seed in range(3):
+        batcher.submit(ticket := told(story, seed, 1))
+        wait_for(ticket)
+    assert batcher.close(TIMEOUT_S) == 0
+    assert story == [f"{what} {seed}" for seed in range(3) for what in ("launch", "wait", "deliver")]
+
+
+def test_a_batch_that_may_still_fill_is_not_launched_ahead() -> None:
+    """It goes on waiting for company while another instance works, and what is computed is delivered at once."""
+    gates, story = [Gate(), Gate()], list[str]()
+
+    def hold(seed: int) -> None:
+        if seed < 2:
+            gates[seed](np.zeros(0, np.float32))
+
+    batcher, observer = start_batcher(lambda: AheadEngine(story, hold), instances=2, linger_s=TIMEOUT_S)
+    full = [told(story, seed) for seed in range(2)]
+    for ticket, gate in zip(full, gates, strict=True):
+        batcher.submit(ticket)
+        assert gate.reached.wait(TIMEOUT_S)
+    batcher.submit(half := told(story, 2, 8))
+    gates[0].open()
+    wait_for(full[0])
+    assert "launch 2" not in story
+    batcher.submit(mate := told(story, 3, 8))
+    for ticket in (half, mate):
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    gates[1].open()
+    wait_for(full[1])
+    assert drain(batcher) == 0
+    assert observer.batches == [16, 16, 16]
+    batcher.close()
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_a_batch_launched_ahead_that_fails_takes_no_other_with_it(where: str) -> None:
+    gate, story = Gate(), list[str]()
+
+    def fail(seed: int) -> None:
+        if seed == 1:
+            raise RuntimeError("planted")
+
+    def hold(seed: int) -> None:
+        holding(gate, 0)(seed)
+        if where == "wait":
+            fail(seed)
+
+    batcher, observer = start_batcher(lambda: AheadEngine(story, hold, fail if where == "launch" else lambda seed: None))
+    tickets = [told(story, seed) for seed in range(3)]
+    batcher.submit(tickets[0])
+    assert gate.reached.wait(TIMEOUT_S)
+    for ticket in tickets[1:]:
+        batcher.submit(ticket)
+    gate.open()
+    for ticket in (tickets[0], tickets[2]):
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    with pytest.raises(EngineError):
+        wait_for(tickets[1])
+    assert observer.failures == ["raised"]
+    assert drain(batcher) == 0
+    assert batcher.running_images == batcher.busy_instances == 0
+    assert batcher.close(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_what_a_failed_run_held_is_freed_without_a_garbage_collection(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []
+
+    class PlantedError(Exception):
+        def __init__(self) -> None:
+            raised.append(weakref.ref(self))
+
+    def fail(seed: int) -> None:
+        raise PlantedError
+
+    monkeypatch.setattr("serve.batching.instance.log.error", lambda *_, **__: None)  # a record would keep it
+    hooks = (lambda seed: None, fail) if where == "launch" else (fail, lambda seed: None)
+    batcher, _ = start_batcher(lambda: AheadEngine([], *hooks))
+    gc.disable()
+    try:
+        batcher.submit(ticket := make_ticket())
+        with pytest.raises(EngineError):
+            wait_for(ticket)
+        wait_until(lambda: not batcher.busy_instances)
+        wait_until(lambda: raised[0]() is None)
+    finally:
+        gc.enable()
+    batcher.close()
+
+
+def test_a_device_lost_by_a_batch_launched_ahead_leaves_the_one_before_its_answer() -> None:
+    gate, story = Gate(), list[str]()
+
+    def lose(seed: int) -> None:
+        if seed == 1:
+            raise DeviceLostError("gone")
+
+    batcher, _ = start_batcher(lambda: AheadEngine(story, holding(gate, 0), lose))
+    tickets = [told(story, seed) for seed in range(3)]
+    batcher.submit(tickets[0])
+    assert gate.reached.wait(TIMEOUT_S)
+    for ticket in tickets[1:]:
+        batcher.submit(ticket)
+    gate.open()
+    assert rows_of(wait_for(tickets[0])) == expected_rows(tickets[0])
+    with pytest.raises(EngineError):
+        wait_for(tickets[1])
+    with pytest.raises(UnavailableError, match="gone"):
+        wait_for(tickets[2])
+    assert batcher.broken == "gone"
+
+
+def test_cancelled_between_the_run_and_its_delivery_only_that_caller_is_left_out() -> None:
+    """Its batch has been computed, and the next one is being launched."""
+    first, launching, story = Gate(), Gate(), list[str]()
+    batcher, _ = start_batcher(lambda: AheadEngine(story, holding(first, 9), holding(launching, 2)))
+    gone, mate, following = told(story, 0, 8), told(story, 1, 8), told(story, 2)
+    batcher.submit(told(story, 9))
+    assert first.reached.wait(TIMEOUT_S)
+    for ticket in (gone, mate, following):
+        batcher.submit(ticket)
+    first.open()
+    assert launching.reached.wait(TIMEOUT_S)
+    assert batcher.running_images == 32, "one batch that is computed, and one ahead"
+    batcher.cancel(gone)
+    launching.open()
+    for ticket in (mate, following):
+        assert rows_of(wait_for(ticket)) == expected_rows(ticket)
+    with pytest.raises(CallerLeftError):
+        wait_for(gone)
+    assert drain(batcher) == 0
+    assert batcher.close(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("how", ["hangs", "is cut off"])
+def test_both_batches_of_an_instance_fail_when_it(how: str) -> None:
+    first, launching, story = Gate(), Gate(), list[str]()
+    batcher, _ = start_batcher(lambda: AheadEngine(story, holding(first, 0), holding(launching, 1)))
+    tickets = [told(story, seed) for seed in range(2)]
+    batcher.submit(tickets[0])
+    assert first.reached.wait(TIMEOUT_S)
+    batcher.submit(tickets[1])
+    first.open()
+    assert launching.reached.wait(TIMEOUT_S)
+    if how == "hangs":
+        batcher.watch(31.0)
+    else:
+        assert batcher.cut_off() == 2
+    for ticket in tickets:
+        with pytest.raises(EngineError if how == "hangs" else UnavailableError):
+            wait_for(ticket)
+    launching.open()
+    assert batcher.close(TIMEOUT_S) == 0
+    assert [entry for entry in story if entry.startswith("deliver")] == ["deliver 0", "deliver 1"], "once each"
+    assert batcher.running_images == batcher.busy_instances == 0

@@ -207,7 +207,7 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (drop("latent_size"), "`latent_size`"),
         (put("colour", "red"), "`colour`"),
-        (put("schema_version", 99), "schema version 99.* 3 and 4"),
+        (put("schema_version", 99), "schema version 99.* 3, 4, 5"),
         (put("schema_version", "1\n"), r"schema version .1.{1,4}n\b"),
         (put("latent_size", "100"), r"`str` - at `\$.latent_size`"),
         (put("latent_size", 64), "'golden.latents'"),
@@ -218,6 +218,7 @@ def put(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda values: values["golden"].update(latents="?"), r"base64.* - at `\$.golden.latents`"),
         (lambda values: values["golden"].update(labels="AAAA"), "'golden.labels'"),
         (put("labels", 10), "'golden.labels'"),
+        (put("cuda_buckets", [8, 1]), "'cuda_buckets'"),
         (lambda values: values["golden"].update(count=10**9), r"<= 64 - at `\$.golden.count`"),
     ],
 )

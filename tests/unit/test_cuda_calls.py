@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from serve.engine import cuda, provider
-from serve.errors import EngineError, ProviderError
+from serve.errors import EngineError, OutOfMemoryError, ProviderError
+from serve.manifest import BUNDLED_DIR
+from serve.models import loader
+from serve.models.repository import Repository
+from serve.observability.metrics import Metrics
+from serve.settings import Settings
 
-EXCHANGE = "cudaThreadExchangeStreamCaptureMode"
+SET_DEVICE, EXCHANGE = "cudaSetDevice", "cudaThreadExchangeStreamCaptureMode"
 
 
 class Recorded:
     """Bindings that note each call with its thread and succeed, but for those in ``failing``."""
 
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")  # noqa: N815
+    cudaDeviceAttr = SimpleNamespace(  # noqa: N815
+        cudaDevAttrComputeCapabilityMajor="Major", cudaDevAttrComputeCapabilityMinor="Minor"
+    )
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, tuple[Any, ...]]] = []
         self.failing: set[str] = set()
+        self.codes: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((threading.current_thread().name, name, arguments))
-            code = _Code(name in self.failing)
-            return (code, 1, 5) if name == "cudaMemGetInfo" else (code,)
+            code = _Code(self.codes.get(name, name in self.failing))
+            return (code, *RETURNED[name]) if name in RETURNED else (code, f"from {name}")
 
         return call
 
@@ -36,11 +48,21 @@ class _Code(int):
     name = "cudaErrorUnknown"
 
 
+RETURNED: dict[str, tuple[Any, ...]] = {
+    "cudaMemGetInfo": (1, 5),
+    "cudaDeviceGetAttribute": (9,),  # a device of capability 9.9
+    "nvrtcGetSupportedArchs": ([75, 90, 100],),
+    "nvrtcGetCUBINSize": (3,),
+    "nvrtcGetPTXSize": (4,),
+}
+
+
 @pytest.fixture
 def bindings(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded = Recorded()
     monkeypatch.setattr(cuda, "_bindings", lambda name: recorded)
     monkeypatch.setattr(cuda, "_this_thread", threading.local())
+    cuda._kernel.cache_clear()
     return recorded
 
 
@@ -48,24 +70,74 @@ def test_every_thread_that_calls_cuda_minds_its_own_captures_alone(bindings: Rec
     """What it allocates or releases would break a capture in another thread."""
 
     def use() -> None:
-        cuda.Device().wait(7)
-        cuda.memory_total_bytes()
+        cuda.Device(3).wait(7)
+        cuda.Device(3).memory_total_bytes()
 
     for name in ("one", "two"):
         thread = threading.Thread(target=use, name=name)
         thread.start()
         thread.join(30)
-    own = [(EXCHANGE, ("thread-local",)), ("cudaStreamSynchronize", (7,)), ("cudaMemGetInfo", ())]
+    taken = [(SET_DEVICE, (3,)), (EXCHANGE, ("thread-local",))]
+    own = [*taken, ("cudaStreamSynchronize", (7,)), ("cudaMemGetInfo", ())]
     assert bindings.calls == [(name, *call) for name in ("one", "two") for call in own]
 
 
 def test_a_thread_whose_mode_could_not_be_set_tries_again(bindings: Recorded) -> None:
     bindings.failing = {EXCHANGE}
     with pytest.raises(EngineError, match=f"{EXCHANGE} failed: cudaErrorUnknown"):
-        cuda.memory_total_bytes()
+        cuda.Device().memory_total_bytes()
     bindings.failing = set()
-    assert cuda.memory_total_bytes() == 5
-    assert [name for _, name, _ in bindings.calls] == [EXCHANGE, EXCHANGE, "cudaMemGetInfo"]
+    assert cuda.Device().memory_total_bytes() == 5
+    assert [name for _, name, _ in bindings.calls] == [SET_DEVICE, EXCHANGE, SET_DEVICE, EXCHANGE, "cudaMemGetInfo"]
+
+
+def test_a_thread_that_calls_two_devices_takes_each_in_turn(bindings: Recorded) -> None:
+    for number in (0, 1, 1, 0):
+        cuda.Device(number).wait(7)
+    assert [arguments for _, name, arguments in bindings.calls if name == SET_DEVICE] == [(0,), (1,), (0,)]
+
+
+def test_memory_that_lacks_is_told_from_a_device_that_fails(bindings: Recorded) -> None:
+    bindings.codes = {"cudaHostRegister": 2, "cudaStreamSynchronize": 700}
+    with pytest.raises(OutOfMemoryError, match="cudaHostRegister failed"):
+        cuda.Device().lock_pages(np.zeros(1))
+    with pytest.raises(EngineError) as caught:
+        cuda.Device().wait(7)
+    assert type(caught.value) is EngineError
+
+
+def test_a_kernel_is_compiled_once_a_process_for_the_device_itself(bindings: Recorded) -> None:
+    """Issue: PTX of NVRTC 13.2 is refused by the driver that is named as the least; and it was compiled for each engine."""
+    flags: list[Any] = []
+    threads = [threading.Thread(target=lambda: flags.append(cuda.Device().compile("src", "draw", ["-DA=1"]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert flags == ["from cuModuleGetFunction"] * 4
+    [(_, _, arguments)] = [call for call in bindings.calls if call[1] == "nvrtcCompileProgram"]
+    assert arguments[2] == [b"--fmad=false", b"--gpu-architecture=sm_99", b"-DA=1"]
+    assert "nvrtcGetCUBIN" in [name for _, name, _ in bindings.calls]
+    cuda.Device(1).compile("src", "draw", ["-DA=1"])
+    assert [name for _, name, _ in bindings.calls].count("cuModuleLoadData") == 2, "and once more for another device"
+
+
+@pytest.mark.parametrize("fails", ["nvrtcGetCUBIN", "cuModuleLoadData"])
+def test_where_there_is_no_machine_code_for_a_device_its_driver_compiles(fails: str, bindings: Recorded) -> None:
+    """One that NVRTC does not know yet, or whose driver does not take the code."""
+
+    class Once(set[str]):
+        def __contains__(self, name: object) -> bool:
+            there = super().__contains__(name)
+            self.discard(str(name))
+            return there
+
+    bindings.failing = Once({fails})
+    assert cuda.Device().compile("src", "draw", []) == "from cuModuleGetFunction"
+    targets = [arguments[2][1] for _, name, arguments in bindings.calls if name == "nvrtcCompileProgram"]
+    assert targets == [b"--gpu-architecture=sm_99", b"--gpu-architecture=compute_90"]
+    names = [name for _, name, _ in bindings.calls]
+    assert names.count("nvrtcDestroyProgram") == names.count("nvrtcCreateProgram") == 2
 
 
 def test_cudas_libraries_are_loaded_from_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +169,8 @@ def test_cuda_without_its_libraries_is_refused_or_left_alone(
     def missing() -> None:
         raise ProviderError("CUDA's library cudnn is not found here")
 
-    monkeypatch.setattr(provider.driver, "why_unusable", lambda: None)
-    monkeypatch.setattr(provider, "memory_total_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(provider.driver, "why_unusable", lambda device: None)
+    monkeypatch.setattr(provider.Device, "memory_total_bytes", lambda device: 1 << 30)
     monkeypatch.setattr(provider, "load_libraries", missing)
     with pytest.raises(ProviderError, match=r"--provider cuda: .*cudnn.*--provider cpu"):
         provider.choose_provider("cuda")
@@ -108,3 +180,25 @@ def test_cuda_without_its_libraries_is_refused_or_left_alone(
     assert "cudnn" in caplog.text
     monkeypatch.setattr(provider, "load_libraries", lambda: None)
     assert provider.choose_provider("auto") == "cuda"
+
+
+def test_the_device_in_use_is_named_and_so_are_those_that_nobody_uses(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Issue: a machine with several GPUs used the first and said nothing."""
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(loader, "choose_provider", lambda wanted, device: chosen.append((wanted, device)) or "cuda")
+    monkeypatch.setattr(loader, "device_names", lambda: ["NVIDIA One", "NVIDIA Two", "NVIDIA Three"])
+    monkeypatch.setattr(loader.Device, "memory_total_bytes", lambda device: 100 + device.number)
+    monkeypatch.setattr(loader.Device, "memory_in_use_bytes", lambda device: 10 + device.number)
+    registry = CollectorRegistry()
+    models = loader.Loader(Repository(BUNDLED_DIR), Settings(device=1), Metrics(registry))
+    with caplog.at_level("INFO"):
+        asyncio.run(models.choose_provider())
+    assert chosen == [("auto", 1)]
+    assert registry.get_sample_value("digits_device_info", {"number": "1", "name": "NVIDIA Two"}) == 1
+    assert registry.get_sample_value("digits_gpu_memory_total_bytes") == 101
+    assert registry.get_sample_value("digits_gpu_memory_used_bytes") == 11
+    assert "uses CUDA device 1; start one more for each of: 0 (NVIDIA One), 2 (NVIDIA Three)" in caplog.text
+    models.fall_back(ProviderError("planted"))
+    assert registry.get_sample_value("digits_device_info", {"number": "", "name": "cpu"}) == 1

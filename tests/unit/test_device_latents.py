@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.engine.cuda import to_ptx
+from serve.engine.cuda import compiled as to_image
 from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_latents import FUNCTION, SOURCE, DeviceLatents, definitions
 from serve.engine.provider import EngineOptions
@@ -81,11 +81,21 @@ def test_every_tail_of_the_table_is_looked_up_as_on_the_host() -> None:
 
 def test_nvrtc_compiles_the_source_without_fused_arithmetic() -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
-    ptx = to_ptx(SOURCE.read_text(), "compute_90", definitions()).decode()
+    ptx = to_image(SOURCE.read_text(), "compute_90", definitions()).decode()
     assert f".visible .entry {FUNCTION}(" in ptx
     assert set(re.findall(r"\b((?:add|mul|fma|mad)\.\S*f32)", ptx)) == {"add.rn.f32", "mul.rn.f32"}
     with pytest.raises(EngineError, match="nvrtcCompileProgram failed: NVRTC_ERROR_COMPILATION"):
-        to_ptx("no C", "compute_90", [])
+        to_image("no C", "compute_90", [])
+
+
+def test_nvrtc_compiles_the_source_to_machine_code() -> None:
+    """What the driver of CUDA 13.0 takes from any NVRTC 13: it refuses the PTX of 13.2 (`.version 9.2`)."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    image = to_image(SOURCE.read_text(), "sm_90", definitions())
+    assert image.startswith(b"\x7fELF")
+    assert FUNCTION.encode() in image
+    with pytest.raises(EngineError, match="nvrtcCompileProgram failed: NVRTC_ERROR_INVALID_OPTION"):
+        to_image(SOURCE.read_text(), "sm_999", definitions())
 
 
 @compiled

@@ -96,7 +96,7 @@ def test_a_forked_process_opens_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(DigitSet, "_open", lambda self, *named: (opened.append(1), honest(self, *named))[1])
     digits[0]
     assert not opened
-    monkeypatch.setattr("os.getpid", lambda: 1)
+    monkeypatch.setattr("serve.client.training.digit_set.getpid", lambda: 1)
     assert np.array_equal(digits[0][0], image)
     digits[1]
     assert len(opened) == 1

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_buffers import NO_GRAPH, Binding
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS_AND_IMAGES, Engine
-from serve.errors import DeviceLostError, EngineError, ProviderError
+from serve.errors import DeviceLostError, EngineError, OutOfMemoryError, ProviderError
 from serve.latents import Span, draw, draw_span
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
@@ -230,6 +231,14 @@ def test_more_rows_than_the_largest_batch_go_through_in_pieces(make: Callable[..
     assert np.abs(in_pieces["images"] - at_once["images"]).max() <= 1e-5
 
 
+@either
+def test_what_a_run_is_timed_with_is_drawn(make: Callable[..., Engine], name: str) -> None:
+    """Issue: the headline rates were of latents that were all zero."""
+    feeds = make(name).sample(5)
+    assert all(row.std() > 0.5 for row in feeds["latents"])
+    assert ("labels" in feeds) == (name in ("cdcgan", "rpgan"))
+
+
 def test_labels_choose_the_digit() -> None:
     engine = make_engine("cdcgan", EngineOptions())
     latents = np.repeat(rows(engine, 4, 1)[0], 10, axis=0)
@@ -361,7 +370,25 @@ def test_a_run_whose_answer_comes_too_late_is_found_and_waited_for(
 )
 def test_cuda_has_few_buckets(count: int, bucket: int) -> None:
     assert EngineOptions(provider="cuda").bucket(count, 4096) == bucket
-    assert EngineOptions(provider="cuda").bucket(count, 100) == min(bucket, 100)
+    assert EngineOptions(provider="cuda").bucket(min(count, 100), 100) == min(bucket, 100)
+
+
+def test_a_bundle_may_name_its_own_buckets() -> None:
+    """Issue: 65 rows were run as 512, which takes a model with convolutions four times as long."""
+    bundle = read_bundle(BUNDLED_DIR / "mlp" / "1")
+    manifest = msgspec.structs.replace(bundle.manifest, cuda_buckets=(1, 3, 12))
+    engine = CudaEngine(bundle.model, manifest, POWERS, 16, HostDevice())
+    engine.options = EngineOptions(provider="cuda")
+    assert [engine.bucket(count) for count in (1, 2, 3, 4, 12, 13)] == [1, 3, 3, 12, 12, 16]
+    assert engine.buckets() == [16, 12, 3, 1]
+
+
+@pytest.mark.parametrize(("name", "bucket"), [("mlp", 512), ("dcgan", 128), ("cdcgan", 128), ("rpgan", 128)])
+def test_bundled_models_with_convolutions_have_buckets_between_64_and_512(name: str, bucket: int) -> None:
+    manifest = read_bundle(BUNDLED_DIR / name / "1").manifest
+    options = EngineOptions(provider="cuda")
+    assert options.bucket(65, 1024, manifest.cuda_buckets) == bucket
+    assert options.bucket(513, 1024, manifest.cuda_buckets) == 1024
 
 
 class FailingDevice(HostDevice):
@@ -403,6 +430,112 @@ def test_a_device_lost_while_an_engine_is_made_is_told_by_its_cause() -> None:
 
     with pytest.raises(ProviderError, match=r"no memory on cpu for batches of 4 \(cudaHostRegister failed"):
         make_buffered("mlp", 4, Lost())
+
+
+ARENA_FULL = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running ConvTranspose node. Name:'c' "
+    "Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRaw() "
+    "Failed to allocate memory for requested buffer of size 8388608000\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0 ; hostname=box", "CUDA failure 2: out of memory"),
+        (ARENA_FULL, "Failed to allocate memory for requested buffer of size 8388608000"),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"),
+    ],
+)
+def test_memory_that_lacks_for_a_run_is_no_lost_device(raised: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: it ended the process, or was no error that anybody knew."""
+    engine = make_buffered("mlp", 4)
+    honest = Binding.run
+
+    def fail(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(Binding, "run", fail)
+    with pytest.raises(OutOfMemoryError) as caught:
+        engine.compute(draw(1, 0, 2, 64))
+    assert str(caught.value) == f"mlp/1: {said}"
+    monkeypatch.setattr(Binding, "run", honest)
+    assert engine.compute(draw(1, 0, 2, 64))["pixels"].any(), "the next one may have it"
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("cudaHostRegister failed: cudaErrorMemoryAllocation"), MemoryError()])
+def test_answers_are_copied_where_no_more_slots_can_be_locked(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: slots were page-locked while it served, and a failure of the host's memory ended the process."""
+    monkeypatch.setattr(device_buffers, "LENT_BYTES", 784)
+
+    class Full(HostDevice):
+        full = False
+
+        def lock_pages(self, array: NDArray[Any]) -> None:
+            if self.full:
+                raise error
+            super().lock_pages(array)
+
+    device = Full()
+    engine, plain = make_buffered("mlp", 4, device), make_engine("mlp", POWERS, 4)
+    device.full = True
+    held = [engine.run({"latents": draw(3, 4 * index, 4, 64)})["pixels"] for index in range(5)]
+    for index, pixels in enumerate(held):
+        assert np.array_equal(pixels, plain.compute(draw(3, 4 * index, 4, 64))["pixels"])
+    assert not {each.ctypes.data for each in held} & set(device.locked)
+
+
+class Lost(HostDevice):
+    """Whose stream fails for good once a kernel or a capture has."""
+
+    lost = False
+
+    def wait(self, stream: int) -> None:
+        if self.lost:
+            raise EngineError("cudaStreamSynchronize failed: cudaErrorIllegalAddress")
+        super().wait(stream)
+
+
+def test_a_device_lost_at_a_capture_is_not_taken_for_a_capture_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: the engine counted as ready."""
+    device = Lost()
+    engine = make_buffered("mlp", 4, device)
+
+    def run(self: Binding, graph_id: int = NO_GRAPH, *, wait: bool = True) -> None:
+        device.lost = True
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0")
+
+    honest = Binding.run
+    monkeypatch.setattr(
+        Binding, "run", lambda *given, **named: (honest if given[1:] in ((), (NO_GRAPH,)) else run)(*given, **named)
+    )
+    with pytest.raises(DeviceLostError, match=r"mlp/1 on CUDA: cudaStreamSynchronize .*after CUDA failure 700"):
+        engine._capture(4)
+    assert engine.captures == {4: False}
+
+
+def test_a_device_lost_while_a_capture_is_tried_is_not_taken_for_a_wrong_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_buffered("mlp", 4)
+    samples = engine._samples(4)
+
+    def run(self: CudaEngine, feeds: Any, outputs: Any = ()) -> Any:
+        raise DeviceLostError("gone")
+
+    monkeypatch.setattr(engine, "_samples", lambda bucket: samples)
+    monkeypatch.setattr(CudaEngine, "run", run)
+    with pytest.raises(DeviceLostError, match="gone"):
+        engine._capture(4)
+
+
+def test_a_device_lost_while_latents_are_tried_is_not_taken_for_one_that_cannot_draw() -> None:
+    class Overwriting(Lost):
+        def compile(self, source: str, function: str, definitions: Any) -> Any:
+            self.lost = True
+            raise EngineError("cuModuleLoadData failed: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    engine = make_buffered("mlp", 4, Overwriting())
+    with pytest.raises(DeviceLostError, match="after cuModuleLoadData failed"):
+        engine._begin_drawing()
 
 
 def test_a_cuda_failure_of_onnx_runtime_is_the_devices_and_another_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from train.evaluation.evaluate import Evaluator, scored_by_training
 from train.models import build_generator
 from train.presets import preset
 from train.reports import judging
+from train.run_command import _next
 
 CPU = torch.device("cpu")
 
@@ -124,8 +126,10 @@ def test_images_of_another_size_are_refused_with_the_size_that_is_needed(tmp_pat
 def test_without_test_images_there_is_training_and_no_judging(tmp_path: Path) -> None:
     data = load_mnist(write_patterns(tmp_path / "data", 5, train=20, test=0))
     assert (data.classes, len(data.test_images)) == (5, 0)
-    with pytest.raises(QualityError, match=r"0 test images, and judging needs 4 .*--test-share"):
+    with pytest.raises(QualityError, match=r"0 test images, and judging needs 4: .*--test-share.* ARGS=--no-judge"):
         judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("trained"))
+    run = run_of(tmp_path, 5)
+    assert _next(run, data, tmp_path) == f"make export RUN={run.folder} ARGS=--no-judge"
     assert not list(tmp_path.glob("judge*"))
     with pytest.raises(DataError, match="no training images"):
         load_mnist(write_patterns(tmp_path / "none", 5, train=0, test=5))
@@ -137,6 +141,17 @@ def test_the_speedrun_refuses_other_classes_before_it_trains(tmp_path: Path, mon
     with pytest.raises(ExportError, match=r"5 classes.*10, as MNIST has.*make train"):
         speedrun.speedrun(speedrun.Options(tmp_path / "out", folder))
     assert not (tmp_path / "out").exists()
+
+
+def test_images_without_labels_train_no_conditional_preset_and_no_judge(tmp_path: Path) -> None:
+    """Those of an unconditional model in a data set have label 255."""
+    data = load_mnist(write_patterns(tmp_path / "data", 1, train=20, test=10))
+    unlabelled = dataclasses.replace(data, train_labels=data.train_labels + 255, test_labels=data.test_labels + 255)
+    training_examples(unlabelled, preset("dcgan"), CPU)
+    with pytest.raises(DataError, match=r"label 255, which stands for none: .*dcgan"):
+        training_examples(unlabelled, preset("rpgan"), CPU)
+    with pytest.raises(QualityError, match=r"no labels, .*ARGS=--no-judge"):
+        judge.kept_judge(unlabelled, tmp_path, CPU)
 
 
 @pytest.mark.parametrize("labels", [1, 5])

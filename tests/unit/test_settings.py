@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "caller_requests_per_s": 0.5,
     "http_host": "0.0.0.0",
     "http_port": 1235,
+    "device": 1,
     "https_port": 1236,
     "http_origins": "https://app.example.org,http://localhost:3000",
     "provider": "cpu",

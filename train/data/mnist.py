@@ -41,10 +41,15 @@ class Mnist:
     @property
     def classes(self) -> int:
         """How many labels there are: 0 up to the highest of both parts. Raises DataError for images without labels."""
-        highest = int(torch.cat((self.train_labels, self.test_labels)).max())
-        if highest == UNKNOWN_LABEL:
-            raise DataError(f"the data has label {highest}, which stands for none: train a preset without labels on it, as dcgan")
-        return 1 + highest
+        if not self.labelled:
+            raise DataError(
+                f"the data has label {UNKNOWN_LABEL}, which stands for none: train a preset without labels on it, as dcgan"
+            )
+        return 1 + int(torch.cat((self.train_labels, self.test_labels)).max())
+
+    @property
+    def labelled(self) -> bool:
+        return not bool((self.train_labels == UNKNOWN_LABEL).any())
 
     @property
     def is_mnist(self) -> bool:

@@ -35,6 +35,7 @@ PEAK_RATE = 4e-3
 JUDGE_FOLDER = "judge"  # below the runs' own
 ACCURACY_NEEDED = 0.993  # of the MNIST test set; a worse judge says little of digits that are better than it
 LEAST_TEST_IMAGES = quality.NEIGHBOURS + 1  # with fewer no test image has so many neighbours among the others
+EXPORT_UNJUDGED = "to export without judging: make export RUN=… ARGS=--no-judge"
 READ_BATCH = 500
 TIMED_STEPS = 8
 
@@ -204,14 +205,10 @@ def kept_judge(
 
     What it knows of the test images is written beside it. Raises QualityError if that is too little, the next time at once.
     """
+    check_data(data)
     path = judge_file(data, folder, network)
     record = path.with_suffix(".json")
     if not path.exists():
-        if len(data.test_images) < LEAST_TEST_IMAGES:
-            raise QualityError(
-                f"the data has {len(data.test_images)} test images, and judging needs {LEAST_TEST_IMAGES} at least;"
-                " of a data set that serve.dataset joins they are its --test-share"
-            )
         log.info("training the %s", network.name)
         trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
         known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
@@ -226,6 +223,17 @@ def kept_judge(
     judge = network(data.classes).to(device)
     judge.load_state_dict(load_checkpoint(path))
     return judge.eval()
+
+
+def check_data(data: Mnist) -> None:
+    """Raises QualityError for data that no judge can be had of."""
+    if (count := len(data.test_images)) < LEAST_TEST_IMAGES:
+        raise QualityError(
+            f"the data has {count} test images, and judging needs {LEAST_TEST_IMAGES}: a data set of serve.dataset has those of"
+            f" join --test-share; {EXPORT_UNJUDGED}"
+        )
+    if not data.labelled:
+        raise QualityError(f"the data has no labels, and judging needs them; {EXPORT_UNJUDGED}")
 
 
 def accuracy_needed(data: Mnist, device: torch.device) -> float:
@@ -251,5 +259,5 @@ def _check_accuracy(record: Path, network: type[Judge]) -> None:
     if accuracy < needed:
         raise QualityError(
             f"the {network.name} knows {accuracy:.2%} of the test images, and {needed:.2%} are needed, so it cannot judge:"
-            " train and judge on more images, or export without judging: make export RUN=… ARGS=--no-judge"
+            f" train and judge on more images; {EXPORT_UNJUDGED}"
         )

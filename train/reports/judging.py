@@ -12,7 +12,16 @@ import torch
 from train.checkpoint import Run
 from train.data.mnist import Mnist, load_mnist, read_dataset
 from train.evaluation.evaluate import Evaluator, digits_of, scored_by_training
-from train.evaluation.judge import BATCH, JUDGE_FOLDER, Judge, SecondJudge, judge_file, kept_judge, training_seconds
+from train.evaluation.judge import (
+    BATCH,
+    JUDGE_FOLDER,
+    Judge,
+    SecondJudge,
+    check_data,
+    judge_file,
+    kept_judge,
+    training_seconds,
+)
 from train.reports.run_page import write_page
 
 Report = Mapping[str, Any]
@@ -21,6 +30,7 @@ Report = Mapping[str, Any]
 def judge_runs(runs: Sequence[Run], data_dir: Path, runs_dir: Path, device: torch.device, scores: int = 1) -> list[Report]:
     """Judge runs by the data, write each one's ``quality.json`` and page; returns what was written. Raises TrainError."""
     data = load_mnist(data_dir)
+    check_data(data)
     for run in runs:
         if of_other_data(run, data):
             print(f"{run.folder} was trained on other data than {data_dir} holds, and is compared with that", file=sys.stderr)
@@ -35,6 +45,7 @@ def judge_runs(runs: Sequence[Run], data_dir: Path, runs_dir: Path, device: torc
 def judge_dataset(folder: Path, data_dir: Path, runs_dir: Path, device: torch.device, scores: int = 1) -> Report:
     """Judge a data set of ``serve.dataset`` by the data. Raises TrainError."""
     data = load_mnist(data_dir)
+    check_data(data)
     pixels, labels = read_dataset(folder, BATCH, data.classes)
     return _kept_evaluator(data, runs_dir, device, [str(folder)], scores).dataset(pixels, labels, str(folder))
 

@@ -12,11 +12,11 @@ Item i of epoch e is the digit at index ``start + e * count + i`` of the seed's 
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from ctypes import c_int64
 from multiprocessing import RawValue
 from multiprocessing.context import get_spawning_popen
+from os import getpid
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias
 
@@ -171,13 +171,13 @@ class DigitSet:
 
     def _opened(self) -> Maker:
         """This process's own."""
-        if self._maker is None or self._maker[0] != os.getpid():
+        if self._maker is None or self._maker[0] != getpid():
             maker = self._open(self._about.name, self._about.version)
             if maker.about != self._about:
                 raise mistake(
                     f"{self._source} has another {self._about.name}/{self._about.version} now than when the set was made"
                 )
-            self._maker = os.getpid(), maker
+            self._maker = getpid(), maker
         return self._maker[1]
 
     def _open(self, model: str, version: int) -> Maker:

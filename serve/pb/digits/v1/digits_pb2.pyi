@@ -194,7 +194,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision", "labels", "quality_json", "batch_invariant")
+    __slots__ = ("summary", "architecture", "latent_size", "latent_distribution", "height", "width", "provider", "digest", "limits", "training_json", "parity_json", "precision", "labels", "quality_json", "batch_invariant", "tolerance")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LATENT_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class GetModelResponse(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_JSON_FIELD_NUMBER: _ClassVar[int]
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     summary: ModelSummary
     architecture: str
     latent_size: int
@@ -225,7 +226,18 @@ class GetModelResponse(_message.Message):
     labels: int
     quality_json: str
     batch_invariant: bool
-    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ..., labels: _Optional[int] = ..., quality_json: _Optional[str] = ..., batch_invariant: bool = ...) -> None: ...
+    tolerance: Tolerance
+    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., architecture: _Optional[str] = ..., latent_size: _Optional[int] = ..., latent_distribution: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., provider: _Optional[str] = ..., digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., training_json: _Optional[str] = ..., parity_json: _Optional[str] = ..., precision: _Optional[str] = ..., labels: _Optional[int] = ..., quality_json: _Optional[str] = ..., batch_invariant: bool = ..., tolerance: _Optional[_Union[Tolerance, _Mapping]] = ...) -> None: ...
+
+class Tolerance(_message.Message):
+    __slots__ = ("images", "pixel_levels", "pixel_identical_share")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_IDENTICAL_SHARE_FIELD_NUMBER: _ClassVar[int]
+    images: float
+    pixel_levels: int
+    pixel_identical_share: float
+    def __init__(self, images: _Optional[float] = ..., pixel_levels: _Optional[int] = ..., pixel_identical_share: _Optional[float] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_count", "max_count_float32", "max_batch_size", "max_queue_images")
