@@ -34,13 +34,13 @@ SETTINGS = ("--default-model=mlp", "--instances=1", "--drain-grace-s=1", "--drai
 # A server whose runs hang once there is this file.
 HANGING = """
 import pathlib, runpy, threading
-from serve.batching.instance import Instance
-run = Instance._run
+from serve.engine.session import Engine
+launch = Engine.launch
 def hang(*arguments):
     if pathlib.Path({flag!r}).exists():
         threading.Event().wait()
-    run(*arguments)
-Instance._run = hang
+    return launch(*arguments)
+Engine.launch = hang
 runpy.run_module("serve", run_name="__main__", alter_sys=True)
 """
 

@@ -41,13 +41,13 @@ INSTANCES, MAX_BATCH, MAX_COUNT, MAX_FLOAT32, MAX_QUEUE = 2, 8, 64, 16, 4000
 # Runs wait while a file is there: what is under way stands still to be counted.
 HELD = """
 import pathlib, runpy, time
-from serve.batching.instance import Instance
-run = Instance._run
+from serve.engine.session import Engine
+launch = Engine.launch
 def held(*arguments):
     while pathlib.Path({flag!r}).exists():
         time.sleep(0.01)
-    run(*arguments)
-Instance._run = held
+    return launch(*arguments)
+Engine.launch = held
 runpy.run_module("serve", run_name="__main__", alter_sys=True)
 """
 # Not brought about here: who compares them.
