@@ -173,6 +173,7 @@ def models(world: World) -> dict[str, tuple[Any, Any]]:
             f"GetModelResponse.{name}": (getattr(about, name), manifest[name])
             for name in ("architecture", "latent_size", "latent_distribution", "height", "width", "precision", "labels")
         },
+        **{f"Tolerance.{name}": (getattr(about.tolerance, name), value) for name, value in manifest["tolerance"].items()},
         "GetModelResponse.batch_invariant": (about.batch_invariant, same_in_every_batch(world.models / "cdcgan/1/model.onnx")),
         "GetModelResponse.provider": (about.provider, "cpu"),
         "GetModelResponse.digest": (about.digest, world.sha256("cdcgan/1")),
@@ -482,6 +483,8 @@ def gauges(world: World) -> dict[str, tuple[Any, Any]]:
             [2, 1],
         ),
         **{f"digits_gpu_memory_{name}_bytes": (world.metric(f"digits_gpu_memory_{name}_bytes"), 0) for name in ("used", "total")},
+        "digits_device": (world.metric("digits_device_info", number=""), 1),
+        "digits_device_latents": (world.metric("digits_device_latents", model="mlp", version="1"), 0),
         "digits_cuda_graph_captures": (world.metric("digits_cuda_graph_captures_total"), 0),
         "digits_build": (world.metric("digits_build_info", version=release(), grpcio=version("grpcio")), 1),
     }
