@@ -81,6 +81,9 @@ def _fit(trainer: Trainer, data: Mnist, data_dir: Path) -> int:
     if ranks.first:
         if run.config.precision == "bf16" and not trainer.update.mixed:
             print(f"bf16 is not among the instructions of this {trainer.device.type.upper()}: fp32 is used", file=sys.stderr)
+        print(
+            f"training {run.config.preset} on {trainer.device.type} into {run.folder}, from step {trainer.step}", file=sys.stderr
+        )
         write_page(run)
     try:
         with _stopped_by_signals(trainer):

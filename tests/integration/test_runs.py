@@ -333,6 +333,7 @@ def test_resuming_on_another_machine_is_said_and_recorded(tmp_path: Path, monkey
     assert done.returncode == 0, done.stderr
     assert f"cpu threads: 1 now, 7 when {run} began\nthe result will not have the bits" in done.stderr
     [start] = config_of(run)["provenance"]["resumed"]
+    assert f"training mlp on cpu into {run}, from step 6\n" in done.stderr
     assert (start["step"], start["cpu_threads"], config_of(run)["provenance"]["cpu_threads"]) == (6, 1, 7)
     assert "resumed at step 6" in " ".join(Page((run / "report.html").read_text()).text)
 
