@@ -486,6 +486,8 @@ FAULTS = [
     Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
     Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
     Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
+    Fault("a picture's text moves the terminal's cursor", f"{PICTURES}:_origin", "text.isascii() and text.isprintable()", "text.isascii()", PICTURED),
+    Fault("a picture's way has any length", PICTURES, '("count", "steps", "first"), MOST_DIGITS + 1', '("count", "steps", "first"), 1 << 32', PICTURED),
     Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
     Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
     Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
