@@ -19,7 +19,9 @@ class DigitError(grpc.RpcError):
 
     def __init__(self, code: grpc.StatusCode, text: str, retry_after_s: float | None = None) -> None:
         super().__init__(code, text, retry_after_s)  # so that it can be pickled
-        self._code, self._text = code, " ".join(text.split())
+        # Much of it is a server's: what would move the terminal's cursor is an escape.
+        shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(text.split()))
+        self._code, self._text = code, "".join(shown)
         self.retry_after_s = retry_after_s
 
     def code(self) -> grpc.StatusCode:
@@ -35,6 +37,11 @@ class DigitError(grpc.RpcError):
 def mistake(text: str) -> DigitError:
     """For what is wrong with a request, a target or a file before anything was sent."""
     return DigitError(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
+def unusable(text: str) -> DigitError:
+    """For an answer that no server of this service gives."""
+    return DigitError(grpc.StatusCode.INTERNAL, f"the server's answer cannot be used: {text}")
 
 
 def retry_after_s(error: Any) -> float | None:

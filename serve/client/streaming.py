@@ -27,9 +27,13 @@ class Progress:
         return self._request if self._request.count or not self._begun else None
 
     def take(self, response: pb.GenerateResponse) -> Digits:
-        """A chunk: the next request begins behind it, in the same stream of the same model, whatever the default is by then."""
-        digits = from_response(response)
-        request, self._begun, self._failures = self._request, True, 0
+        """A chunk: the next request begins behind it, in the same stream of the same model, whatever the default is by then.
+
+        Raises DigitError for one that is none.
+        """
+        request = self._request
+        digits = from_response(response, request.count)
+        self._begun, self._failures = True, 0
         request.seed, request.model, request.version = response.seed, response.model, response.version
         request.start += response.count
         request.count -= response.count

@@ -42,6 +42,7 @@ THE_SERVER = "tests/unit/test_server.py"
 REQUESTS = "tests/unit/test_client_requests.py"
 FAILURES = "tests/integration/test_client_failures.py"
 CLIENT = "serve/client"
+ANSWERS = "tests/unit/test_client_answers.py"
 BOUNDS = "tests/integration/test_bounds.py"
 PICTURED = "tests/unit/test_pictures.py"
 CACHED = "tests/integration/test_http_cache.py"
@@ -253,6 +254,10 @@ FAULTS = [
     Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
     Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
     Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= (count if most is None else most):", "if False:", ANSWERS),
+    Fault("an answer with fewer digits will do", f"{CLIENT}/calls.py:_all_digits", "len(digits) < wanted", "False", ANSWERS),
+    Fault("a model has any latent size", f"{CLIENT}/calls.py:_checked", "<= MOST_LATENT_SIZE", "", ANSWERS),
+    Fault("a server's text moves the terminal's cursor", f"{CLIENT}/errors.py:DigitError.__init__", "each if each.isprintable() else", "each if True else", ANSWERS),
     Fault("a stream begins anew", f"{CLIENT}/streaming.py:Progress.take", "request.start += response.count", "pass", f"{REQUESTS} -k not_come"),
     Fault("large requests are not tried again", f"{CLIENT}/channel.py", '("grpc.per_rpc_retry_buffer_size", 8 << 20)', '("grpc.per_rpc_retry_buffer_size", 256 << 10)', f"{FAILURES} -k large"),
     Fault("several addresses are a certificate's name", f"{CLIENT}/channel.py:Access._open", 'if "," in target:', "if False:", f"{FAILURES} -k several"),

@@ -31,7 +31,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         def method(request: Any, **options: Any) -> pb.GenerateResponse:
             self.request = request
-            return pb.GenerateResponse(images=[bytes(784)], count=1, height=28, width=28)
+            count = request.count or len(request.latents) // (4 * request.latent_size)
+            return pb.GenerateResponse(images=[bytes(count * 784)], count=count, height=28, width=28)
 
         return method
 
