@@ -487,6 +487,8 @@ FAULTS = [
     Fault("bf16 is taken where it is imitated", f"{STEP}:Step.__init__", "has_bf16(self.device)", "True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py:has_bf16", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    Fault("an index stands in any place", "serve/dataset/joining.py:_stored_indices", "odd = (beyond < 0) |", "odd = (beyond < -(2**63)) &", "tests/integration/test_dataset_verify.py -k stand_in_its_place"),
+    Fault("a header sends commands to a terminal", "serve/dataset/header.py", "[A-Za-z0-9_-]{0,64}", ".*", "tests/integration/test_dataset_verify.py -k terminal"),
     # where digits come from
     Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
     Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
