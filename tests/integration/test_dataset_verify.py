@@ -104,8 +104,8 @@ def test_an_index_that_cannot_stand_in_its_place_is_named(folder: Path, capsys: 
 
 def test_a_header_cannot_send_commands_to_a_terminal() -> None:
     fields = {
-        "model": "mlp", "version": 1, "digest": "0" * 64, "seed": 0, "start": 0, "count": 9, "shards": 1, "height": 28, "width": 28,
-        "latent_size": 8, "classes": 0, "judge": "",
+        "model": "mlp", "version": 1, "digest": "0" * 64, "seed": 0, "start": 0, "count": 9, "shards": 1, "height": 28,
+        "width": 28, "latent_size": 8, "classes": 0, "judge": "",
     }  # fmt: skip
     assert parse_header(json.dumps(fields).encode(), "here").model == "mlp"
     for name in ("model", "digest", "judge"):

@@ -489,6 +489,7 @@ FAULTS = [
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
     Fault("an index stands in any place", "serve/dataset/joining.py:_stored_indices", "odd = (beyond < 0) |", "odd = (beyond < -(2**63)) &", "tests/integration/test_dataset_verify.py -k stand_in_its_place"),
     Fault("a header sends commands to a terminal", "serve/dataset/header.py", "[A-Za-z0-9_-]{0,64}", ".*", "tests/integration/test_dataset_verify.py -k terminal"),
+    Fault("a caller's trace context is quoted in the log", f"{SPANS}:set_up", "for logger in CONTEXT_LOGGERS:", "for logger in ():", f"{TRACING} -k not_logged"),
     # where digits come from
     Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
     Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
@@ -515,7 +516,6 @@ FAULTS = [
     Fault("a model whose bits depend on the batch says that they do not", f"{MODELS}:open_model", "batch_invariant=not differences", "batch_invariant=True", MODEL),
     Fault("an altered digit is confirmed", "serve/dataset/verifying.py:verify", "levels > bundle.manifest.tolerance.pixel_levels", "levels > 255", VERIFIED),
     Fault("a data set is confirmed by another model file", "serve/dataset/verifying.py:check_bundle", "bundle.digest != whole.dataset.digest", "False", VERIFIED),
-    Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
     Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
     Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
     Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != os.getpid()", "", f"{THE_SET} -k forked"),
