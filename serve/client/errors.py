@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex
 import grpc
 
 RETRY_AFTER = "grpc-retry-pushback-ms"
+MOST_RETRY_DIGITS = 10  # four months; Python refuses to read thousands
 
 
 class DigitError(grpc.RpcError):
@@ -47,7 +48,7 @@ def unusable(text: str) -> DigitError:
 def retry_after_s(error: Any) -> float | None:
     """What an error's trailing metadata say of when to come back."""
     for key, value in error.trailing_metadata() or ():
-        if key == RETRY_AFTER and value.isdecimal():  # a negative one says: never
+        if key == RETRY_AFTER and value.isdecimal() and len(value) <= MOST_RETRY_DIGITS:  # a negative one says: never
             return int(value) / 1000
     return None
 

@@ -39,9 +39,10 @@ class Progress:
         request.count -= response.count
         return digits
 
-    def pause_after(self, failure: DigitError) -> float:
-        """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain."""
+    def pause_after(self, failure: DigitError, most_s: float) -> float:
+        """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain, or over ``most_s``."""
         self._failures += 1
-        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE:
+        pause_s = failure.retry_after_s or BACKOFF_S * self._failures
+        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE or pause_s > most_s:
             raise failure from None
-        return failure.retry_after_s or BACKOFF_S * self._failures
+        return pause_s

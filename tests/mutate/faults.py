@@ -255,6 +255,7 @@ FAULTS = [
     Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
     Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
     Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("a stream waits as long as a server likes", f"{CLIENT}/streaming.py:Progress.pause_after", " or pause_s > most_s", "", f"{ANSWERS} -k timeout_because"),
     Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= (count if most is None else most):", "if False:", ANSWERS),
     Fault("an answer with fewer digits will do", f"{CLIENT}/calls.py:_all_digits", "len(digits) < wanted", "False", ANSWERS),
     Fault("a model has any latent size", f"{CLIENT}/calls.py:_checked", "<= MOST_LATENT_SIZE", "", ANSWERS),

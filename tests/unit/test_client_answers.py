@@ -83,6 +83,26 @@ def test_a_model_that_cannot_be_is_an_error_and_nothing_is_drawn_for_it(about: d
             tracemalloc.stop()
 
 
+def sending_away(request: Any, context: grpc.ServicerContext) -> Any:
+    yield blank(1)
+    context.set_trailing_metadata((("grpc-retry-pushback-ms", "6000"),))
+    context.abort(grpc.StatusCode.UNAVAILABLE, "come back in six seconds")
+
+
+async def all_of(target: str) -> None:
+    async with AsyncDigitClient(target, timeout_s=5) as client:
+        async for _ in client.stream(3):
+            pass
+
+
+def test_a_stream_waits_no_longer_than_its_timeout_because_a_server_says_so() -> None:
+    with generating(GenerateStream=sending_away) as target, DigitClient(target, timeout_s=5) as client:
+        with pytest.raises(DigitError, match="UNAVAILABLE: come back in six seconds"):
+            list(client.stream(3))
+        with pytest.raises(DigitError, match="UNAVAILABLE: come back in six seconds"):
+            asyncio.run(asyncio.wait_for(all_of(target), 20))
+
+
 def test_what_a_server_says_cannot_move_the_terminals_cursor() -> None:
     error = DigitError(grpc.StatusCode.INTERNAL, "\x1b]0;title\x07 of\ttwo\nlines, \u202eré …")
     assert str(error) == "INTERNAL: \\x1b]0;title\\x07 of two lines, \\u202eré …"
