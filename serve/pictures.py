@@ -24,7 +24,8 @@ KEYWORD = b"digits\0"
 MOST_TEXT_BYTES = 1 << 20  # of the chunk that is read; labels of 64 MiB of digits take a third of it
 MOST_HEAD_BYTES = 2 << 20  # of a picture, in which the chunk is looked for
 MOST_TRUNCATION = 1e30
-LIMITS = {"version": 1 << 63, "seed": 1 << 64, "index": 1 << 63, "count": 1 << 32, "steps": 1 << 32, "first": 1 << 32}
+MOST_DIGITS = 1 << 20  # that a server can be told to make in one answer (--max-count)
+LIMITS = {"version": 1 << 63, "seed": 1 << 64, "index": 1 << 63, **dict.fromkeys(("count", "steps", "first"), MOST_DIGITS + 1)}
 TEXTS, NUMBERS = {"model", "digest"}, {"version", "count", "steps", "first"}
 REQUIRED, OPTIONAL = {"model", "version", "digest", "count"}, {"seed", "index", "labels", "truncation", "to"}
 
@@ -180,7 +181,8 @@ def _origin(fields: Mapping[str, Any]) -> Origin:
     if not (known and sane and numbers["count"] and numbers["version"]):
         raise ValueError(fields)
     for name in TEXTS:
-        if not fields[name].isascii() or not 0 < len(fields[name]) <= 64:
+        text = fields[name]  # which is printed
+        if not (text.isascii() and text.isprintable() and 0 < len(text) <= 64):
             raise ValueError(name)
     return Origin(
         fields["model"], numbers["version"], fields["digest"], numbers.get("seed"), numbers.get("index", 0), numbers["count"],

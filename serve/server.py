@@ -178,7 +178,8 @@ class Server:
             return []
         target = address(settings.host, self._grpc.port)
         routes = OpenInferenceHttp(core, admission, self._health.not_complete).routes()
-        routes += HttpApi(core, admission, target, self._reconciler.status).routes()
+        by_certificate = settings.tls_client_ca is not None
+        routes += HttpApi(core, admission, target, self._reconciler.status, by_certificate=by_certificate).routes()
         return routes + page_routes() if settings.page else routes
 
     def _load(self) -> Load:

@@ -59,8 +59,18 @@ LIMITS = {"count": 1 << 32, "steps": 1 << 32, "version": 1 << 63, **dict.fromkey
 class HttpApi:
     """The routes."""
 
-    def __init__(self, core: Core, admission: Admission, grpc_target: str, status: Callable[[], Sequence[VersionStatus]]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        admission: Admission,
+        grpc_target: str,
+        status: Callable[[], Sequence[VersionStatus]],
+        *,
+        by_certificate: bool = False,
+    ) -> None:
+        """``by_certificate``: callers need one of their own, so that what one has been answered is not for others."""
         self._core = core
+        self._kept_by = "private" if by_certificate or admission.accounts.by_token else "public"
         self._versions = status
         self._admission = admission
         self._grpc_target = grpc_target
@@ -105,7 +115,7 @@ class HttpApi:
         pinned = pinned and bool(request.model and request.version)
         if pinned and asked.if_none_match:
             tag = self._tag(request, self._core.find(request))
-            if any(known.value in ("*", tag) for known in asked.if_none_match):
+            if asked.headers["If-None-Match"].strip() == "*" or any(known.value == tag for known in asked.if_none_match):
                 return web.Response(status=304, headers=self._kept(tag))
         digits = await self._core.generate(request, call.hold)
         started = time.perf_counter()
@@ -126,8 +136,7 @@ class HttpApi:
 
         The tag is a weak one: the pixels are the same within one grey level on every kind of processor, the timing is not.
         """
-        whose = "private" if self._admission.accounts.by_token else "public"
-        return {"ETag": f'W/"{tag}"', "Cache-Control": f"{whose}, max-age={KEPT_S}, immutable"}
+        return {"ETag": f'W/"{tag}"', "Cache-Control": f"{self._kept_by}, max-age={KEPT_S}, immutable"}
 
     async def _status(self, request: web.Request, call: Call) -> web.Response:
         catalog = self._core.catalog

@@ -87,7 +87,7 @@ class AsyncDigitClient(
             except TimeoutError as error:
                 raise await self._failure(error) from None
             except grpc.RpcError as error:
-                await asyncio.sleep(progress.pause_after(await self._failure(error)))
+                await asyncio.sleep(progress.pause_after(await self._failure(error), self._timeout_s))
             finally:
                 call.cancel()
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Generic, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.client.digits import from_response
-from serve.client.errors import mistake, whole
+from serve.client.digits import Digits, from_response
+from serve.client.errors import mistake, unusable, whole
 from serve.client.streaming import Progress
 from serve.latents import LEAST_TRUNCATION, Span, draw_span
 from serve.pb.digits.v1 import digits_pb2 as pb
 
 Labels = SupportsIndex | Iterable[SupportsIndex]  # one digit for all, or one for each; empty: the addresses' own
 Address = tuple[SupportsIndex, SupportsIndex]  # seed and index
+
+MOST_LATENT_SIZE, MOST_CLASSES = 4096, 1000  # of a bundle's manifest
 
 DigitsT = TypeVar("DigitsT")
 StreamT = TypeVar("StreamT")
@@ -59,10 +62,12 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
             priority=pb.PRIORITY_BULK if bulk else pb.PRIORITY_UNSPECIFIED,
             **_common(model, version, labels, truncation),
         )
+        wanted = request.count
         if latents is not None:
             rows = _rows(latents)
+            wanted = len(rows)
             request.latents, request.latent_size = rows.tobytes(), rows.shape[1]
-        digits: DigitsT = self._ask("Generate", request, from_response)
+        digits: DigitsT = self._ask("Generate", request, partial(_all_digits, wanted))
         return digits
 
     def interpolate(
@@ -83,7 +88,7 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
             steps=whole("steps", steps, 32),
             **_common(model, version, labels, truncation),
         )
-        digits: DigitsT = self._ask("Interpolate", request, from_response)
+        digits: DigitsT = self._ask("Interpolate", request, partial(_all_digits, request.steps))
         return digits
 
     def latents(
@@ -101,7 +106,7 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
         checked_truncation(truncation)
 
         def draw(about: pb.GetModelResponse) -> NDArray[np.float32]:
-            return draw_span(Span(*numbers, truncation=truncation), about.latent_size, about.labels)[0]
+            return draw_span(Span(*numbers, truncation=truncation), _checked(about).latent_size, about.labels)[0]
 
         rows: LatentsT = self._ask("GetModel", _model_request(model, version), draw)
         return rows
@@ -141,7 +146,7 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
 
     def get_model(self, model: str = "", version: SupportsIndex = 0) -> ModelT:
         """One model (``GetModelResponse``): what made it, its limits, where it runs."""
-        about: ModelT = self._ask("GetModel", _model_request(model, version), _as_it_is)
+        about: ModelT = self._ask("GetModel", _model_request(model, version), _checked)
         return about
 
     @abstractmethod
@@ -155,6 +160,20 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
 
 def _as_it_is(response: Any) -> Any:
     return response
+
+
+def _all_digits(wanted: int, response: pb.GenerateResponse) -> Digits:
+    digits = from_response(response, wanted)
+    if len(digits) < wanted:
+        raise unusable(f"it has {len(digits)} digits, and {wanted} were asked for")
+    return digits
+
+
+def _checked(about: pb.GetModelResponse) -> pb.GetModelResponse:
+    """A model that can be one: latents are drawn by these numbers. Raises DigitError."""
+    if not 0 < about.latent_size <= MOST_LATENT_SIZE or about.labels > MOST_CLASSES:
+        raise unusable(f"no model has {about.latent_size} latent values and {about.labels} labels")
+    return about
 
 
 def checked_truncation(truncation: float) -> float:

@@ -93,7 +93,7 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
                 failure = self._failure(error, call.late)
                 if call.late:
                     raise failure from None
-                time.sleep(progress.pause_after(failure))
+                time.sleep(progress.pause_after(failure, self._timeout_s))
 
     def _connect(self) -> None:
         """Before the first call: wait for a connection for so long only as it may still come about."""

@@ -28,6 +28,8 @@ EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
 def failure_of(error: Any, target: str, access: Access, timeout_s: float, late: bool = False) -> DigitError:
     """What a client raises in the place of a ``grpc.RpcError``, or when a stream's next answer was ``late``."""
+    if isinstance(error, DigitError):  # of an answer that cannot be used
+        return error
     code = grpc.StatusCode.DEADLINE_EXCEEDED if late else error.code()
     text = "" if late else error.details() or ""
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and (reason := why_unreachable(target, access)):

@@ -9,8 +9,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.client.errors import unusable
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pictures import Origin, to_grid, to_png
+
+SHAPE = (28, 28)
 
 
 @dataclass(eq=False)
@@ -52,12 +55,21 @@ class Digits:
     _repr_png_ = to_png  # IPython's name for it
 
 
-def from_response(response: pb.GenerateResponse) -> Digits:
-    """An answer of the formats that the client asks for."""
+def from_response(response: pb.GenerateResponse, most: int | None = None) -> Digits:
+    """An answer of the formats that the client asks for, of ``most`` digits at most. Raises DigitError for one that is none."""
+    count = response.count
     kind = "<f4" if response.format == pb.IMAGE_FORMAT_FLOAT32 else np.uint8
-    pixels = np.frombuffer(bytearray(response.images[0]), kind)  # a copy: bytes cannot be written to
+    try:
+        pixels = np.frombuffer(bytearray(response.images[0]), kind)  # a copy: bytes cannot be written to
+        pixels = pixels.reshape(count, response.height, response.width)
+    except (IndexError, ValueError):
+        raise unusable("its pixels are not as many as it says") from None
+    if not 0 < count <= (count if most is None else most):
+        raise unusable(f"it has {count} digits, and {most} were asked for")
+    if pixels.shape[1:] != SHAPE or len(response.labels) not in (0, count) or not response.model.isprintable():
+        raise unusable("it says of what size, label or model its digits are, and that cannot be")
     return Digits(
-        pixels=pixels.reshape(response.count, response.height, response.width),
+        pixels=pixels,
         model=response.model,
         version=response.version,
         seed=response.seed if response.HasField("seed") else None,

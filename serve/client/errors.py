@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex
 import grpc
 
 RETRY_AFTER = "grpc-retry-pushback-ms"
+MOST_RETRY_DIGITS = 10  # four months; Python refuses to read thousands
 
 
 class DigitError(grpc.RpcError):
@@ -19,7 +20,9 @@ class DigitError(grpc.RpcError):
 
     def __init__(self, code: grpc.StatusCode, text: str, retry_after_s: float | None = None) -> None:
         super().__init__(code, text, retry_after_s)  # so that it can be pickled
-        self._code, self._text = code, " ".join(text.split())
+        # Much of it is a server's: what would move the terminal's cursor is an escape.
+        shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(text.split()))
+        self._code, self._text = code, "".join(shown)
         self.retry_after_s = retry_after_s
 
     def code(self) -> grpc.StatusCode:
@@ -37,10 +40,15 @@ def mistake(text: str) -> DigitError:
     return DigitError(grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
+def unusable(text: str) -> DigitError:
+    """For an answer that no server of this service gives."""
+    return DigitError(grpc.StatusCode.INTERNAL, f"the server's answer cannot be used: {text}")
+
+
 def retry_after_s(error: Any) -> float | None:
     """What an error's trailing metadata say of when to come back."""
     for key, value in error.trailing_metadata() or ():
-        if key == RETRY_AFTER and value.isdecimal():  # a negative one says: never
+        if key == RETRY_AFTER and value.isdecimal() and len(value) <= MOST_RETRY_DIGITS:  # a negative one says: never
             return int(value) / 1000
     return None
 

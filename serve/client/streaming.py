@@ -27,17 +27,22 @@ class Progress:
         return self._request if self._request.count or not self._begun else None
 
     def take(self, response: pb.GenerateResponse) -> Digits:
-        """A chunk: the next request begins behind it, in the same stream of the same model, whatever the default is by then."""
-        digits = from_response(response)
-        request, self._begun, self._failures = self._request, True, 0
+        """A chunk: the next request begins behind it, in the same stream of the same model, whatever the default is by then.
+
+        Raises DigitError for one that is none.
+        """
+        request = self._request
+        digits = from_response(response, request.count)
+        self._begun, self._failures = True, 0
         request.seed, request.model, request.version = response.seed, response.model, response.version
         request.start += response.count
         request.count -= response.count
         return digits
 
-    def pause_after(self, failure: DigitError) -> float:
-        """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain."""
+    def pause_after(self, failure: DigitError, most_s: float) -> float:
+        """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain, or over ``most_s``."""
         self._failures += 1
-        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE:
+        pause_s = failure.retry_after_s or BACKOFF_S * self._failures
+        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE or pause_s > most_s:
             raise failure from None
-        return failure.retry_after_s or BACKOFF_S * self._failures
+        return pause_s

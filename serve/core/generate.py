@@ -27,6 +27,7 @@ DEFAULT_CHUNK = 256
 DRAWN_BITS = 53  # of a random seed: the most that a number in JavaScript, and so in JSON, is sure to keep
 CHUNKS_AHEAD = 2  # of a stream, under way while one is being sent
 LABEL_BYTES = 16  # of a stream's label, as it came and as a number
+MOST_LATENT = 1e4  # drawn ones are within 7; of what overflows inside the model, in half precision beyond 65,504, images are nan
 MOST_STREAM_LABELS = 60_000  # as many as MNIST's training set has
 
 Completed = Callable[[Digits | Exception], Send | None]
@@ -229,10 +230,11 @@ def _span(rows: Addresses | Latents | Interpolation, model: Model, labels: NDArr
     if isinstance(rows, Interpolation):
         return _between(rows, model, labels)
     values = rows.values.reshape(-1, model.manifest.latent_size)
-    finite = np.isfinite(values)
-    if not finite.all():
-        row, value = np.argwhere(~finite)[0]
-        raise RequestError(f"latents must be finite, but row {row} value {value} is {values[row, value]}", "latents")
+    sane = np.abs(values) <= MOST_LATENT  # nan is not
+    if not sane.all():
+        row, value = np.argwhere(~sane)[0]
+        text = f"latents must be from {-MOST_LATENT:g} to {MOST_LATENT:g}, but row {row} value {value} is {values[row, value]:g}"
+        raise RequestError(text, "latents", MOST_LATENT)
     if labels is None and model.manifest.labels:
         raise RequestError("labels are needed with latents: only an address has labels of its own", "labels")
     return Span(0, 0, len(values), values.astype(np.float32, copy=False), labels)

@@ -23,14 +23,15 @@ Positive = Annotated[int, Meta(ge=1)]
 Shards = Annotated[int, Meta(ge=1, le=MOST_SHARDS)]
 Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Printed = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{0,64}\Z")]  # on terminals, and in a data set's card
 
 
 class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a data set is of. ``digest`` is the model file's; a shard of another one is not mixed in."""
 
-    model: str
+    model: Printed
     version: Positive
-    digest: str
+    digest: Printed
     seed: Annotated[int, Meta(ge=0)]
     start: Annotated[int, Meta(ge=0)]
     count: Positive
@@ -41,7 +42,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     classes: Annotated[int, Meta(ge=0, le=256)]  # labels that the model can be asked for; 0 for an unconditional one
     labels: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # the digit at index i is labels[i % n]; empty: the stream's own
     filter: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # least confidence of the judge in a digit's label; 0: unfiltered
-    judge: str = ""  # SHA-256 of the judge's file, if filtered
+    judge: Printed = ""  # SHA-256 of the judge's file, if filtered
     refused_share: Share | None = None  # of the digits that the judge was shown; known when a filtered data set is joined
 
     def __post_init__(self) -> None:

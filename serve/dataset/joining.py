@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.dataset.header import Dataset, read_header, write_header
+from serve.dataset.header import ATTEMPTS, Dataset, read_header, write_header
 from serve.errors import SettingsError
 from serve.files import replacing
 
@@ -92,7 +92,7 @@ def join(folder: Path, write: Callable[[Whole], list[Path]], test_share: float =
 
 
 def _stored_indices(folder: Path, dataset: Dataset, first: int, count: int) -> NDArray[np.int64]:
-    """Where in the stream the ``first``-th digit of a filtered data set and those after it are."""
+    """Where in the stream the ``first``-th digit of a filtered data set and those after it are. Raises SettingsError."""
     found = []
     for shard in range(dataset.shards):
         begin, size = dataset.shard_range(shard)
@@ -103,6 +103,11 @@ def _stored_indices(folder: Path, dataset: Dataset, first: int, count: int) -> N
             found.append(np.fromfile(path, "<i8", wanted, offset=8 * skip))
             if len(found[-1]) < wanted:
                 raise SettingsError(f"{path} is not whole; delete {dataset.shard_file(folder, shard)} and write the shard again")
+            places = begin - dataset.start + skip + np.arange(wanted)
+            beyond = np.maximum(found[-1], -1) - dataset.start - places  # without an overflow
+            odd = (beyond < 0) | (beyond % dataset.count != 0) | (beyond // dataset.count >= ATTEMPTS)
+            for place, index in zip(places[odd][:1], found[-1][odd][:1], strict=True):
+                raise SettingsError(f"{path} is damaged: index {index} cannot stand in place {place}; write the shard again")
     return np.concatenate(found).astype(np.int64)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.dataset.header import ATTEMPTS, HEADER_FILE
+from serve.dataset.header import HEADER_FILE
 from serve.dataset.joining import Whole, open_whole
 from serve.dataset.shards import BATCH
 from serve.engine.cuda_engine import make_engine
@@ -76,8 +76,4 @@ def _written(whole: Whole, places: NDArray[np.int64]) -> tuple[NDArray[np.uint8]
     for row, place in enumerate(places.tolist()):
         pixels[row] = np.frombuffer(b"".join(whole.pixels(place, 1)), np.uint8).reshape(pixels.shape[1:])
         [indices[row]] = whole.indices(place, 1)
-        attempt, rest = divmod(int(indices[row]) - dataset.start - place, dataset.count)
-        if rest or not 0 <= attempt < ATTEMPTS:
-            path = dataset.indices_file(whole.folder, dataset.shard_of(place))
-            raise SettingsError(f"{path} is damaged: index {indices[row]} cannot stand in place {place}; write the shard again")
     return pixels, indices

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from serve.command_line import release
 from serve.errors import SettingsError
+from serve.observability.logs import mute
 from serve.observability.tracing_settings import DEFAULT_SAMPLER, ENDPOINT_VARIABLE, RATIO_VARIABLE, SAMPLER_VARIABLE, wanted
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
@@ -24,6 +25,7 @@ CONTEXT_KEYS = ("traceparent", "tracestate")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?")
 # Statuses that are the server's own fault (semantic conventions for gRPC).
 SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+CONTEXT_LOGGERS = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")  # they quote what a caller sent
 MOST_CHARACTERS = 1024  # of an attribute
 MOST_ANSWERS = 16  # of a call whose phases are spans: a long stream's would push those of other calls out of the exporter's queue
 
@@ -184,5 +186,7 @@ def set_up(environment: Mapping[str, str]) -> Tracing | None:
         raise SettingsError(
             f"OpenTelemetry cannot use its variables ({error}); mend them, or set OTEL_SDK_DISABLED=true"
         ) from None
+    for logger in CONTEXT_LOGGERS:
+        mute(logger, "a caller's trace context could not be read")
     tracer = provider.get_tracer("digits-serve", release(), SCHEMA_URL)
     return Tracing(tracer, provider, name, roots)

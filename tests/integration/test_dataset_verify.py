@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from serve.dataset.command import main
-from serve.dataset.header import Dataset, read_header
+from serve.dataset.header import Dataset, parse_header, read_header
+from serve.errors import SettingsError
 
 COUNT = 300
 WRITE = ["write", "--provider=cpu", "--seed=18446744073709551615", "--start=77", f"--count={COUNT}", "--shards=3"]
@@ -90,10 +92,25 @@ def test_an_index_that_cannot_stand_in_its_place_is_named(folder: Path, capsys: 
     if not path.exists():
         return  # of a filtered data set alone
     indices = np.memmap(path, "<i8", "r+")
-    indices[4] += 1
-    indices.flush()
-    assert verify(folder) == 2
-    assert f"{path} is damaged: index {indices[4]} cannot stand in place 4" in capsys.readouterr().err
+    for odd in (indices[4] + 1, -1, -(2**63), 2**63 - 1):
+        indices[4] = odd
+        indices.flush()
+        assert verify(folder) == 2
+        assert f"{path} is damaged: index {odd} cannot stand in place 4" in capsys.readouterr().err
+        for kind in ("idx", "npz"):
+            assert main(["join", f"--out={folder}", f"--format={kind}"]) == 2
+            assert f"{path} is damaged: index {odd} cannot stand in place 4" in capsys.readouterr().err
+
+
+def test_a_header_cannot_send_commands_to_a_terminal() -> None:
+    fields = {
+        "model": "mlp", "version": 1, "digest": "0" * 64, "seed": 0, "start": 0, "count": 9, "shards": 1, "height": 28,
+        "width": 28, "latent_size": 8, "classes": 0, "judge": "",
+    }  # fmt: skip
+    assert parse_header(json.dumps(fields).encode(), "here").model == "mlp"
+    for name in ("model", "digest", "judge"):
+        with pytest.raises(SettingsError, match="here is no data set's header"):
+            parse_header(json.dumps(fields | {name: "\x1b[2J"}).encode(), "here")
 
 
 def test_every_place_is_in_the_shard_that_holds_it() -> None:

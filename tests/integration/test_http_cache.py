@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import ssl
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 from serve.access.tokens import main as tokens_main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE, parse_manifest
 from serve.pictures import Way, read_origin
+from tests.certificates import Certificates
 from tests.integration.test_http_api import get
 from tests.server_process import ServerProcess
 
@@ -76,7 +79,7 @@ def test_a_copy_is_known_again_as_the_standard_says(shared_server: ServerProcess
     assert tag.startswith('W/"'), "on other processors the bytes may differ"
     for known in (tag, tag.removeprefix("W/"), f'"other", {tag}', f'W/"a,b" , {tag}, "c"', "*"):
         assert get(shared_server, PINNED, **{"If-None-Match": known})[0] == 304, known
-    for unknown in ('"other"', tag.strip('W/"'), "", '"', "W/", f'{tag[:-2]}x"'):
+    for unknown in ('"other"', tag.strip('W/"'), "", '"', "W/", '"*"', 'W/"*"', f'{tag[:-2]}x"'):
         assert get(shared_server, PINNED, **{"If-None-Match": unknown})[0] == 200, unknown
     assert get(shared_server, f"{PINNED}&truncation=-1", **{"If-None-Match": "*"})[0] == 400, "there is nothing to have a copy of"
 
@@ -106,6 +109,17 @@ def test_where_callers_have_tokens_a_copy_is_its_callers_own(
     assert get(server, PINNED, **access, **{"If-None-Match": headers["ETag"]})[0] == 304
     refused, told, _ = get(server, PINNED, **{"If-None-Match": headers["ETag"]})
     assert (refused, told["Cache-Control"]) == (401, "no-store"), "a tag opens no door"
+
+
+def test_where_callers_have_certificates_a_copy_is_its_callers_own(
+    start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    certificates = Certificates(tmp_path)
+    server = start_server(*certificates.flags, f"--tls-client-ca={certificates.ca}")
+    context = ssl.create_default_context(cafile=str(certificates.ca))
+    context.load_cert_chain(*certificates.client())
+    with urllib.request.urlopen(f"https://{server.https}{PINNED}", timeout=20, context=context) as answer:
+        assert answer.headers["Cache-Control"] == f"private, {FOR_EVER}"
 
 
 def test_a_copy_is_for_the_pages_that_may_read_it(start_server: Callable[..., ServerProcess]) -> None:

@@ -63,7 +63,7 @@ def test_async_calls_are_all_answered(seen: dict[str, Any]) -> None:
         ("axes", "INVALID_ARGUMENT", "inputs: latents has the impossible shape [3, 64, 1]"),
         ("input", "INVALID_ARGUMENT", "inputs: 'noise' is unknown; there are latents, seed, count, start, truncation, labels"),
         ("output", "INVALID_ARGUMENT", "outputs: 'logits' is unknown; there are pixels, images, labels"),
-        ("nan", "INVALID_ARGUMENT", "latents must be finite, but row 0 value 0 is nan"),
+        ("nan", "INVALID_ARGUMENT", "latents must be from -10000 to 10000, but row 0 value 0 is nan"),
         ("missing", "INVALID_ARGUMENT", "inputs: count is missing"),
         ("mixed", "INVALID_ARGUMENT", "inputs: latents cannot go with seed, count, start or truncation"),
         ("negative", "INVALID_ARGUMENT", "count must be from 1 to 4096 for uint8, got -1"),

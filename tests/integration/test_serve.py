@@ -176,6 +176,7 @@ def test_models_are_listed_and_described(client: DigitClient) -> None:
 
 
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+HUGE_ROW = np.full(100, -3e38, "<f4").tobytes()  # finite, and within the model it is not
 NAN_ROW = struct.pack("<100f", *[0.0] * 57, float("nan"), *[0.0] * 42)
 
 
@@ -192,7 +193,8 @@ NAN_ROW = struct.pack("<100f", *[0.0] * 57, float("nan"), *[0.0] * 42)
         (INVALID, "latents has 399 bytes, which is no multiple of 4 (float32 values)", {"latents": bytes(399)}),
         (INVALID, "latents has 396 bytes, which is no multiple of 400 (100 float32 values a row)", {"latents": bytes(396)}),
         (INVALID, "count is 3, but latents holds 2 rows", {"latents": bytes(800), "count": 3}),
-        (INVALID, "latents must be finite, but row 0 value 57 is nan", {"latents": NAN_ROW}),
+        (INVALID, "latents must be from -10000 to 10000, but row 0 value 57 is nan", {"latents": NAN_ROW}),
+        (INVALID, "latents must be from -10000 to 10000, but row 1 value 0 is -3e+38", {"latents": bytes(400) + HUGE_ROW}),
         (INVALID, "seed, start and truncation cannot go with latents", {"latents": bytes(400), "seed": 1}),
         (MISSING, "model 'vae' is not served; there are cdcgan, dcgan, mlp, rpgan", {"count": 1, "model": "vae"}),
         (MISSING, "model 'mlp' has no version 9; there are 1", {"count": 1, "model": "mlp", "version": 9}),

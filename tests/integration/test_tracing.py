@@ -111,6 +111,24 @@ def test_a_grpc_calls_span_is_in_its_callers_trace_with_its_phases(
     assert attributes(unsupported)["error.type"] == "UNIMPLEMENTED"
 
 
+def test_what_callers_send_as_trace_context_is_not_logged(
+    collecting: Collector, start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server(environment={ENDPOINT: collecting.endpoint})
+    long_parent = "traceparent", f"{traceparent(TRACES[0])[1].replace('00-', 'fe-', 1)}-{'secret' * 100}"
+    with grpc.insecure_channel(server.target) as channel:
+        stub = pb_grpc.DigitGeneratorStub(channel)
+        for ids in (
+            (traceparent(TRACES[0]), ("tracestate", "secret" * 1000)),
+            (traceparent(TRACES[0]), ("tracestate", ",".join(f"secret{number}=1" for number in range(99)))),
+            (long_parent,),
+        ):
+            stub.Generate(pb.GenerateRequest(count=1), metadata=ids, timeout=20)
+    log = server.terminate()[1]
+    assert "secret" not in log
+    assert "opentelemetry.trace" not in log, "nor a line for each call"
+
+
 def assert_phases(span: Span, collecting: Collector, count: int) -> None:
     """Queue, compute and encode follow one another within the call."""
     phases = {child.name: child for child in collecting.children(span)}

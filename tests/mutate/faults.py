@@ -42,6 +42,7 @@ THE_SERVER = "tests/unit/test_server.py"
 REQUESTS = "tests/unit/test_client_requests.py"
 FAILURES = "tests/integration/test_client_failures.py"
 CLIENT = "serve/client"
+ANSWERS = "tests/unit/test_client_answers.py"
 BOUNDS = "tests/integration/test_bounds.py"
 PICTURED = "tests/unit/test_pictures.py"
 CACHED = "tests/integration/test_http_cache.py"
@@ -96,7 +97,8 @@ FAULTS = [
     Fault("a request's deadline is dropped", f"{CORE}:Core.begin", "request.deadline", "None", f"{WIRING} -k deadline_goes"),
     Fault("a failed ticket is an answer", f"{CORE}:Core.begin.complete", "ticket.error is not None", "False", f"{THE_CORE} -k raises"),
     Fault("a waiter who is cancelled leaves the rows behind", f"{CORE}:Core.generate", "give_up()", "pass", f"{THE_CORE} -k waiter"),
-    Fault("latents that are not finite are taken", f"{CORE}:_span", "not finite.all()", "False", f"{THE_CORE} -k refused"),
+    Fault("latents may be so large that images are no numbers", f"{CORE}:_span", "np.abs(values) <= MOST_LATENT", "np.isfinite(values)", f"{SERVE} -k bad_field"),
+    Fault("latents that are not finite are taken", f"{CORE}:_span", "not sane.all()", "False", f"{THE_CORE} -k refused"),
     Fault("latents of another shape are taken", f"{CORE}:_latents_count", "or values.shape[1] != size", "", f"{THE_CORE} -k refused"),
     Fault("truncation is ignored", f"{CORE}:_span", ", truncation=rows.truncation", "", f"{THE_CORE} -k truncation"),
     Fault("truncation to nothing is taken", f"{CORE}:_check_range", "LEAST_TRUNCATION <= truncation", "0 < truncation", f"{THE_CORE} -k refused"),
@@ -276,6 +278,11 @@ FAULTS = [
     Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
     Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
     Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
+    Fault("a stream waits as long as a server likes", f"{CLIENT}/streaming.py:Progress.pause_after", " or pause_s > most_s", "", f"{ANSWERS} -k timeout_because"),
+    Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= (count if most is None else most):", "if False:", ANSWERS),
+    Fault("an answer with fewer digits will do", f"{CLIENT}/calls.py:_all_digits", "len(digits) < wanted", "False", ANSWERS),
+    Fault("a model has any latent size", f"{CLIENT}/calls.py:_checked", "<= MOST_LATENT_SIZE", "", ANSWERS),
+    Fault("a server's text moves the terminal's cursor", f"{CLIENT}/errors.py:DigitError.__init__", "each if each.isprintable() else", "each if True else", ANSWERS),
     Fault("a stream begins anew", f"{CLIENT}/streaming.py:Progress.take", "request.start += response.count", "pass", f"{REQUESTS} -k not_come"),
     Fault("large requests are not tried again", f"{CLIENT}/channel.py", '("grpc.per_rpc_retry_buffer_size", 8 << 20)', '("grpc.per_rpc_retry_buffer_size", 256 << 10)', f"{FAILURES} -k large"),
     Fault("several addresses are a certificate's name", f"{CLIENT}/channel.py:Access._open", 'if "," in target:', "if False:", f"{FAILURES} -k several"),
@@ -524,16 +531,23 @@ FAULTS = [
     Fault("bf16 is taken where it is imitated", f"{STEP}:Step.__init__", "has_bf16(self.device)", "True", "tests/unit/test_train_step.py"),
     Fault("a GPU that imitates bf16 has it", "train/device.py:has_bf16", "including_emulation=False", "including_emulation=True", "tests/unit/test_train_device.py"),
     Fault("a resumed run captures as it was begun", f"{STEP}:Step.load_state", "update(capturable=self.capturable, lr=self.rate)", "update()", "tests/unit/test_train_step.py"),
+    Fault("an index stands in any place", "serve/dataset/joining.py:_stored_indices", "odd = (beyond < 0) |", "odd = (beyond < -(2**63)) &", "tests/integration/test_dataset_verify.py -k stand_in_its_place"),
+    Fault("a header sends commands to a terminal", "serve/dataset/header.py", "[A-Za-z0-9_-]{0,64}", ".*", "tests/integration/test_dataset_verify.py -k terminal"),
+    Fault("a caller's trace context is quoted in the log", f"{SPANS}:set_up", "for logger in CONTEXT_LOGGERS:", "for logger in ():", f"{TRACING} -k not_logged"),
     # where digits come from
     Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
     Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
     Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
     Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
+    Fault("a picture's text moves the terminal's cursor", f"{PICTURES}:_origin", "text.isascii() and text.isprintable()", "text.isascii()", PICTURED),
+    Fault("a picture's way has any length", PICTURES, '("count", "steps", "first"), MOST_DIGITS + 1', '("count", "steps", "first"), 1 << 32', PICTURED),
     Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
     Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
     Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
     Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", "tests/integration/test_client_again.py -k another_model_file"),
-    Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi._kept", "self._admission.accounts.by_token", "False", CACHED),
+    Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi.__init__", "or admission.accounts.by_token", "", CACHED),
+    Fault("what a certificate's holder asked for is everybody's", "serve/api/http.py:HttpApi.__init__", "by_certificate or", "", CACHED),
+    Fault("a tag that is a star is every tag", "serve/api/http.py:HttpApi._answer", "any(known.value == tag", 'any(known.value in ("*", tag)', CACHED),
     Fault("an answer of a drawn seed is kept", "serve/api/http.py:HttpApi._digits", 'pinned="seed" in given', "pinned=True", CACHED),
     Fault("an answer of a routed version is kept", "serve/api/http.py:HttpApi._answer", "request.model and request.version", "request.model", CACHED),
     Fault("a tag does not tell labels apart", "serve/api/http.py:HttpApi._tag", " {list(request.labels)}", "", CACHED),
@@ -546,7 +560,6 @@ FAULTS = [
     Fault("a model whose bits depend on the batch says that they do not", f"{MODELS}:open_model", "batch_invariant=not differences", "batch_invariant=True", MODEL),
     Fault("an altered digit is confirmed", "serve/dataset/verifying.py:verify", "levels > bundle.manifest.tolerance.pixel_levels", "levels > 255", VERIFIED),
     Fault("a data set is confirmed by another model file", "serve/dataset/verifying.py:check_bundle", "bundle.digest != whole.dataset.digest", "False", VERIFIED),
-    Fault("a digit stands in any place", "serve/dataset/verifying.py:_written", "rest or not", "not", VERIFIED),
     Fault("every epoch has the same digits", f"{DIGIT_SET}:DigitSet.__getitems__", "self._epoch.value * self._count", "0", THE_SET),
     Fault("a pickled set begins anew", f"{DIGIT_SET}:DigitSet.__getstate__", "else self._epoch.value", "else 0", THE_SET),
     Fault("a forked process uses its parent's connection", f"{DIGIT_SET}:DigitSet._opened", "or self._maker[0] != getpid()", "", f"{THE_SET} -k forked"),

@@ -31,7 +31,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         def method(request: Any, **options: Any) -> pb.GenerateResponse:
             self.request = request
-            return pb.GenerateResponse(images=[bytes(784)], count=1, height=28, width=28)
+            count = request.count or len(request.latents) // (4 * request.latent_size)
+            return pb.GenerateResponse(images=[bytes(count * 784)], count=count, height=28, width=28)
 
         return method
 
@@ -230,20 +231,20 @@ def test_a_stream_asks_for_what_has_not_come_of_the_same_model_and_seed() -> Non
     assert (rest.HasField("seed"), rest.seed, rest.start, rest.count, rest.model, rest.version) == (True, 0, 13, 2, "mlp", 4)
     cut = DigitError(grpc.StatusCode.UNAVAILABLE, "the connection is too old")
     for _ in range(ATTEMPTS - 1):
-        assert 0 < progress.pause_after(cut) < 1
+        assert 0 < progress.pause_after(cut, 30) < 1
     with pytest.raises(DigitError):
-        progress.pause_after(cut)
+        progress.pause_after(cut, 30)
     progress.take(
         pb.GenerateResponse(images=[bytes(2 * 784)], count=2, height=28, width=28, seed=0, model="mlp", version=4, start=13)
     )
     assert progress.rest is None
-    assert progress.pause_after(DigitError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", 0.7)) == 0.7
+    assert progress.pause_after(DigitError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", 0.7), 30) == 0.7
 
 
 def test_a_stream_that_did_not_begin_is_not_tried_again() -> None:
     """gRPC has done that five times."""
     with pytest.raises(DigitError):
-        Progress(pb.GenerateStreamRequest(count=5)).pause_after(DigitError(grpc.StatusCode.UNAVAILABLE, "nobody"))
+        Progress(pb.GenerateStreamRequest(count=5)).pause_after(DigitError(grpc.StatusCode.UNAVAILABLE, "nobody"), 30)
 
 
 def test_retry_after_comes_from_the_servers_trailing_metadata() -> None:
@@ -253,3 +254,4 @@ def test_retry_after_comes_from_the_servers_trailing_metadata() -> None:
     assert retry_after_s(said(("other", "x"), ("grpc-retry-pushback-ms", "250"))) == 0.25
     assert retry_after_s(said()) is None
     assert retry_after_s(said(("grpc-retry-pushback-ms", "-1"))) is None, "it says: never"
+    assert retry_after_s(said(("grpc-retry-pushback-ms", "9" * 5000))) is None

@@ -122,6 +122,10 @@ BOMB = zlib.compress(bytes(100 << 20))
         (with_fields(model=""), "does not say how"),
         (with_fields(model="rpgan\x1b" * 100), "does not say how"),
         (with_fields(model=["rpgan"]), "does not say how"),
+        (with_fields(model="rpgan\x1b[2J"), "does not say how"),
+        (with_fields(digest="0\nerror: "), "does not say how"),
+        # What comes first would be asked for again, each with a label.
+        (with_fields(count=2, labels=[1, 2], to={"seed": "1", "index": "0", "steps": 2**32 - 1, "first": 2**31}), "not say how"),
         (with_fields(to={"seed": "1", "index": "0", "steps": 5, "first": 5}), "does not say how"),
         (with_fields(to={"seed": "1", "index": "0", "steps": 5, "more": 5}), "does not say how"),
         (with_fields(to=[]), "does not say how"),
