@@ -94,6 +94,7 @@ COMMANDS = {
     "bench-train": 'make bench-train ARGS="--seconds 0.01 --device cpu --threads 1"',
     "fuzz": 'make fuzz ARGS="--runs 5 idx"',
     "protos": "make protos",
+    "protos-check": "make protos-check",
     "dataset": "for each in 'write --model cdcgan --count 20' join;"
     " do .venv/bin/python -m serve.dataset $each --out 'a set' || exit; done",
     "clean": "make -n clean",
