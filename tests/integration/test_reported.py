@@ -402,6 +402,7 @@ def statistics(world: World) -> dict[str, tuple[Any, Any]]:
         return SimpleNamespace(stats=stats, sums=sums, counts=counts, more=more, calls=calls)
 
     before = now()
+    time.sleep(0.2)
     while (settled := now()).more != before.more:  # what was asked and given up before may still be computed
         before = settled
         time.sleep(0.2)
