@@ -204,5 +204,5 @@ def test_the_command_line_asks_for_digits(
     flags = ["--target", shared_server.target, "--count", "3", "--seed", "4", "--out", str(tmp_path / "digits.png")]
     assert main([*flags, "--digit", "7", "--truncation", "0.8"]) == 0
     assert "3 digits by rpgan/1, seed 4" in capsys.readouterr().out
-    assert main([*flags, "--digit", "12"]) == 1
+    assert main([*flags, "--digit", "12"]) == 2
     assert "labels must be from 0 to 9 for model rpgan/1, got 12" in capsys.readouterr().err
