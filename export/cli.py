@@ -49,47 +49,69 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     run.add_argument("--models-dir", type=Path, default=Path("models"), help="where bundles go (default: models)")
     run.add_argument("--name", help="the model's name (default: its preset, and the precision if it is not fp32)")
-    run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the ONNX graph (default: fp32)")
+    run.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the ONNX graph (default: fp32)")
     run.add_argument(
-        "--min-quality", default="", metavar="FIGURE=VALUE,...", help="refuse a run judged worse, as label_accuracy=0.99"
+        "--min-quality",
+        default="",
+        metavar="FIGURE=VALUE,...",
+        help="refuse to export a run of lower quality, for example label_accuracy=0.99",
     )
     run.add_argument(
-        "--judge", action=argparse.BooleanOptionalAction, default=False, help="first judge runs that were not (default: no)"
+        "--judge",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="first evaluate runs that have not been evaluated (default: no)",
     )
-    run.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that --judge compares with")
+    run.add_argument(
+        "--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the real images that --judge compares with"
+    )
     check = commands.add_parser("verify", help="compare a bundle's TorchScript and ONNX graph on fresh latents")
     check.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     sizes = commands.add_parser("batch-size", help="measure which maximum batch size a bundle's manifest should have")
     sizes.add_argument("bundle", type=Path, help="a folder such as models/dcgan/1")
     sizes.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     sizes.add_argument("--write", action="store_true", help="write the choice into the bundle's manifest")
-    plain = commands.add_parser("plain", help="untrained, unfolded graphs of every preset: what the benchmark compares with")
+    plain = commands.add_parser("plain", help="write untrained, unfolded graphs of every preset, for the benchmark")
     plain.add_argument("folder", type=Path, help="where to write <preset>.onnx")
-    pictures = commands.add_parser("gallery", help="draw pictures of what a run's generator can do")
+    pictures = commands.add_parser("gallery", help="draw pictures of a run's digits: truncation, interpolation, neighbours")
     pictures.add_argument("--run", type=Path, help="run folder (default: the newest finished one of the default preset)")
     pictures.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept (default: runs)")
     pictures.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     pictures.add_argument("--out", type=Path, default=Path("build/gallery"), help="where to write (default: build/gallery)")
-    judge = commands.add_parser("judge", help="write the judge of `train evaluate` for serve.dataset's --filter")
-    judge.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where its weights are kept (default: runs)")
-    judge.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that it knows")
-    judge.add_argument("--out", type=Path, default=Path("models/judge.onnx"), help="the file (default: models/judge.onnx)")
-    whole = commands.add_parser("speedrun", help="the whole pipeline in one command: short training, score, export, serve")
+    judge = commands.add_parser("judge", help="write the classifier of `train evaluate` as ONNX, for serve.dataset's --filter")
+    judge.add_argument(
+        "--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="folder that keeps the judge's weights (default: runs)"
+    )
+    judge.add_argument(
+        "--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the images that the judge was trained on"
+    )
+    judge.add_argument(
+        "--out", type=Path, default=Path("models/judge.onnx"), help="the file to write (default: models/judge.onnx)"
+    )
+    whole = commands.add_parser("speedrun", help="run the whole pipeline in one command: short training, score, export, serve")
     whole.add_argument(
-        "--epochs", type=within(1, 1_000_000), default=speedrun.EPOCHS, help=f"of training (default: {speedrun.EPOCHS})"
+        "--epochs",
+        type=within(1, 1_000_000),
+        default=speedrun.EPOCHS,
+        help=f"epochs of the training (default: {speedrun.EPOCHS})",
     )
     whole.add_argument(
         "--scored",
         type=within(JUDGE_BATCH, 10_000_000),
         default=SCORED_SAMPLES,
-        help="digits that the score's classifier is trained on",
+        help="number of digits to train the score's classifier on",
     )
     whole.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the training images' files")
     whole.add_argument("--out", type=Path, default=Path("build/speedrun"), help="where to write (default: build/speedrun)")
-    whole.add_argument("train_flags", nargs="*", metavar="FLAG", help="behind --: more flags for python -m train")
+    whole.add_argument("train_flags", nargs="*", metavar="FLAG", help="more flags for python -m train, after --")
     live = commands.add_parser("watch", help="compare a running server with PyTorch repeatedly")
     add_flags(live)
-    live.add_argument("--models-dir", type=Path, default=BUNDLED_DIR, help="the bundles it serves (default: the bundled ones)")
+    live.add_argument(
+        "--models-dir",
+        type=Path,
+        default=BUNDLED_DIR,
+        help="folder of the bundles that the server serves (default: the bundled models)",
+    )
     live.add_argument("--interval-s", type=within(0.1, 86400.0), default=30.0, help="time between two comparisons (default: 30)")
     live.add_argument("--metrics-host", default="127.0.0.1", help="address of /metrics (default: 127.0.0.1)")
     live.add_argument("--metrics-port", type=within(0, 65535), default=9090, help="port of /metrics (default: 9090)")

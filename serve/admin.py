@@ -243,11 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("model", help="model name (default: all)", default="", nargs="?")
     texts = {
         "show": "print the file",
-        "load": "serve a version beside the others, or without --version what the server's --versions says",
-        "unload": "stop serving a version, or the model",
-        "set-default": "choose the version that answers requests without one; without --version the highest one does",
-        "canary": "let another version answer a share of those requests",
-        "rollback": "undo the last change of default or canary",
+        "load": "serve one more version; without --version, serve those that the server's --versions selects",
+        "unload": "stop serving a version; without --version, stop serving the model",
+        "set-default": "choose the version that answers requests without a version; without --version, the highest one",
+        "canary": "let another version answer a share of the requests without a version",
+        "rollback": "undo the last change by set-default or canary",
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
@@ -259,13 +259,17 @@ def _parser() -> argparse.ArgumentParser:
             continue
         action.add_argument("model", help="model name")
         action.add_argument(
-            "--versions", default="latest", help="as the server has it, for a model whose versions the file lacks"
+            "--versions",
+            default="latest",
+            help="the server's own --versions, for a model whose versions are not in the file (default: latest)",
         )
         if name in ("load", "unload", "set-default", "canary"):
             low = within(1, (1 << 63) - 1) if name == "canary" else INT63
             action.add_argument("--version", type=low, default=0, required=name == "canary", help="its version")
         if name == "canary":
-            action.add_argument("--share", type=within(1e-6, 1 - 1e-6), required=True, help="of the seeds, over 0 and under 1")
+            action.add_argument(
+                "--share", type=within(1e-6, 1 - 1e-6), required=True, help="share of the seeds, more than 0 and less than 1"
+            )
         elif name == "set-default":
             action.add_argument("--share", type=_refused("use the action canary"), help=argparse.SUPPRESS)
     return parser

@@ -46,29 +46,38 @@ class Settings:
     models_dir: Path = _setting(BUNDLED_DIR, "folder of <name>/<version> bundles (default: the bundled models)")
     default_model: str = _setting(
         "",
-        f"the model that answers requests that name none (default: {DEFAULT_MODEL} if it is there, else the first by name)",
+        f"model that answers requests without a model (default: {DEFAULT_MODEL} if it is there, else the first by name)",
     )
     versions: str = _setting("latest", "versions to serve: latest, latest:N or 1+4; for one model mlp=latest:2; joined by commas")
     serving_file: Path | None = _setting(
         None, "JSON file of the desired state: versions and routes of models (default: serving.json in the models folder)"
     )
-    single_model: bool = _setting(False, "the models folder holds the versions of one model, as KServe lays it out")
-    wait_for_models: bool = _setting(False, "start without a usable model too, and serve what the folder will hold")
-    poll_interval_s: float = _setting(5.0, "interval between polls of the models folder and of that file", low=0.05, high=86400)
+    single_model: bool = _setting(False, "the models folder contains the versions of one model, as KServe mounts it")
+    wait_for_models: bool = _setting(False, "start also without a usable model, and serve models when they appear in the folder")
+    poll_interval_s: float = _setting(
+        5.0, "interval between polls of the models folder and of the serving file", low=0.05, high=86400
+    )
     host: str = _setting("127.0.0.1", "address the gRPC port listens on")
     grpc_port: int = _setting(50051, "gRPC port; 0 takes a free one", low=0, high=65535)
     tls_cert: Path | None = _setting(None, "PEM file of the certificate chain for gRPC and HTTPS; reloaded when it changes")
     tls_key: Path | None = _setting(None, "PEM file of its private key")
     tls_client_ca: Path | None = _setting(None, "PEM file of the authorities whose client certificates are accepted")
     insecure: bool = _setting(False, "allow plaintext on an address that is not loopback")
-    tokens_file: Path | None = _setting(None, "bearer tokens' hashes and scopes; reloaded when it changes (serve.access.tokens)")
-    caller_images: int = _setting(0, "images one caller may have in flight; 0: no limit", low=0, high=1 << 24)
+    tokens_file: Path | None = _setting(
+        None, "file of bearer tokens, as hashes with scopes; reloaded when it changes (serve.access.tokens)"
+    )
+    caller_images: int = _setting(0, "images that one caller may have in flight; 0: no limit", low=0, high=1 << 24)
     caller_requests_per_s: float = _setting(0.0, "requests a second of one caller; 0: no limit", low=0, high=1e6)
     http_host: str = _setting("127.0.0.1", "address the HTTP and the HTTPS port listen on")
     http_port: int = _setting(
-        8080, "port of /metrics, /healthz, /readyz, and without --tls-cert of API and page; 0 takes a free one", low=0, high=65535
+        8080,
+        "port of /metrics, /healthz and /readyz, and, without --tls-cert, of the API and the page; 0 takes a free one",
+        low=0,
+        high=65535,
     )
-    https_port: int = _setting(8443, "port of API and page with --tls-cert, over TLS; 0 takes a free one", low=0, high=65535)
+    https_port: int = _setting(
+        8443, "port of the API and the page over TLS, with --tls-cert; 0 takes a free one", low=0, high=65535
+    )
     http_names: str = _setting(
         "",
         "names in the Host header that the page and the HTTP API answer to, joined by commas (default: this machine's own on"
@@ -76,41 +85,46 @@ class Settings:
     )
     http_origins: str = _setting(
         "",
-        "other sites whose pages may call the HTTP API (CORS): origins as https://app.example.org joined by commas, or *, all"
-        " (default: none)",
+        "other sites whose pages may call the HTTP API (CORS): origins such as https://app.example.org, joined by commas,"
+        " or * for all (default: none)",
     )
     http_api: bool = _setting(True, "answer requests for digits over HTTP: /v1 and the Open Inference Protocol at /v2")
     page: bool = _setting(True, "serve the web page and /openapi.json over HTTP; it needs --http-api")
     provider: str = _setting("auto", "where models run", choices=("auto", "cuda", "cpu"))
-    device: int = _setting(0, "CUDA device, by its number; several are used by a process each", low=0, high=255)
+    device: int = _setting(0, "number of the CUDA device; for several devices start one process each", low=0, high=255)
     buckets: str = _setting(
         "auto",
-        "what batches are padded to; auto: on CUDA some powers of two, which a bundle may name, on the CPU none; powers: of two",
+        "batch sizes to pad to; auto: on CUDA those of the bundle or some powers of two, on the CPU none; powers: powers of two",
         choices=("auto", "powers"),
     )
-    cuda_graphs: str = _setting("auto", "capture each bucket as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
-    device_latents: bool = _setting(True, "on CUDA, draw latents on the device, where that gives the same bits as on the host")
-    cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, as prefer_nhwc=1,use_tf32=0")
-    gpu_mem_limit_mib: int = _setting(0, "bound of each instance's memory arena on the GPU; 0: none", low=0, high=1 << 20)
+    cuda_graphs: str = _setting("auto", "capture each batch size as a CUDA graph; auto: on CUDA", choices=("auto", "on", "off"))
+    device_latents: bool = _setting(True, "on CUDA, draw latents on the device if that gives the same bits as on the host")
+    cuda_options: str = _setting("", "options of ONNX Runtime's CUDA provider, for example prefer_nhwc=1,use_tf32=0")
+    gpu_mem_limit_mib: int = _setting(
+        0, "limit in MiB of each instance's memory arena on the GPU; 0: no limit", low=0, high=1 << 20
+    )
     instances: int = _setting(0, "concurrent runs of a model; 0: one per usable core on the CPU, two on CUDA", low=0, high=256)
     intra_op_threads: int = _setting(1, "CPU threads of one run", low=1, high=256)
-    max_batch_size: int = _setting(0, "images in one run; 0: the bundle's own figure", low=0, high=4096)
+    max_batch_size: int = _setting(0, "most images in one batch; 0: the bundle's own maximum", low=0, high=4096)
     linger_us: int = _setting(
         5000,
-        "longest time that a batch that is not full waits for more requests while others run",
+        "longest time that a partly filled batch waits for more requests while other batches run",
         low=0,
         high=1_000_000,
     )
-    max_queue_images: int = _setting(16384, "images that may wait, per model and priority", low=1, high=1 << 24)
-    max_count: int = _setting(4096, "images in one answer", low=1, high=1 << 20)
+    max_queue_images: int = _setting(16384, "most images in the queue, per model and priority", low=1, high=1 << 24)
+    max_count: int = _setting(4096, "most images in one answer", low=1, high=1 << 20)
     max_inflight_mib: int = _setting(
         0,
-        "memory that open calls may hold, half of it for one caller; 0: a quarter of the container's limit, or of the machine",
+        "memory in MiB that open calls may hold, one caller half of it; 0: a quarter of the container's limit, or of the machine",
         low=0,
         high=1 << 24,
     )
     watchdog_s: float = _setting(
-        30.0, "after a run that takes longer the process ends, for its supervisor to start it again", low=0.05, high=3600
+        30.0,
+        "longest time of one run of a model; after it the process exits, for its supervisor to start it again",
+        low=0.05,
+        high=3600,
     )
     self_check_interval_s: float = _setting(
         60.0, "time between two golden checks through the batcher; 0: never", low=0, high=86400
@@ -118,10 +132,13 @@ class Settings:
     drain_grace_s: float = _setting(0.0, "on SIGTERM: time between NOT_SERVING and refusing new requests", low=0, high=600)
     drain_deadline_s: float = _setting(20.0, "on SIGTERM: time for accepted requests to finish", low=0, high=3600)
     max_connection_age_s: float = _setting(
-        300.0, "a client reconnects after this long, so that load spreads; 0: never", low=0, high=86400
+        300.0,
+        "longest life of a connection; then the client reconnects, so that the load is spread; 0: no limit",
+        low=0,
+        high=86400,
     )
     load_reports: bool = _setting(
-        False, "end each gRPC answer with a load report (ORCA), by which clients send a slow replica less"
+        False, "end each gRPC answer with a load report (ORCA), from which clients learn to send a slow replica fewer calls"
     )
     reflection: bool = _setting(True, "answer gRPC server reflection")
     metrics: bool = _setting(True, "answer /metrics")

@@ -36,23 +36,28 @@ def build_parser() -> argparse.ArgumentParser:
     view = commands.add_parser("activations", help="draw the activations inside a generator")
     view.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     view.add_argument("--sample", type=int, default=0, help="which of the 36 latents to draw (default: 0)")
-    listed = commands.add_parser("list", help="list all runs: progress, time, quality")
-    table = commands.add_parser("compare", help="compare runs; without any, an mlp run's losses with the notebook's")
-    table.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="two run folders, or more")
-    table.add_argument("--run", type=Path, help="whose losses stand beside the notebook's (default: the newest mlp run's)")
-    page = commands.add_parser("report", help="write report.html in a run's folder again")
+    listed = commands.add_parser("list", help="list all runs with progress, time, quality and data")
+    table = commands.add_parser("compare", help="compare runs; without RUN, compare an mlp run's losses with the notebook's")
+    table.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="two or more run folders")
+    table.add_argument("--run", type=Path, help="the run to compare with the notebook (default: the newest mlp run)")
+    page = commands.add_parser("report", help="write the report.html of a run again")
     page.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     judged = commands.add_parser(
-        "evaluate", help="judge 10,000 digits of a run, of the newest finished run of each preset, or of a data set"
+        "evaluate", help="evaluate 10,000 digits of a run, of the newest finished run of each preset, or of a data set"
     )
     what = judged.add_mutually_exclusive_group()
     what.add_argument("--run", type=Path, help="run folder (default: the newest finished run of each preset)")
     what.add_argument(
-        "--dataset", type=Path, help="a data set with labels, joined as idx files by serve.dataset, in a run's place"
+        "--dataset",
+        type=Path,
+        help="folder of a data set to evaluate instead of a run: with labels, joined as idx files by serve.dataset",
     )
-    judged.add_argument("--missing", action="store_true", help="leave out runs that have been judged")
+    judged.add_argument("--missing", action="store_true", help="skip runs that have been evaluated")
     judged.add_argument(
-        "--scores", type=int, default=1, help="classifiers trained for the accuracy score, their mean (default: 1)"
+        "--scores",
+        type=int,
+        default=1,
+        help="number of classifiers to train; the classification accuracy score is their mean (default: 1)",
     )
     speed = commands.add_parser("bench", help="time a training step of each preset on this machine")
     speed.add_argument("--seconds", type=float, default=10.0, help="how long to time each preset (default: 10)")
@@ -111,7 +116,10 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
         )
     _add_machine_flags(command)
     command.add_argument(
-        "--capture", choices=("auto", "on", "off"), default="auto", help="the step as a CUDA graph; auto: with one GPU"
+        "--capture",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="capture the training step as a CUDA graph; auto: with one GPU",
     )
     _add_data_flag(command)
     command.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="where runs are kept")
@@ -120,18 +128,23 @@ def _add_preset(commands: Any, name: str, defaults: TrainConfig) -> None:
         nargs="?",
         const=NEWEST,
         metavar="RUN",
-        help="go on with this run, or with the newest unfinished one; auto: with that, or begin a new one",
+        help="resume this run, or without RUN the newest unfinished one; auto: the same, or begin a new run if there is none",
     )
 
 
 def _add_data_flag(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="folder of the four idx files; filled if empty")
+    command.add_argument(
+        "--data-dir",
+        type=Path,
+        default=DEFAULT_DATA_DIR,
+        help="folder of the four idx files; MNIST is fetched into it if it is missing or empty",
+    )
 
 
 def _add_machine_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     command.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice, within a container's CPU quota"
+        "--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default, within the container's CPU quota"
     )
 
 

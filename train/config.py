@@ -19,8 +19,8 @@ from train.errors import ConfigError
 RELATIVISTIC = "relativistic"
 MANY = 1_000_000
 _OF_AN_RPGAN = {
-    "gradient_penalty": "is without BatchNorm",
-    "shift": "is shown images that are moved",
+    "gradient_penalty": "has no BatchNorm",
+    "shift": "takes shifted images",
     "label_loss": "has a logit for each label",
 }
 
@@ -29,15 +29,19 @@ _OF_AN_RPGAN = {
 class TrainConfig:
     """Every number of one run. Raises ConfigError, naming the field, when made with an unusable value."""
 
-    preset: str = field(metadata={"help": "which of the presets this config started from"})
+    preset: str = field(metadata={"help": "the preset that this config started from"})
     architecture: str = field(metadata={"help": "network family", "choices": ("mlp", "dcgan", "cdcgan", "rpgan")})
     latent_size: int = field(metadata={"within": (1, 4096), "help": "z: length of the generator's input vector"})
     labels: int = field(
-        default=0, metadata={"within": (0, 1000), "help": "classes that can be asked for (cdcgan, rpgan); 0: none"}
+        default=0,
+        metadata={"within": (0, 1000), "help": "number of labels of a conditional model (cdcgan, rpgan); 0: unconditional"},
     )
-    label_size: int = field(default=0, metadata={"within": (0, 4096), "help": "values that stand for a label beside the latents"})
+    label_size: int = field(
+        default=0,
+        metadata={"within": (0, 4096), "help": "length of the label embedding that the generator gets beside the latents"},
+    )
     projection_size: int = field(
-        default=0, metadata={"within": (0, 4096), "help": "features that the discriminator holds against a label"}
+        default=0, metadata={"within": (0, 4096), "help": "length of the label embedding in the projection discriminator"}
     )
     generator_widths: tuple[int, ...] = field(
         metadata={"within": (1, 8192), "help": "hidden widths (mlp) or channels (dcgan) of the generator, first to last"}
@@ -54,7 +58,7 @@ class TrainConfig:
     )
     discriminator_loss: str = field(
         metadata={
-            "help": "mean or sum of the real and the fake half's cross-entropy; or of pairs of a real image and a fake",
+            "help": "mean or sum of the cross-entropies of real and fake images; or a loss of pairs of a real and a fake",
             "choices": ("mean", "sum", RELATIVISTIC),
         }
     )
@@ -62,40 +66,45 @@ class TrainConfig:
         default=0.0,
         metadata={
             "within": (0, MANY),
-            "help": "weight of the squared slope of the discriminator's logits at images and fakes; 0: none",
+            "help": "weight of the gradient penalty: the squared gradient of the logits at real and fake images (R1, R2)",
         },
     )
     shift: int = field(
         default=0,
         metadata={
             "within": (0, 8),
-            "help": "pixels by which half of the images that the discriminator is shown are moved, at most; 0: none",
+            "help": "largest random shift, in pixels, of half of the discriminator's input images; 0: no shift",
         },
     )
     label_loss: float = field(
         default=0.0,
         metadata={
             "within": (0, MANY),
-            "help": "weight of the discriminator's cross-entropy over the labels of real images; 0: none",
+            "help": "weight of the cross-entropy with which the discriminator learns to classify real images; 0: none",
         },
     )
     label_loss_end: float = field(
         default=1.0,
-        metadata={"within": (0, 1), "help": "share of that weight that a linear decay leaves at the last step; 1: no decay"},
+        metadata={
+            "within": (0, 1),
+            "help": "label loss weight at the last step as a share of the first, after a linear decay; 1: no decay",
+        },
     )
     penalty_every: int = field(
-        default=1, metadata={"within": (1, MANY), "help": "steps from one gradient penalty to the next, so much heavier"}
+        default=1,
+        metadata={"within": (1, MANY), "help": "compute the gradient penalty every so many steps, multiplied by that number"},
     )
-    learning_rate: float = field(metadata={"help": "Adam's learning rate, the same for both networks"})
+    learning_rate: float = field(metadata={"help": "Adam's learning rate, for both networks"})
     learning_rate_end: float = field(
         default=1.0,
         metadata={
             "within": (0, 1),
-            "help": "share of the learning rate that a linear decay leaves at the last step; 1: no decay",
+            "help": "learning rate at the last step as a share of the first, after a linear decay; 1: no decay",
         },
     )
     average_decay: float = field(
-        default=0.0, metadata={"help": "of the exponential moving average of the generator that is exported; 0: none"}
+        default=0.0,
+        metadata={"help": "decay of the exponential moving average of the generator's weights, which is exported; 0: no average"},
     )
     beta1: float = field(metadata={"help": "Adam's decay of the first moment"})
     beta2: float = field(metadata={"help": "Adam's decay of the second moment"})
@@ -104,34 +113,42 @@ class TrainConfig:
     )
     epochs: int = field(metadata={"within": (1, MANY), "help": "passes over the training set"})
     steps: int = field(
-        default=0, metadata={"within": (0, 1 << 40), "help": "steps after which the run ends within its epochs; 0: all of them"}
+        default=0, metadata={"within": (0, 1 << 40), "help": "end the run after this many steps; 0: after all epochs"}
     )
     precision: str = field(
         default="fp32",
-        metadata={"help": "of the arithmetic; tf32 is CUDA's, bf16 is mixed precision", "choices": ("fp32", "tf32", "bf16")},
+        metadata={
+            "help": "precision of the arithmetic; tf32: on CUDA only; bf16: mixed precision",
+            "choices": ("fp32", "tf32", "bf16"),
+        },
     )
     seed: int = field(
-        default=0, metadata={"within": (0, (1 << 44) - 1), "help": "seed of the initial weights, the shuffling and the noise"}
+        default=0,
+        metadata={"within": (0, (1 << 44) - 1), "help": "random seed of the initial weights, the shuffling and the noise"},
     )
     report_every: int = field(
-        metadata={"within": (1, 1 << 40), "help": "batches from one log point to the next (losses recorded, grids saved)"}
+        metadata={
+            "within": (1, 1 << 40),
+            "help": "batches between two log points, which record the losses and save grids of images",
+        }
     )
     report_per: str = field(
         default="run",
         metadata={
-            "help": "what --report-every counts through: the run, its first batch left out, or each epoch, from its first batch",
+            "help": "what --report-every counts: batches of the run (not its first), or of each epoch (its first too)",
             "choices": ("run", "epoch"),
         },
     )
     reported_loss: str = field(
-        metadata={"help": "the loss at a log point: mean since the last one, or that step's own", "choices": ("mean", "last")}
+        metadata={
+            "help": "the loss at a log point: the mean since the last log point, or the loss of the last step",
+            "choices": ("mean", "last"),
+        }
     )
     grid_images: int = field(metadata={"within": (1, 10_000), "help": "images in a saved grid"})
     grid_columns: int = field(metadata={"within": (1, 1000), "help": "images in one row of a saved grid"})
     checkpoint_every: int = field(default=1, metadata={"within": (1, MANY), "help": "epochs between two checkpoints"})
-    keep_checkpoints: int = field(
-        metadata={"within": (0, MANY), "help": "how many of the newest checkpoints are kept; 0 keeps all"}
-    )
+    keep_checkpoints: int = field(metadata={"within": (0, MANY), "help": "number of checkpoints to keep, the newest; 0: all"})
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -163,12 +163,16 @@ def _change(flags: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.access.tokens", description="Add a bearer token to a file, or remove one.")
     parser.add_argument("action", choices=("add", "remove"))
-    parser.add_argument("file", type=Path, help="the tokens file; made when it is not there")
+    parser.add_argument("file", type=Path, help="the tokens file; created if it does not exist")
     parser.add_argument("--name", required=True, help="who the token is for; shown in metrics and logs")
-    parser.add_argument("--scopes", default="generate", help="what it is for: generate, which is the default and all there is")
-    parser.add_argument("--expires", help="when it ends, as 2027-01-31T00:00:00+00:00 (default: never)")
-    parser.add_argument("--images", type=int, help="images in flight, instead of --caller-images; 0: no limit")
-    parser.add_argument("--requests-per-s", type=within(0.0, 1e6), help="instead of --caller-requests-per-s; 0: no limit")
+    parser.add_argument("--scopes", default="generate", help="scopes of the token; generate is the only one (default: generate)")
+    parser.add_argument("--expires", help="when the token expires, for example 2027-01-31T00:00:00+00:00 (default: never)")
+    parser.add_argument("--images", type=int, help="limit of images in flight, instead of --caller-images; 0: no limit")
+    parser.add_argument(
+        "--requests-per-s",
+        type=within(0.0, 1e6),
+        help="limit of requests a second, instead of --caller-requests-per-s; 0: no limit",
+    )
     return parser
 
 

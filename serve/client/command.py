@@ -108,8 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=UINT32, default=25, help="how many digits (default: 25)")
     parser.add_argument("--seed", type=UINT64, help="seed of the stream of digits (default: the server draws one)")
     parser.add_argument("--start", type=INT63, default=0, help="index of the first digit (default: 0)")
-    parser.add_argument("--digit", type=UINT32, nargs="+", default=(), help="which digit: one for all, or one for each")
-    parser.add_argument("--truncation", type=float, default=0.0, help="no latent value beyond it (default: 0, none)")
+    parser.add_argument("--digit", type=UINT32, nargs="+", default=(), help="label: one for all digits, or one for each")
+    parser.add_argument(
+        "--truncation",
+        type=float,
+        default=0.0,
+        help="largest absolute latent value: less variety, fewer malformed digits (default: 0, no truncation)",
+    )
     parser.add_argument("--model", default="", help="model name (default: the server's)")
     parser.add_argument("--version", type=INT63, default=0, help="model version (default: the model's)")
     parser.add_argument("--timeout", type=TIMEOUT_S, default=DEFAULT_TIMEOUT_S, help="deadline in seconds (default: 30)")

@@ -236,7 +236,7 @@ def _span(rows: Addresses | Latents | Interpolation, model: Model, labels: NDArr
         text = f"latents must be from {-MOST_LATENT:g} to {MOST_LATENT:g}, but row {row} value {value} is {values[row, value]:g}"
         raise RequestError(text, "latents", MOST_LATENT)
     if labels is None and model.manifest.labels:
-        raise RequestError("labels are needed with latents: only an address has labels of its own", "labels")
+        raise RequestError("labels are needed with latents: give one label for all digits, or one for each", "labels")
     return Span(0, 0, len(values), values.astype(np.float32, copy=False), labels)
 
 
@@ -267,7 +267,9 @@ def _checked_labels(labels: Sequence[int] | NDArray[np.int64], model: Model, cou
     manifest = model.manifest
     name = f"model {manifest.name}/{manifest.version}"
     if not manifest.labels:
-        raise RequestError(f"{name} is unconditional and takes no labels; ask a conditional model, as GetModel tells", "labels")
+        raise RequestError(
+            f"{name} is unconditional and takes no labels: leave labels out, or name a conditional model", "labels"
+        )
     if count and given not in (1, count):
         raise RequestError(f"labels has {given} entries for {count} digits; give one for all, or one for each", "labels", count)
     numbers = np.asarray(labels)

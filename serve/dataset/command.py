@@ -166,33 +166,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m serve.dataset", description="Make a data set of any size, shard by shard.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     write = actions.add_parser("write", help="write one shard")
-    write.add_argument("--count", type=within(1, INDEX_LIMIT), required=True, help="digits of the whole data set")
+    write.add_argument("--count", type=within(1, INDEX_LIMIT), required=True, help="number of digits in the whole data set")
     write.add_argument("--seed", type=UINT64, default=0, help="seed of the stream of digits (default: 0)")
     write.add_argument("--start", type=INT63, default=0, help="index of the data set's first digit (default: 0)")
-    write.add_argument("--shards", type=within(1, MOST_SHARDS), default=1, help="how many shards there are (default: 1)")
+    write.add_argument("--shards", type=within(1, MOST_SHARDS), default=1, help="number of shards (default: 1)")
     index = os.environ.get(INDEX_VARIABLE, "0")
     write.add_argument("--shard", type=UINT32, default=index, help=f"the shard to write (default: ${INDEX_VARIABLE}, or 0)")
     write.add_argument("--model", default=DEFAULT_MODEL, help=f"model name (default: {DEFAULT_MODEL})")
-    write.add_argument("--labels", type=int, nargs="+", default=(), help="digits in turn (default: the stream's own)")
+    write.add_argument("--labels", type=int, nargs="+", default=(), help="labels, in turn (default: derived from the addresses)")
     write.add_argument(
         "--filter",
         type=float,
         default=0.0,
         metavar="CONFIDENCE",
-        help="keep only digits whose label the judge gives this probability or more; later ones replace others (default: 0)",
+        help="keep only digits to whose label the judge gives at least this probability; replace the others (default: 0, all)",
     )
     write.add_argument("--judge", type=Path, default=BUNDLED_JUDGE, help="the judge's file (default: the bundled one)")
     write.add_argument("--version", type=INT63, default=0, help="model version (default: the highest)")
-    text = f"concurrent runs (default, 0: one per core, {usable_cores()}; on CUDA {ENGINES_ON_CUDA})"
+    text = f"concurrent runs; 0: one per core, {usable_cores()} here; on CUDA {ENGINES_ON_CUDA} (default: 0)"
     write.add_argument("--threads", type=within(0, 256), default=0, help=text)
     join_them = actions.add_parser("join", help="join all shards")
-    text = "as MNIST's files; for numpy: images, labels; as Keras has them: x_train, y_train, x_test, y_test; in the Hugging Face"
-    text += " Hub's layout (default: idx)"
+    text = "idx: MNIST's four files; npz: images and labels; keras: npz with x_train, y_train, x_test, y_test; parquet: the"
+    text += " Hugging Face Hub's layout (default: idx)"
     join_them.add_argument("--format", choices=("idx", "npz", "keras", "parquet"), default="idx", help=text)
-    text = "share of the digits, the last ones, that go to the test part instead of the training part (default: 0: none)"
+    text = "share of the digits to write into the test files instead of the training files: the last ones (default: 0)"
     join_them.add_argument("--test-share", type=within(0.0, 1.0), default=0.0, metavar="SHARE", help=text)
-    check = actions.add_parser("verify", help="compute some digits anew and compare them with those that were written")
-    check.add_argument("--sample", type=within(1, INDEX_LIMIT), default=1000, help="how many, at random (default: 1000)")
+    check = actions.add_parser("verify", help="compute some digits again and compare them with those in the files")
+    check.add_argument(
+        "--sample",
+        type=within(1, INDEX_LIMIT),
+        default=1000,
+        help="number of digits to compare, chosen at random (default: 1000)",
+    )
     for action in (write, check):
         action.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
     for action in (write, join_them, check):

@@ -245,11 +245,15 @@ def overload_targets(rounds: list[dict[str, Any]]) -> list[Target]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m tests.bench", description="Measure the server beside its bounds.")
-    parser.add_argument("--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports")
+    parser.add_argument(
+        "--plain", type=Path, default=Path("build/plain"), help="folder of the plain exports (default: build/plain)"
+    )
     parser.add_argument("--seconds", type=within(1, 600), default=3, help="length of each measurement (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="where the JSON goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/bench.json"), help="JSON file to write (default: build/bench.json)"
+    )
     parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
-    text = "watch memory over some hundred thousand requests"
+    text = "measure memory over some hundred thousand requests (default: yes)"
     parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help=text)
     return parser
 

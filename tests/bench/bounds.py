@@ -54,12 +54,12 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[Shape]:
 def main() -> int:
     """Print a line for each shape, then the worst."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bounds", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each shape (default: 1)")
-    parser.add_argument("--pause-ms", type=float, default=20.0, help="between two of them (default: 20)")
-    parser.add_argument("--match", default="", help="only shapes whose name has this in it")
-    parser.add_argument("--chance", type=int, default=40, help="how many mixtures are made by chance (default: 40)")
-    parser.add_argument("--seed", type=int, default=1, help="of that chance (default: 1)")
-    parser.add_argument("--bytes", type=int, default=MOST_BYTES, help="of a message, not compressed (default: almost 4 MiB)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each shape (default: 1)")
+    parser.add_argument("--pause-ms", type=float, default=20.0, help="pause between two requests (default: 20)")
+    parser.add_argument("--match", default="", help="only shapes whose name contains this")
+    parser.add_argument("--chance", type=int, default=40, help="number of random mixtures (default: 40)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the mixtures (default: 1)")
+    parser.add_argument("--bytes", type=int, default=MOST_BYTES, help="uncompressed size of a message (default: almost 4 MiB)")
     arguments = parser.parse_args()
     found: list[tuple[float, str]] = []
     with started("serve", *FLAGS) as server, Victim(server.target) as victim:

@@ -36,7 +36,7 @@ def digits_a_second(digits: DigitSet, workers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.training_set")
-    parser.add_argument("--count", type=int, default=4096, help="digits an epoch")
+    parser.add_argument("--count", type=int, default=4096, help="digits in an epoch (default: 4096)")
     count = parser.parse_args().count
     print("| model | made by | " + " | ".join(f"{workers} workers" for workers in WORKERS) + " |")
     print("|---|---|" + "--:|" * len(WORKERS))

@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("other", type=Path, help="folder of the other checkout")
     parser.add_argument("--rounds", type=within(1, 1000), default=ROUNDS, help=f"how often each is measured (default: {ROUNDS})")
     parser.add_argument("--seconds", type=within(1, 600), default=2, help="length of each measurement (default: 2)")
-    parser.add_argument("--other-flags", type=shlex.split, default=FLAGS, help=f"the other server's (default: {' '.join(FLAGS)})")
+    parser.add_argument(
+        "--other-flags", type=shlex.split, default=FLAGS, help=f"flags of the other server (default: {' '.join(FLAGS)})"
+    )
     flags = parser.parse_args()
     print("model  digits  in flight  requests a second, this / other  processor time a request, this / other")
     with started("serve", *FLAGS) as this, started("serve", *flags.other_flags, checkout=flags.other) as other:
