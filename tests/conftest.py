@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 
 from serve.manifest import BUNDLED_DIR
 from tests.server_process import ServerProcess
+
+# These tests call make themselves, and may have been started by it: what it was told is not meant for the makes of the tests.
+for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS"):
+    os.environ.pop(variable, None)
 
 SUBSET = Path(__file__).parent / "data" / "mnist-subset"
 
