@@ -16,7 +16,7 @@ from PIL import Image
 from serve.api import digits_v1, encoding
 from serve.api.digits_v1 import IMAGES_KEY
 from serve.api.encoding import as_bytes, field_key, pack_field, packed_varints
-from serve.core.request import Digits
+from serve.core.request import Addresses, Digits
 from serve.pb.digits.v1 import digits_pb2 as pb
 from serve.pb.inference import open_inference_pb2
 from serve.pictures import to_grid, to_png
@@ -120,7 +120,7 @@ def test_labels_are_on_the_wire_as_protobuf_puts_them_there(count: int) -> None:
     digits = Digits(
         model=SimpleNamespace(manifest=manifest),  # type: ignore[arg-type]
         encoding="uint8", seed=3, start=5, count=count, pixels=[np.zeros((count, 28, 28), np.uint8)], images=(), labels=labels,
-        queued_at=0.0, queue_seconds=0.5, compute_seconds=0.25,
+        rows=Addresses(3, 5, count), queued_at=0.0, queue_seconds=0.5, wait_seconds=0.5, compute_seconds=0.25,
     )  # fmt: skip
     raw = digits_v1._encode(pb.GenerateRequest(), digits)
     answer = pb.GenerateResponse.FromString(raw)
