@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -20,6 +21,13 @@ SERVE = ("-m", "serve")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
 GENTLE_S = 5
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 class ServerProcess:

@@ -25,7 +25,7 @@ from serve.manifest import BUNDLED_DIR
 from tests.bundle_copies import add_version
 from tests.deploy.manifests import containers, of_kind, rendered, settings_of
 from tests.deploy.tools import tool
-from tests.server_process import ServerProcess
+from tests.server_process import ServerProcess, free_port
 from tests.waiting import wait_until
 
 CALLERS = 6
@@ -43,12 +43,6 @@ def hang(*arguments):
 Engine.launch = hang
 runpy.run_module("serve", run_name="__main__", alter_sys=True)
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 class Proxy:

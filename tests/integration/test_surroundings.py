@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SUBSET
+from tests.server_process import free_port
 
 ROOT = Path(__file__).parents[2]
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -39,8 +40,9 @@ WIDTHS = "--generator-widths 8,8,8 --discriminator-widths 4,4,4"
 def run_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     can_hide = subprocess.run([*NAMELESS, "sh", "-c", HIDDEN + "true"], capture_output=True, check=False).returncode == 0
     prefix = [*NAMELESS, "bash", "-c", HIDDEN + command] if can_hide else ["bash", "-c", command]
+    ports = {"GRPC": str(free_port()), "HTTP": str(free_port())}
     return subprocess.run(
-        prefix, cwd=folder, env=BARE, capture_output=True, timeout=500, check=False,
+        prefix, cwd=folder, env=BARE | ports, capture_output=True, timeout=500, check=False,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
 
@@ -95,16 +97,31 @@ COMMANDS = {
     "fuzz": 'make fuzz ARGS="--runs 5 idx"',
     "protos": "make protos",
     "protos-check": "make protos-check",
-    "dataset": "for each in 'write --model cdcgan --count 20' join;"
-    " do .venv/bin/python -m serve.dataset $each --out 'a set' || exit; done",
+    "dataset": "for each in 'write --model cdcgan --count 20' join 'verify --sample 5';"
+    " do .venv/bin/python -m serve.dataset $each --out 'a set' || exit; done;"
+    f" .venv/bin/python -m train dcgan {TINY} {WIDTHS} --data-dir 'a set/MNIST/raw' --runs-dir 'other runs'",
+    "tokens": ".venv/bin/python -m serve.access.tokens add 'some tokens.json' --name batch-jobs",
+    "batch-size": ".venv/bin/python -m export batch-size serve/bundled/mlp/1",
+    "admin": "cp -r serve/bundled 'two versions' &&"
+    ' .venv/bin/python -c \'from tests.bundle_copies import *; add_version(Path("two versions"), "mlp", 2)\' &&'
+    " for each in 'load mlp --version 2 --versions 1' 'canary mlp --version 2 --share 0.05' 'set-default mlp --version 2'"
+    " 'unload mlp --version 1' 'rollback mlp' show;"
+    " do .venv/bin/python -m serve.admin $each --models-dir 'two versions' || exit; done",
+    # A server, and who asks it: GRPC and HTTP are free ports.
+    "serve and generate": """make serve ARGS="--grpc-port $GRPC --http-port $HTTP" & server=$!
+        for i in $(seq 60); do
+            make generate TARGET=127.0.0.1:$GRPC ARGS="--count 2 --seed 7 --out 'two digits.png'" 2>/dev/null && break; sleep 0.5
+        done
+        test -s 'two digits.png' && .venv/bin/python -m serve.client --target 127.0.0.1:$GRPC --again 'two digits.png' &&
+        .venv/bin/python -m serve.admin status --target 127.0.0.1:$GRPC &&
+        .venv/bin/python -m export watch --once --target 127.0.0.1:$GRPC --models-dir serve/bundled; status=$?
+        kill $server; wait $server; exit $status""",
     "clean": "make -n clean",
     "train, finished": f"""make train PRESET=dcgan ARGS="--steps 3 --resume {RUN} {DATA}" """,
 }
 # What the others need is not here, or too much for a test; their recipes are read by the shell.
 ONLY_READ = {
     "help": "it prints, and does nothing else",
-    "serve": "it goes on until it is stopped: tests/integration/test_standard_streams.py",
-    "generate": "needs a server: tests/integration/test_standard_streams.py",
     "evaluate": "needs all of MNIST",
     "test": "these are the tests", "test-all": "these are the tests", "mutate": "runs the tests", "page-test": "runs tests",
     "gpu-check": "needs a GPU", "image": "needs an engine for images", "sbom": "needs a package index",
@@ -112,6 +129,36 @@ ONLY_READ = {
     "check": "takes minutes", "bench": "takes minutes", "bench-peers": "needs other servers",
     "bench-instructions": "needs valgrind",
 }  # fmt: skip
+
+
+# Commands of the guides that are measurements or tests, or that need all of MNIST.
+MEASUREMENTS = {
+    "tests.bench",
+    "tests.bench.bounds",
+    "tests.bench.hops",
+    "tests.bench.memory",
+    "tests.bench.training_set",
+    "tests.bench.versus",
+}
+LEFT_OUT = MEASUREMENTS | {"tests.gpu.bundle", "tests.mutate", "pytest", "train evaluate", "export judge"}
+
+
+def commands_of(text: str) -> set[str]:
+    """The modules that are run by name in a text, each with its first word where it has several commands."""
+    found = re.findall(r"\bpython -m ([a-z_.]+)(?: ([a-z][a-z-]*))?", text)
+    several = ("serve.admin", "serve.dataset", "serve.access.tokens", "export", "train")
+    return {f"{module} {word}".strip() if module in several else module for module, word in found}
+
+
+def test_every_command_of_the_guides_is_tried() -> None:
+    guides = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    named = set().union(*(commands_of(guide.read_text(encoding="utf-8")) for guide in guides))
+    tried = set().union(*map(commands_of, COMMANDS.values()))
+    # Where several commands are gone through in a loop, each is a word of the loop.
+    words = re.findall(r"[a-z-]+", COMMANDS["admin"] + COMMANDS["dataset"])
+    loops = {f"{module} {word}" for module in ("serve.admin", "serve.dataset") for word in words}
+    by_make = {"serve", "export", "train", *(f"train {word}" for word in ("mlp", "dcgan", "cdcgan", "rpgan", "list", "compare"))}
+    assert named - tried - loops - by_make - LEFT_OUT == set()
 
 
 def test_every_target_is_tried_or_read() -> None:
@@ -123,7 +170,7 @@ def test_every_target_is_tried_or_read() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_does_its_work_wherever_it_is(name: str, checkout: Path) -> None:
-    done = run_shell(f"{COMMANDS[name]} >&-", checkout)
+    done = run_shell(f"exec >&-; {COMMANDS[name]}", checkout)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
