@@ -39,7 +39,7 @@ help: ## list the targets
 
 setup: .venv/.all ## install everything: training, export, serving, checks
 
-setup-serve: .venv/.serve ## install what serving needs, and nothing of training
+setup-serve: .venv/.serve ## install what serving needs, without training
 
 $(BIN)/python:
 	@$(LOCKED) '[ -x $@ ] || { set -x; "$(PYTHON)" -m venv .venv && $@ -m pip install --quiet --upgrade pip; }'
@@ -66,19 +66,19 @@ train: .venv/.all ## train PRESET=mlp|dcgan|cdcgan|rpgan (ARGS="--epochs 1", ARG
 activations: .venv/.all ## draw the activations inside the newest generator of each preset (RUN=runs/... for one, ARGS="--sample 3")
 	@$(BIN)/python -m train activations $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-runs: .venv/.all ## list all runs: state, steps, time, quality
+runs: .venv/.all ## list all runs: state, steps, time, quality, data
 	@$(BIN)/python -m train list $(ARGS)
 
 compare: .venv/.all ## compare the newest mlp run's losses with the notebook's (RUNS="runs/... runs/...": compare these runs)
 	@$(BIN)/python -m train compare $(RUNS) $(if $(RUN),--run $(call quoted,$(RUN)))
 
-evaluate: .venv/.all ## judge 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
+evaluate: .venv/.all ## evaluate 10,000 digits of the newest finished run of each preset (RUN=runs/... for one, ARGS="--scores 3")
 	@$(BIN)/python -m train evaluate $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
 gallery: .venv/.all ## draw the pictures of the newest finished rpgan (RUN=runs/... for another, ARGS="--out docs")
 	@$(BIN)/python -m export gallery $(if $(RUN),--run $(call quoted,$(RUN))) $(ARGS)
 
-export: .venv/.all ## export the newest finished run of each preset into models/, judging it first if it was not (RUN=runs/..., PRECISION=fp16|tf32x3, ARGS=--no-judge)
+export: .venv/.all ## export the newest finished run of each preset into models/, evaluating it first if that was not done (RUN=runs/..., PRECISION=fp16|tf32x3, ARGS=--no-judge)
 	@$(BIN)/python -m export --judge $(if $(RUN),--run $(call quoted,$(RUN))) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 speedrun: .venv/.all ## the whole pipeline: short training, score, export, serve; report in build/speedrun (ARGS="--epochs 4")
@@ -106,7 +106,7 @@ build/other-runtimes/.ready: | $(BIN)/python
 test: .venv/.all build/triton-client/.ready build/proto-tools/.ready ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready build/other-runtimes/.ready ## run all tests, the long ones too, and print their coverage
+test-all: .venv/.all build/triton-client/.ready build/clients/.ready build/languages/.ready build/hub/.ready build/other-runtimes/.ready ## run all tests, including the long ones, and print their coverage
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --all $(SIDE_BY_SIDE) $(ARGS)
 	@$(BIN)/python -m tests.coverage_report
@@ -121,7 +121,7 @@ page-test: .venv/.all ## test the page in a headless Chromium (apt-get installs 
 fuzz: .venv/.all ## a million malformed inputs to everything that reads bytes from outside (ARGS="--runs 2000 idx")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter; ARGS=--session: what ten minutes decide)
+gpu-check: $(if $(OWN_PYTHON),,.venv/.all) ## everything that needs a GPU, as a table and build/gpu-check.json (PYTHON=python3 for another interpreter; ARGS=--session: ten minutes of measurements)
 	@"$(or $(OWN_PYTHON),$(BIN)/python)" -m tests.gpu $(ARGS)
 
 # In a venv of their own: they pin what we do not.
@@ -180,7 +180,7 @@ cluster-test: .venv/.all build/deploy-tools/.ready ## apply the cpu overlay to t
 lock: .venv/.all ## lock what the images install: versions and hashes
 	@$(BIN)/python deploy/lock.py
 
-check: .venv/.all build/proto-tools/.ready protos-check ## ruff, formatting, mypy, import arrows, generated code, protos
+check: .venv/.all build/proto-tools/.ready protos-check ## ruff, formatting, mypy, import contracts, generated code, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -222,5 +222,5 @@ protos-check: build/proto-tools/.ready ## lint protos/ and compare them with the
 	build/proto-tools/bin/buf lint $(PROTOS)
 	build/proto-tools/bin/buf breaking $(PROTOS) --against '$(RELEASED)'
 
-clean: ## delete what was built, not what was trained, exported or installed (.venv)
+clean: ## delete build outputs; keep runs, models and .venv
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Measures the batch size that a bundle asks for and writes it into the manifest; it is then the same on every machine.
+"""Measures a bundle's maximum batch size and writes it into the manifest, so that it is the same on every machine.
 
 If servers measured it at start, it would depend on the machine's other work, and replicas would differ for
 as long as they live.
@@ -55,7 +55,7 @@ def time_batches(bundle: Bundle, provider: Provider) -> list[Timing]:
 
 
 def choose(timings: list[Timing]) -> int:
-    """The largest size whose run takes at most ``BATCH_SECONDS`` and makes about as many images a second as any such; 1 if
+    """The largest of the sizes that run in at most ``BATCH_SECONDS`` and reach ``WORTH`` of the best rate among them; 1 if
     none does."""
     short = [timing for timing in timings if timing.run_s <= BATCH_SECONDS]
     best = max((timing.images_per_s for timing in short), default=0.0)

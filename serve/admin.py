@@ -58,7 +58,7 @@ RETIRED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make one change, or none. Returns the exit status; an error is one line on stderr."""
+    """Run one action. Returns the exit status; an error is one line on stderr."""
     flags = _parser().parse_args(_action_first(sys.argv[1:] if arguments is None else arguments))
     if flags.action == "status":
         return _status(flags)
@@ -223,7 +223,7 @@ def _status(flags: argparse.Namespace) -> int:
 
 
 def as_table(response: pb.StatusResponse) -> str:
-    """The versions for a person."""
+    """The versions as a text table."""
     lines = ["model         version  state     share  calls  queued  digest"]
     for status in response.versions:
         state = pb.VersionState.Name(status.state).removeprefix("VERSION_STATE_").lower()

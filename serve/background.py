@@ -1,4 +1,4 @@
-"""What runs beside requests: background tasks, and actions in threads that nobody has to wait for; and waiting for them."""
+"""Background work: repeated tasks, daemon threads, and waiting for their results with a timeout."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def encodable(text: str) -> str:
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Be a command line's process. SIGTERM ends it by an exception, so that what is half-written is taken away.
+    """Run a command line as the process's main. SIGTERM raises an exception, so that half-written files are removed.
 
     Without a handler the kernel drops the signal for process 1, as which a command runs in a container. Ctrl-C, and a reader
     who has left (``head`` for one), end it without complaint; standard output that is full is one line.

@@ -37,7 +37,7 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait_s: float | None = None) -> Iterator[None]:
-    """A block that one process or thread at a time is in, of those that ask for the same folder.
+    """Lock a folder for the block: one process or thread at a time, among those that call this.
 
     Raises OSError without such a folder, or BlockingIOError when another stays in its block for longer than ``wait_s``
     (``LOCK_WAIT_S``).
@@ -162,7 +162,7 @@ class Watched(Generic[ValueT]):
             self.value = missing
 
     def look(self) -> Literal["ok", "failed"] | None:
-        """Take up a change; None: there is none. One that may be missing is so at the second look: volumes fail."""
+        """Read again after a change; None: no change. A file counts as missing only at the second look, because volumes fail."""
         names = " and ".join(str(path) for _, path in self._flags)
         try:
             now = self._look_at()

@@ -60,7 +60,7 @@ class Run:
 
     @property
     def started(self) -> datetime:
-        """When it began, as it recorded; a run of before 2026-12 has that in its folder's name, or else its config's age."""
+        """When the run began, by its config; runs from before 2026-12: by the folder's name, or else by the config file's age."""
         try:
             return datetime.fromisoformat(self.provenance["started"]).astimezone(UTC)
         except (KeyError, TypeError, ValueError):
@@ -79,7 +79,7 @@ class Run:
         return numbered(self.pictures, "fake", ".png")
 
     def losses(self) -> Losses:
-        """``losses.npy``: (log points, 3), without any where the file is missing or damaged."""
+        """``losses.npy``: (log points, 3); (0, 3) if the file is missing or damaged."""
         path = self.folder / LOSSES_FILE
         try:
             losses: Losses = np.load(path, allow_pickle=False)
@@ -94,7 +94,7 @@ class Run:
 
 
 def numbered(folder: Path, name: str, suffix: str) -> list[Path]:
-    """Files called as ``step-00000469.pt`` in the order of their numbers, and no others."""
+    """Files with names such as ``step-00000469.pt``, in the order of their numbers; other names are skipped."""
     pattern = re.compile(rf"{name}-[0-9]{{1,18}}{re.escape(suffix)}")
     return sorted((path for path in folder.glob(f"{name}-*{suffix}") if pattern.fullmatch(path.name)), key=number_of)
 
@@ -144,7 +144,7 @@ def open_run(folder: Path) -> Run:
 
 @contextmanager
 def held(run: Run) -> Iterator[None]:
-    """A block that no other process trains the run in. Raises CheckpointError when one does.
+    """Lock the run for the block: no other process can train it. Raises CheckpointError when one does already.
 
     What a killed process has left half-written is cleared away first.
     """
@@ -206,7 +206,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside and rename: after a crash at any moment the old content or the whole new one is there."""
+    """Write a temporary file and rename it: after a crash at any moment the file has its old or its whole new content."""
     content = io.BytesIO()
     write(content)  # in memory: of a full disk PyTorch's own writing makes an error that names nothing
     with replacing([path], 0o644) as (stream,):

@@ -16,7 +16,7 @@ class ConfigError(TrainError):
 
 
 class DeviceError(TrainError):
-    """The device that was asked for is not there."""
+    """The requested device does not exist."""
 
 
 class CheckpointError(TrainError):
@@ -36,4 +36,4 @@ class QualityError(TrainError):
 
 
 class StoppedError(Exception):
-    """Training was asked to stop, and has saved where it was: no mistake of anybody's."""
+    """Training was told to stop, and has saved a checkpoint. Not a failure."""

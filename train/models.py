@@ -135,7 +135,7 @@ class CdcganGenerator(nn.Module):
 
 
 class CdcganDiscriminator(nn.Module):
-    """The DCGAN's features, their own logit, and how well their projection agrees with the label's."""
+    """The DCGAN's layers; the logit is a linear one plus the projection on the label's embedding."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()

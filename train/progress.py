@@ -1,4 +1,4 @@
-"""How far something has come, on standard error: a bar on a terminal, in a log file a line a minute."""
+"""Shows progress on standard error: as a bar on a terminal, otherwise as one line a minute."""
 
 from __future__ import annotations
 

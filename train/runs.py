@@ -1,4 +1,4 @@
-"""Chooses among the runs of a folder: the newest, finished or not. One that cannot be used is said and passed over."""
+"""Chooses among the runs of a folder: the newest, finished or not. Unusable runs are reported and skipped."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def each_run(runs: Sequence[Run], do: Callable[[Run], object], *errors: type[Exc
 
 
 def moment(run: Run) -> str:
-    """When a run began, for a person."""
+    """When a run began, as text."""
     return f"{run.started:%Y-%m-%d %H:%M} UTC"
 
 
 def how_to_train(preset: str, runs_dir: Path) -> str:
-    """What to type for a run of a preset in ``runs_dir``."""
+    """The command that trains a preset in ``runs_dir``."""
     return f"make train PRESET={preset}" + make_arguments("--runs-dir", runs_dir) * (runs_dir != DEFAULT_RUNS_DIR)
 
 

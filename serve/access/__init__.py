@@ -1,1 +1,1 @@
-"""Who may come in, how, and how much of it: TLS, bearer tokens, limits per caller."""
+"""Authentication and limits: TLS, bearer tokens, limits per caller, the memory of calls."""

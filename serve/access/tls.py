@@ -22,7 +22,7 @@ LOOK_S = 5.0
 
 
 class Loaded(NamedTuple):
-    """What the files held at one time."""
+    """The content of the files at one time."""
 
     for_grpc: grpc.ServerCertificateConfiguration
     for_http: ssl.SSLContext
@@ -63,7 +63,7 @@ class Certificates:
         return self._newest().for_http
 
     def watch(self) -> None:
-        """Look at the files until the process ends: a renewal that went wrong is seen before somebody connects anew."""
+        """Check the files until the process ends: a failed renewal is noticed before the next connection."""
         keep_looking("certificate", lambda: LOOK_S, self._newest, lambda: self._note_reload("failed"))
 
     def _newest(self) -> Loaded:

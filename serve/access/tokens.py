@@ -97,11 +97,11 @@ class TokenFile:
             log.warning("%s: the scope admin has no meaning any more; which models are served is a file (docs/models.md)", path)
 
     def watch(self) -> None:
-        """Look at the file twice a second until the process ends: no call waits for a disk."""
+        """Check the file twice a second until the process ends, so that no call waits for a disk."""
         keep_looking("tokens", lambda: RELOAD_CHECK_S, self.look, lambda: self._note_reload("failed"))
 
     def look(self) -> None:
-        """Take up a change of the file. In one thread at a time."""
+        """Read the file again if it has changed. Call it from one thread at a time."""
         if result := self._tokens.look():
             self._note_reload(result)
 

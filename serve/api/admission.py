@@ -28,7 +28,7 @@ ResultT = TypeVar("ResultT")
 
 
 class DenialLog:
-    """Names who was kept out, in a line a second at most: guessing must not fill the log."""
+    """Logs denied callers, at most one line a second, so that guessing cannot fill the log."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
@@ -49,7 +49,7 @@ class DenialLog:
 
 
 class Admission:
-    """What the calls of a server share, and which of them are open."""
+    """The state that all calls of a server share, and the set of open calls."""
 
     def __init__(self, metrics: Metrics, accounts: Accounts, budget: Budget, tracing: Tracing | None = None) -> None:
         self.metrics = metrics

@@ -106,7 +106,7 @@ def _described(request: web.Request, route: str) -> Described:
 
 
 def error_answer(status: int, text: str, **headers: str) -> web.Response:
-    """An error in the form of all others."""
+    """An error as JSON, in the common form."""
     return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""Makes the digits of a picture again, by what its text chunk says (serve/pictures.py), and says what differs."""
+"""Generates a picture's digits again from its text chunk (serve/pictures.py), and compares them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def make_again(client: DigitClient, origin: Origin) -> Digits:
 
 
 def origin_of(digits: Digits, about: pb.GetModelResponse, truncation: float) -> Origin:
-    """That of digits which have an address, by the model ``about`` tells of."""
+    """The origin of digits that have an address; ``about`` describes their model."""
     labels = tuple(digits.labels.tolist())
     return Origin(digits.model, digits.version, about.digest, digits.seed, digits.start, len(digits), labels, truncation)
 
 
 def compared(origin: Origin, png: bytes, digits: Digits, digest: str) -> tuple[bool, str]:
-    """Whether the digits are those of the picture, within rounding, and what to say of it: ``digest`` is the model file's now."""
+    """Whether the digits equal the picture's within rounding, and a message; ``digest`` is that of the answering model file."""
     sheet = to_grid(digits.pixels)
     before = read_pixels(png, *sheet.shape)
     if before is None:

@@ -1,4 +1,4 @@
-"""The calls of both clients: what is asked becomes a request here, and a transport's methods send it."""
+"""The calls of both clients: builds requests, which a transport's methods send."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _checked(about: pb.GetModelResponse) -> pb.GetModelResponse:
 
 
 def checked_truncation(truncation: float) -> float:
-    """That of latents which are drawn here, unseen by a server. Raises DigitError."""
+    """The truncation for latents that the client draws itself, without a server. Raises DigitError."""
     if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
         raise mistake(f"truncation must be {LEAST_TRUNCATION:g} or more, or 0 for none, got {truncation:g}")
     return float(truncation)

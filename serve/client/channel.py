@@ -53,7 +53,7 @@ CHANNEL_OPTIONS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What a server may ask of its callers. ``ca``, ``cert`` and ``key`` are PEM files; without ``ca``, plaintext."""
+    """Credentials for a server. ``ca``, ``cert`` and ``key`` are PEM files; without ``ca``, plaintext."""
 
     token: str = ""
     ca: File | None = None  # the authorities that the server's certificate is checked against
@@ -62,7 +62,7 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with every call."""
+        """The metadata of every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def open_channel(self, target: str, *, follow_health: bool = True) -> grpc.Channel:
@@ -100,7 +100,7 @@ PLAIN = Access()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which server and how to get in."""
+    """Add the flags of the server's address and of the credentials."""
     parser.add_argument("--target", default=DEFAULT_TARGET, help=f"host:port of the server (default: {DEFAULT_TARGET})")
     parser.add_argument("--token-file", type=Path, help=f"file with the bearer token (default: ${TOKEN_VARIABLE})")
     parser.add_argument("--ca", type=Path, help="PEM file to check the server's certificate against (default: plaintext)")
@@ -109,7 +109,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def access_from(flags: argparse.Namespace) -> Access:
-    """What those flags say. Raises DigitError naming a file that cannot be read."""
+    """The credentials from those flags. Raises DigitError naming a file that cannot be read."""
     token = _read(flags.token_file).decode("ascii", "replace") if flags.token_file else os.environ.get(TOKEN_VARIABLE, "")
     return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
 

@@ -1,4 +1,4 @@
-"""A stream's progress: what is still to be asked for, also after its connection has ended."""
+"""A stream's progress: which digits are still to be requested when its connection ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Status
 
 
 class Progress:
-    """How far a stream has come."""
+    """The digits that have come, and the request for the rest."""
 
     def __init__(self, request: pb.GenerateStreamRequest) -> None:
         self._request = request
@@ -23,7 +23,7 @@ class Progress:
 
     @property
     def rest(self) -> pb.GenerateStreamRequest | None:
-        """The request for what has not come yet; None when all has. One for nothing is for the server to refuse."""
+        """The request for the remaining digits; None when all have come. A request for none is left to the server to refuse."""
         return self._request if self._request.count or not self._begun else None
 
     def take(self, response: pb.GenerateResponse) -> Digits:

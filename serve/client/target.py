@@ -1,4 +1,4 @@
-"""What a target says: addresses, as far as they can be told from its text. The forms are gRPC's (its ``doc/naming.md``)."""
+"""Parses a target into addresses, as far as its text contains them. The forms are gRPC's (its ``doc/naming.md``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "xds", "vsock")
 
 
 def check_target(target: str) -> None:
-    """Raises DigitError for what gRPC would take for a name, look for in vain, and not tell why."""
+    """Raises DigitError for texts that gRPC would take for a host name, without an explanation when it is not found."""
     scheme, colon, _ = target.partition("://")
     if colon and scheme not in SCHEMES:
         shown = addresses(target.partition("://")[2].partition("/")[0])

@@ -1,4 +1,4 @@
-"""Answers a request: find the model, check, hold what it takes up, run, return. Knows no protocol and no port."""
+"""Answers a request: finds the model, checks the request, reserves memory, runs, returns. Knows no protocol and no port."""
 
 from __future__ import annotations
 

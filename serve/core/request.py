@@ -1,4 +1,4 @@
-"""The records of the core: a request, whichever protocol it came by, its result, and who holds what it takes up."""
+"""The records of the core: a request of any protocol, its result, and the holder of its memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class DigitsRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
 
 class Digits(msgspec.Struct, frozen=True, eq=False, kw_only=True):
-    """What came of a request: rows in order, in the pieces they were computed in, their address and timing."""
+    """The result of a request: rows in order, in the pieces they were computed in, their address and timing."""
 
     model: Model  # that made them
     rows: Addresses | Latents | Interpolation  # as the request has them

@@ -27,7 +27,7 @@ Printed = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{0,64}\Z")]  # on termina
 
 
 class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a data set is of. ``digest`` is the model file's; a shard of another one is not mixed in."""
+    """What a data set was generated from. ``digest`` is the model file's; a shard of another one is not mixed in."""
 
     model: Printed
     version: Positive
@@ -90,7 +90,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def read_header(folder: Path) -> Dataset:
-    """What the folder's data set is of. Raises SettingsError."""
+    """The header of the folder's data set. Raises SettingsError."""
     path = folder / HEADER_FILE
     try:
         with path.open("rb") as file:
@@ -114,7 +114,7 @@ def write_header(folder: Path, dataset: Dataset) -> None:
 
 
 def agree(folder: Path, dataset: Dataset) -> None:
-    """The folder belongs to one data set: the first shard says which, the others must be of the same."""
+    """Check that the folder belongs to this data set: the first shard writes the header, the others must agree with it."""
     header = folder / HEADER_FILE
     with locked(folder):  # a job's shards all begin at once
         if not header.exists():

@@ -33,7 +33,7 @@ def golden_samples(manifest: Manifest) -> GoldenSamples:
 
 
 def golden_difference(manifest: Manifest, expected: NDArray[np.uint8], got: NDArray[np.uint8]) -> str | None:
-    """What is wrong with ``got`` (n, 28, 28) beside ``expected``, in words; None when it is within tolerance."""
+    """The difference of ``got`` (n, 28, 28) from ``expected`` as text; None when it is within tolerance."""
     if got.shape != expected.shape:
         return f"golden samples came out as {got.shape}, not {expected.shape}"
     tolerance = manifest.tolerance

@@ -34,7 +34,7 @@ class Catalog:
         return self._chosen or DEFAULT_MODEL
 
     def choose_default(self, there: Collection[str]) -> None:
-        """Where no default was named: ``DEFAULT_MODEL`` if it is ``there``, else the first that is served, once and for all."""
+        """Without a named default: choose ``DEFAULT_MODEL`` if it is ``there``, else the first served model by name, for good."""
         if not self._chosen and self._served:
             self._chosen = DEFAULT_MODEL if DEFAULT_MODEL in there else min(self._served)
 

@@ -80,7 +80,7 @@ class Evaluator:
 
     @cached_property
     def real(self) -> dict[str, Any]:
-        """What real digits reach: as many training images in the samples' place, and test images' own neighbours."""
+        """The figures of real digits: as many training images as samples, and the test images' neighbours."""
         pixels, labels = self._real_samples()
         report = self._compared(self._judge, self._judge.read(pixels), labels)
         # A training image's nearest training image is itself; the test images' distance is what a new digit should have.
@@ -90,7 +90,7 @@ class Evaluator:
 
     @cached_property
     def real_by_second(self) -> dict[str, Any]:
-        """What the second judge says of real digits."""
+        """The figures of real digits by the second judge."""
         pixels, labels = self._real_samples()
         report = self._compared(self._second, self._second.read(pixels), labels)
         return report | {"label_accuracy": self._second.accuracy(self._data.test_images, self._data.test_labels)}
@@ -106,7 +106,7 @@ class Evaluator:
         return pixels[chosen], labels[chosen]
 
     def fake(self, run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """What the digits of a run's generator reach, as the checkpoint has it, beside real ones, by both judges."""
+        """The figures of digits from a checkpoint's generator, beside those of real digits, by both judges."""
         digits = sampler(run.config, checkpoint, self._device)
         scored = scored_by_training(run, self._data)
         samples, labels = digits(len(self._labels), SEED, self._labels if scored else None)
@@ -189,7 +189,7 @@ class Sampler(Protocol):
 
 
 def sampler(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.device) -> Sampler:
-    """What draws the digits of a run's generator, as the checkpoint has it."""
+    """A function that generates digits with the generator of a checkpoint."""
     generator = trained_generator(config, checkpoint).to(device).eval()
     low, high = config.pixel_range
 
@@ -212,7 +212,7 @@ def sampler(config: TrainConfig, checkpoint: Mapping[str, Any], device: torch.de
 def accuracy_score(
     pixels: Tensor, labels: Tensor, data: Mnist, device: torch.device, *, whose: str, scores: int = 1, epochs: int = EPOCHS
 ) -> dict[str, Any]:
-    """The classification accuracy score of a set of digits, the single ones of which it is the mean, and its standard error."""
+    """The classification accuracy score of digits: the mean, each classifier's score, the standard error."""
     single = []
     for seed in range(scores):
         which = f" {seed + 1} of {scores}" if scores > 1 else ""
@@ -229,7 +229,7 @@ def accuracy_score(
 
 
 def digits_of(run: Run) -> str:
-    """How a run's digits are called while they are judged."""
+    """The name of a run's digits in progress messages."""
     return f"{run.config.preset}'s digits"
 
 
@@ -278,7 +278,7 @@ def shown(values: Mapping[str, Any], figure: str) -> str:
 
 
 def table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Reports by name, side by side, with what the last one's real digits reach below them, by both judges. Markdown."""
+    """A Markdown table of reports by name, by both judges; its last rows are the real digits of the last report."""
     rows = [(name, report["model"]) for name, report in reports] + [("real digits", reports[-1][1]["real"])]
     rows += [(f"{name}, second judge", report["second_judge"]["model"]) for name, report in reports]
     rows.append(("real digits, second judge", reports[-1][1]["second_judge"]["real"]))

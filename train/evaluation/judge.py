@@ -135,7 +135,7 @@ def train_judge(
     classes: int = MNIST_CLASSES,
     what: str | None = "",
 ) -> Judge:
-    """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one cycle, images moved about a little.
+    """A judge of ``pixels`` uint8 (n, 28, 28) and ``labels`` int64 (n,): AdamW, one-cycle schedule, augmented images.
 
     ``what`` is said beside its progress bar, the network's name unless given; None: without one.
     """
@@ -174,7 +174,7 @@ def training_seconds(images: int, device: torch.device, epochs: int = EPOCHS) ->
 
 
 def moved(images: Tensor) -> Tensor:
-    """Each of ``images`` (batch, 1, 28, 28) turned, stretched, sheared and shifted at random, a little."""
+    """Augmentation: each of ``images`` (batch, 1, 28, 28) slightly rotated, scaled, sheared and shifted, at random."""
     turn, across, along, shear, right, down = (2 * torch.rand(6, len(images), device=images.device) - 1).unbind()
     turn, across, along, shear = TURN * turn, 1 + STRETCH * across, 1 + STRETCH * along, SHEAR * shear
     rows = torch.stack(
@@ -226,7 +226,7 @@ def kept_judge(
 
 
 def check_data(data: Mnist) -> None:
-    """Raises QualityError for data that no judge can be had of."""
+    """Raises QualityError for data on which no judge can be trained."""
     if (count := len(data.test_images)) < LEAST_TEST_IMAGES:
         raise QualityError(
             f"the data has {count} test images, and judging needs {LEAST_TEST_IMAGES}: a data set of serve.dataset has those of"
@@ -237,7 +237,7 @@ def check_data(data: Mnist) -> None:
 
 
 def accuracy_needed(data: Mnist, device: torch.device) -> float:
-    """Share of the test images that a judge must know: ``ACCURACY_NEEDED``, or what a plain classifier knows of other data.
+    """The least test accuracy of a judge: ``ACCURACY_NEEDED``, or, on other data, that of a nearest-neighbour classifier.
 
     That one reads an image as the training image that is nearest to it, by the Euclidean distance.
     """

@@ -53,7 +53,7 @@ def class_imbalance(probabilities: Tensor) -> float:
 
 
 def confident_share(probabilities: Tensor) -> float:
-    """Share of (n, classes) whose class is held to be likelier than 0.9."""
+    """Share of rows of probabilities (n, classes) whose largest value exceeds 0.9."""
     return float((probabilities.max(dim=1).values > CONFIDENT).double().mean())
 
 

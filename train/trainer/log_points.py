@@ -29,7 +29,7 @@ class LogPoints:
         self.points: list[Point] = []
 
     def count(self, latest: Tensor) -> None:
-        """Take up a step's losses, float64 (2,)."""
+        """Add a step's losses, float64 (2,), to the sum."""
         self.latest = latest
         self.sums += latest
 
@@ -60,12 +60,12 @@ class LogPoints:
             self._plotted_at = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of them."""
+        """The state to save in a checkpoint."""
         latest = {} if self.latest is None else {"latest": self.latest}
         return {"sums": self.sums, **latest, "marks": torch.tensor(self.points, dtype=torch.float64).reshape(-1, 3)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Continue from a checkpoint's state."""
         self.sums = state["sums"].to(self._device)
         self.latest = state["latest"].to(self._device) if "latest" in state else None  # checkpoints of before 2026-12
         self.points = [(int(step), generator, discriminator) for step, generator, discriminator in state["marks"].tolist()]

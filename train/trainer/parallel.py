@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. One that is alone talks to nobody."""
+    """This process's rank among all processes. A single process does not communicate."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def mine(self, rows: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ class Ranks:
         return values
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether any process has it."""
+        """Whether it is true in any process."""
         flags = torch.tensor(float(flag), device=device)
         distributed.all_reduce(flags)
         return bool(flags > 0)
 
     def agree(self, value: Any) -> Any:
-        """What the first process has."""
+        """The first process's value, in all processes."""
         if self.world == 1:
             return value
         box = [value]

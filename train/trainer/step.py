@@ -77,7 +77,7 @@ class Step:
         return both
 
     def alternating(self, real: Batch) -> Tensor:
-        """First the discriminator, then the generator against what it has become; losses as ``__call__``."""
+        """First the discriminator's update, then the generator's against the updated discriminator; losses as ``__call__``."""
         count = len(real[0])
         noise, *labels = self._fake_inputs(count)
         with self._autocast():
@@ -131,7 +131,7 @@ class Step:
         return torch.stack((generator_loss, discriminator_loss.detach())).double()
 
     def penalise(self, real: Batch) -> Tensor:
-        """A step of the discriminator against the slope of its logits at real images and at fakes (R1 and R2), float64 (1,)."""
+        """A step of the discriminator on the gradient penalty at real images and fakes (R1 and R2); returns it, float64 (1,)."""
         images, labels = real
         noise = self._fake_inputs(len(images))[0]
         with self._autocast(), torch.no_grad():
@@ -153,7 +153,7 @@ class Step:
         return penalty.detach().double()[None]
 
     def compile_networks(self, **options: Any) -> None:
-        """Run both networks by ``torch.compile`` from here on; what is saved stays theirs."""
+        """From now on run both networks by ``torch.compile``; state dicts keep their names."""
         for network in (self.generator, self.discriminator):
             network.compile(**options)
 
@@ -168,7 +168,7 @@ class Step:
             optimizer.param_groups[0]["lr"] = self.rate
 
     def state(self) -> dict[str, Any]:
-        """Both optimizers' and the noise's."""
+        """The state of both optimizers and of the noise generator."""
         return {
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),

@@ -37,7 +37,7 @@ Item: TypeAlias = tuple[NDArray[np.uint8], int]  # pixels (1, 28, 28), and the l
 
 
 class About(NamedTuple):
-    """The model that makes the digits, and how many it makes at once."""
+    """The model that generates the digits, and the most in one request."""
 
     name: str
     version: int
@@ -48,7 +48,7 @@ class About(NamedTuple):
 
 
 class Maker(Protocol):
-    """What makes digits, in one process: a server, or an engine."""
+    """Generates digits in one process: by a server, or by an engine."""
 
     about: About
 
@@ -60,7 +60,7 @@ class Maker(Protocol):
 
 
 class Server:
-    """Makes digits by a server, behind the callers who wait for theirs."""
+    """Generates digits by a server, with the priority bulk."""
 
     def __init__(self, client: DigitClient, model: str, version: int) -> None:
         self._client = client
