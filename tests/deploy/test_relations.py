@@ -29,6 +29,7 @@ from tests.deploy.relations.table import RELATIONS, complaints
 CPU, GPU = "cpu, dev and the parity watch", "gpu and the parity watch"
 KEDA, GATEWAY = "cpu with KEDA", "gpu behind a gateway"
 CERTIFICATES, SERVING_FILE = "gpu with KEDA and certificates", "cpu with a serving file"
+OPENSHIFT = "cpu on OpenShift"
 HTTP_API, HTTPS_API = "cpu with the HTTP API", "gpu with the HTTP API over TLS"
 
 
@@ -483,6 +484,37 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         GPU,
         of_container(
             lambda each: each["args"].remove("--token-file=/etc/digits-parity-watch/token/token"), "digits-parity-watch"
+        ),
+    ),
+    "a judge that cannot write": (
+        CPU,
+        of_pod(lambda pod: pod["initContainers"][0]["volumeMounts"][0].update(readOnly=True), "digits-export", "Job"),
+    ),
+    "a job whose claim is read-only": (
+        CPU,
+        of_pod(lambda pod: pod["volumes"][0]["persistentVolumeClaim"].update(readOnly=True), "digits-dataset", "Job"),
+    ),
+    "a watch that may write models": (
+        GPU,
+        of_pod(
+            lambda pod: (
+                named(pod["volumes"], "models")["persistentVolumeClaim"].pop("readOnly"),
+                named(pod["containers"][0]["volumeMounts"], "models").pop("readOnly"),
+            ),
+            "digits-parity-watch",
+        ),
+    ),
+    "OpenShift's DNS at its Service's port": (
+        OPENSHIFT,
+        of("NetworkPolicy", lambda item: [port.update(port=53) for port in item["spec"]["egress"][-1]["ports"]]),
+    ),
+    "KEDA goes by the rate of a gauge": (
+        KEDA,
+        of(
+            "ScaledObject",
+            lambda item: item["spec"]["triggers"][0]["metadata"].update(
+                query='sum(rate(digits_queue_images{namespace="digits",overlay="cpu"}[2m]))'
+            ),
         ),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from serve.api.digits_v1 import SERVICE
 from serve.api.open_inference import SERVICE as INFERENCE
 from serve.ports.health import HEALTH
-from tests.deploy.manifests import Object, containers, pod_specs, settings_of
-from tests.deploy.relations.objects import claims_of, labels_of, of, selects, servers, title, workloads
+from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, settings_of
+from tests.deploy.relations.objects import claims_of, flags_of, labels_of, of, selects, servers, title, workloads
 
+COUNTER = re.compile(r".*_(total|count|sum|bucket)")
+# Of which flags each program writes into the folders, by words of its command line. The others read alone.
+WRITES = {
+    ("serve.dataset", "write"): ("--out",),
+    ("train", "evaluate"): ("--runs-dir",),
+    ("export", "run"): ("--models-dir",),
+    ("train",): ("--runs-dir", "--data-dir"),
+}
 HASH = re.compile(r".*-[a-z0-9]{10}")
 
 
@@ -55,6 +67,49 @@ def volumes_are_shared_by_those_who_need_them(items: Sequence[Object]) -> Iterat
         users = [item for item in workloads(items) if claim["metadata"]["name"] in claims_of(item)]
         if len(users) > 1 and claim["spec"]["accessModes"] != ["ReadWriteMany"]:
             yield f"{title(claim)} is for one node, and used by {[title(item) for item in users]}"
+
+
+def volumes_are_writable_where_programs_write_and_nowhere_else(items: Sequence[Object]) -> Iterator[str]:
+    for item in workloads(items):
+        for pod in pod_specs(item):
+            claims = {
+                each["name"]: each["persistentVolumeClaim"] for each in pod.get("volumes", ()) if "persistentVolumeClaim" in each
+            }
+            for container in containers_of(pod):
+                written = _written_by(container)
+                for mount in container.get("volumeMounts", ()):
+                    if mount["name"] not in claims:
+                        continue
+                    writable = not (mount.get("readOnly") or claims[mount["name"]].get("readOnly"))
+                    if writable != any(path.is_relative_to(mount["mountPath"]) for path in written):
+                        how = "may write" if writable else "cannot write"
+                        yield f"{title(item)}: {container['name']} {how} to {mount['mountPath']}, and writes {written}"
+
+
+def _written_by(container: Mapping[str, Any]) -> list[Path]:
+    words, flags = {*container.get("command", ()), *container.get("args", ())}, flags_of(container)
+    names = next((names for program, names in WRITES.items() if words.issuperset(program)), ())
+    return [Path(flags[name]) for name in names if name in flags]
+
+
+def rates_are_of_counters(items: Sequence[Object]) -> Iterator[str]:
+    """In alerts and in what autoscalers go by: the rate of a gauge is about 0 while it is high, and moves nothing."""
+    asked = [(f"{title(item)}: {name}", query) for item in items for name, query in _queries_of(item)]
+    for rule in yaml.safe_load((DEPLOY / "monitoring" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]:
+        series = rule["seriesQuery"].partition("{")[0]
+        asked.append(("the adapter", rule["metricsQuery"].replace("<<.Series>>", series)))
+    for who, query in asked:
+        for function, metric in re.findall(r"\b(rate|irate|increase)\(\s*(\w+)", query):
+            if not COUNTER.fullmatch(metric):
+                yield f"{who} takes the {function} of {metric}, which is no counter"
+
+
+def _queries_of(item: Object) -> Iterator[tuple[str, str]]:
+    if item["kind"] == "PrometheusRule":
+        for rule in (rule for group in item["spec"]["groups"] for rule in group["rules"]):
+            yield rule.get("alert") or rule["record"], rule["expr"]
+    if item["kind"] == "ScaledObject":
+        yield from (("its trigger", trigger["metadata"]["query"]) for trigger in item["spec"]["triggers"])
 
 
 def evictions_and_scaling_down_are_gentle(items: Sequence[Object]) -> Iterator[str]:
@@ -105,6 +160,7 @@ def routes_have_every_protocol_and_the_pods_name(items: Sequence[Object]) -> Ite
 
 PLATFORM: Sequence[Callable[[Sequence[Object]], Iterator[str]]] = (
     secrets_are_readable_by_the_pods_user, a_changed_setting_rolls_pods_and_a_changed_serving_file_does_not,
-    volumes_are_shared_by_those_who_need_them, evictions_and_scaling_down_are_gentle, scrapes_are_of_this_namespace_and_answered,
+    volumes_are_shared_by_those_who_need_them, volumes_are_writable_where_programs_write_and_nowhere_else, rates_are_of_counters,
+    evictions_and_scaling_down_are_gentle, scrapes_are_of_this_namespace_and_answered,
     routes_have_every_protocol_and_the_pods_name,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.deploy.manifests import Object, containers, settings_of
+from tests.deploy.manifests import Object, containers, pod_specs, settings_of
 from tests.deploy.relations.objects import called_at, labels_of, of, ports_of, selects, servers, title
 
 OWN_NAMESPACE = {"kubernetes.io/metadata.name": "digits"}
@@ -43,6 +43,8 @@ STRANGERS = (
     Peer("a node of another network", None, address="192.168.7.7"),
 )
 DNS = Peer("the cluster's DNS", namespace("kube-system"), {"k8s-app": "kube-dns"})
+# Policies see the pod's own port: its Service has 53, as everywhere.
+OPENSHIFT_DNS = Peer("OpenShift's DNS", namespace("openshift-dns"), {"dns.operator.openshift.io/daemonset-dns": "default"})
 COLLECTOR = Peer("the OpenTelemetry collector", namespace("monitoring"), {"app": "collector"})
 METADATA = Peer("the cloud's metadata", None, address="169.254.169.254")
 
@@ -65,7 +67,10 @@ def who_may_reach_whom(items: Sequence[Object]) -> Iterator[str]:
             reached = {name for name, number in ports.items() if is_let(own, "Ingress", peer, ports, number)}
             if reached != wanted:
                 yield f"{peer.name} reaches {sorted(reached)} of {title(item)}, and should {sorted(wanted)}"
-        for peer, port, protocol in ((DNS, 53, "UDP"), (DNS, 53, "TCP"), *([(COLLECTOR, 4317, "TCP")] * is_server)):
+        names = [(DNS, 53, protocol) for protocol in ("UDP", "TCP")]
+        if all("runAsUser" not in pod["securityContext"] for pod in pod_specs(item)):  # the platform chooses it: OpenShift
+            names += [(OPENSHIFT_DNS, 5353, protocol) for protocol in ("UDP", "TCP")]
+        for peer, port, protocol in (*names, *([(COLLECTOR, 4317, "TCP")] * is_server)):
             if not is_let(own, "Egress", peer, {}, port, protocol=protocol):
                 yield f"{title(item)} cannot reach {peer.name} at {port}/{protocol}"
         for peer in (NEIGHBOUR, DNS, *STRANGERS, METADATA):
