@@ -57,7 +57,7 @@ def test_a_server_and_an_engine_give_the_digits_of_the_address(shared_server: Se
 
 SCORED = """
 from pathlib import Path
-from train.data import load_mnist
+from train.data.mnist import load_mnist
 real = load_mnist(Path("tests/data/mnist-subset"))
 read = model(real.test_images[:, None] / 255).argmax(dim=1)
 print(float((read == real.test_labels).float().mean()))

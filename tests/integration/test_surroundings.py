@@ -66,7 +66,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", environment)
     for stamp in (".all", ".serve"):
         (environment / stamp).touch()
-    for name in ("triton-client", "deploy-tools", "integrations", "crd-schemas"):
+    (folder / "build").mkdir()
+    (folder / "build" / "proto-tools").symlink_to(ROOT / "build" / "proto-tools")
+    for name in ("triton-client", "deploy-tools", "integrations", "schemas"):
         (folder / "build" / name).mkdir(parents=True)
         (folder / "build" / name / ".ready").touch()
     shutil.copytree(SUBSET, folder / "the data")

@@ -135,7 +135,7 @@ def test_what_is_no_regular_file_of_a_sane_size_is_refused_in_a_line_and_not_wai
             file.truncate(files.MOST_BYTES + 1)
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert [watched.look() for _ in range(3)] == ["failed"] * 3
-    assert len(list(Path("/proc/self/fd").iterdir())) == before, "no descriptor is left open"
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before, "no descriptor is left open"
     with pytest.raises(
         SettingsError, match=rf"--file .*file cannot be read \({'over' if kind == 'large' else 'no regular file'}"
     ):
