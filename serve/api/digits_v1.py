@@ -158,13 +158,10 @@ def _latents(request: pb.GenerateRequest) -> Latents:
     values = np.frombuffer(request.latents, "<f4")
     if not request.latent_size:
         return Latents(values, request.count)
-    rows, rest = divmod(len(values), request.latent_size)
-    if rest:
+    if len(values) % request.latent_size:
         text = f"latents has {size} bytes, which is no multiple of latent_size, {request.latent_size} float32 values"
         raise RequestError(text, "latents", request.latent_size)
-    if request.count not in (0, rows):
-        raise RequestError(f"count is {request.count}, but latents holds {rows} rows; leave count at 0", "count", rows)
-    return Latents(values.reshape(rows, request.latent_size))
+    return Latents(values.reshape(-1, request.latent_size), request.count)
 
 
 def interpolate(request: pb.InterpolateRequest, call: Call) -> DigitsRequest:

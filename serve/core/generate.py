@@ -206,20 +206,15 @@ def _check_range(start: int, count: int, truncation: float) -> None:
 def _latents_count(rows: Latents, model: Model) -> int:
     """How many rows the caller's own latents are. Raises RequestError for a shape that the model does not take."""
     values, size = rows.values, model.manifest.latent_size
-    if values.ndim == 1:
-        count, rest = divmod(len(values), size)
-        if rest:
-            raise RequestError(
-                f"latents has {values.nbytes} bytes, which is no multiple of {size * 4} ({size} float32 values a row)",
-                "latents",
-                size * 4,
-            )
-        if rows.count not in (0, count):
-            raise RequestError(f"count is {rows.count}, but latents holds {count} rows; leave count at 0", "count", count)
-        return count
-    if values.ndim != 2 or values.shape[1] != size:
+    if values.ndim == 1 and len(values) % size:
+        text = f"latents has {values.nbytes} bytes, which is no multiple of {size * 4} ({size} float32 values a row)"
+        raise RequestError(text, "latents", size * 4)
+    if values.ndim > 1 and values.shape[1:] != (size,):
         raise RequestError(f"latents must have shape [n, {size}], got {list(values.shape)}", "latents", size)
-    return len(values)
+    count = values.size // size
+    if rows.count not in (0, count):
+        raise RequestError(f"count is {rows.count}, but latents holds {count} rows; leave count at 0", "count", count)
+    return count
 
 
 def _span(rows: Addresses | Latents | Interpolation, model: Model, labels: NDArray[np.int64] | None) -> Span:

@@ -26,7 +26,7 @@ class Addresses(msgspec.Struct, frozen=True, eq=False):
 
 
 class Latents(msgspec.Struct, frozen=True, eq=False):
-    """Rows that the caller brings: float32 (n, z), or flat with ``count`` rows or, with 0, as many as there are."""
+    """Rows that the caller brings: float32 (n, z), or flat; ``count`` says how many, or 0 as many as there are."""
 
     values: NDArray[np.float32]
     count: int = 0
