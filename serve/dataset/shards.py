@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from serve.dataset.filter import Judge, filtered_digits
 from serve.dataset.header import Dataset, agree
-from serve.engine.cuda_engine import make_engine
+from serve.engine.cuda_engine import make_checked_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
 from serve.files import remove_abandoned, replacing
@@ -46,10 +46,7 @@ class Generator:
 
     def engine(self) -> Engine:
         """An engine that has passed its golden check where it will run. Raises ProviderError or BundleError."""
-        engine = make_engine(self.bundle.model, self.bundle.manifest, self.options, self._rows_of_a_run)
-        with engine.closed_if_it_fails():
-            engine.check_golden()
-        return engine
+        return make_checked_engine(self.bundle.model, self.bundle.manifest, self.options, self._rows_of_a_run)
 
     @property
     def _on_cuda(self) -> bool:

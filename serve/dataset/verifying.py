@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from serve.dataset.header import HEADER_FILE
 from serve.dataset.joining import Whole, open_whole
 from serve.dataset.shards import BATCH
-from serve.engine.cuda_engine import make_engine
+from serve.engine.cuda_engine import make_checked_engine
 from serve.engine.provider import EngineOptions
 from serve.errors import SettingsError
 from serve.models.repository import Bundle
@@ -29,8 +29,7 @@ def verify(folder: Path, bundle: Bundle, options: EngineOptions, sample: int) ->
     """Compute ``sample`` digits anew, or all where there are fewer. Raises SettingsError naming the first that is another."""
     whole = open_whole(folder)
     check_bundle(whole, bundle)
-    engine = make_engine(bundle.model, bundle.manifest, options, BATCH)
-    engine.check_golden()
+    engine = make_checked_engine(bundle.model, bundle.manifest, options, BATCH)
     try:
         places = sorted(random.sample(range(whole.dataset.count), min(sample, whole.dataset.count)))
         identical = 0

@@ -283,3 +283,11 @@ def make_engine(model: bytes, manifest: Manifest, options: EngineOptions, larges
     """A loaded model where ``options`` say, for batches of up to ``largest`` rows. Raises ProviderError or BundleError."""
     kind = CudaEngine if options.provider == "cuda" else Engine
     return kind(model, manifest, options, largest)
+
+
+def make_checked_engine(model: bytes, manifest: Manifest, options: EngineOptions, largest: int) -> Engine:
+    """As ``make_engine``, past its golden check; closed if that fails. Raises ProviderError or BundleError."""
+    engine = make_engine(model, manifest, options, largest)
+    with engine.closed_if_it_fails():
+        engine.check_golden()
+    return engine

@@ -316,7 +316,7 @@ def test_the_golden_check_is_made_where_the_digits_will_be(
             checked.append(self.asked)
             raise GoldenError("planted")
 
-    monkeypatch.setattr("serve.dataset.shards.make_engine", make_engine)
+    monkeypatch.setattr("serve.engine.cuda_engine.make_engine", make_engine)
     monkeypatch.setattr("serve.dataset.command.choose_provider", lambda wanted: "cuda")
     assert main(["write", "--out", str(tmp_path / "digits"), "--count=10"]) == 2
     assert capsys.readouterr().err == "error: planted\n"
@@ -342,7 +342,7 @@ def test_on_cuda_two_engines_make_a_thousand_digits_a_run_and_give_back_what_the
         return Recorded(model, manifest, EngineOptions(pad_to_powers=True), rows, devices[-1])
 
     assert main(["write", "--out", str(tmp_path / "cpu"), "--model=mlp", "--provider=cpu", "--count=5000"]) == 0
-    monkeypatch.setattr("serve.dataset.shards.make_engine", make_engine)
+    monkeypatch.setattr("serve.engine.cuda_engine.make_engine", make_engine)
     monkeypatch.setattr("serve.dataset.command.choose_provider", lambda wanted: "cuda")
     assert main(["write", "--out", str(tmp_path / "cuda"), "--model=mlp", "--count=5000"]) == 0
     assert set(largest) == {1024}

@@ -99,7 +99,7 @@ FAULTS = [
     Fault("a waiter who is cancelled leaves the rows behind", f"{CORE}:Core.generate", "give_up()", "pass", f"{THE_CORE} -k waiter"),
     Fault("latents may be so large that images are no numbers", f"{CORE}:_span", "np.abs(values) <= MOST_LATENT", "np.isfinite(values)", f"{SERVE} -k bad_field"),
     Fault("latents that are not finite are taken", f"{CORE}:_span", "not sane.all()", "False", f"{THE_CORE} -k refused"),
-    Fault("latents of another shape are taken", f"{CORE}:_latents_count", "or values.shape[1] != size", "", f"{THE_CORE} -k refused"),
+    Fault("latents of another shape are taken", f"{CORE}:_latents_count", "values.ndim > 1 and values.shape[1:] != (size,)", "False", f"{THE_CORE} -k refused"),
     Fault("truncation is ignored", f"{CORE}:_span", ", truncation=rows.truncation", "", f"{THE_CORE} -k truncation"),
     Fault("truncation to nothing is taken", f"{CORE}:_check_range", "LEAST_TRUNCATION <= truncation", "0 < truncation", f"{THE_CORE} -k refused"),
     Fault("the indices beyond the stream's end are taken", f"{CORE}:_check_range", "start >= INDEX_LIMIT or start + count > INDEX_LIMIT", "start > INDEX_LIMIT", f"{THE_CORE} -k refused"),
@@ -270,7 +270,7 @@ FAULTS = [
     Fault("a stopping server says that it is ready", f"{SERVER}:Server._stop", "self._health.draining = True", "pass", WIRING),
     Fault("a background task dies of its first error", "serve/background.py:repeat", "except Exception:", "except ZeroDivisionError:", RUNTIME),
     # the client, and what it is told
-    Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(rows, request.latent_size))", "Latents(values)", f"{FAILURES} -k wrong_shape"),
+    Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(-1, request.latent_size), request.count)", "Latents(values, request.count)", f"{FAILURES} -k wrong_shape"),
     Fault("latents travel without the size of their rows", f"{CLIENT}/calls.py:Calls.generate", "rows.tobytes(), rows.shape[1]", "rows.tobytes(), 0", f"{REQUESTS} -k travel"),
     Fault("a count goes beside latents", f"{CLIENT}/calls.py:Calls.generate", "if latents is not None and count is not None:", "if False:", f"{REQUESTS} -k bounds"),
     Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k whole"),

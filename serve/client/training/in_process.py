@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from serve.client.errors import mistake
 from serve.client.training.digit_set import About
+from serve.engine.cuda_engine import make_checked_engine
 from serve.engine.provider import EngineOptions
 from serve.engine.session import Engine
 from serve.errors import StartError
@@ -37,8 +38,7 @@ def open_bundle(folder: Path, model: str, version: int) -> InProcess:
         manifest = bundle.manifest
         if (model or manifest.name, version or manifest.version) != (manifest.name, manifest.version):
             raise mistake(f"{folder} holds {manifest.name}/{manifest.version}, not {model or manifest.name}/{version or 'any'}")
-        engine = Engine(bundle.model, manifest, EngineOptions(), ROWS_A_RUN)
-        engine.check_golden()
+        engine = make_checked_engine(bundle.model, manifest, EngineOptions(), ROWS_A_RUN)
     except StartError as error:
         raise mistake(str(error)) from None
     return InProcess(engine, About(manifest.name, manifest.version, bundle.digest, manifest.latent_size, manifest.labels, 1024))
