@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.access.tokens import main as tokens_command
 from serve.manifest import BUNDLED_DIR
 from tests.server_process import ServerProcess
 
@@ -33,6 +34,17 @@ def bundles(tmp_path: Path) -> Path:
     copy = tmp_path / "models"
     shutil.copytree(BUNDLED_DIR, copy)
     return copy
+
+
+@pytest.fixture
+def add_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Adds a token to the test's file and returns it."""
+
+    def add(name: str, *flags: str) -> str:
+        assert tokens_command(["add", str(tmp_path / "tokens.json"), f"--name={name}", *flags]) == 0
+        return capsys.readouterr().out.strip()
+
+    return add
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from serve.access.tokens import main as tokens_main
 from tests.deploy.test_roll import free_port
 from tests.deploy.tools import tool
 from tests.server_process import ServerProcess
@@ -104,11 +101,9 @@ def test_a_cache_keeps_what_never_changes_and_nothing_else(start_server: Callabl
 
 
 def test_a_cache_that_all_share_keeps_nothing_of_callers_with_tokens(
-    start_server: Callable[..., ServerProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_server: Callable[..., ServerProcess], tmp_path: Path, add_token: Callable[..., str]
 ) -> None:
-    tokens = tmp_path / "tokens.json"
-    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
-    token = capsys.readouterr().out.strip()
+    tokens, token = tmp_path / "tokens.json", add_token("reader")
     server = start_server(f"--tokens-file={tokens}")
     with nginx(tmp_path, server.http) as address:
         for _ in range(2):

@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.access.tokens import main as tokens_main
 from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from tests.certificates import Certificates
@@ -78,10 +77,8 @@ def test_kserves_client_is_answered_as_by_kserves_own_server(tmp_path: Path) -> 
         server.kill()
 
 
-def test_kserves_rest_client_gets_digits_over_tls_with_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokens, certificates = tmp_path / "tokens.json", Certificates(tmp_path)
-    assert tokens_main(["add", str(tokens), "--name", "kserve"]) == 0
-    token = capsys.readouterr().out.strip()
+def test_kserves_rest_client_gets_digits_over_tls_with_a_token(tmp_path: Path, add_token: Callable[..., str]) -> None:
+    tokens, token, certificates = tmp_path / "tokens.json", add_token("kserve"), Certificates(tmp_path)
     server = ServerProcess(*certificates.flags, f"--tokens-file={tokens}")
     try:
         seen = called("rest", f"https://localhost:{server.https.rpartition(':')[2]}", str(certificates.ca), token)

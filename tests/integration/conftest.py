@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 import pytest
 
-from serve.access.tokens import main as tokens_command
 from serve.client import DigitClient
 from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
@@ -39,17 +38,6 @@ def stub(shared_server: ServerProcess) -> Iterator[Any]:
 @pytest.fixture
 def certificates(tmp_path: Path) -> Certificates:
     return Certificates(tmp_path)
-
-
-@pytest.fixture
-def add_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Adds a token to the test's file and returns it."""
-
-    def add(name: str, *flags: str) -> str:
-        assert tokens_command(["add", str(tmp_path / "tokens.json"), f"--name={name}", *flags]) == 0
-        return capsys.readouterr().out.strip()
-
-    return add
 
 
 @pytest.fixture(scope="session")

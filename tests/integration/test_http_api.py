@@ -22,7 +22,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from serve.access.tokens import main as tokens_main
 from serve.client import DigitClient
 from serve.pictures import to_grid
 from tests.comparing import apart
@@ -179,11 +178,9 @@ def test_a_full_queue_is_429(start_server: Callable[..., ServerProcess]) -> None
 
 
 def test_tokens_are_needed_where_grpc_needs_them(
-    start_server: Callable[..., ServerProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_server: Callable[..., ServerProcess], tmp_path: Path, add_token: Callable[..., str]
 ) -> None:
-    tokens = tmp_path / "tokens.json"
-    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
-    token = capsys.readouterr().out.strip()
+    tokens, token = tmp_path / "tokens.json", add_token("reader")
     server = start_server(f"--tokens-file={tokens}")
     for path in ("/v1/digits", "/v1/interpolation?steps=3&seed=1&to_seed=2", "/v1/status"):
         status, headers, _ = get(server, path)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serve.access.tokens import main as tokens_main
 from serve.manifest import BUNDLED_DIR, MANIFEST_FILE, ONNX_FILE, parse_manifest
 from serve.pictures import Way, read_origin
 from tests.certificates import Certificates
@@ -98,11 +97,10 @@ def test_another_address_has_another_tag_and_the_same_one_the_same(shared_server
 
 
 def test_where_callers_have_tokens_a_copy_is_its_callers_own(
-    start_server: Callable[..., ServerProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_server: Callable[..., ServerProcess], tmp_path: Path, add_token: Callable[..., str]
 ) -> None:
     tokens = tmp_path / "tokens.json"
-    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
-    access = {"Authorization": f"Bearer {capsys.readouterr().out.strip()}"}
+    access = {"Authorization": f"Bearer {add_token('reader')}"}
     server = start_server(f"--tokens-file={tokens}")
     status, headers, _ = get(server, PINNED, **access)
     assert (status, headers["Cache-Control"]) == (200, f"private, {FOR_EVER}")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from serve.access.tokens import main as tokens_main
 from tests.certificates import Certificates
 from tests.server_process import ServerProcess
 
@@ -59,11 +58,9 @@ def test_a_page_of_a_site_that_is_let_in_draws_digits_with_its_token(
     other_site: Page,
     tmp_path: Path,
     start_server: Callable[..., ServerProcess],
-    capsys: pytest.CaptureFixture[str],
+    add_token: Callable[..., str],
 ) -> None:
-    tokens = tmp_path / "tokens.json"
-    assert tokens_main(["add", str(tokens), "--name", "site"]) == 0
-    token = capsys.readouterr().out.strip()
+    tokens, token = tmp_path / "tokens.json", add_token("site")
     origin = "*" if anyone else other_site.evaluate("location.origin")
     server = start_server(*Certificates(tmp_path).flags, f"--tokens-file={tokens}", f"--http-origins={origin}")
     seen = other_site.evaluate(CALLS, [f"https://{server.https}", token])

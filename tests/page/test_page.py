@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from serve.access.tokens import main as tokens_main
 from serve.client.command import main as client_main
 from tests.bundle_copies import add_version
 from tests.server_process import ServerProcess
@@ -207,11 +206,9 @@ def test_a_token_is_asked_for_where_one_is_needed(
     open_page: Callable[..., Page],
     start_server: Callable[..., ServerProcess],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    add_token: Callable[..., str],
 ) -> None:
-    tokens = tmp_path / "tokens.json"
-    assert tokens_main(["add", str(tokens), "--name", "reader"]) == 0
-    token = capsys.readouterr().out.strip()
+    tokens, token = tmp_path / "tokens.json", add_token("reader")
     page = open_page(start_server(f"--tokens-file={tokens}"), drawn=False)
     expect(page.locator("#message")).to_contain_text("The server asks for a token")
     page.locator("#token").fill(token)
