@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bare = not given or (given[0].startswith("-") and given[0] not in ("-h", "--help"))
     flags = build_parser().parse_args(["run", *given] if bare else given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("train").setLevel(logging.INFO)  # which judges are trained, and where they are kept
     limit_threads()
     try:
         return COMMANDS[flags.command](flags)

@@ -88,10 +88,10 @@ def test_a_chunk_between_two_failures_begins_their_count_anew() -> None:
     gone = DigitError(grpc.StatusCode.UNAVAILABLE, "gone")
     progress = Progress(pb.GenerateStreamRequest(count=500))
     with pytest.raises(DigitError):
-        progress.pause_after(gone)  # before the first chunk there is nothing to go on with
+        progress.pause_after(gone, 30)  # before the first chunk there is nothing to go on with
     for _ in range(3):
         progress.take(answer(pb.GenerateStreamRequest(), 1))
-        first, second = progress.pause_after(gone), progress.pause_after(gone)
+        first, second = progress.pause_after(gone, 30), progress.pause_after(gone, 30)
         assert 0 < first < second
     with pytest.raises(DigitError):
-        progress.pause_after(gone)
+        progress.pause_after(gone, 30)
