@@ -17,6 +17,10 @@ from tests.server_process import ServerProcess
 for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS"):
     os.environ.pop(variable, None)
 
+# Test processes run beside each other. Threads of one process that wait for each other after every operation of PyTorch take
+# many times as long where others use the cores too, and no test's result depends on how many there are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SUBSET = Path(__file__).parent / "data" / "mnist-subset"
 
 

@@ -28,7 +28,7 @@ HELD_MS = 150.0  # on a machine that others use too; tests.bench.bounds measures
 RESETS_MS = 1000.0  # each opened and reset stream is a call that the server takes, and there are thousands a second
 FLOOD_S = 2.0
 HEADERS = 440  # as many as gRPC takes: 16 KiB, of which each counts its two names' lengths and 32
-WRONG_CALLS = 100
+WRONG_CALLS = 50
 WAITING_STREAMS, CONNECTIONS = 15_000, 15
 NAMES = 40_000
 

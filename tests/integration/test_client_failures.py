@@ -133,8 +133,8 @@ def test_a_server_that_hangs_ends_a_call_with_the_calls_own_time(kind: str, star
             server.process.send_signal(signal.SIGSTOP)
             stopped.callback(server.process.send_signal, signal.SIGCONT)
 
-        with fails("no answer from .* within 1 s|says nothing|came about", CODE.UNAVAILABLE):
-            stream(kind, server.target, 1_000_000, stop, timeout_s=1.0)
+        with fails("no answer from .* within 3 s|says nothing|came about", CODE.UNAVAILABLE):
+            stream(kind, server.target, 1_000_000, stop, timeout_s=3.0)  # in which a busy machine answers the first time
 
 
 def test_a_slow_answer_is_told_from_nobody(kind: str) -> None:
