@@ -159,6 +159,35 @@ def test_a_folder_that_became_empty_by_itself_is_not_believed(models: Path, capl
     with_replica(test, models)
 
 
+def test_a_serving_file_that_went_with_its_folder_stays_in_force(models: Path, tmp_path: Path) -> None:
+    """A volume that is emptied has the desired state too: the canary got every request, and the default was unloaded."""
+    add_version(models, "mlp", 2)
+    wanted = {"versions": [1, 2], "route": {"default": 1, "canary": 2, "canary_share": 0.1}}
+
+    async def test(it: Replica) -> None:
+        await it.want(**wanted)
+        await it.reconciler.poll()
+        assert (it.served(), it.route().default) == ([1, 2], 1)
+        beside = tmp_path / "beside"
+        for name in ("mlp", "serving.json"):
+            (beside / name).parent.mkdir(exist_ok=True)
+            (models / name).rename(beside / name)
+        for folder in (models, models.with_name("away")):  # emptied; gone
+            await poll(it)
+            assert (it.served(), it.route().default) == ([1, 2], 1), folder
+            if folder == models:
+                models.rename(models.with_name("away"))
+        models.mkdir()
+        for each in beside.iterdir():
+            each.rename(models / each.name)
+        await poll(it)
+        it.file.unlink()
+        await poll(it)
+        assert (it.served(), it.route().default) == ([2], 2), "gone alone, it is gone"
+
+    with_replica(test, models)
+
+
 @pytest.mark.parametrize("named", ["mlp", ""])
 def test_a_default_model_that_is_gone_is_not_found_and_no_other_answers_for_it(named: str, models: Path) -> None:
     """Issue: requests that name no model were silently answered by another one."""
