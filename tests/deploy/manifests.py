@@ -61,14 +61,22 @@ def _rendered(folder: str) -> list[Object]:
     return _built(DEPLOY / folder)
 
 
-def kustomized(*, resources: Sequence[str], components: Sequence[str] = (), **fields: Any) -> list[Object]:
-    """The objects of an overlay of one's own, above folders of deploy/."""
+def kustomized(
+    *, resources: Sequence[str], components: Sequence[str] = (), below: Mapping[str, Any] | None = None, **fields: Any
+) -> list[Object]:
+    """The objects of an overlay of one's own, above folders of deploy/; ``below``: the fields of another one in between."""
     with tempfile.TemporaryDirectory() as scratch:
         deploy = Path(scratch) / "deploy"
         shutil.copytree(DEPLOY, deploy)  # an overlay of one's own lies beside it
         own = Path(scratch) / "own"
         own.mkdir()
         fields |= {"resources": [f"../deploy/{each}" for each in resources]}
+        if below is not None:
+            (Path(scratch) / "below").mkdir()
+            (Path(scratch) / "below" / "kustomization.yaml").write_text(
+                yaml.safe_dump({**below, "resources": fields["resources"]})
+            )
+            fields["resources"] = ["../below"]
         fields |= {"components": [f"../deploy/{each}" for each in components]}
         (own / "kustomization.yaml").write_text(yaml.safe_dump(fields))
         return _built(own)

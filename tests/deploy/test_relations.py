@@ -10,6 +10,7 @@ import pytest
 from tests.deploy.manifests import (
     EVERYWHERE,
     OVERLAYS,
+    OWN,
     PREFIX,
     TOGETHER,
     Object,
@@ -47,6 +48,14 @@ def test_it_fits_together_under_a_prefix_too(name: str) -> None:
     items = prefixed(name)
     assert all(item["metadata"]["name"].startswith(PREFIX) for item in items)
     assert complaints(items) == []
+
+
+def test_a_certificate_above_a_prefix_has_the_prefixed_names() -> None:
+    """It takes the names as they are below it; beside the prefix it would be for names that nobody calls."""
+    resources, components = OWN["gpu with KEDA and certificates"]
+    items = kustomized(resources=resources, components=components, below={"namePrefix": PREFIX})
+    assert find(items, "Deployment", f"{PREFIX}gpu-digits-serve")
+    assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
 
 
 def test_the_readmes_own_overlays_fit_together() -> None:
@@ -431,7 +440,10 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         CPU,
         of_container(lambda each: each["args"].__setitem__(each["args"].index("auto"), "never"), "digits-train", "Job"),
     ),
-    "runs are exported that nobody has judged": (CPU, of_pod(take("initContainers"), "digits-export", "Job")),
+    "runs are exported that nobody has judged": (
+        CPU,
+        of_container(lambda each: each["args"].remove("--judge"), "digits-export", "Job"),
+    ),
     "runs are looked for elsewhere": (
         CPU,
         of_container(lambda each: each["args"].__setitem__(each["args"].index("/models/runs"), "/models"), "digits-train", "Job"),
@@ -488,7 +500,7 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     ),
     "a judge that cannot write": (
         CPU,
-        of_pod(lambda pod: pod["initContainers"][0]["volumeMounts"][0].update(readOnly=True), "digits-export", "Job"),
+        of_container(lambda each: each["volumeMounts"][0].update(readOnly=True), "digits-export", "Job"),
     ),
     "a job whose claim is read-only": (
         CPU,
@@ -516,6 +528,19 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
                 query='sum(rate(digits_queue_images{namespace="digits",overlay="cpu"}[2m]))'
             ),
         ),
+    ),
+    "a gateway that speaks TLS to another port": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "targetRefs", 0, "sectionName", value="http")),
+    ),
+    "an autoscaler of a StatefulSet": (
+        CPU,
+        of("HorizontalPodAutoscaler", put("spec", "scaleTargetRef", "kind", value="StatefulSet")),
+    ),
+    "reflection in production": (CPU, lambda items: settings(items).update(DIGITS_REFLECTION="true")),
+    "models are looked for below the volume's root": (
+        GPU,
+        lambda items: settings(items).update(DIGITS_MODELS_DIR="/models/models"),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),
 }

@@ -19,8 +19,7 @@ COUNTER = re.compile(r".*_(total|count|sum|bucket)")
 # Of which flags each program writes into the folders, by words of its command line. The others read alone.
 WRITES = {
     ("serve.dataset", "write"): ("--out",),
-    ("train", "evaluate"): ("--runs-dir",),
-    ("export", "run"): ("--models-dir",),
+    ("export", "run"): ("--models-dir", "--runs-dir"),
     ("train",): ("--runs-dir", "--data-dir"),
 }
 HASH = re.compile(r".*-[a-z0-9]{10}")
