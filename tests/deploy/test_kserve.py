@@ -145,6 +145,7 @@ BREAKAGES: dict[str, Callable[[Any], None]] = {
         find(items, "NetworkPolicy", "digits-serve-kserve")
     ),
     "everybody is let in": lambda items: find(items, "NetworkPolicy", "digits-serve-kserve")["spec"]["ingress"].append({}),
+    "scaled to none": lambda items: put("spec", "predictor", "minReplicas", value=0)(find(items, "InferenceService", "mlp")),
     "another claim": lambda items: put("spec", "predictor", "model", "storageUri", value="pvc://models/mlp")(
         find(items, "InferenceService", "mlp")
     ),

@@ -537,6 +537,24 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         CPU,
         of("HorizontalPodAutoscaler", put("spec", "scaleTargetRef", "kind", value="StatefulSet")),
     ),
+    "nobody scales": (CPU, lambda items: items.remove(find(items, "HorizontalPodAutoscaler"))),
+    "another gateway": (GATEWAY, of("GRPCRoute", put("spec", "parentRefs", 0, "name", value="gateway"))),
+    "another authority": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "validation", "caCertificateRefs", 0, "name", value="digits-ca")),
+    ),
+    "certificates of two issuers": (CERTIFICATES, of("Certificate", put("spec", "issuerRef", "name", value="other"))),
+    "an alert that wakes nobody": (
+        CPU,
+        of("PrometheusRule", put("spec", "groups", 1, "rules", 0, "labels", "severity", value="warning")),
+    ),
+    "rules that are seldom evaluated": (CPU, of("PrometheusRule", put("spec", "groups", 0, "interval", value="10m"))),
+    "training that is killed while it saves": (
+        CPU,
+        of_pod(put("terminationGracePeriodSeconds", value=5), "digits-train", "Job"),
+    ),
+    "a job with a deadline": (CPU, of("Job", put("spec", "activeDeadlineSeconds", value=60), "digits-train")),
+    "processes without GPUs": (GPU, of("TrainJob", put("spec", "trainer", "numProcPerNode", value=8), "digits-train")),
     "reflection in production": (CPU, lambda items: settings(items).update(DIGITS_REFLECTION="true")),
     "models are looked for below the volume's root": (
         GPU,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tests.deploy.manifests import Object
 from tests.deploy.relations.behaviour import scrapes_are_of_this_namespace_and_answered, secrets_are_readable_by_the_pods_user
 from tests.deploy.relations.network import who_may_reach_whom
-from tests.deploy.relations.objects import of
+from tests.deploy.relations.objects import of, title
 from tests.deploy.relations.promises import (
     pods_run_where_their_images_do,
     settings_are_what_others_rely_on,
@@ -40,8 +40,13 @@ RELATIONS: Sequence[Callable[[Sequence[Object]], Iterator[str]]] = (
 
 def complaints(items: Sequence[Object]) -> list[str]:
     """What is wrong with the pods of the InferenceServices among ``items``."""
+    found = []
+    for item in of(items, "InferenceService"):
+        least, most = (item["spec"]["predictor"].get(name, 1) for name in ("minReplicas", "maxReplicas"))
+        if not 1 <= least < most:
+            found.append(f"{title(item)} scales from {least} to {most}")
     with_pods = [*(item for item in items if item["kind"] != "ServingRuntime"), *deployments(items)]
-    return [f"{relation.__name__}: {complaint}" for relation in RELATIONS for complaint in relation(with_pods)]
+    return found + [f"{relation.__name__}: {complaint}" for relation in RELATIONS for complaint in relation(with_pods)]
 
 
 def deployments(items: Sequence[Object]) -> Iterator[Object]:

@@ -256,6 +256,8 @@ def certificates_have_the_names_that_callers_use(items: Sequence[Object]) -> Ite
         wanted = {f"{name}{rest}" for name in names for rest in ("", ".digits.svc", ".digits.svc.cluster.local")}
         if set(own.get("dnsNames", ())) != wanted or "server auth" not in own.get("usages", ()):
             yield f"the certificate of {title(item)} is for {own.get('dnsNames')}, and callers ask for {sorted(wanted)}"
+    if len({str(each["issuerRef"]) for each in certificates.values()}) != 1:
+        yield "the certificates are of several issuers: a server takes callers by its own"
     if "client auth" not in certificates.get("digits-parity-watch-tls", {}).get("usages", ()):
         yield "the parity watch has no certificate that a server takes"
 

@@ -57,6 +57,7 @@ BUDGET_SHARE = 4  # of the memory limit one part is for open calls, where --max-
 BESIDE_MIB = 136
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"
+PER_POD = "sum by (<<.GroupBy>>) (<<.Series>>{<<.LabelMatchers>>})"  # of prometheus-adapter: what it asks for a pod's metric
 
 
 def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
@@ -207,11 +208,17 @@ def disruptions_are_bounded(items: Sequence[Object]) -> Iterator[str]:
             budget for budget in budgets if selects(budget["spec"]["selector"], labels_of(item))
         ]:
             yield f"{title(item)} has several pods and no disruption budget"
+        if item["metadata"]["name"] not in scaled and "replicas" not in item["spec"]:
+            yield f"{title(item)} has one pod: nobody scales it"
 
 
 def scaling_finds_its_target_and_its_metric(items: Sequence[Object]) -> Iterator[str]:
     adapter = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     served = {rule["name"]["as"] for rule in adapter}
+    for rule in adapter:
+        asked, resources = rule["metricsQuery"], rule["resources"].get("overrides")
+        if asked != PER_POD or resources != {name: {"resource": name} for name in ("namespace", "pod")}:
+            yield f"the adapter answers for others than one pod: {asked}, {resources}"
     deployments = {item["metadata"]["name"]: item for item in of(items, "Deployment")}
     targets = []
     for scaler in of(items, "HorizontalPodAutoscaler", "ScaledObject"):
