@@ -24,7 +24,10 @@ OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "cpu with KEDA": (("overlays/cpu",), ("components/keda",)),
     "cpu with models from an image": (("overlays/cpu",), ("components/models-image",)),
     "cpu with a serving file": (("overlays/cpu",), ("components/serving-file",)),
-    "cpu on OpenShift": (("overlays/cpu", "parity-watch"), ("components/openshift",)),
+    "cpu on OpenShift": (
+        ("overlays/cpu", "parity-watch"),
+        ("components/tls", "components/tokens", "components/watch-access", "components/openshift"),
+    ),
     "cpu with TLS, tokens and a watch": (
         ("overlays/cpu", "parity-watch"),
         ("components/tls", "components/tokens", "components/watch-access"),

@@ -516,6 +516,10 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
             "digits-parity-watch",
         ),
     ),
+    "a group of ours where OpenShift chooses": (
+        OPENSHIFT,
+        of_pod(put("securityContext", "fsGroup", value=65532), "digits-parity-watch"),
+    ),
     "OpenShift's DNS at its Service's port": (
         OPENSHIFT,
         of("NetworkPolicy", lambda item: [port.update(port=53) for port in item["spec"]["egress"][-1]["ports"]]),

@@ -41,6 +41,8 @@ def secrets_are_readable_by_the_pods_user(items: Sequence[Object]) -> Iterator[s
             secret = any("secret" in volume for volume in pod.get("volumes", ()))
             if secret and "runAsUser" in security and security.get("fsGroup") != security.get("runAsGroup"):
                 yield f"{title(item)} cannot read its Secrets"
+            if "runAsUser" not in security and security.keys() & {"runAsGroup", "fsGroup"}:
+                yield f"{title(item)} asks for a group where the platform chooses it"
             if security.get("runAsUser", 65532) == 0:
                 yield f"{title(item)} runs as root"
     for item in servers(items):
