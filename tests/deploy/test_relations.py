@@ -50,6 +50,22 @@ def test_it_fits_together_under_a_prefix_too(name: str) -> None:
     assert complaints(items) == []
 
 
+# All that go together, on Kubernetes.
+MANY = [
+    f"components/{each}"
+    for each in (
+        "https-api", "tls", "tokens", "serving-file", "models-volume", "spot", "keda", "gateway", "certificate", "watch-access",
+        "watch-models-volume",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("components", [MANY, MANY[::-1]], ids=["in one order", "in the other"])
+def test_components_fit_together_in_any_order(components: list[str]) -> None:
+    items = kustomized(resources=["overlays/cpu", "parity-watch"], components=components)
+    assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
+
+
 def test_a_certificate_above_a_prefix_has_the_prefixed_names() -> None:
     """It takes the names as they are below it; beside the prefix it would be for names that nobody calls."""
     resources, components = OWN["gpu with KEDA and certificates"]
