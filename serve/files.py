@@ -161,14 +161,17 @@ class Watched(Generic[ValueT]):
         else:
             self.value = missing
 
-    def look(self) -> Literal["ok", "failed"] | None:
-        """Read again after a change; None: no change. A file counts as missing only at the second look, because volumes fail."""
+    def look(self, *, may_be_gone: bool = True) -> Literal["ok", "failed"] | None:
+        """Read again after a change; None: no change. A file counts as missing only at the second look, because volumes fail.
+
+        ``may_be_gone``: False where a missing file says nothing, because its folder's other content is missing too.
+        """
         names = " and ".join(str(path) for _, path in self._flags)
         try:
             now = self._look_at()
             if now is None and self._missing is not None:
-                if self._states is None or not self._seen_missing:
-                    self._seen_missing = True
+                if not may_be_gone or self._states is None or not self._seen_missing:
+                    self._seen_missing = may_be_gone
                     return None
                 self._states, self.value = None, self._missing
                 log.warning("%s is gone", names)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from serve.background import finished, in_daemon_thread
@@ -29,6 +30,7 @@ from serve.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOK_LIMIT_S = 60.0
+FOLDER, FILE = "the models folder", "the serving file"
 LOAD_PATIENCE_S = 5.0  # from then on the next models' turn comes beside the one that is being loaded
 
 ResultT = TypeVar("ResultT")
@@ -101,7 +103,7 @@ class Reconciler:
 
     async def poll(self) -> None:
         """Take up what has changed: in the desired state, and in the folder what has settled."""
-        for what, look in (("the serving file", self._look_at_file), ("the models folder", self._look_at_models)):
+        for what, look in ((FOLDER, self._look_at_models), (FILE, self._look_at_file)):
             try:
                 await look()
             except (BundleError, TimeoutError) as error:
@@ -120,7 +122,9 @@ class Reconciler:
 
     async def _look_at_file(self) -> None:
         before = self._serving.value
-        if result := await self._look("the serving file", self._serving.look):
+        # In the models folder it is missing with the models, and as little believed to be gone as they are.
+        alone = self._settings.serving_file is not None or FOLDER not in self._problems
+        if result := await self._look(FILE, partial(self._serving.look, may_be_gone=alone)):
             self._metrics.serving_file_reads.labels(result).inc()
         for name in before.models.keys() | self._serving.value.models.keys():
             if before.of(name) != self._serving.value.of(name):
@@ -129,7 +133,7 @@ class Reconciler:
     async def _look_at_models(self) -> None:
         """Raises BundleError when the folder is not there, or has become empty: a mount, rather than a wish to serve nothing."""
         before, self._settled = self._last_look, set()
-        now = await self._look("the models folder", self._repository.scan)
+        now = await self._look(FOLDER, self._repository.scan)
         if self.catalog.names() and not now:
             raise BundleError(f"--models-dir {self._settings.models_dir} holds no complete model any more")
         self._last_look = now

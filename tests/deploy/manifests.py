@@ -24,7 +24,10 @@ OWN: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "cpu with KEDA": (("overlays/cpu",), ("components/keda",)),
     "cpu with models from an image": (("overlays/cpu",), ("components/models-image",)),
     "cpu with a serving file": (("overlays/cpu",), ("components/serving-file",)),
-    "cpu on OpenShift": (("overlays/cpu", "parity-watch"), ("components/openshift",)),
+    "cpu on OpenShift": (
+        ("overlays/cpu", "parity-watch"),
+        ("components/tls", "components/tokens", "components/watch-access", "components/openshift"),
+    ),
     "cpu with TLS, tokens and a watch": (
         ("overlays/cpu", "parity-watch"),
         ("components/tls", "components/tokens", "components/watch-access"),
@@ -61,14 +64,22 @@ def _rendered(folder: str) -> list[Object]:
     return _built(DEPLOY / folder)
 
 
-def kustomized(*, resources: Sequence[str], components: Sequence[str] = (), **fields: Any) -> list[Object]:
-    """The objects of an overlay of one's own, above folders of deploy/."""
+def kustomized(
+    *, resources: Sequence[str], components: Sequence[str] = (), below: Mapping[str, Any] | None = None, **fields: Any
+) -> list[Object]:
+    """The objects of an overlay of one's own, above folders of deploy/; ``below``: the fields of another one in between."""
     with tempfile.TemporaryDirectory() as scratch:
         deploy = Path(scratch) / "deploy"
         shutil.copytree(DEPLOY, deploy)  # an overlay of one's own lies beside it
         own = Path(scratch) / "own"
         own.mkdir()
         fields |= {"resources": [f"../deploy/{each}" for each in resources]}
+        if below is not None:
+            (Path(scratch) / "below").mkdir()
+            (Path(scratch) / "below" / "kustomization.yaml").write_text(
+                yaml.safe_dump({**below, "resources": fields["resources"]})
+            )
+            fields["resources"] = ["../below"]
         fields |= {"components": [f"../deploy/{each}" for each in components]}
         (own / "kustomization.yaml").write_text(yaml.safe_dump(fields))
         return _built(own)

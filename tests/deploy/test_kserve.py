@@ -18,9 +18,9 @@ from serve.client import DigitClient
 from serve.manifest import BUNDLED_DIR
 from tests.certificates import Certificates
 from tests.deploy.manifests import containers, of_kind, rendered, settings_of
-from tests.deploy.relations.network import CALLER, DNS, NEIGHBOUR, PROMETHEUS, STRANGERS, is_let
+from tests.deploy.relations.kserve import complaints, deployments
 from tests.deploy.relations.objects import selects
-from tests.deploy.relations.table import failing_s, memory_complaints, stopping_s
+from tests.deploy.test_relations import find, put
 from tests.server_process import ServerProcess
 from tests.waiting import wait_until
 
@@ -58,7 +58,7 @@ def test_kserves_client_is_answered_as_by_kserves_own_server(tmp_path: Path) -> 
     [container] = containers(of_kind("kserve", "ServingRuntime"))
     shutil.copytree(BUNDLED_DIR / "mlp", tmp_path / "models")  # as KServe lays out pvc://digits-models/mlp
     flags = [f"--models-dir={tmp_path / 'models'}" if each.startswith("--models-dir") else each for each in container["args"]]
-    server = ServerProcess(*flags, "--provider=cpu", "--instances=2", "--grpc-port=0")
+    server = ServerProcess(*flags, "--instances=2", "--grpc-port=0")
     try:
         target, http_port = f"localhost:{server.target.rpartition(':')[2]}", server.http.rpartition(":")[2]
         ours = called("call", target), called("rest", f"http://localhost:{http_port}")
@@ -89,48 +89,81 @@ def test_kserves_rest_client_gets_digits_over_tls_with_a_token(tmp_path: Path, a
         server.kill()
 
 
-def test_a_pod_of_kserves_has_the_memory_and_the_time_to_stop_that_the_server_takes() -> None:
-    [container] = containers(of_kind("kserve", "ServingRuntime"))
-    settings = settings_of(rendered("kserve"), container)
-    assert list(memory_complaints(container, settings)) == []
-    assert failing_s(container["livenessProbe"]) >= stopping_s(settings)
-    longest_s = container["lifecycle"]["preStop"]["sleep"]["seconds"] + stopping_s(settings)
-    for item in rendered("kserve"):
-        if item["kind"] == "InferenceService":
-            assert item["spec"]["predictor"]["terminationGracePeriodSeconds"] >= longest_s
+FOLDERS = ("kserve", "monitoring", "jobs/models-volume")
 
 
-def test_kserves_pods_are_watched_and_let_in_as_the_overlays_are() -> None:
-    [container], policy = containers(of_kind("kserve", "ServingRuntime")), of_kind("kserve", "NetworkPolicy")
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    of_monitor = of_kind_named("monitoring", "PodMonitor", "digits-serve")["spec"]
-    settings = settings_of(rendered("kserve"), container)
-    assert settings.metrics
-    assert settings.load_reports
-    assert 0 < settings.max_connection_age_s <= 600
-    instances = set()
-    for item in rendered("kserve"):
-        if item["kind"] != "InferenceService":
-            continue
-        labels = item["spec"]["predictor"]["labels"]
-        instances.add(labels["app.kubernetes.io/instance"])
-        assert selects(of_monitor["selector"], labels)
-        assert selects(policy["spec"]["podSelector"], labels)
-        assert not any(  # no traffic of an overlay beside it comes here
-            selects(each["spec"]["selector"], labels) for each in rendered("overlays/cpu") if each["kind"] == "Service"
-        )
-    assert len(instances) == len(list(BUNDLED_DIR.iterdir()))
-    assert of_monitor["podMetricsEndpoints"][0]["port"] in ports
-    for peer in (CALLER, NEIGHBOUR, PROMETHEUS, *STRANGERS):
-        wanted = set() if peer in STRANGERS else {"http"} if peer is PROMETHEUS else {"h2c", "http"}
-        assert {name for name, number in ports.items() if is_let([policy], "Ingress", peer, ports, number)} == wanted, peer.name
-    assert is_let([policy], "Egress", DNS, {}, 53, protocol="UDP")
-    assert not any(is_let([policy], "Egress", peer, {}, 443) for peer in STRANGERS)
+def together() -> list[dict[str, Any]]:
+    return [item for folder in FOLDERS for item in rendered(folder)]
 
 
-def of_kind_named(folder: str, kind: str, name: str) -> dict[str, Any]:
-    [found] = [item for item in rendered(folder) if (item["kind"], item["metadata"]["name"]) == (kind, name)]
-    return found
+def test_kserves_pods_fit_together_with_what_is_around_them() -> None:
+    assert len(list(deployments(together()))) == len(list(BUNDLED_DIR.iterdir()))
+    assert complaints(together()) == []
+
+
+def runtime(*path: Any, value: Any) -> Callable[[Any], None]:
+    """Sets what lies at a path below the runtime's container."""
+    return lambda items: put("spec", "containers", 0, *path, value=value)(find(items, "ServingRuntime"))
+
+
+def flag(given: str, *others: str) -> Callable[[Any], None]:
+    """Puts other flags in the place of one of the runtime's."""
+
+    def change(items: Any) -> None:
+        arguments = find(items, "ServingRuntime")["spec"]["containers"][0]["args"]
+        arguments.remove(given)
+        arguments.extend(others)
+
+    return change
+
+
+BREAKAGES: dict[str, Callable[[Any], None]] = {
+    "ready without a model": runtime("readinessProbe", "grpc", "service", value="liveness"),
+    "an empty volume is an error": flag("--wait-for-models"),
+    "connections that stay": flag("--max-connection-age-s=300", "--max-connection-age-s=0"),
+    "no load reports": flag("--load-reports", "--load-reports=false"),
+    "refusing at once": flag("--drain-grace-s=5", "--drain-grace-s=0"),
+    "no preStop": runtime("lifecycle", "preStop", value={}),
+    "liveness that does not wait for a drain": runtime("livenessProbe", "failureThreshold", value=2),
+    "64 MiB": runtime("resources", value={"requests": {"cpu": "2", "memory": "64Mi"}, "limits": {"memory": "64Mi"}}),
+    "another port": runtime("ports", 0, "containerPort", value=50052),
+    "another folder": flag("--models-dir=/mnt/models", "--models-dir=/mnt/model"),
+    "the image of another tag": runtime("image", value="digits-serve:latest"),
+    "any node": lambda items: find(items, "ServingRuntime")["spec"].pop("nodeSelector"),
+    "a writable root": runtime("securityContext", "readOnlyRootFilesystem", value=False),
+    "reflection": flag("--reflection=false", "--reflection"),
+    "half a minute to end": lambda items: put("spec", "predictor", "terminationGracePeriodSeconds", value=30)(
+        find(items, "InferenceService", "mlp")
+    ),
+    "an account's token": lambda items: find(items, "InferenceService", "mlp")["spec"]["predictor"].pop(
+        "automountServiceAccountToken"
+    ),
+    "pods without a policy": lambda items: find(items, "InferenceService", "mlp")["spec"]["predictor"]["labels"].pop(
+        "app.kubernetes.io/component"
+    ),
+    "a policy of nobody": lambda items: put("spec", "podSelector", "matchLabels", value={"app.kubernetes.io/component": "x"})(
+        find(items, "NetworkPolicy", "digits-serve-kserve")
+    ),
+    "everybody is let in": lambda items: find(items, "NetworkPolicy", "digits-serve-kserve")["spec"]["ingress"].append({}),
+    "scaled to none": lambda items: put("spec", "predictor", "minReplicas", value=0)(find(items, "InferenceService", "mlp")),
+    "another claim": lambda items: put("spec", "predictor", "model", "storageUri", value="pvc://models/mlp")(
+        find(items, "InferenceService", "mlp")
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_breakage_is_found(breakage: str) -> None:
+    items = together()
+    BREAKAGES[breakage](items)
+    assert complaints(items)
+
+
+def test_every_pod_is_told_apart_from_others_and_from_the_overlays() -> None:
+    predictors = [item["spec"]["predictor"] for item in rendered("kserve") if item["kind"] == "InferenceService"]
+    assert len({each["labels"]["app.kubernetes.io/instance"] for each in predictors}) == len(predictors)
+    services = [item["spec"]["selector"] for item in rendered("overlays/cpu") if item["kind"] == "Service"]
+    assert not any(selects(selector, each["labels"]) for selector in services for each in predictors)
 
 
 def test_there_is_an_inference_service_for_every_bundled_model() -> None:

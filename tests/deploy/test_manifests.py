@@ -170,7 +170,7 @@ def test_every_command_line_is_one_that_the_program_takes() -> None:
             elif module != "serve.dataset":  # below
                 parsers[module].parse_args(container["args"])
             checked += 1
-    assert checked == 24
+    assert checked == 23
 
 
 def test_the_readmes_kubectl_commands_name_what_is_there() -> None:

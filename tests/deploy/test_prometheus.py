@@ -455,6 +455,14 @@ CASES: dict[tuple[str, bool, str], tuple[Series, str]] = {
     ("DigitsParityBreach", False, "one of yesterday"): ({"digits_watch_breaches_total": "1x60"}, "50m"),
     ("DigitsParityWatchBlind", True, "it compares nothing"): ({"digits_watch_last_check_timestamp_seconds": "0x40"}, "35m"),
     ("DigitsParityWatchBlind", True, "it is down"): ({f"up{{{WATCH}}}": "0x40"}, "35m"),
+    ("DigitsParityWatchBlind", True, "its pod is gone"): (
+        {"digits_watch_last_check_timestamp_seconds": "0+60x10 _x50", f"up{{{WATCH}}}": "1x10 _x50"},
+        "40m",
+    ),
+    ("DigitsParityWatchBlind", False, "it is rolled"): (
+        {"digits_watch_last_check_timestamp_seconds": "0+60x10 _x3 0x2 960+60x40", f"up{{{WATCH}}}": "1x10 _x3 1x45"},
+        "40m",
+    ),
     ("DigitsParityWatchBlind", False, "it compares"): (
         {"digits_watch_last_check_timestamp_seconds": "0+60x40", f"up{{{WATCH}}}": "1x40"},
         "35m",

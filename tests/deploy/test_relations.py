@@ -10,6 +10,7 @@ import pytest
 from tests.deploy.manifests import (
     EVERYWHERE,
     OVERLAYS,
+    OWN,
     PREFIX,
     TOGETHER,
     Object,
@@ -47,6 +48,30 @@ def test_it_fits_together_under_a_prefix_too(name: str) -> None:
     items = prefixed(name)
     assert all(item["metadata"]["name"].startswith(PREFIX) for item in items)
     assert complaints(items) == []
+
+
+# All that go together, on Kubernetes.
+MANY = [
+    f"components/{each}"
+    for each in (
+        "https-api", "tls", "tokens", "serving-file", "models-volume", "spot", "keda", "gateway", "certificate", "watch-access",
+        "watch-models-volume",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("components", [MANY, MANY[::-1]], ids=["in one order", "in the other"])
+def test_components_fit_together_in_any_order(components: list[str]) -> None:
+    items = kustomized(resources=["overlays/cpu", "parity-watch"], components=components)
+    assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
+
+
+def test_a_certificate_above_a_prefix_has_the_prefixed_names() -> None:
+    """It takes the names as they are below it; beside the prefix it would be for names that nobody calls."""
+    resources, components = OWN["gpu with KEDA and certificates"]
+    items = kustomized(resources=resources, components=components, below={"namePrefix": PREFIX})
+    assert find(items, "Deployment", f"{PREFIX}gpu-digits-serve")
+    assert complaints(items + [item for folder in EVERYWHERE for item in rendered(folder)]) == []
 
 
 def test_the_readmes_own_overlays_fit_together() -> None:
@@ -431,7 +456,10 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
         CPU,
         of_container(lambda each: each["args"].__setitem__(each["args"].index("auto"), "never"), "digits-train", "Job"),
     ),
-    "runs are exported that nobody has judged": (CPU, of_pod(take("initContainers"), "digits-export", "Job")),
+    "runs are exported that nobody has judged": (
+        CPU,
+        of_container(lambda each: each["args"].remove("--judge"), "digits-export", "Job"),
+    ),
     "runs are looked for elsewhere": (
         CPU,
         of_container(lambda each: each["args"].__setitem__(each["args"].index("/models/runs"), "/models"), "digits-train", "Job"),
@@ -488,7 +516,7 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
     ),
     "a judge that cannot write": (
         CPU,
-        of_pod(lambda pod: pod["initContainers"][0]["volumeMounts"][0].update(readOnly=True), "digits-export", "Job"),
+        of_container(lambda each: each["volumeMounts"][0].update(readOnly=True), "digits-export", "Job"),
     ),
     "a job whose claim is read-only": (
         CPU,
@@ -504,6 +532,10 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
             "digits-parity-watch",
         ),
     ),
+    "a group of ours where OpenShift chooses": (
+        OPENSHIFT,
+        of_pod(put("securityContext", "fsGroup", value=65532), "digits-parity-watch"),
+    ),
     "OpenShift's DNS at its Service's port": (
         OPENSHIFT,
         of("NetworkPolicy", lambda item: [port.update(port=53) for port in item["spec"]["egress"][-1]["ports"]]),
@@ -516,6 +548,37 @@ BREAKAGES: dict[str, tuple[str, Break]] = {
                 query='sum(rate(digits_queue_images{namespace="digits",overlay="cpu"}[2m]))'
             ),
         ),
+    ),
+    "a gateway that speaks TLS to another port": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "targetRefs", 0, "sectionName", value="http")),
+    ),
+    "an autoscaler of a StatefulSet": (
+        CPU,
+        of("HorizontalPodAutoscaler", put("spec", "scaleTargetRef", "kind", value="StatefulSet")),
+    ),
+    "nobody scales": (CPU, lambda items: items.remove(find(items, "HorizontalPodAutoscaler"))),
+    "another gateway": (GATEWAY, of("GRPCRoute", put("spec", "parentRefs", 0, "name", value="gateway"))),
+    "another authority": (
+        GATEWAY,
+        of("BackendTLSPolicy", put("spec", "validation", "caCertificateRefs", 0, "name", value="digits-ca")),
+    ),
+    "certificates of two issuers": (CERTIFICATES, of("Certificate", put("spec", "issuerRef", "name", value="other"))),
+    "an alert that wakes nobody": (
+        CPU,
+        of("PrometheusRule", put("spec", "groups", 1, "rules", 0, "labels", "severity", value="warning")),
+    ),
+    "rules that are seldom evaluated": (CPU, of("PrometheusRule", put("spec", "groups", 0, "interval", value="10m"))),
+    "training that is killed while it saves": (
+        CPU,
+        of_pod(put("terminationGracePeriodSeconds", value=5), "digits-train", "Job"),
+    ),
+    "a job with a deadline": (CPU, of("Job", put("spec", "activeDeadlineSeconds", value=60), "digits-train")),
+    "processes without GPUs": (GPU, of("TrainJob", put("spec", "trainer", "numProcPerNode", value=8), "digits-train")),
+    "reflection in production": (CPU, lambda items: settings(items).update(DIGITS_REFLECTION="true")),
+    "models are looked for below the volume's root": (
+        GPU,
+        lambda items: settings(items).update(DIGITS_MODELS_DIR="/models/models"),
     ),
     "a route to another port": (GATEWAY, of("GRPCRoute", put("spec", "rules", 0, "backendRefs", 0, "port", value=8080 + 1))),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import grpc
@@ -24,6 +26,18 @@ from tests.server_process import ServerProcess
 RUN_S, SLOWER = 0.006, 4
 CALLS_PER_S, SECONDS, SETTLE_S = 200, 6, 3  # an even share is more than the slow one can answer
 WEIGHTED = {"blackoutPeriod": "0.5s", "weightUpdatePeriod": "0.2s"}
+# A server of whose runs every other raises while a file is there: eight in a row would end it.
+FAILING = """
+import itertools, pathlib, runpy
+from serve.engine.session import Engine
+launch, turns = Engine.launch, itertools.count()
+def fails(*arguments):
+    if pathlib.Path({flag!r}).exists() and next(turns) % 2:
+        raise RuntimeError("on purpose")
+    return launch(*arguments)
+Engine.launch = fails
+runpy.run_module("serve", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_a_report_is_an_orca_load_report() -> None:
@@ -124,6 +138,39 @@ def test_a_slow_replica_gets_less_and_the_slowest_calls_are_sooner() -> None:
             print(f"calls by replica {shares}, p99 {np.percentile(weighted, 99):.4f} s against {np.percentile(even, 99):.4f} s")
             assert shares[2] < 0.6 * min(shares[:2])
         assert sorted(ratios)[1] <= 0.6, ratios
+
+
+@pytest.mark.long
+def test_a_failing_replica_gets_less_though_it_is_as_quick(tmp_path: Path) -> None:
+    """Issue: half of all calls were INTERNAL for as long as the replica lived."""
+    flag, servers = tmp_path / "fail", []
+    try:
+        for failing in (tmp_path / "never", tmp_path / "never", flag):
+            module = ("-c", FAILING.format(flag=str(failing)))
+            flags = ("--load-reports", "--instances=1", "--provider=cpu", "--self-check-interval-s=0")
+            servers.append(ServerProcess(*flags, module=module))
+        flag.touch()
+        target, config = "ipv4:" + ",".join(server.target for server in servers), [{"weighted_round_robin": WEIGHTED}]
+        options = [("grpc.service_config", json.dumps({**SERVICE_CONFIG, "loadBalancingConfig": config}))]
+        with grpc.insecure_channel(target, [*options, ("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub, shares = pb_grpc.DigitGeneratorStub(channel), [0.0] * len(servers)
+            begun = time.monotonic()
+            while (took := time.monotonic() - begun) < SECONDS:
+                if took < SETTLE_S:
+                    shares = [started(server) for server in servers]
+                with contextlib.suppress(grpc.RpcError):
+                    stub.Generate(pb.GenerateRequest(model="mlp", count=1, seed=1), timeout=30)
+                time.sleep(1 / CALLS_PER_S)
+        shares = [started(server) - count for server, count in zip(servers, shares, strict=True)]
+        print(f"calls by replica {shares}")
+        assert shares[2] < 0.6 * min(shares[:2])
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def started(server: ServerProcess) -> float:
+    return server.metric("grpc_server_started_total", grpc_method="Generate")
 
 
 def answered(server: ServerProcess) -> float:

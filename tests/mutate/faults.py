@@ -431,6 +431,7 @@ FAULTS = [
     Fault("what cannot be read is gone", "serve/models/repository.py:Repository._look", 'self._before.get(path, (None, ""))', '(None, "")', "tests/unit/test_unreadable.py"),
     Fault("another model answers for a default that is gone", "serve/models/catalog.py:Catalog.choose_default", "not self._chosen and self._served", "self._served", "tests/unit/test_unreadable.py"),
     Fault("an empty folder unloads everything", "serve/models/reconcile.py:Reconciler._look_at_models", "self.catalog.names() and not now", "False", "tests/unit/test_unreadable.py"),
+    Fault("a serving file that went with its folder is gone", "serve/models/reconcile.py:Reconciler._look_at_file", "may_be_gone=alone", "", "tests/unit/test_unreadable.py -k went_with"),
     Fault("each poll leaves another thread in a look that hangs", "serve/models/reconcile.py:Reconciler._look", "last is None or last.done()", "True", "tests/unit/test_unreadable.py"),
     Fault("a load that hangs holds up every other model", "serve/models/reconcile.py:Reconciler.poll", "timeout=LOAD_PATIENCE_S", "timeout=None", "tests/unit/test_unreadable.py -k load"),
     Fault("weights in another file are read", "serve/engine/graph.py", '"tensor": {13: ELSEWHERE},', "", "tests/unit/test_graph.py"),

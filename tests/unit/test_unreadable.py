@@ -159,6 +159,32 @@ def test_a_folder_that_became_empty_by_itself_is_not_believed(models: Path, capl
     with_replica(test, models)
 
 
+def test_a_serving_file_that_went_with_its_folder_stays_in_force(models: Path, tmp_path: Path) -> None:
+    """A volume that is emptied has the desired state too: the canary got every request, and the default was unloaded."""
+    add_version(models, "mlp", 2)
+    wanted, beside = {"versions": [1, 2], "route": {"default": 1, "canary": 2, "canary_share": 0.1}}, tmp_path / "beside"
+
+    def move(source: Path, target: Path) -> None:
+        target.mkdir(exist_ok=True)
+        for name in ("mlp", "serving.json"):
+            (source / name).rename(target / name)
+
+    async def test(it: Replica) -> None:
+        await it.want(**wanted)
+        await poll(it)
+        for change in (lambda: move(models, beside), models.rmdir):  # emptied, and gone
+            change()
+            await poll(it)
+            assert (it.served(), it.route().default) == ([1, 2], 1)
+        move(beside, models)
+        await poll(it)
+        it.file.unlink()
+        await poll(it)
+        assert (it.served(), it.route().default) == ([2], 2), "gone alone, it is gone"
+
+    with_replica(test, models)
+
+
 @pytest.mark.parametrize("named", ["mlp", ""])
 def test_a_default_model_that_is_gone_is_not_found_and_no_other_answers_for_it(named: str, models: Path) -> None:
     """Issue: requests that name no model were silently answered by another one."""

@@ -12,17 +12,24 @@ import yaml
 from serve.api.digits_v1 import SERVICE
 from serve.api.open_inference import SERVICE as INFERENCE
 from serve.ports.health import HEALTH
-from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, pod_specs, settings_of
+from tests.deploy.manifests import DEPLOY, Object, containers, containers_of, examples, pod_specs, settings_of
 from tests.deploy.relations.objects import claims_of, flags_of, labels_of, of, selects, servers, title, workloads
+from tests.deploy.relations.promises import seconds
 
 COUNTER = re.compile(r".*_(total|count|sum|bucket)")
 # Of which flags each program writes into the folders, by words of its command line. The others read alone.
 WRITES = {
     ("serve.dataset", "write"): ("--out",),
-    ("train", "evaluate"): ("--runs-dir",),
-    ("export", "run"): ("--models-dir",),
+    ("export", "run"): ("--models-dir", "--runs-dir"),
     ("train",): ("--runs-dir", "--data-dir"),
 }
+# Callers get no answers, or wrong ones.
+WAKING = {
+    "DigitsDown", "DigitsNoModel", "DigitsModelNotReady", "DigitsErrorBudgetBurn", "DigitsErrorBudgetBurnSlow",
+    "DigitsSelfCheckBreach", "DigitsParityBreach", "DigitsOnTheWrongProvider",
+}  # fmt: skip
+EVALUATED_S = 60
+SAVING_S = 30  # a step under way, and the checkpoint
 HASH = re.compile(r".*-[a-z0-9]{10}")
 
 
@@ -34,6 +41,8 @@ def secrets_are_readable_by_the_pods_user(items: Sequence[Object]) -> Iterator[s
             secret = any("secret" in volume for volume in pod.get("volumes", ()))
             if secret and "runAsUser" in security and security.get("fsGroup") != security.get("runAsGroup"):
                 yield f"{title(item)} cannot read its Secrets"
+            if "runAsUser" not in security and security.keys() & {"runAsGroup", "fsGroup"}:
+                yield f"{title(item)} asks for a group where the platform chooses it"
             if security.get("runAsUser", 65532) == 0:
                 yield f"{title(item)} runs as root"
     for item in servers(items):
@@ -112,6 +121,33 @@ def _queries_of(item: Object) -> Iterator[tuple[str, str]]:
         yield from (("its trigger", trigger["metadata"]["query"]) for trigger in item["spec"]["triggers"])
 
 
+def alerts_are_looked_at_often_and_wake_somebody(items: Sequence[Object]) -> Iterator[str]:
+    for rule in of(items, "PrometheusRule"):
+        for group in rule["spec"]["groups"]:
+            if seconds(group.get("interval", "30s")) > EVALUATED_S:
+                yield f"{group['name']} is evaluated every {group['interval']}"
+        alerts = [each for group in rule["spec"]["groups"] for each in group["rules"] if "alert" in each]
+        critical = {each["alert"] for each in alerts if each["labels"]["severity"] == "critical"}
+        if critical != WAKING:
+            yield f"{sorted(critical ^ WAKING)} should wake somebody and do not, or the other way round"
+
+
+def training_has_time_to_save_and_a_process_for_each_gpu(items: Sequence[Object]) -> Iterator[str]:
+    runtimes = {item["metadata"]["name"]: item for item in of(items, "TrainingRuntime")}
+    for item in (*of(items, "Job"), *runtimes.values()):
+        if "activeDeadlineSeconds" in item["spec"]:
+            yield f"{title(item)} is ended while it works"
+        if any(pod.get("terminationGracePeriodSeconds", SAVING_S) < SAVING_S for pod in pod_specs(item)):
+            yield f"{title(item)} is killed while it saves"
+    for item in of(items, "TrainJob"):
+        reference, processes = item["spec"]["runtimeRef"], str(item["spec"]["trainer"]["numProcPerNode"])
+        runtime = runtimes.get(reference["name"])
+        if runtime is None or reference["kind"] != "TrainingRuntime":
+            yield f"{title(item)} is of {reference}, which is not there"
+        elif {each["resources"]["limits"]["nvidia.com/gpu"] for each in containers(runtime)} != {processes}:
+            yield f"{title(item)} starts {processes} processes for other GPUs"
+
+
 def evictions_and_scaling_down_are_gentle(items: Sequence[Object]) -> Iterator[str]:
     for budget in of(items, "PodDisruptionBudget"):
         if budget["spec"].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
@@ -147,11 +183,13 @@ def routes_have_every_protocol_and_the_pods_name(items: Sequence[Object]) -> Ite
         services = {each["method"]["service"] for rule in route["spec"]["rules"] for each in rule.get("matches", ())}
         if services != {SERVICE, INFERENCE, HEALTH}:
             yield f"{title(route)} routes {sorted(services)}"
-        if not route["spec"].get("hostnames") or not route["spec"].get("parentRefs"):
+        gateways = [{"name": each["metadata"]["name"]} for each in examples() if each["kind"] == "Gateway"]
+        if not route["spec"].get("hostnames") or route["spec"].get("parentRefs") != gateways:
             yield f"{title(route)} is of no gateway, or of every host"
     for policy in of(items, "BackendTLSPolicy"):
         names = {target["name"] for target in policy["spec"]["targetRefs"]}
-        if {policy["spec"]["validation"]["hostname"]} != names or not policy["spec"]["validation"].get("caCertificateRefs"):
+        authorities = [each["name"] for each in policy["spec"]["validation"].get("caCertificateRefs", ())]
+        if {policy["spec"]["validation"]["hostname"]} != names or authorities != ["digits-serve-ca"]:
             yield f"{title(policy)} expects {policy['spec']['validation']}, and pods are {sorted(names)}"
     for service in of(items, "Service"):
         if not any(selects(service["spec"]["selector"], labels_of(item)) for item in servers(items)):
@@ -161,6 +199,8 @@ def routes_have_every_protocol_and_the_pods_name(items: Sequence[Object]) -> Ite
 PLATFORM: Sequence[Callable[[Sequence[Object]], Iterator[str]]] = (
     secrets_are_readable_by_the_pods_user, a_changed_setting_rolls_pods_and_a_changed_serving_file_does_not,
     volumes_are_shared_by_those_who_need_them, volumes_are_writable_where_programs_write_and_nowhere_else, rates_are_of_counters,
+    alerts_are_looked_at_often_and_wake_somebody,
+    training_has_time_to_save_and_a_process_for_each_gpu,
     evictions_and_scaling_down_are_gentle, scrapes_are_of_this_namespace_and_answered,
     routes_have_every_protocol_and_the_pods_name,
 )  # fmt: skip

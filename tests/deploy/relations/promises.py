@@ -47,6 +47,10 @@ def settings_are_what_others_rely_on(items: Sequence[Object]) -> Iterator[str]:
         }
         if claims_of(item):
             wanted["wait_for_models: an empty volume is no error"] = settings.wait_for_models
+        volumes = [each for each in pod_specs(item)[0].get("volumes", ()) if each.keys() & {"persistentVolumeClaim", "image"}]
+        names, mounts = {each["name"] for each in volumes}, containers(item)[0].get("volumeMounts", ())
+        if mounted := {each["mountPath"] for each in mounts if each["name"] in names}:
+            wanted["models_dir: the volume has models at its root"] = {str(settings.models_dir)} == mounted
         if settings.tls_cert:
             wanted["tls_client_ca: the README says that callers have certificates"] = settings.tls_client_ca is not None
         if settings.provider == "cpu":
@@ -252,42 +256,37 @@ def certificates_have_the_names_that_callers_use(items: Sequence[Object]) -> Ite
         wanted = {f"{name}{rest}" for name in names for rest in ("", ".digits.svc", ".digits.svc.cluster.local")}
         if set(own.get("dnsNames", ())) != wanted or "server auth" not in own.get("usages", ()):
             yield f"the certificate of {title(item)} is for {own.get('dnsNames')}, and callers ask for {sorted(wanted)}"
+    if len({str(each["issuerRef"]) for each in certificates.values()}) != 1:
+        yield "the certificates are of several issuers: a server takes callers by its own"
     if "client auth" not in certificates.get("digits-parity-watch-tls", {}).get("usages", ()):
         yield "the parity watch has no certificate that a server takes"
 
 
 def jobs_hand_over(items: Sequence[Object]) -> Iterator[str]:
     """Training resumes and writes runs where the export Job judges and exports them, by MNIST's files from one place."""
-    given: dict[str, list[tuple[Object, list[str], dict[str, str]]]] = {}
+    given: dict[str, list[tuple[Object, list[str], dict[str, str]]]] = {"train": [], "export": []}
     for item in of(items, "Job", "TrainingRuntime"):
         if item["spec"].get("suspend"):
             yield f"{title(item)} does not begin"
         for container in containers(item):
             words = [*container.get("command", ()), *container["args"]]
-            kind = "judge" if "evaluate" in words else next((each for each in ("train", "export") if each in words), "")
-            given.setdefault(kind, []).append((item, container["args"], flags_of(container)))
-    for kind, flags in {
-        "train": ("--runs-dir", "--data-dir"),
-        "judge": ("--runs-dir", "--data-dir"),
-        "export": ("--runs-dir",),
-    }.items():
-        for item, arguments, values in given.get(kind, ()):
-            theirs = {flag: value for _, _, others in given["train"] for flag, value in others.items()}
-            if any(values.get(flag) != theirs.get(flag) for flag in flags):
+            for kind in given.keys() & set(words):
+                given[kind].append((item, container["args"], flags_of(container)))
+    theirs = {flag: value for _, _, values in given["train"] for flag, value in values.items()}
+    for kind, each in given.items():
+        for item, arguments, values in each:
+            if any(values.get(flag) != theirs.get(flag) for flag in ("--runs-dir", "--data-dir")):
                 yield f"{title(item)}: {kind} looks at {values}, and training writes to {theirs}"
             if kind == "train" and values.get("--resume") != "auto":
                 yield f"{title(item)} begins anew after an eviction"
-            if kind == "judge" and "--missing" not in arguments:
-                yield f"{title(item)} judges anew what has been judged"
-    judges = {title(item) for item, _, _ in given.get("judge", ())}
-    if exports := {title(item) for item, _, _ in given.get("export", ())} - judges:
-        yield f"{exports} export what nobody has judged"
+            if kind == "export" and "--judge" not in arguments:
+                yield f"{title(item)} exports what nobody has judged"
 
 
 def pods_run_where_their_images_do(items: Sequence[Object]) -> Iterator[str]:
     for item in workloads(items):
         for pod in pod_specs(item):
-            if item["kind"] != "ServingRuntime" and pod.get("nodeSelector", {}).get("kubernetes.io/arch") != "amd64":
+            if pod.get("nodeSelector", {}).get("kubernetes.io/arch") != "amd64":
                 yield f"{title(item)} may be put on a node of another architecture than its image's"
             if item in servers(items) and pod.get("restartPolicy", "Always") != "Always":
                 yield f"{title(item)} is not started again when it ends by itself"

@@ -37,7 +37,7 @@ from tests.deploy.relations.objects import (
     title,
     workloads,
 )  # fmt: skip
-from tests.deploy.relations.promises import PROMISES
+from tests.deploy.relations.promises import INSTANCE, PROMISES
 from tests.deploy.relations.server_rules import quantity
 
 Relation = Callable[[Sequence[Object]], Iterator[str]]
@@ -57,6 +57,7 @@ BUDGET_SHARE = 4  # of the memory limit one part is for open calls, where --max-
 BESIDE_MIB = 136
 CUDA_MIB = 2048  # what the driver and CUDA's libraries take in a process's own memory
 GPU = "nvidia.com/gpu"
+PER_POD = "sum by (<<.GroupBy>>) (<<.Series>>{<<.LabelMatchers>>})"  # of prometheus-adapter: what it asks for a pod's metric
 
 
 def services_reach_one_workload_each(items: Sequence[Object]) -> Iterator[str]:
@@ -103,7 +104,7 @@ def the_server_gets_the_settings_it_is_given(items: Sequence[Object]) -> Iterato
         [container] = containers(item)
         names = {source["configMapRef"]["name"] for source in container.get("envFrom", ())}
         maps = [each for each in of(items, "ConfigMap") if each["metadata"]["name"] in names]
-        if len(maps) != len(names) or not maps:
+        if len(maps) != len(names) or not (maps or container.get("args")):
             yield f"{title(item)} takes its settings from {sorted(names)}, and there is {[title(each) for each in maps]}"
             continue
         for name in (*(key for each in maps for key in each["data"]), *(each["name"] for each in container.get("env", ()))):
@@ -120,6 +121,8 @@ def the_server_gets_the_settings_it_is_given(items: Sequence[Object]) -> Iterato
             yield f"{title(item)} is insecure and has a certificate, or neither"
         if settings.page or settings.log_format != "json":
             yield f"{title(item)} serves the page, or writes its log for people"
+        if settings.reflection and labels_of(item).get(INSTANCE) != "dev":
+            yield f"{title(item)} tells everybody its services"
 
 
 def probes_ask_what_the_server_answers(items: Sequence[Object]) -> Iterator[str]:
@@ -205,18 +208,24 @@ def disruptions_are_bounded(items: Sequence[Object]) -> Iterator[str]:
             budget for budget in budgets if selects(budget["spec"]["selector"], labels_of(item))
         ]:
             yield f"{title(item)} has several pods and no disruption budget"
+        if item["metadata"]["name"] not in scaled and "replicas" not in item["spec"]:
+            yield f"{title(item)} has one pod: nobody scales it"
 
 
 def scaling_finds_its_target_and_its_metric(items: Sequence[Object]) -> Iterator[str]:
     adapter = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     served = {rule["name"]["as"] for rule in adapter}
+    for rule in adapter:
+        asked, resources = rule["metricsQuery"], rule["resources"].get("overrides")
+        if asked != PER_POD or resources != {name: {"resource": name} for name in ("namespace", "pod")}:
+            yield f"the adapter answers for others than one pod: {asked}, {resources}"
     deployments = {item["metadata"]["name"]: item for item in of(items, "Deployment")}
     targets = []
     for scaler in of(items, "HorizontalPodAutoscaler", "ScaledObject"):
         target = scaler["spec"]["scaleTargetRef"]["name"]
         targets.append(target)
-        if target not in deployments:
-            yield f"{title(scaler)} scales {target}, which is not there"
+        if target not in deployments or scaler["spec"]["scaleTargetRef"].get("kind", "Deployment") != "Deployment":
+            yield f"{title(scaler)} scales {scaler['spec']['scaleTargetRef']}, which is not there"
             continue
         if "replicas" in deployments[target]["spec"]:
             yield f"{title(scaler)} scales {target}, which says how many replicas it has: each apply would reset them"
@@ -398,10 +407,13 @@ def routes_lead_to_the_service(items: Sequence[Object]) -> Iterator[str]:
             for backend in rule["backendRefs"]:
                 if backend["port"] not in services.get(backend["name"], {}).values():
                     yield f"{title(route)} leads to {backend['name']}:{backend['port']}, which is no Service"
-    for policy in of(items, "BackendTLSPolicy"):
-        for target in policy["spec"]["targetRefs"]:
-            if target["sectionName"] not in services.get(target["name"], {}):
-                yield f"{title(policy)} is of {target['name']}/{target['sectionName']}, which is no Service's port"
+                secure = {
+                    (target["name"], services.get(target["name"], {}).get(target["sectionName"]))
+                    for policy in of(items, "BackendTLSPolicy")
+                    for target in policy["spec"]["targetRefs"]
+                }
+                if secure != {(backend["name"], backend["port"])}:
+                    yield f"{title(route)} leads to {backend['name']}:{backend['port']}, and by TLS to {secure}"
 
 
 RELATIONS: Mapping[str, Relation] = {
