@@ -276,6 +276,8 @@ IN_TRACE, NOT_SAMPLED = dict([traceparent(TRACES[0])]), dict([traceparent(TRACES
         ({"OTEL_SDK_DISABLED": "TRUE"}, IN_TRACE, False),
         ({"OTEL_SDK_DISABLED": "false"}, IN_TRACE, True),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, IN_TRACE, True),
+        # What is for all signals has no effect where the same is set for traces.
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}, IN_TRACE, True),
     ],
 )
 def test_the_documented_variables_hold(
