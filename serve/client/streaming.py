@@ -32,7 +32,7 @@ class Progress:
         Raises DigitError for one that is none.
         """
         request = self._request
-        digits = from_response(response, request.count)
+        digits = from_response(response, request, request.count)
         self._begun, self._failures = True, 0
         request.seed, request.model, request.version = response.seed, response.model, response.version
         request.start += response.count
