@@ -23,7 +23,7 @@ from serve.client.channel import CONNECT_S, PLAIN, Access
 from serve.client.client import DEFAULT_TIMEOUT_S, DROPPED_BACKOFF_S
 from serve.client.diagnosis import failure_of, why_unreachable
 from serve.client.digits import Digits
-from serve.client.errors import DigitError
+from serve.client.errors import DigitError, timeout
 from serve.client.streaming import Progress
 from serve.client.target import DEFAULT_TARGET
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -50,13 +50,15 @@ class AsyncDigitClient(
         wait_for_server: bool = True,
     ) -> None:
         """As ``DigitClient``."""
+        self._target, self._access, self._timeout_s = target, access, timeout(timeout_s)
+        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._channel = access.open_asyncio_channel(target)
         self._stub = pb_grpc.DigitGeneratorStub(self._channel)
-        self._target, self._access, self._timeout_s = target, access, timeout_s
-        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._connected = not wait_for_server
+        self._closed = False
 
     async def close(self) -> None:
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncDigitClient:
@@ -73,7 +75,8 @@ class AsyncDigitClient(
             try:
                 return read(await getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.CANCELLED or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                dropped = error.code() is grpc.StatusCode.CANCELLED and not self._closed
+                if not dropped or time.monotonic() + DROPPED_BACKOFF_S > deadline:
                     raise await self._failure(error) from None
                 await asyncio.sleep(DROPPED_BACKOFF_S)
 
@@ -93,6 +96,8 @@ class AsyncDigitClient(
 
     async def _connect(self) -> None:
         """As in ``DigitClient``."""
+        if self._closed:
+            raise DigitError(grpc.StatusCode.CANCELLED, "the client is closed")
         if self._connected:
             return
         try:
@@ -103,5 +108,4 @@ class AsyncDigitClient(
                 raise DigitError(grpc.StatusCode.UNAVAILABLE, reason) from None
 
     async def _failure(self, error: grpc.RpcError | TimeoutError) -> DigitError:
-        late = isinstance(error, TimeoutError)
-        return await asyncio.to_thread(failure_of, error, self._target, self._access, self._timeout_s, late)
+        return await asyncio.to_thread(failure_of, error, self._target, self._access, self._timeout_s)

@@ -62,8 +62,11 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of every call."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        """The metadata of every call. Raises DigitError for a token that cannot be sent."""
+        token = (self.token or "").strip()  # of a file, whose line ends, or of a variable that is not set
+        if not (token.isascii() and token.isprintable()):
+            raise mistake("the token is not one line of plain characters, as serve.access.tokens prints it")
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
     def open_channel(self, target: str, *, follow_health: bool = True) -> grpc.Channel:
         """A channel to one or more replicas. Raises DigitError naming a target that is none or a file that cannot be read.
@@ -111,7 +114,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def access_from(flags: argparse.Namespace) -> Access:
     """The credentials from those flags. Raises DigitError naming a file that cannot be read."""
     token = _read(flags.token_file).decode("ascii", "replace") if flags.token_file else os.environ.get(TOKEN_VARIABLE, "")
-    return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
+    return Access(token=token, ca=flags.ca, cert=flags.cert, key=flags.key)
 
 
 def _read(path: File) -> bytes:

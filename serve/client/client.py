@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +25,7 @@ from serve.client.calls import Calls
 from serve.client.channel import CONNECT_S, PLAIN, Access
 from serve.client.diagnosis import failure_of, why_unreachable
 from serve.client.digits import Digits
-from serve.client.errors import DigitError
+from serve.client.errors import DigitError, timeout
 from serve.client.streaming import Progress
 from serve.client.target import DEFAULT_TARGET
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -52,13 +52,15 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
         restart fails no call. Without ``wait_for_server`` a call fails within seconds. Raises DigitError for a ``target`` that is
         none, and when a file that ``access`` names cannot be read.
         """
+        self._target, self._access, self._timeout_s = target, access, timeout(timeout_s)
+        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._channel = access.open_channel(target)
         self._stub = pb_grpc.DigitGeneratorStub(self._channel)
-        self._target, self._access, self._timeout_s = target, access, timeout_s
-        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._connected = not wait_for_server  # then a call tells by itself, and at once
+        self._closed = False
 
     def close(self) -> None:
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> DigitClient:
@@ -78,25 +80,26 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
             try:
                 return read(getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.CANCELLED or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                dropped = error.code() is grpc.StatusCode.CANCELLED and not self._closed
+                if not dropped or time.monotonic() + DROPPED_BACKOFF_S > deadline:
                     raise self._failure(error) from None
                 time.sleep(DROPPED_BACKOFF_S)
 
     def _stream(self, progress: Progress) -> Iterator[Digits]:
         while (request := progress.rest) is not None:
             self._connect()
-            call = _Bounded(self._stub.GenerateStream(request, **self._options), self._timeout_s)
             try:
-                for response in call.answers():
+                for response in _bounded(self._stub.GenerateStream(request, **self._options), self._timeout_s):
                     yield progress.take(response)
+            except TimeoutError as error:
+                raise self._failure(error) from None
             except grpc.RpcError as error:
-                failure = self._failure(error, call.late)
-                if call.late:
-                    raise failure from None
-                time.sleep(progress.pause_after(failure, self._timeout_s))
+                time.sleep(progress.pause_after(self._failure(error), self._timeout_s))
 
     def _connect(self) -> None:
         """Before the first call: wait for a connection for so long only as it may still come about."""
+        if self._closed:
+            raise DigitError(grpc.StatusCode.CANCELLED, "the client is closed")
         if self._connected:
             return
         ready = grpc.channel_ready_future(self._channel)
@@ -108,37 +111,23 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
             if reason := why_unreachable(self._target, self._access):
                 raise DigitError(grpc.StatusCode.UNAVAILABLE, reason) from None
 
-    def _failure(self, error: grpc.RpcError, late: bool = False) -> DigitError:
-        return failure_of(error, self._target, self._access, self._timeout_s, late)
+    def _failure(self, error: grpc.RpcError | TimeoutError) -> DigitError:
+        return failure_of(error, self._target, self._access, self._timeout_s)
 
 
-class _Bounded:
-    """A stream's call, cancelled when an answer takes longer than ``bound_s``: gRPC bounds whole calls only."""
+def _bounded(call: Any, bound_s: float) -> Iterator[Any]:
+    """A stream's answers. Raises TimeoutError when one takes longer than ``bound_s``: gRPC bounds whole calls only.
 
-    def __init__(self, call: Any, bound_s: float) -> None:
-        self.late = False
-        self._call = call
-        self._bound_s = bound_s
-        self._due = math.inf  # while the answers' reader is busy
-        self._over = threading.Event()
-
-    def answers(self) -> Iterator[Any]:
-        threading.Thread(target=self._watch, daemon=True).start()
-        try:
-            while True:
-                self._due = time.monotonic() + self._bound_s
-                response = next(self._call, None)
-                self._due = math.inf
-                if response is None:
-                    return
-                yield response
-        finally:
-            self._over.set()
-            self._call.cancel()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self._bound_s / 20):
-            if time.monotonic() > self._due:
-                self.late = True
-                self._call.cancel()
-                return
+    The call is cancelled at the end. Where it is traced (opentelemetry-instrumentation-grpc) it is a generator, which cannot be:
+    it has its own thread, which may wait on until the channel is closed.
+    """
+    reader, context = ThreadPoolExecutor(1), copy_context()
+    try:
+        while (answer := reader.submit(lambda: context.run(next, call, None)).result(bound_s)) is not None:
+            yield answer
+    finally:
+        if hasattr(call, "cancel"):
+            call.cancel()
+        else:
+            reader.submit(context.run, call.close)
+        reader.shutdown(wait=False)

@@ -137,6 +137,17 @@ def test_a_server_that_hangs_ends_a_call_with_the_calls_own_time(kind: str, star
             stream(kind, server.target, 1_000_000, stop, timeout_s=1.0)
 
 
+def test_a_server_that_is_not_ready_is_told_from_one_that_does_not_answer(
+    kind: str, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Clients keep away from a server that says so, and gRPC says nothing of it."""
+    server = start_server("--drain-grace-s=60")
+    server.process.send_signal(signal.SIGTERM)
+    for options in ({"timeout_s": 2.0}, {"wait_for_server": False}):
+        with fails(f"the server at {server.target} says that it is not ready"):
+            generate(kind, server.target, **options)  # type: ignore[arg-type]
+
+
 def test_a_slow_answer_is_told_from_nobody(kind: str) -> None:
     release = threading.Event()
 
@@ -285,6 +296,15 @@ def test_several_addresses_with_tls(tmp_path: Path, start_server: Callable[..., 
     servers[0].kill()
     for kind in KINDS:
         assert len(generate(kind, target, access=Access(ca=ca))) == 1
+
+
+def test_an_https_port_is_named(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
+    flags, ca = certified(tmp_path, "127.0.0.1")
+    server = start_server(*flags)
+    for kind in KINDS:
+        for access in (Access(ca=ca), Access()):
+            with fails(f"{server.https} is an HTTPS port.*give the server's gRPC port"):
+                generate(kind, server.https, access=access)
 
 
 def test_a_certificate_for_another_name_is_named(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 
 from serve.client import DigitClient, DigitError
 from serve.client import client as client_module
+from serve.pb.digits.v1 import digits_pb2 as pb
+from tests.fake_generator import blank
 
 StatusCode = grpc.StatusCode
 
@@ -67,6 +72,29 @@ def test_what_grpc_has_given_up_or_cannot_help_is_raised(code: grpc.StatusCode) 
     # Nobody is there: that the time passed says less.
     assert caught.value.code() is (StatusCode.UNAVAILABLE if code is StatusCode.DEADLINE_EXCEEDED else code)
     assert len(timeouts) == 1
+
+
+def test_a_stream_that_is_traced_is_bounded_and_in_its_callers_context() -> None:
+    """OpenTelemetry's interceptors make generators of streams, which cannot be cancelled."""
+    release, caller, seen = threading.Event(), ContextVar("caller", default=""), []
+
+    def method(request: pb.GenerateStreamRequest, **options: object) -> Iterator[pb.GenerateResponse]:
+        seen.append(caller.get())
+        more = request.count > 1
+        yield blank(1)
+        if more:
+            release.wait(30)
+
+    caller.set("mine")
+    with DigitClient("localhost:1", timeout_s=0.2, wait_for_server=False) as client:
+        client._stub = SimpleNamespace(GenerateStream=method)
+        assert [len(each) for each in client.stream(1)] == [1]
+        began = time.monotonic()
+        with pytest.raises(DigitError):
+            list(client.stream(2))
+        assert time.monotonic() - began < 20
+        release.set()
+    assert seen == ["mine", "mine"]
 
 
 def test_it_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
