@@ -22,7 +22,7 @@ from serve.observability.tracing_settings import DEFAULT_SAMPLER, ENDPOINT_VARIA
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
 # W3C Trace Context (https://www.w3.org/TR/trace-context): version, trace, parent, flags, of which the lowest bit is "sampled".
 CONTEXT_KEYS = ("traceparent", "tracestate")
-TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?")
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?")
 # Statuses that are the server's own fault (semantic conventions for gRPC).
 SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 CONTEXT_LOGGERS = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")  # they quote what a caller sent

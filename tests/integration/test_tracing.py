@@ -262,6 +262,9 @@ IN_TRACE, NOT_SAMPLED = dict([traceparent(TRACES[0])]), dict([traceparent(TRACES
         ({}, IN_TRACE, True),
         ({}, NOT_SAMPLED, False),
         ({}, {}, True),
+        ({}, {"traceparent": f"00-{'0' * 32}-{PARENT}-00"}, True),  # as none: no trace has that id
+        ({}, {"traceparent": f"00-{TRACES[0]}-{'0' * 16}-00"}, True),
+        ({}, {"traceparent": f"ff-{TRACES[0]}-{PARENT}-00"}, True),
         ({"OTEL_TRACES_SAMPLER": "always_on"}, NOT_SAMPLED, True),
         ({"OTEL_TRACES_SAMPLER": "always_off"}, IN_TRACE, False),
         ({"OTEL_TRACES_SAMPLER": "parentbased_always_off"}, IN_TRACE, True),
