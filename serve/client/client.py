@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -118,16 +119,35 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
 def _bounded(call: Any, bound_s: float) -> Iterator[Any]:
     """A stream's answers. Raises TimeoutError when one takes longer than ``bound_s``: gRPC bounds whole calls only.
 
-    The call is cancelled at the end. Where it is traced (opentelemetry-instrumentation-grpc) it is a generator, which cannot be:
-    it has its own thread, which may wait on until the channel is closed.
+    They are read in a thread, one when it is asked for. Where calls are traced (opentelemetry-instrumentation-grpc) this one is a
+    generator, which nobody else can cancel: then the thread may wait on until the channel is closed.
     """
-    reader, context = ThreadPoolExecutor(1), copy_context()
+    asked: SimpleQueue[bool] = SimpleQueue()
+    read: SimpleQueue[Any] = SimpleQueue()
+
+    def reader() -> None:
+        while asked.get():
+            try:
+                read.put(next(call, None))
+            except Exception as error:
+                read.put(error)
+        if not hasattr(call, "cancel"):
+            call.close()
+
+    Thread(target=copy_context().run, args=(reader,), daemon=True).start()
     try:
-        while (answer := reader.submit(lambda: context.run(next, call, None)).result(bound_s)) is not None:
+        while True:
+            asked.put(True)
+            try:
+                answer = read.get(timeout=bound_s)
+            except Empty:
+                raise TimeoutError from None
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is None:
+                return
             yield answer
     finally:
+        asked.put(False)
         if hasattr(call, "cancel"):
             call.cancel()
-        else:
-            reader.submit(context.run, call.close)
-        reader.shutdown(wait=False)

@@ -250,6 +250,12 @@ def test_a_target_that_is_none_is_refused_at_once(client: Any, target: str, name
         client(target)
 
 
+@pytest.mark.parametrize("client", [DigitClient, AsyncDigitClient])
+def test_a_target_of_a_variable_that_is_not_set_is_named(client: Any) -> None:
+    with pytest.raises(TypeError, match="target must be host:port, got None"):
+        client(None)
+
+
 def test_targets_of_grpc_are_taken() -> None:
     for target in (
         "localhost:1",
