@@ -164,7 +164,7 @@ def _why_refused(connection: socket.socket, host: str, port: int, access: Access
             if secure.selected_alpn_protocol() not in HTTP2:
                 reason = _no_grpc_port(host, port, "an HTTPS port, or behind something that does not speak HTTP/2")
             elif access.ca is not None:
-                reason = _why_hung_up(secure)
+                reason = _why_hung_up(secure, access)
     except ssl.SSLCertVerificationError as error:
         reason = f"the server's certificate is not accepted ({error.verify_message}); --ca {access.ca} names whom to trust"
     except ssl.SSLError:
@@ -174,7 +174,7 @@ def _why_refused(connection: socket.socket, host: str, port: int, access: Access
     return reason
 
 
-def _why_hung_up(secure: ssl.SSLSocket) -> str | None:
+def _why_hung_up(secure: ssl.SSLSocket, access: Access) -> str | None:
     """An HTTP/2 server speaks first; one that wants a certificate of its client hangs up instead (TLS 1.3)."""
     secure.settimeout(TIMEOUT_S)
     try:
@@ -183,4 +183,7 @@ def _why_hung_up(secure: ssl.SSLSocket) -> str | None:
         return None
     except OSError:
         spoken = b""
-    return None if spoken else "the server ends the connection: it may want a certificate of its client (--cert and --key)"
+    if spoken:
+        return None
+    wanted = f"it may not accept {access.cert}" if access.cert else "it may want a certificate of its client (--cert and --key)"
+    return f"the server ends the connection: {wanted}"

@@ -19,6 +19,7 @@ import trustme
 
 from serve.client import Access, AsyncDigitClient, DigitClient, DigitError, Digits, asyncio_client, client, diagnosis
 from serve.ports import grpc_port
+from tests.certificates import Certificates
 from tests.fake_generator import blank, generating
 from tests.in_process import Running, with_server
 from tests.server_process import ServerProcess
@@ -313,6 +314,19 @@ def test_a_certificate_for_another_name_is_named(tmp_path: Path, start_server: C
     for kind in KINDS:
         with fails("certificate is not accepted .*127.0.0.1"):
             generate(kind, f"ipv4:{server.target},{server.target}", access=Access(ca=ca))
+
+
+def test_a_client_certificate_that_is_missing_or_not_accepted_is_named(
+    tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    certificates = Certificates(tmp_path)
+    server = start_server(*certificates.flags, f"--tls-client-ca={certificates.ca}")
+    cert, key = certificates.client(trustme.CA())
+    for kind in KINDS:
+        with fails("may want a certificate of its client"):
+            generate(kind, server.target, access=Access(ca=certificates.ca))
+        with fails(f"may not accept {cert}"):
+            generate(kind, server.target, access=Access(ca=certificates.ca, cert=cert, key=key))
 
 
 def test_a_file_that_cannot_be_read_is_named_at_once(kind: str, tmp_path: Path) -> None:
