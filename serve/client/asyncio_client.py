@@ -74,6 +74,9 @@ class AsyncDigitClient(
         while True:
             try:
                 return read(await getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
+            except asyncio.CancelledError:
+                self._check_open()
+                raise
             except grpc.RpcError as error:
                 dropped = error.code() is grpc.StatusCode.CANCELLED and not self._closed
                 if not dropped or time.monotonic() + DROPPED_BACKOFF_S > deadline:
@@ -87,6 +90,9 @@ class AsyncDigitClient(
             try:
                 while (response := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
                     yield progress.take(response)
+            except asyncio.CancelledError:
+                self._check_open()
+                raise
             except TimeoutError as error:
                 raise await self._failure(error) from None
             except grpc.RpcError as error:
@@ -96,8 +102,7 @@ class AsyncDigitClient(
 
     async def _connect(self) -> None:
         """As in ``DigitClient``."""
-        if self._closed:
-            raise DigitError(grpc.StatusCode.CANCELLED, "the client is closed")
+        self._check_open()
         if self._connected:
             return
         try:
@@ -106,6 +111,12 @@ class AsyncDigitClient(
         except TimeoutError:
             if reason := await asyncio.to_thread(why_unreachable, self._target, self._access):
                 raise DigitError(grpc.StatusCode.UNAVAILABLE, reason) from None
+
+    def _check_open(self) -> None:
+        """gRPC cancels the calls of a channel that is closed, and their tasks are not cancelled by anybody."""
+        task = asyncio.current_task()
+        if self._closed and not (task and task.cancelling()):
+            raise DigitError(grpc.StatusCode.CANCELLED, "the client is closed") from None
 
     async def _failure(self, error: grpc.RpcError | TimeoutError) -> DigitError:
         return await asyncio.to_thread(failure_of, error, self._target, self._access, self._timeout_s)

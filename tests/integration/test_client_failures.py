@@ -170,6 +170,45 @@ def test_a_slow_answer_is_told_from_nobody(kind: str) -> None:
             release.set()
 
 
+def test_calls_of_a_client_that_is_closed_meanwhile_say_so_and_cancelled_tasks_are_cancelled() -> None:
+    release, begun = threading.Event(), threading.Semaphore(0)
+
+    def slow(request: Any, context: grpc.ServicerContext) -> Any:
+        begun.release()
+        release.wait(SECONDS)
+        return blank()
+
+    def slow_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield slow(request, context)
+
+    async def end(close: bool) -> list[Any]:
+        caller = AsyncDigitClient(target)
+        tasks = [asyncio.create_task(caller.generate()), asyncio.create_task(anext(caller.stream(5)))]  # type: ignore[arg-type]
+        for _ in tasks:
+            await asyncio.to_thread(begun.acquire)
+        if close:
+            await caller.close()
+        else:
+            for task in tasks:
+                task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await caller.close()
+        return [*ended]
+
+    with generating(Generate=slow, GenerateStream=slow_stream) as target:
+        try:
+            assert [str(each) for each in asyncio.run(end(close=True))] == ["CANCELLED: the client is closed"] * 2
+            assert [type(each) for each in asyncio.run(end(close=False))] == [asyncio.CancelledError] * 2
+            with DigitClient(target) as caller:
+                closing = threading.Thread(target=lambda: (begun.acquire(), caller.close()))
+                closing.start()
+                with fails("closed", CODE.CANCELLED):
+                    caller.generate()
+                closing.join()
+        finally:
+            release.set()
+
+
 def test_a_stream_whose_reader_is_slow_is_not_late(kind: str) -> None:
     """What is bounded is the wait for a chunk, not what is done with it."""
 
