@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from serve.client.calls import Calls
 from serve.client.channel import CONNECT_S, PLAIN, Access
-from serve.client.client import DEFAULT_TIMEOUT_S, DROPPED_BACKOFF_S
+from serve.client.client import DEFAULT_TIMEOUT_S, pause_after
 from serve.client.diagnosis import failure_of, why_unreachable
 from serve.client.digits import Digits
 from serve.client.errors import DigitError, timeout
@@ -71,17 +71,19 @@ class AsyncDigitClient(
         """As in ``DigitClient``."""
         deadline = time.monotonic() + self._timeout_s
         await self._connect()
+        attempt = 0
         while True:
+            attempt += 1
             try:
                 return read(await getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
             except asyncio.CancelledError:
                 self._check_open()
                 raise
             except grpc.RpcError as error:
-                dropped = error.code() is grpc.StatusCode.CANCELLED and not self._closed
-                if not dropped or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                pause_s = None if self._closed else pause_after(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s > deadline:
                     raise await self._failure(error) from None
-                await asyncio.sleep(DROPPED_BACKOFF_S)
+                await asyncio.sleep(pause_s)
 
     async def _stream(self, progress: Progress) -> AsyncIterator[Digits]:
         while (request := progress.rest) is not None:

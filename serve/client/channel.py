@@ -20,7 +20,8 @@ MAX_RESPONSE_BYTES = 64 << 20
 CONNECT_S = 5.0  # for a connection to stand, and between two tries of one: back within seconds after an outage
 
 # A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
-# calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
+# calls that a stopping server had not yet looked at. What an overloaded one refuses is left to the clients: gRPC would wait as
+# long as it says (grpc-retry-pushback-ms), beyond the call's end too, and then tell of the end alone.
 # Health checking takes a replica out of the rotation as soon as it begins to drain.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"weighted_round_robin": {}}, {"round_robin": {}}],
@@ -34,7 +35,7 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.05s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 4,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],

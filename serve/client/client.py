@@ -26,7 +26,7 @@ from serve.client.calls import Calls
 from serve.client.channel import CONNECT_S, PLAIN, Access
 from serve.client.diagnosis import failure_of, why_unreachable
 from serve.client.digits import Digits
-from serve.client.errors import DigitError, timeout
+from serve.client.errors import DigitError, retry_after_s, timeout
 from serve.client.streaming import Progress
 from serve.client.target import DEFAULT_TARGET
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -34,6 +34,7 @@ from serve.pb.digits.v1 import digits_pb2_grpc as pb_grpc
 
 DEFAULT_TIMEOUT_S = 30.0
 DROPPED_BACKOFF_S = 0.5
+ATTEMPTS = 5  # of a call that an overloaded server refuses
 
 
 class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListModelsResponse, pb.GetModelResponse]):
@@ -71,20 +72,19 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
         self.close()
 
     def _ask(self, method: str, request: Any, read: Callable[[Any], Any]) -> Any:
-        """One call, tried again within its deadline when the server has dropped it unseen.
-
-        gRPC's own retries end after five attempts; a server that is flooded with calls by others drops some at random for longer.
-        """
+        """One call, tried again within its deadline where that may help."""
         deadline = time.monotonic() + self._timeout_s
         self._connect()
+        attempt = 0
         while True:
+            attempt += 1
             try:
                 return read(getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
             except grpc.RpcError as error:
-                dropped = error.code() is grpc.StatusCode.CANCELLED and not self._closed
-                if not dropped or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                pause_s = None if self._closed else pause_after(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s > deadline:
                     raise self._failure(error) from None
-                time.sleep(DROPPED_BACKOFF_S)
+                time.sleep(pause_s)
 
     def _stream(self, progress: Progress) -> Iterator[Digits]:
         while (request := progress.rest) is not None:
@@ -114,6 +114,16 @@ class DigitClient(Calls[Digits, Iterator[Digits], NDArray[np.float32], pb.ListMo
 
     def _failure(self, error: grpc.RpcError | TimeoutError) -> DigitError:
         return failure_of(error, self._target, self._access, self._timeout_s)
+
+
+def pause_after(error: Any, attempt: int) -> float | None:
+    """Seconds after which a call that failed is worth another attempt; None when it is not."""
+    if error.code() is grpc.StatusCode.CANCELLED:
+        # Unseen. gRPC's own retries end after five; a server that others flood with calls drops some at random for longer.
+        return DROPPED_BACKOFF_S
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and attempt < ATTEMPTS:
+        return retry_after_s(error)
+    return None
 
 
 def _bounded(call: Any, bound_s: float) -> Iterator[Any]:

@@ -283,6 +283,20 @@ def test_an_overloaded_server_says_when_it_has_room(kind: str) -> None:
     assert (caught.value.code(), caught.value.retry_after_s) == (CODE.RESOURCE_EXHAUSTED, 0.007)
 
 
+def test_an_overloaded_server_that_has_room_later_than_the_call_ends_says_so_at_once(kind: str) -> None:
+    def full(request: Any, context: grpc.ServicerContext) -> Any:
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", "60000"),))
+        context.abort(CODE.RESOURCE_EXHAUSTED, "the queue is full")
+
+    def full_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield full(request, context)
+
+    with generating(Generate=full, GenerateStream=full_stream) as target:
+        for call in (generate, lambda kind, target: stream(kind, target, 500)):
+            with fails("the queue is full", CODE.RESOURCE_EXHAUSTED):
+                call(kind, target)  # type: ignore[no-untyped-call]
+
+
 def test_a_proxy_is_not_asked_for_the_way_to_this_machine(
     kind: str, shared_server: ServerProcess, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,8 @@ FAULTS = [
     Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_bounded", "timeout=bound_s", "", f"{FAILURES} -k slow_answer"),
     Fault("a call that is traced is taken for one that can be cancelled", f"{CLIENT}/client.py:_bounded", 'if hasattr(call, "cancel"): call.cancel()', "call.cancel()", f"{CALLS} -k traced"),
     Fault("a stream is in no trace", f"{CLIENT}/client.py:_bounded", "target=copy_context().run, args=(reader,)", "target=reader", f"{CALLS} -k traced"),
+    Fault("a refused call is made again beyond its end", f"{CLIENT}/client.py:DigitClient._ask", "or time.monotonic() + pause_s > deadline", "", f"{CALLS} -k overloaded"),
+    Fault("gRPC waits beyond a call's end", f"{CLIENT}/channel.py", '["UNAVAILABLE", "CANCELLED"]', '["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]', f"{FAILURES} -k room_later"),
     Fault("a timeout has no end", f"{CLIENT}/errors.py:timeout", "0 < seconds <= MOST_TIMEOUT_S", "0 < seconds", f"{REQUESTS} -k timeout"),
     Fault("a token is sent whatever is in it", f"{CLIENT}/channel.py:Access.metadata", "token.isascii() and token.isprintable()", "True", f"{REQUESTS} -k token"),
     Fault("a client that is closed is called", f"{CLIENT}/client.py:DigitClient._connect", "if self._closed:", "if False:", f"{REQUESTS} -k closed"),

@@ -305,6 +305,8 @@ def test_a_stream_that_did_not_begin_is_not_tried_again() -> None:
     """gRPC has done that five times."""
     with pytest.raises(DigitError):
         Progress(pb.GenerateStreamRequest(count=5)).pause_after(DigitError(grpc.StatusCode.UNAVAILABLE, "nobody"), 30)
+    full = DigitError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", 0.7)
+    assert Progress(pb.GenerateStreamRequest(count=5)).pause_after(full, 30) == 0.7, "gRPC has not tried that again"
 
 
 def test_retry_after_comes_from_the_servers_trailing_metadata() -> None:
