@@ -15,6 +15,7 @@ from serve.errors import SettingsError
 
 ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 EXPORTER_VARIABLE, SAMPLER_VARIABLE, RATIO_VARIABLE = "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"
+TURN_ON = (ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE, EXPORTER_VARIABLE)
 DEFAULT_SAMPLER = "parentbased_always_on"
 SAMPLERS = ["always_on", "always_off", "traceidratio"]
 SAMPLERS += [f"parentbased_{name}" for name in SAMPLERS]
@@ -28,7 +29,7 @@ def wanted(environment: Mapping[str, str]) -> bool:
     _check(EXPORTER_VARIABLE, given, ("otlp", "none"))
     if given.get("OTEL_SDK_DISABLED", "").lower() == "true" or given.get(EXPORTER_VARIABLE) == "none":
         return False
-    if not {ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE, EXPORTER_VARIABLE} & given.keys():
+    if not set(TURN_ON) & given.keys():
         return False
     _check(_otlp("PROTOCOL", given), given, ("grpc",), "; name the collector's gRPC port, usually 4317")
     _check_endpoint(_otlp("ENDPOINT", given), given)

@@ -320,10 +320,11 @@ def test_without_an_endpoint_nothing_is_set_up() -> None:
     assert tracing.set_up({ENDPOINT: "", "OTEL_TRACES_SAMPLER": "never"}) is None
 
 
-def test_an_endpoint_without_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), [(ENDPOINT, "http://127.0.0.1:4317"), ("OTEL_TRACES_EXPORTER", "otlp")])
+def test_what_turns_tracing_on_without_the_packages_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(SettingsError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*tracing"):
-        tracing.set_up({ENDPOINT: "http://127.0.0.1:4317"})
+    with pytest.raises(SettingsError, match=rf"{name} is set, but .*'\.\[tracing\]', or set OTEL_SDK_DISABLED=true"):
+        tracing.set_up({name: value})
 
 
 @pytest.mark.parametrize(
