@@ -22,7 +22,6 @@ import torch
 from export.errors import ExportError
 from export.server_process import started
 from serve.client import DigitClient
-from serve.client.again import origin_of
 from serve.dataset.filter import Judge
 from train.checkpoint import Run, latest_checkpoint, write_atomically
 from train.data.mnist import Mnist, load_mnist
@@ -133,7 +132,7 @@ def _serve(bundle: Path, options: Options) -> dict[str, Any]:
     try:
         with started("serve", *flags) as server, DigitClient(server.target) as client:
             digits = client.generate(10 * OF_EACH, seed=SEED, labels=[number // OF_EACH for number in range(10 * OF_EACH)])
-            content = digits.to_png(origin_of(digits, client.get_model(), 0.0))
+            content = digits.to_png()
             calls = []
             for index in range(100):
                 begun = time.perf_counter()

@@ -26,7 +26,7 @@ import msgspec
 from msgspec.structs import replace
 
 from serve.client.channel import access_from, add_flags
-from serve.client.diagnosis import described
+from serve.client.diagnosis import failure_of
 from serve.client.errors import DigitError
 from serve.command_line import INT63, TIMEOUT_S, OneLineParser, failed, run_command, within
 from serve.errors import BundleError, SettingsError
@@ -218,7 +218,7 @@ def _status(flags: argparse.Namespace) -> int:
             stub = pb_grpc.DigitGeneratorStub(channel)
             print(as_table(stub.Status(request, timeout=flags.timeout, metadata=access.metadata)))
     except grpc.RpcError as error:
-        return failed(f"{flags.target}: {described(error, flags.target, access)}", 1)
+        return failed(f"{flags.target}: {failure_of(error, flags.target, access, flags.timeout)}", 1)
     return 0
 
 

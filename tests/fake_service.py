@@ -53,7 +53,7 @@ class FakeService:
         manifest = SimpleNamespace(
             name="mlp", version=1, latent_size=LATENT_SIZE, labels=labels, height=28, width=28, outputs=outputs
         )
-        self.model = Model(cast(Any, SimpleNamespace(manifest=manifest)), "cpu", self.batcher, observer)
+        self.model = Model(cast(Any, SimpleNamespace(manifest=manifest, digest="")), "cpu", self.batcher, observer)
         catalog = Catalog("mlp")
         catalog.put(self.model)
         self.core = Core(catalog, MAX_COUNT, MAX_COUNT_FLOAT32)

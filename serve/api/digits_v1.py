@@ -229,13 +229,15 @@ def _encode(request: Any, digits: Digits) -> bytes:
     elif digits.labels is not None:
         few = digits.labels.tolist()
     own = pb.GenerateResponse(seed=digits.seed, start=digits.start, count=digits.count, labels=few)
-    shared = _same_for_all(manifest.name, manifest.version, manifest.height, manifest.width, image_format)
+    made_by = manifest.name, manifest.version, digits.model.bundle.digest
+    shared = _same_for_all(made_by, (manifest.height, manifest.width), image_format)
     timing = TIMING.pack(TIMING_KEY, TIMING.size - 2, QUEUE_KEY, digits.queue_seconds, COMPUTE_KEY, digits.compute_seconds)
     return pack_field(shared + own.SerializeToString() + many + timing, IMAGES_KEY, entries)
 
 
 @lru_cache(64)
-def _same_for_all(model: str, version: int, height: int, width: int, image_format: pb.ImageFormat) -> bytes:
+def _same_for_all(made_by: tuple[str, int, str], size: tuple[int, int], image_format: pb.ImageFormat) -> bytes:
     """The fields that every answer of a model has in common. Making them anew would cost as much as all the others."""
-    head = pb.GenerateResponse(model=model, version=version, height=height, width=width, format=image_format)
+    (model, version, digest), (height, width) = made_by, size
+    head = pb.GenerateResponse(model=model, version=version, digest=digest, height=height, width=width, format=image_format)
     return head.SerializeToString()

@@ -53,7 +53,7 @@ def guarded(admission: Admission, route: str, handler: Handler, scope: Scope = "
                 call.left()
                 raise
             except Exception as error:
-                answer = _refused(call.failed(error))
+                answer = refused(call.failed(error))
             for header, value in HEADERS.items():
                 answer.headers.setdefault(header, value)
             # Sent from here, so that a drain waits until it is.
@@ -110,7 +110,8 @@ def error_answer(status: int, text: str, **headers: str) -> web.Response:
     return web.Response(status=status, text=json.dumps({"error": text}), content_type="application/json", headers=headers)
 
 
-def _refused(refusal: Refusal) -> web.Response:
+def refused(refusal: Refusal) -> web.Response:
+    """A refusal as JSON, with what programs are told."""
     text = json.dumps(refusal.fields())
     answer = web.Response(status=refusal.http_status, text=text, content_type="application/json")
     if refusal.retry_after_s is not None:

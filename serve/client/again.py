@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from serve.client.client import DigitClient
 from serve.client.digits import Digits
-from serve.client.errors import mistake
-from serve.pb.digits.v1 import digits_pb2 as pb
+from serve.client.errors import mistake, unusable
 from serve.pictures import Origin, read_origin, read_pixels, to_grid
 
 MOST_PICTURE_BYTES = 128 << 20  # the largest answer's digits, not packed at all
@@ -34,27 +33,29 @@ def read_picture(path: Path) -> tuple[Origin, bytes]:
 
 
 def make_again(client: DigitClient, origin: Origin) -> Digits:
-    """The digits of an origin that has an address. Raises DigitError."""
+    """The digits of an origin that has an address, by the model file that the server has now. Raises DigitError."""
     assert origin.seed is not None
     by = {"model": origin.model, "version": origin.version, "truncation": origin.truncation}
-    if origin.to is None:
-        return client.generate(origin.count, seed=origin.seed, start=origin.index, labels=origin.labels, **by)  # type: ignore[arg-type]  # by their names
-    way, labels, last = origin.to, origin.labels, origin.to.first + origin.count
-    if len(labels) > 1:  # one for each step, also of those that are not in the picture
-        labels = (labels[0],) * way.first + labels + (labels[-1],) * (way.steps - last)
-    digits = client.interpolate((origin.seed, origin.index), (way.seed, way.index), way.steps, labels=labels, **by)  # type: ignore[arg-type]
-    return replace(digits, pixels=digits.pixels[way.first : last], labels=digits.labels[way.first : last])
+    way, labels = origin.to, origin.labels
+    if way is None:
+        digits = client.generate(origin.count, seed=origin.seed, start=origin.index, labels=labels, **by)  # type: ignore[arg-type]  # by their names
+        first = 0
+    else:
+        first, last = way.first, way.first + origin.count
+        if len(labels) > 1:  # one for each step, also of those that are not in the picture
+            labels = (labels[0],) * first + labels + (labels[-1],) * (way.steps - last)
+        digits = client.interpolate((origin.seed, origin.index), (way.seed, way.index), way.steps, labels=labels, **by)  # type: ignore[arg-type]
+    if digits.origin is None:
+        raise unusable("it does not say by which model file")
+    there = slice(first, first + origin.count)
+    made = replace(origin, digest=digits.origin.digest)
+    return replace(digits, pixels=digits.pixels[there], labels=digits.labels[there], origin=made)
 
 
-def origin_of(digits: Digits, about: pb.GetModelResponse, truncation: float) -> Origin:
-    """The origin of digits that have an address; ``about`` describes their model."""
-    labels = tuple(digits.labels.tolist())
-    return Origin(digits.model, digits.version, about.digest, digits.seed, digits.start, len(digits), labels, truncation)
-
-
-def compared(origin: Origin, png: bytes, digits: Digits, digest: str) -> tuple[bool, str]:
-    """Whether the digits equal the picture's within rounding, and a message; ``digest`` is that of the answering model file."""
-    sheet = to_grid(digits.pixels)
+def compared(origin: Origin, png: bytes, digits: Digits) -> tuple[bool, str]:
+    """Whether digits that were made again equal the picture's within rounding, and a message."""
+    assert digits.origin is not None
+    digest, sheet = digits.origin.digest, to_grid(digits.pixels)
     before = read_pixels(png, *sheet.shape)
     if before is None:
         same, found = digest == origin.digest, "the picture was saved by another program, its pixels are not compared"

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from serve.client.calls import Calls
 from serve.client.channel import CONNECT_S, PLAIN, Access
-from serve.client.client import DEFAULT_TIMEOUT_S, DROPPED_BACKOFF_S
+from serve.client.client import DEFAULT_TIMEOUT_S, pause_after
 from serve.client.diagnosis import failure_of, why_unreachable
 from serve.client.digits import Digits
-from serve.client.errors import DigitError
+from serve.client.errors import DigitError, timeout
 from serve.client.streaming import Progress
 from serve.client.target import DEFAULT_TARGET
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -50,13 +50,15 @@ class AsyncDigitClient(
         wait_for_server: bool = True,
     ) -> None:
         """As ``DigitClient``."""
+        self._target, self._access, self._timeout_s = target, access, timeout(timeout_s)
+        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._channel = access.open_asyncio_channel(target)
         self._stub = pb_grpc.DigitGeneratorStub(self._channel)
-        self._target, self._access, self._timeout_s = target, access, timeout_s
-        self._options: dict[str, Any] = {"metadata": access.metadata, "wait_for_ready": wait_for_server}
         self._connected = not wait_for_server
+        self._closed = False
 
     async def close(self) -> None:
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncDigitClient:
@@ -69,13 +71,19 @@ class AsyncDigitClient(
         """As in ``DigitClient``."""
         deadline = time.monotonic() + self._timeout_s
         await self._connect()
+        attempt = 0
         while True:
+            attempt += 1
             try:
                 return read(await getattr(self._stub, method)(request, timeout=deadline - time.monotonic(), **self._options))
+            except asyncio.CancelledError:
+                self._check_open()
+                raise
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.CANCELLED or time.monotonic() + DROPPED_BACKOFF_S > deadline:
+                pause_s = None if self._closed else pause_after(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s > deadline:
                     raise await self._failure(error) from None
-                await asyncio.sleep(DROPPED_BACKOFF_S)
+                await asyncio.sleep(pause_s)
 
     async def _stream(self, progress: Progress) -> AsyncIterator[Digits]:
         while (request := progress.rest) is not None:
@@ -84,6 +92,9 @@ class AsyncDigitClient(
             try:
                 while (response := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
                     yield progress.take(response)
+            except asyncio.CancelledError:
+                self._check_open()
+                raise
             except TimeoutError as error:
                 raise await self._failure(error) from None
             except grpc.RpcError as error:
@@ -93,6 +104,7 @@ class AsyncDigitClient(
 
     async def _connect(self) -> None:
         """As in ``DigitClient``."""
+        self._check_open()
         if self._connected:
             return
         try:
@@ -102,6 +114,11 @@ class AsyncDigitClient(
             if reason := await asyncio.to_thread(why_unreachable, self._target, self._access):
                 raise DigitError(grpc.StatusCode.UNAVAILABLE, reason) from None
 
+    def _check_open(self) -> None:
+        """gRPC cancels the calls of a channel that is closed, and their tasks are not cancelled by anybody."""
+        task = asyncio.current_task()
+        if self._closed and not (task and task.cancelling()):
+            raise DigitError(grpc.StatusCode.CANCELLED, "the client is closed") from None
+
     async def _failure(self, error: grpc.RpcError | TimeoutError) -> DigitError:
-        late = isinstance(error, TimeoutError)
-        return await asyncio.to_thread(failure_of, error, self._target, self._access, self._timeout_s, late)
+        return await asyncio.to_thread(failure_of, error, self._target, self._access, self._timeout_s)

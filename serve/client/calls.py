@@ -11,16 +11,17 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.client.digits import Digits, from_response
-from serve.client.errors import mistake, unusable, whole
+from serve.client.digits import Digits, Request, from_response
+from serve.client.errors import mistake, real, unusable, whole
 from serve.client.streaming import Progress
-from serve.latents import LEAST_TRUNCATION, Span, draw_span
+from serve.latents import INDEX_LIMIT, LEAST_TRUNCATION, Span, draw_span
 from serve.pb.digits.v1 import digits_pb2 as pb
 
 Labels = SupportsIndex | Iterable[SupportsIndex]  # one digit for all, or one for each; empty: the addresses' own
 Address = tuple[SupportsIndex, SupportsIndex]  # seed and index
 
 MOST_LATENT_SIZE, MOST_CLASSES = 4096, 1000  # of a bundle's manifest
+MOST_REQUEST_BYTES = 4 << 20  # that a server takes
 
 DigitsT = TypeVar("DigitsT")
 StreamT = TypeVar("StreamT")
@@ -67,7 +68,11 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
             rows = _rows(latents)
             wanted = len(rows)
             request.latents, request.latent_size = rows.tobytes(), rows.shape[1]
-        digits: DigitsT = self._ask("Generate", request, partial(_all_digits, wanted))
+            if request.ByteSize() > MOST_REQUEST_BYTES:
+                raise mistake(
+                    f"latents have {rows.nbytes} bytes, over the {MOST_REQUEST_BYTES} of a request; ask for some at a time"
+                )
+        digits: DigitsT = self._ask("Generate", request, partial(_all_digits, request, wanted))
         return digits
 
     def interpolate(
@@ -88,7 +93,7 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
             steps=whole("steps", steps, 32),
             **_common(model, version, labels, truncation),
         )
-        digits: DigitsT = self._ask("Interpolate", request, partial(_all_digits, request.steps))
+        digits: DigitsT = self._ask("Interpolate", request, partial(_all_digits, request, request.steps))
         return digits
 
     def latents(
@@ -103,10 +108,12 @@ class Calls(ABC, Generic[DigitsT, StreamT, LatentsT, ModelsT, ModelT]):
     ) -> LatentsT:
         """The latent vectors float32 (count, z) of addresses, for arithmetic: what ``generate(latents=…)`` takes. Made here."""
         numbers = whole("seed", seed, 64), whole("start", start, 63), whole("count", count, 32)
-        checked_truncation(truncation)
+        if sum(numbers[1:]) > INDEX_LIMIT:
+            raise mistake(f"start + count must be at most 2^63, got {numbers[1]} + {numbers[2]}")
+        value = checked_truncation(truncation)
 
         def draw(about: pb.GetModelResponse) -> NDArray[np.float32]:
-            return draw_span(Span(*numbers, truncation=truncation), _checked(about).latent_size, about.labels)[0]
+            return draw_span(Span(*numbers, truncation=value), _checked(about).latent_size, about.labels)[0]
 
         rows: LatentsT = self._ask("GetModel", _model_request(model, version), draw)
         return rows
@@ -162,8 +169,8 @@ def _as_it_is(response: Any) -> Any:
     return response
 
 
-def _all_digits(wanted: int, response: pb.GenerateResponse) -> Digits:
-    digits = from_response(response, wanted)
+def _all_digits(request: Request, wanted: int, response: pb.GenerateResponse) -> Digits:
+    digits = from_response(response, request, wanted)
     if len(digits) < wanted:
         raise unusable(f"it has {len(digits)} digits, and {wanted} were asked for")
     return digits
@@ -177,10 +184,11 @@ def _checked(about: pb.GetModelResponse) -> pb.GetModelResponse:
 
 
 def checked_truncation(truncation: float) -> float:
-    """The truncation for latents that the client draws itself, without a server. Raises DigitError."""
-    if truncation and not LEAST_TRUNCATION <= truncation < math.inf:
-        raise mistake(f"truncation must be {LEAST_TRUNCATION:g} or more, or 0 for none, got {truncation:g}")
-    return float(truncation)
+    """A request's truncation. Raises TypeError or DigitError."""
+    value = real("truncation", truncation)
+    if value and not LEAST_TRUNCATION <= value < math.inf:
+        raise mistake(f"truncation must be {LEAST_TRUNCATION:g} or more, or 0 for none, got {value:g}")
+    return value
 
 
 def as_numbers(labels: Labels) -> list[int]:
@@ -194,7 +202,7 @@ def as_numbers(labels: Labels) -> list[int]:
 
 def _common(model: str, version: SupportsIndex, labels: Labels, truncation: float) -> dict[str, Any]:
     """The fields that all requests for digits share."""
-    return {**_named(model, version), "labels": as_numbers(labels), "truncation": float(truncation)}
+    return {**_named(model, version), "labels": as_numbers(labels), "truncation": checked_truncation(truncation)}
 
 
 def _named(model: str, version: SupportsIndex) -> dict[str, Any]:
@@ -212,12 +220,19 @@ def _model_request(model: str, version: SupportsIndex) -> pb.GetModelRequest:
 
 
 def _address(name: str, address: Address) -> pb.Address:
-    seed, index = address
+    try:
+        seed, index = address
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an address, (seed, index), got {address!r:.64}") from None
     return pb.Address(seed=whole(f"{name}'s seed", seed, 64), index=whole(f"{name}'s index", index, 64))
 
 
 def _rows(latents: ArrayLike) -> NDArray[np.float32]:
-    rows = np.ascontiguousarray(latents, "<f4")
+    try:
+        with np.errstate(over="ignore"):  # a float too large is infinite, which the server refuses by its place
+            rows = np.ascontiguousarray(latents, "<f4")
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's
+        raise TypeError(f"latents must be numbers of shape (n, z): {error!s:.200}") from None
     if rows.ndim != 2 or not rows.size:
         raise mistake(f"latents must have shape (n, z), got {rows.shape}")
     return rows

@@ -20,7 +20,8 @@ MAX_RESPONSE_BYTES = 64 << 20
 CONNECT_S = 5.0  # for a connection to stand, and between two tries of one: back within seconds after an outage
 
 # A digit is a pure function of its address, so trying again is always safe. CANCELLED is what gRPC's core answers for
-# calls that a stopping server had not yet looked at; an overloaded one says when to return (grpc-retry-pushback-ms).
+# calls that a stopping server had not yet looked at. What an overloaded one refuses is left to the clients: gRPC would wait as
+# long as it says (grpc-retry-pushback-ms), beyond the call's end too, and then tell of the end alone.
 # Health checking takes a replica out of the rotation as soon as it begins to drain.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"weighted_round_robin": {}}, {"round_robin": {}}],
@@ -34,7 +35,7 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.05s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 4,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
@@ -62,8 +63,11 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of every call."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        """The metadata of every call. Raises DigitError for a token that cannot be sent."""
+        token = (self.token or "").strip()  # of a file, whose line ends, or of a variable that is not set
+        if not (token.isascii() and token.isprintable()):
+            raise mistake("the token is not one line of plain characters, as serve.access.tokens prints it")
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
     def open_channel(self, target: str, *, follow_health: bool = True) -> grpc.Channel:
         """A channel to one or more replicas. Raises DigitError naming a target that is none or a file that cannot be read.
@@ -111,7 +115,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def access_from(flags: argparse.Namespace) -> Access:
     """The credentials from those flags. Raises DigitError naming a file that cannot be read."""
     token = _read(flags.token_file).decode("ascii", "replace") if flags.token_file else os.environ.get(TOKEN_VARIABLE, "")
-    return Access(token=token.strip(), ca=flags.ca, cert=flags.cert, key=flags.key)
+    return Access(token=token, ca=flags.ca, cert=flags.cert, key=flags.key)
 
 
 def _read(path: File) -> bytes:

@@ -6,20 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.client.again import compared, make_again, origin_of, read_picture
+from serve.client.again import compared, make_again, read_picture
 from serve.client.channel import access_from, add_flags
 from serve.client.client import DEFAULT_TIMEOUT_S, DigitClient
 from serve.client.digits import Digits
 from serve.client.errors import DigitError
 from serve.command_line import INT63, TIMEOUT_S, UINT32, UINT64, OneLineParser, encodable, failed
-from serve.pictures import Origin
 
 STANDARD_OUTPUT = Path("-")
 ASKED = ("count", "seed", "start", "digit", "truncation", "model", "version")  # the flags that say which digits
@@ -51,22 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error.details())
     try:
         with client:
-            digits, origin = _ask(client, flags) if picture is None else _ask_again(client, picture[0])
+            digits = _ask(client, flags) if picture is None else make_again(client, picture[0])
     except DigitError as error:
         return failed(f"{flags.target}: {error}", 2 if error.code() is grpc.StatusCode.INVALID_ARGUMENT else 1)
-    same, found = (True, "") if picture is None else compared(*picture, digits, origin.digest)
+    same, found = (True, "") if picture is None else compared(*picture, digits)
     found += "; " if found else ""
+    seed, index = (digits.seed, digits.start) if picture is None else (picture[0].seed, picture[0].index)
     about = (
-        f"{out}: {len(digits)} digits by {digits.model}/{digits.version}, seed {origin.seed}, from {origin.index}; "
+        f"{out}: {len(digits)} digits by {digits.model}/{digits.version}, seed {seed}, from {index}; "
         f"{found}queued {digits.queue_seconds * 1000:.1f} ms, computed {digits.compute_seconds * 1000:.1f} ms"
     )
     if out == STANDARD_OUTPUT:
-        sys.stdout.buffer.write(digits.to_png(origin))
+        sys.stdout.buffer.write(digits.to_png())
         sys.stdout.flush()
         print(about, file=sys.stderr)
         return 0 if same else 1
     try:
-        out.write_bytes(digits.to_png(origin))
+        out.write_bytes(digits.to_png())
     except OSError as error:
         return failed(f"cannot write {out} ({error.strerror}); name another file with --out", 1)
     with suppress(UnicodeEncodeError):  # a terminal without braille: the picture is there
@@ -75,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if same else 1
 
 
-def _ask(client: DigitClient, flags: argparse.Namespace) -> tuple[Digits, Origin]:
-    digits = client.generate(
+def _ask(client: DigitClient, flags: argparse.Namespace) -> Digits:
+    return client.generate(
         flags.count,
         seed=flags.seed,
         start=flags.start,
@@ -85,13 +84,6 @@ def _ask(client: DigitClient, flags: argparse.Namespace) -> tuple[Digits, Origin
         model=flags.model,
         version=flags.version,
     )
-    return digits, origin_of(digits, client.get_model(digits.model, digits.version), flags.truncation)
-
-
-def _ask_again(client: DigitClient, origin: Origin) -> tuple[Digits, Origin]:
-    """The digits, and the origin with the digest of the model file that made them now."""
-    digits = make_again(client, origin)
-    return digits, replace(origin, digest=client.get_model(digits.model, digits.version).digest)
 
 
 def _picture(text: str) -> Path:

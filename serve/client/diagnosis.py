@@ -22,26 +22,45 @@ WHOLE_TIMEOUT_S = 5.0  # for the whole of it, names' resolution included
 HTTP2 = ["h2"]
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and settings, of which there are none
 SETTINGS_FRAME = 4
+HEALTH_REQUEST, NOT_SERVING = b"\x0a\x18digits.v1.DigitGenerator", b"\x08\x02"  # as grpc.health.v1's messages are on the wire
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # the first that is set has effect, as in gRPC's core
 EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
 
-def failure_of(error: Any, target: str, access: Access, timeout_s: float, late: bool = False) -> DigitError:
-    """What a client raises in the place of a ``grpc.RpcError``, or when a stream's next answer was ``late``."""
+def failure_of(error: Any, target: str, access: Access, timeout_s: float) -> DigitError:
+    """What a client raises in the place of a ``grpc.RpcError``, or of a TimeoutError: a stream's next answer was late."""
     if isinstance(error, DigitError):  # of an answer that cannot be used
         return error
+    late = isinstance(error, TimeoutError)
     code = grpc.StatusCode.DEADLINE_EXCEEDED if late else error.code()
     text = "" if late else error.details() or ""
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and (reason := why_unreachable(target, access)):
-        return DigitError(grpc.StatusCode.UNAVAILABLE, reason)
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        reason = why_unreachable(target, access)
+        if reason is None and (late or not _by_a_server(error)):
+            reason = _why_not_called(target, access)
+        if reason is not None:
+            return DigitError(grpc.StatusCode.UNAVAILABLE, reason)
     if late or text == "Deadline Exceeded":  # gRPC's own words, which do not say how long it was
         text = f"no answer from {target} within {timeout_s:g} s"
     return DigitError(code, text, None if late else retry_after_s(error))
 
 
-def described(error: grpc.RpcError, target: str, access: Access = PLAIN) -> str:
-    """A failed call's status in one line, with the way out where nobody could be reached. For calls without a ``DigitClient``."""
-    return str(failure_of(error, target, access, 0.0))
+def _by_a_server(error: Any) -> bool:
+    """Whether a server of ours made this error, and not gRPC on the way to one."""
+    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+
+
+def _why_not_called(target: str, access: Access) -> str | None:
+    """Whether the server says that it is not to be called: clients keep away from such a server, and gRPC does not say so."""
+    with access.open_channel(target, follow_health=False) as channel:
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            status = check(HEALTH_REQUEST, timeout=TIMEOUT_S)
+        except grpc.RpcError:
+            return None
+    if status != NOT_SERVING:
+        return None
+    return f"the server at {target} says that it is not ready: it is stopping, or none of its models can answer (its /readyz)"
 
 
 def why_unreachable(target: str, access: Access) -> str | None:
@@ -60,7 +79,7 @@ def _why_unreachable(target: str, access: Access) -> str | None:
         proxy = None if is_loopback(target) else _proxy_for(host)
         try:
             with _connected(host, port, proxy) as connection:
-                return _why_refused(connection, host, access) if access.ca else _why_not_grpc(connection, host, port)
+                return _why_refused(connection, host, port, access) if access.ca else _why_not_grpc(connection, host, port)
         except OSError as error:
             reason = error.strerror or str(error)
             found = _not_through(proxy[0], host, port, reason) if proxy else _nobody_at(host, port, reason)
@@ -113,17 +132,21 @@ def _why_not_grpc(connection: socket.socket, host: str, port: int) -> str | None
     except OSError:
         answer = b""
     if answer.startswith(b"HTTP/"):
-        usual = DEFAULT_TARGET.rpartition(":")[2]
-        return f"{host}:{port} is an HTTP port; give the server's gRPC port ({usual} unless it was told otherwise)"
+        return _no_grpc_port(host, port, "an HTTP port")
     if answer[3:4] == bytes([SETTINGS_FRAME]):
         return None
     with suppress(OSError), socket.create_connection((host, port), TIMEOUT_S) as again:
-        if (reason := _why_refused(again, host, PLAIN)) is not None:
+        if (reason := _why_refused(again, host, port, PLAIN)) is not None:
             return reason
     return f"what answers at {host}:{port} is no gRPC server"
 
 
-def _why_refused(connection: socket.socket, host: str, access: Access) -> str | None:
+def _no_grpc_port(host: str, port: int, kind: str) -> str:
+    usual = DEFAULT_TARGET.rpartition(":")[2]
+    return f"{host}:{port} is {kind}; give the server's gRPC port ({usual} unless it was told otherwise)"
+
+
+def _why_refused(connection: socket.socket, host: str, port: int, access: Access) -> str | None:
     context = ssl.create_default_context()
     context.set_alpn_protocols(HTTP2)
     if access.ca is None:
@@ -138,8 +161,10 @@ def _why_refused(connection: socket.socket, host: str, access: Access) -> str | 
     reason: str | None = "the server there speaks TLS: give --ca, the file of the authority that its certificate is by"
     try:
         with context.wrap_socket(connection, server_hostname=host) as secure:
-            if access.ca is not None:
-                reason = _why_hung_up(secure)
+            if secure.selected_alpn_protocol() not in HTTP2:
+                reason = _no_grpc_port(host, port, "an HTTPS port, or behind something that does not speak HTTP/2")
+            elif access.ca is not None:
+                reason = _why_hung_up(secure, access)
     except ssl.SSLCertVerificationError as error:
         reason = f"the server's certificate is not accepted ({error.verify_message}); --ca {access.ca} names whom to trust"
     except ssl.SSLError:
@@ -149,7 +174,7 @@ def _why_refused(connection: socket.socket, host: str, access: Access) -> str | 
     return reason
 
 
-def _why_hung_up(secure: ssl.SSLSocket) -> str | None:
+def _why_hung_up(secure: ssl.SSLSocket, access: Access) -> str | None:
     """An HTTP/2 server speaks first; one that wants a certificate of its client hangs up instead (TLS 1.3)."""
     secure.settimeout(TIMEOUT_S)
     try:
@@ -158,4 +183,7 @@ def _why_hung_up(secure: ssl.SSLSocket) -> str | None:
         return None
     except OSError:
         spoken = b""
-    return None if spoken else "the server ends the connection: it may want a certificate of its client (--cert and --key)"
+    if spoken:
+        return None
+    wanted = f"it may not accept {access.cert}" if access.cert else "it may want a certificate of its client (--cert and --key)"
+    return f"the server ends the connection: {wanted}"

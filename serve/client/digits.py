@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from serve.client.errors import unusable
 from serve.pb.digits.v1 import digits_pb2 as pb
-from serve.pictures import Origin, to_grid, to_png
+from serve.pictures import Origin, Way, to_grid, to_png
 
 SHAPE = (28, 28)
 
@@ -31,6 +31,7 @@ class Digits:
     labels: NDArray[np.int64]  # (n,), empty for a model that cannot be asked for a digit
     queue_seconds: float
     compute_seconds: float
+    origin: Origin | None = None  # what a picture of them says; None where the server does not name the model's file
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -47,15 +48,18 @@ class Digits:
         address = "no address" if self.seed is None else f"seed {self.seed} from {self.start}"
         return f"<Digits: {len(self)} by {self.model}/{self.version}, {address}, {self.pixels.dtype}>"
 
-    def to_png(self, origin: Origin | None = None) -> bytes:
-        """All digits as one grey PNG, in near-square rows, with an origin (``serve.client.again.origin_of``) if one is given."""
+    def to_png(self) -> bytes:
+        """All digits as one grey PNG, in near-square rows. It says how they were made, whatever was done to ``pixels``."""
         pixels = self.pixels if self.pixels.dtype == np.uint8 else np.rint(self.pixels * 255).astype(np.uint8)
-        return to_png(to_grid(pixels), origin)
+        return to_png(to_grid(pixels), self.origin)
 
     _repr_png_ = to_png  # IPython's name for it
 
 
-def from_response(response: pb.GenerateResponse, most: int | None = None) -> Digits:
+Request = pb.GenerateRequest | pb.GenerateStreamRequest | pb.InterpolateRequest
+
+
+def from_response(response: pb.GenerateResponse, request: Request, most: int) -> Digits:
     """An answer of the formats that the client asks for, of ``most`` digits at most. Raises DigitError for one that is none."""
     count = response.count
     kind = "<f4" if response.format == pb.IMAGE_FORMAT_FLOAT32 else np.uint8
@@ -64,9 +68,10 @@ def from_response(response: pb.GenerateResponse, most: int | None = None) -> Dig
         pixels = pixels.reshape(count, response.height, response.width)
     except (IndexError, ValueError):
         raise unusable("its pixels are not as many as it says") from None
-    if not 0 < count <= (count if most is None else most):
+    if not 0 < count <= most:
         raise unusable(f"it has {count} digits, and {most} were asked for")
-    if pixels.shape[1:] != SHAPE or len(response.labels) not in (0, count) or not response.model.isprintable():
+    printable = (response.model + response.digest).isprintable()
+    if pixels.shape[1:] != SHAPE or len(response.labels) not in (0, count) or not printable:
         raise unusable("it says of what size, label or model its digits are, and that cannot be")
     return Digits(
         pixels=pixels,
@@ -77,4 +82,14 @@ def from_response(response: pb.GenerateResponse, most: int | None = None) -> Dig
         labels=np.array(response.labels, np.int64),
         queue_seconds=response.timing.queue_seconds,
         compute_seconds=response.timing.compute_seconds,
+        origin=_origin(response, request) if response.digest else None,
     )
+
+
+def _origin(response: pb.GenerateResponse, request: Request) -> Origin:
+    seed, index, way = response.seed if response.HasField("seed") else None, response.start, None
+    if isinstance(request, pb.InterpolateRequest):
+        seed, index = request.begin.seed, request.begin.index
+        way = Way(request.end.seed, request.end.index, request.steps)
+    made_by = response.model, response.version, response.digest
+    return Origin(*made_by, seed, index, response.count, tuple(response.labels), request.truncation, way)

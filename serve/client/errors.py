@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import grpc
 
 RETRY_AFTER = "grpc-retry-pushback-ms"
+MOST_TIMEOUT_S = 86400.0  # as of the command line; gRPC takes what is much longer for a time that has passed
 MOST_RETRY_DIGITS = 10  # four months; Python refuses to read thousands
 
 
@@ -62,3 +63,21 @@ def whole(name: str, value: SupportsIndex, bits: int) -> int:
     if not 0 <= number < 1 << bits:
         raise mistake(f"{name} must be from 0 to 2^{bits} - 1, got {number}")
     return number
+
+
+def real(name: str, value: SupportsFloat) -> float:
+    """``value`` as a float. Raises TypeError naming the field."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r:.64}") from None
+
+
+def timeout(value: SupportsFloat) -> float:
+    """A client's ``timeout_s``. Raises TypeError or DigitError."""
+    seconds = real("timeout_s", value)
+    if not 0 < seconds <= MOST_TIMEOUT_S:
+        raise mistake(f"timeout_s must be more than 0 and at most {MOST_TIMEOUT_S:g}, got {seconds:g}")
+    return seconds

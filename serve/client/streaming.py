@@ -32,7 +32,7 @@ class Progress:
         Raises DigitError for one that is none.
         """
         request = self._request
-        digits = from_response(response, request.count)
+        digits = from_response(response, request, request.count)
         self._begun, self._failures = True, 0
         request.seed, request.model, request.version = response.seed, response.model, response.version
         request.start += response.count
@@ -43,6 +43,7 @@ class Progress:
         """Seconds to wait before the rest is asked for; raises ``failure`` where that would be in vain, or over ``most_s``."""
         self._failures += 1
         pause_s = failure.retry_after_s or BACKOFF_S * self._failures
-        if not self._begun or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE or pause_s > most_s:
+        tried_once = self._begun or failure.retry_after_s is not None  # else gRPC itself has tried it again
+        if not tried_once or self._failures >= ATTEMPTS or failure.code() not in RETRYABLE or pause_s > most_s:
             raise failure from None
         return pause_s

@@ -12,7 +12,12 @@ SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "xds", "vsock")
 
 
 def check_target(target: str) -> None:
-    """Raises DigitError for texts that gRPC would take for a host name, without an explanation when it is not found."""
+    """Raises TypeError for what is no text.
+
+    Raises DigitError for texts that gRPC would take for a host name, without an explanation when it is not found.
+    """
+    if not isinstance(target, str):
+        raise TypeError(f"target must be host:port, got {target!r:.64}")
     scheme, colon, _ = target.partition("://")
     if colon and scheme not in SCHEMES:
         shown = addresses(target.partition("://")[2].partition("/")[0])

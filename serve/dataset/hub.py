@@ -96,6 +96,8 @@ A judge (SHA-256 `{dataset.judge}`)
 reads each as its label with a probability of {dataset.filter:g} or more. It refused {dataset.refused_share or 0:.2%} of what it
 was shown, and later digits of the stream took their places.
 """
+    needed = "that model file (`--models-dir` names its folder, where it is not a bundled one)"
+    needed += " and that judge (`--judge`)" if dataset.filter else ""
     again = f"--model {dataset.model} --version {dataset.version} --seed {dataset.seed} --start {dataset.start}"
     again += f" --count {dataset.count}"
     again += f" --labels {' '.join(map(str, dataset.labels))}" if dataset.labels else ""
@@ -125,7 +127,7 @@ SHA-256 of the model file `{dataset.digest}`)
 from seed {dataset.seed}, index {dataset.start} on. `index` is a digit's place in that stream. The text chunk `digits` of each
 PNG says how it was made.
 {filtered if dataset.filter else ""}
-The same digits again, byte for byte on the same kind of processor:
+The same digits again, byte for byte on the same kind of processor, with {needed}:
 
 ```sh
 python -m serve.dataset write --out digits {again}

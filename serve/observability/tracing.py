@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from serve.command_line import release
 from serve.errors import SettingsError
 from serve.observability.logs import mute
-from serve.observability.tracing_settings import DEFAULT_SAMPLER, ENDPOINT_VARIABLE, RATIO_VARIABLE, SAMPLER_VARIABLE, wanted
+from serve.observability.tracing_settings import DEFAULT_SAMPLER, RATIO_VARIABLE, SAMPLER_VARIABLE, TURN_ON, wanted
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
 # W3C Trace Context (https://www.w3.org/TR/trace-context): version, trace, parent, flags, of which the lowest bit is "sampled".
 CONTEXT_KEYS = ("traceparent", "tracestate")
-TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?")
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?")
 # Statuses that are the server's own fault (semantic conventions for gRPC).
 SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 CONTEXT_LOGGERS = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")  # they quote what a caller sent
@@ -181,7 +181,9 @@ def set_up(environment: Mapping[str, str]) -> Tracing | None:
         )
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     except ImportError:
-        raise SettingsError(f"{ENDPOINT_VARIABLE} is set, but the tracing extra is not installed; do either") from None
+        by = next(each for each in TURN_ON if environment.get(each, "").strip())
+        way_out = "pip install '.[tracing]', or set OTEL_SDK_DISABLED=true"
+        raise SettingsError(f"{by} is set, but the extra tracing is not installed: {way_out}") from None
     except Exception as error:
         raise SettingsError(
             f"OpenTelemetry cannot use its variables ({error}); mend them, or set OTEL_SDK_DISABLED=true"

@@ -15,6 +15,7 @@ from serve.errors import SettingsError
 
 ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 EXPORTER_VARIABLE, SAMPLER_VARIABLE, RATIO_VARIABLE = "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"
+TURN_ON = (ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE, EXPORTER_VARIABLE)
 DEFAULT_SAMPLER = "parentbased_always_on"
 SAMPLERS = ["always_on", "always_off", "traceidratio"]
 SAMPLERS += [f"parentbased_{name}" for name in SAMPLERS]
@@ -28,15 +29,14 @@ def wanted(environment: Mapping[str, str]) -> bool:
     _check(EXPORTER_VARIABLE, given, ("otlp", "none"))
     if given.get("OTEL_SDK_DISABLED", "").lower() == "true" or given.get(EXPORTER_VARIABLE) == "none":
         return False
-    if not {ENDPOINT_VARIABLE, TRACES_ENDPOINT_VARIABLE, EXPORTER_VARIABLE} & given.keys():
+    if not set(TURN_ON) & given.keys():
         return False
-    for prefix in OTLP:
-        _check(f"{prefix}PROTOCOL", given, ("grpc",), "; name the collector's gRPC port, usually 4317")
-        _check_endpoint(f"{prefix}ENDPOINT", given)
-        _check_number(f"{prefix}TIMEOUT", given)
-        for kind in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"):
-            if f"{prefix}{kind}" in given and not Path(given[f"{prefix}{kind}"]).is_file():
-                raise SettingsError(f"{prefix}{kind} must be a file, got {given[f'{prefix}{kind}']!r}")
+    _check(_otlp("PROTOCOL", given), given, ("grpc",), "; name the collector's gRPC port, usually 4317")
+    _check_endpoint(_otlp("ENDPOINT", given), given)
+    _check_number(_otlp("TIMEOUT", given), given)
+    for kind in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"):
+        if (name := _otlp(kind, given)) in given and not Path(given[name]).is_file():
+            raise SettingsError(f"{name} must be a file, got {given[name]!r}")
     _check(SAMPLER_VARIABLE, given, SAMPLERS)
     if given.get(SAMPLER_VARIABLE, "").endswith("ratio"):
         _check_number(RATIO_VARIABLE, given, most=1)
@@ -48,6 +48,12 @@ def wanted(environment: Mapping[str, str]) -> bool:
     if "OTEL_CONFIG_FILE" in given:
         raise SettingsError("OTEL_CONFIG_FILE is not read; say it in the other OTEL_ variables, as docs/serving.md has them")
     return True
+
+
+def _otlp(kind: str, given: Mapping[str, str]) -> str:
+    """The variable that has effect: that for traces, where it is set, and else that for all signals."""
+    for_all, for_traces = (f"{prefix}{kind}" for prefix in OTLP)
+    return for_traces if for_traces in given else for_all
 
 
 def _check(name: str, given: Mapping[str, str], known: tuple[str, ...] | list[str], hint: str = "") -> None:

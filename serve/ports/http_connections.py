@@ -15,11 +15,13 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import grpc
 from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import LineTooLong
 
-from serve.api.http_call import error_answer
-from serve.api.status import refusal
+from serve.api.http_call import error_answer, refused
+from serve.api.status import Refusal, refusal
+from serve.errors import OverloadedError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ MOST_BYTES_BEHIND = 64 << 10  # of further requests, sent before the one in hand
 MOST_HELD_BYTES = 16 << 20  # of the heads of all connections, which take twice that in memory
 HEAD_END = b"\r\n\r\n"
 MOST_CONNECTIONS = 512
+TOO_BUSY = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, 503, "too many requests are open; try again", 1.0, OverloadedError.reason)
 ANY_ADDRESS = "::"  # of either family
 # On every answer: nobody else's page shows it, or guesses at what it is.
 ANSWER_HEADERS = {
@@ -102,7 +105,7 @@ class Connections:
         connection.begin(request)
         try:
             if len(self._open) - len(self.idle) > self._most_busy and not self._is_probe(request.path):
-                return error_answer(503, "too many requests are under way; try again", **{"Retry-After": "1"})
+                return refused(TOO_BUSY)
             answer: web.StreamResponse = await handler(request)
             return answer
         finally:

@@ -55,6 +55,28 @@ def test_a_picture_of_the_command_is_made_again_byte_for_byte(
     assert (tmp_path / "new.png").read_bytes() == first
 
 
+def test_a_picture_of_the_clients_is_made_again(shared_server: ServerProcess, again: Callable[..., tuple[int, str]]) -> None:
+    """Every PNG says how it was made: one that a program or a notebook makes of an answer too."""
+    with DigitClient(shared_server.target) as client:
+        latents = client.latents(7)
+        asked = [
+            client.generate(5, seed=SEED, start=3, truncation=0.584),
+            client.generate(4, model="mlp"),
+            client.generate(3, seed=1, labels=[1, 2, 3], as_float=True),
+            client.interpolate((1, 0), (2, 9), 7, labels=3),
+            *list(client.stream(9, seed=7, chunk=4, labels=[3, 1, 4]))[1:],
+        ]
+        unaddressed = client.generate(latents=latents, labels=1)
+    for digits in asked:
+        png = digits._repr_png_()
+        assert digits.origin is not None
+        assert read_origin(png).text() == digits.origin.text()
+        status, said = again(png)
+        assert (status, "by the same model file; " in said) == (0, True), said
+        assert digits.pixels.dtype != np.uint8 or "the same pixels" in said
+    assert read_origin(unaddressed.to_png()).seed is None
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -19,6 +19,7 @@ import trustme
 
 from serve.client import Access, AsyncDigitClient, DigitClient, DigitError, Digits, asyncio_client, client, diagnosis
 from serve.ports import grpc_port
+from tests.certificates import Certificates
 from tests.fake_generator import blank, generating
 from tests.in_process import Running, with_server
 from tests.server_process import ServerProcess
@@ -137,6 +138,17 @@ def test_a_server_that_hangs_ends_a_call_with_the_calls_own_time(kind: str, star
             stream(kind, server.target, 1_000_000, stop, timeout_s=3.0)  # in which a busy machine answers the first time
 
 
+def test_a_server_that_is_not_ready_is_told_from_one_that_does_not_answer(
+    kind: str, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Clients keep away from a server that says so, and gRPC says nothing of it."""
+    server = start_server("--drain-grace-s=60")
+    server.process.send_signal(signal.SIGTERM)
+    for options in ({"timeout_s": 2.0}, {"wait_for_server": False}):
+        with fails(f"the server at {server.target} says that it is not ready"):
+            generate(kind, server.target, **options)  # type: ignore[arg-type]
+
+
 def test_a_slow_answer_is_told_from_nobody(kind: str) -> None:
     release = threading.Event()
 
@@ -154,6 +166,45 @@ def test_a_slow_answer_is_told_from_nobody(kind: str) -> None:
                 generate(kind, target, 0.5)
             with fails(f"no answer from {target} within 0.5 s", CODE.DEADLINE_EXCEEDED):
                 stream(kind, target, 500, timeout_s=0.5)
+        finally:
+            release.set()
+
+
+def test_calls_of_a_client_that_is_closed_meanwhile_say_so_and_cancelled_tasks_are_cancelled() -> None:
+    release, begun = threading.Event(), threading.Semaphore(0)
+
+    def slow(request: Any, context: grpc.ServicerContext) -> Any:
+        begun.release()
+        release.wait(SECONDS)
+        return blank()
+
+    def slow_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield slow(request, context)
+
+    async def end(close: bool) -> list[Any]:
+        caller = AsyncDigitClient(target)
+        tasks = [asyncio.create_task(caller.generate()), asyncio.create_task(anext(caller.stream(5)))]  # type: ignore[arg-type]
+        for _ in tasks:
+            await asyncio.to_thread(begun.acquire)
+        if close:
+            await caller.close()
+        else:
+            for task in tasks:
+                task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await caller.close()
+        return [*ended]
+
+    with generating(Generate=slow, GenerateStream=slow_stream) as target:
+        try:
+            assert [str(each) for each in asyncio.run(end(close=True))] == ["CANCELLED: the client is closed"] * 2
+            assert [type(each) for each in asyncio.run(end(close=False))] == [asyncio.CancelledError] * 2
+            with DigitClient(target) as caller:
+                closing = threading.Thread(target=lambda: (begun.acquire(), caller.close()))
+                closing.start()
+                with fails("closed", CODE.CANCELLED):
+                    caller.generate()
+                closing.join()
         finally:
             release.set()
 
@@ -232,6 +283,20 @@ def test_an_overloaded_server_says_when_it_has_room(kind: str) -> None:
     assert (caught.value.code(), caught.value.retry_after_s) == (CODE.RESOURCE_EXHAUSTED, 0.007)
 
 
+def test_an_overloaded_server_that_has_room_later_than_the_call_ends_says_so_at_once(kind: str) -> None:
+    def full(request: Any, context: grpc.ServicerContext) -> Any:
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", "60000"),))
+        context.abort(CODE.RESOURCE_EXHAUSTED, "the queue is full")
+
+    def full_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield full(request, context)
+
+    with generating(Generate=full, GenerateStream=full_stream) as target:
+        for call in (generate, lambda kind, target: stream(kind, target, 500)):
+            with fails("the queue is full", CODE.RESOURCE_EXHAUSTED):
+                call(kind, target)  # type: ignore[no-untyped-call]
+
+
 def test_a_proxy_is_not_asked_for_the_way_to_this_machine(
     kind: str, shared_server: ServerProcess, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,12 +352,34 @@ def test_several_addresses_with_tls(tmp_path: Path, start_server: Callable[..., 
         assert len(generate(kind, target, access=Access(ca=ca))) == 1
 
 
+def test_an_https_port_is_named(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
+    flags, ca = certified(tmp_path, "127.0.0.1")
+    server = start_server(*flags)
+    for kind in KINDS:
+        for access in (Access(ca=ca), Access()):
+            with fails(f"{server.https} is an HTTPS port.*give the server's gRPC port"):
+                generate(kind, server.https, access=access)
+
+
 def test_a_certificate_for_another_name_is_named(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
     flags, ca = certified(tmp_path, "digits.example")
     server = start_server(*flags)
     for kind in KINDS:
         with fails("certificate is not accepted .*127.0.0.1"):
             generate(kind, f"ipv4:{server.target},{server.target}", access=Access(ca=ca))
+
+
+def test_a_client_certificate_that_is_missing_or_not_accepted_is_named(
+    tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    certificates = Certificates(tmp_path)
+    server = start_server(*certificates.flags, f"--tls-client-ca={certificates.ca}")
+    cert, key = certificates.client(trustme.CA())
+    for kind in KINDS:
+        with fails("may want a certificate of its client"):
+            generate(kind, server.target, access=Access(ca=certificates.ca))
+        with fails(f"may not accept {cert}"):
+            generate(kind, server.target, access=Access(ca=certificates.ca, cert=cert, key=key))
 
 
 def test_a_file_that_cannot_be_read_is_named_at_once(kind: str, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_card_says_what_the_digits_are_and_how_to_make_them_again(folder: Pa
     assert bundle.digest in body
     figure = json.loads(bundle.quality_json)["model"]["frechet_distance"]
     assert f"| frechet distance | {figure:.4g} |" in body
-    assert ("A judge (" in body) == bool(dataset.filter)
+    assert ("A judge (" in body) == ("`--judge`" in body) == bool(dataset.filter)
     assert json.loads(body.split("```json\n")[1].split("```")[0]) == bundle.manifest.training["config"]
     [command] = [line for line in body.splitlines() if line.startswith("python -m serve.dataset ")]
     flags = command.split()[3:]

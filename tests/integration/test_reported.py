@@ -148,6 +148,7 @@ def answers(world: World) -> dict[str, tuple[Any, Any]]:
         "GenerateResponse.width": (len(one.images[0]) // one.count // one.height, one.width),
         "GenerateResponse.format": (one.format, pb.IMAGE_FORMAT_UINT8),
         "GenerateResponse.labels": (list(one.labels), [4] * 20),
+        "GenerateResponse.digest": (one.digest, world.file("cdcgan/1/manifest.json")["files"]["model.onnx"]),
         "Timing.compute_seconds": (one.timing.compute_seconds, pytest.approx(computed, rel=0.01)),
         "Timing.queue_seconds": (0 < one.timing.queue_seconds < took, True),
     }

@@ -262,6 +262,9 @@ IN_TRACE, NOT_SAMPLED = dict([traceparent(TRACES[0])]), dict([traceparent(TRACES
         ({}, IN_TRACE, True),
         ({}, NOT_SAMPLED, False),
         ({}, {}, True),
+        ({}, {"traceparent": f"00-{'0' * 32}-{PARENT}-00"}, True),  # as none: no trace has that id
+        ({}, {"traceparent": f"00-{TRACES[0]}-{'0' * 16}-00"}, True),
+        ({}, {"traceparent": f"ff-{TRACES[0]}-{PARENT}-00"}, True),
         ({"OTEL_TRACES_SAMPLER": "always_on"}, NOT_SAMPLED, True),
         ({"OTEL_TRACES_SAMPLER": "always_off"}, IN_TRACE, False),
         ({"OTEL_TRACES_SAMPLER": "parentbased_always_off"}, IN_TRACE, True),
@@ -276,6 +279,8 @@ IN_TRACE, NOT_SAMPLED = dict([traceparent(TRACES[0])]), dict([traceparent(TRACES
         ({"OTEL_SDK_DISABLED": "TRUE"}, IN_TRACE, False),
         ({"OTEL_SDK_DISABLED": "false"}, IN_TRACE, True),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, IN_TRACE, True),
+        # What is for all signals has no effect where the same is set for traces.
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"}, IN_TRACE, True),
     ],
 )
 def test_the_documented_variables_hold(
@@ -315,10 +320,11 @@ def test_without_an_endpoint_nothing_is_set_up() -> None:
     assert tracing.set_up({ENDPOINT: "", "OTEL_TRACES_SAMPLER": "never"}) is None
 
 
-def test_an_endpoint_without_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), [(ENDPOINT, "http://127.0.0.1:4317"), ("OTEL_TRACES_EXPORTER", "otlp")])
+def test_what_turns_tracing_on_without_the_packages_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(SettingsError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*tracing"):
-        tracing.set_up({ENDPOINT: "http://127.0.0.1:4317"})
+    with pytest.raises(SettingsError, match=rf"{name} is set, but .*'\.\[tracing\]', or set OTEL_SDK_DISABLED=true"):
+        tracing.set_up({name: value})
 
 
 @pytest.mark.parametrize(

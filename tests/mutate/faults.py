@@ -41,8 +41,8 @@ SPAN_SETTINGS = "serve/observability/tracing_settings.py"
 THE_SERVER = "tests/unit/test_server.py"
 REQUESTS = "tests/unit/test_client_requests.py"
 FAILURES = "tests/integration/test_client_failures.py"
-CLIENT = "serve/client"
-ANSWERS = "tests/unit/test_client_answers.py"
+CLIENT, AGAIN = "serve/client", "tests/integration/test_client_again.py"
+ANSWERS, CALLS = "tests/unit/test_client_answers.py", "tests/unit/test_client.py"
 BOUNDS = "tests/integration/test_bounds.py"
 PICTURED = "tests/unit/test_pictures.py"
 CACHED = "tests/integration/test_http_cache.py"
@@ -227,11 +227,11 @@ FAULTS = [
     Fault("every chunk of a stream is a span", f"{SPANS}:Span.phases", "self._answers > MOST_ANSWERS", "False", f"{TRACING} -k phases"),
     Fault("what OTLP cannot hold costs the spans of others", f"{SPANS}:exportable", "value >= 1 << 63", "False", f"{TRACING} -k cannot_hold_costs"),
     Fault("a caller's mistake is an error of the server's", f"{SPANS}:Span.end", "code in SERVER_FAULTS", 'code != "OK"', f"{TRACING} -k phases"),
-    Fault("a protocol that is not spoken is taken", f"{SPAN_SETTINGS}:wanted", '_check(f"{prefix}PROTOCOL", given, ("grpc",), "; name the collector\'s gRPC port, usually 4317")', "pass", f"{TRACING} -k refused_by_name"),
+    Fault("a protocol that is not spoken is taken", f"{SPAN_SETTINGS}:wanted", '_check(_otlp("PROTOCOL", given), given, ("grpc",), "; name the collector\'s gRPC port, usually 4317")', "pass", f"{TRACING} -k refused_by_name"),
     Fault("an HTTP call is traced as one of gRPC", f"{HTTP}:_described", "of_http=True", "of_http=False", f"{TRACING} -k http"),
     Fault("a trace has no phases", f"{ADMISSION}:Call.encoded", "self._span is not None", "False", f"{REQUEST_PATH} -k traced"),
     Fault("an HTTP call holds for ever", f"{HTTP}:guarded.handle", "call.sent()", "pass", f"{WIRING} -k holds_nothing"),
-    Fault("no hint when to return over HTTP", f"{HTTP}:_refused", "refusal.retry_after_s is not None", "False", f"{WIRING} tests/integration/test_http_api.py"),
+    Fault("no hint when to return over HTTP", f"{HTTP}:refused", "refusal.retry_after_s is not None", "False", f"{WIRING} tests/integration/test_http_api.py"),
     Fault("HTTP requests have no deadline", f"{HTTP}:guarded.handle", "time.monotonic() + TIMEOUT_S", "None", WIRING),
     Fault("a full queue is UNAVAILABLE", "serve/api/status.py:", "QueueFullError: (Code.RESOURCE_EXHAUSTED, 429)", "QueueFullError: (Code.UNAVAILABLE, 503)", f"tests/unit/test_status.py {WIRING}"),
     Fault("a batch size is chosen though it makes fewer images", "export/batch_size.py:choose", ">= WORTH * best", ">= 0.0 * best", "tests/integration/test_commands.py"),
@@ -273,13 +273,23 @@ FAULTS = [
     Fault("latents are not checked against the size that they travel with", "serve/api/digits_v1.py:_latents", "Latents(values.reshape(-1, request.latent_size), request.count)", "Latents(values, request.count)", f"{FAILURES} -k wrong_shape"),
     Fault("latents travel without the size of their rows", f"{CLIENT}/calls.py:Calls.generate", "rows.tobytes(), rows.shape[1]", "rows.tobytes(), 0", f"{REQUESTS} -k travel"),
     Fault("a count goes beside latents", f"{CLIENT}/calls.py:Calls.generate", "if latents is not None and count is not None:", "if False:", f"{REQUESTS} -k bounds"),
-    Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k whole"),
+    Fault("a label is rounded", f"{CLIENT}/errors.py:whole", "operator.index(value)", "int(value)", f"{REQUESTS} -k no_number"),
     Fault("float images leave [0, 1]", "serve/core/generate.py:_digits", "np.clip(rows, 0, 1, dtype=np.float32)", "rows", f"{FAILURES} -k within_0_and_1"),
-    Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_Bounded._watch", "self._call.cancel()", "pass", f"{FAILURES} -k slow_answer"),
-    Fault("a reader's own time counts as the server's", f"{CLIENT}/client.py:_Bounded.answers", "self._due = math.inf", "pass", f"{FAILURES} -k reader_is_slow"),
+    Fault("nothing bounds the time between two chunks", f"{CLIENT}/client.py:_bounded", "timeout=bound_s", "", f"{FAILURES} -k slow_answer"),
+    Fault("a call that is traced is taken for one that can be cancelled", f"{CLIENT}/client.py:_bounded", 'if hasattr(call, "cancel"): call.cancel()', "call.cancel()", f"{CALLS} -k traced"),
+    Fault("a stream is in no trace", f"{CLIENT}/client.py:_bounded", "target=copy_context().run, args=(reader,)", "target=reader", f"{CALLS} -k traced"),
+    Fault("a refused call is made again beyond its end", f"{CLIENT}/client.py:DigitClient._ask", "or time.monotonic() + pause_s > deadline", "", f"{CALLS} -k overloaded"),
+    Fault("gRPC waits beyond a call's end", f"{CLIENT}/channel.py", '["UNAVAILABLE", "CANCELLED"]', '["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]', f"{FAILURES} -k room_later"),
+    Fault("a timeout has no end", f"{CLIENT}/errors.py:timeout", "0 < seconds <= MOST_TIMEOUT_S", "0 < seconds", f"{REQUESTS} -k timeout"),
+    Fault("a token is sent whatever is in it", f"{CLIENT}/channel.py:Access.metadata", "token.isascii() and token.isprintable()", "True", f"{REQUESTS} -k token"),
+    Fault("a client that is closed is called", f"{CLIENT}/client.py:DigitClient._connect", "if self._closed:", "if False:", f"{REQUESTS} -k closed"),
+    Fault("a request has any size", f"{CLIENT}/calls.py:Calls.generate", "request.ByteSize() > MOST_REQUEST_BYTES", "False", f"{REQUESTS} -k bounds"),
+    Fault("latents are drawn beyond the last index", f"{CLIENT}/calls.py:Calls.latents", "sum(numbers[1:]) > INDEX_LIMIT", "False", f"{REQUESTS} -k last_index"),
+    Fault("an HTTPS port is not told from others", f"{CLIENT}/diagnosis.py:_why_refused", "secure.selected_alpn_protocol() not in HTTP2", "False", f"{FAILURES} -k https_port"),
+    Fault("a server that is not ready is one that does not answer", f"{CLIENT}/diagnosis.py:_why_not_called", "status != NOT_SERVING", "True", f"{FAILURES} -k not_ready"),
     Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} -k slow_answer"),
     Fault("a stream waits as long as a server likes", f"{CLIENT}/streaming.py:Progress.pause_after", " or pause_s > most_s", "", f"{ANSWERS} -k timeout_because"),
-    Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= (count if most is None else most):", "if False:", ANSWERS),
+    Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= most:", "if False:", ANSWERS),
     Fault("an answer with fewer digits will do", f"{CLIENT}/calls.py:_all_digits", "len(digits) < wanted", "False", ANSWERS),
     Fault("a model has any latent size", f"{CLIENT}/calls.py:_checked", "<= MOST_LATENT_SIZE", "", ANSWERS),
     Fault("a server's text moves the terminal's cursor", f"{CLIENT}/errors.py:DigitError.__init__", "each if each.isprintable() else", "each if True else", ANSWERS),
@@ -400,7 +410,7 @@ FAULTS = [
     Fault("a text that metadata escape is as long as another", f"{STATUS}:_text", "MOST_BYTES if plain", "MOST_BYTES if text", THE_STATUS),
     Fault("a wrong field is not named for programs", f"{STATUS}:_head", "FieldViolation(field=field)", "FieldViolation()", THE_STATUS),
     Fault("errors do not name the model that was asked", f"{CORE}:_named", "error.about(model.manifest.name, model.manifest.version)", "pass", "tests/integration/test_errors.py"),
-    Fault("an error over HTTP has its text alone", f"{HTTP}:_refused", "refusal.fields()", '{"error": refusal.text}', "tests/integration/test_errors.py"),
+    Fault("an error over HTTP has its text alone", f"{HTTP}:refused", "refusal.fields()", '{"error": refusal.text}', "tests/integration/test_errors.py"),
     Fault("a picture has headers of any length", "serve/api/http.py:_picture", "and digits.count <= LABELS_IN_HEADER", "", "tests/integration/test_http_api.py -k headers"),
     Fault("a folder of something else is filled with MNIST", "train/data/mnist.py:load_mnist", "not is_empty(data_dir)", "False", "tests/unit/test_data_folders.py -k something_else"),
     Fault("a file is not the one whose digest is listed", "train/data/sums.py:check", "not wanted & {digest, sha256(stored)}", "False", "tests/unit/test_train_data.py -k changed_byte"),
@@ -537,15 +547,16 @@ FAULTS = [
     Fault("a caller's trace context is quoted in the log", f"{SPANS}:set_up", "for logger in CONTEXT_LOGGERS:", "for logger in ():", f"{TRACING} -k not_logged"),
     # where digits come from
     Fault("a picture tells the first digit's index of all", f"{PICTURES}:Origin.digit", "index=self.index + offset", "index=self.index", PICTURED),
+    Fault("a picture of the client's says nothing", f"{CLIENT}/digits.py:from_response", "_origin(response, request) if response.digest else None", "None", f"{AGAIN} -k of_the_clients"),
     Fault("a picture tells no truncation", "serve/api/encoding.py:_origin", "truncation = rows.truncation", "pass", CACHED),
     Fault("what is in a picture is taken on trust", f"{PICTURES}:_chunk_text", "if _chunk(kind, content)[8 + size :] != png[place + size : place + size + 4]:", "if False:", PICTURED),
     Fault("a picture's text has any size", f"{PICTURES}:_chunk_text", "size > MOST_TEXT_BYTES", "False", PICTURED),
     Fault("a picture's text moves the terminal's cursor", f"{PICTURES}:_origin", "text.isascii() and text.isprintable()", "text.isascii()", PICTURED),
     Fault("a picture's way has any length", PICTURES, '("count", "steps", "first"), MOST_DIGITS + 1', '("count", "steps", "first"), 1 << 32', PICTURED),
-    Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", "tests/integration/test_client_again.py -k unpacked"),
+    Fault("packed pixels are unpacked to their end", f"{PICTURES}:read_pixels", ", height * (1 + width) + 1)", ")[: height * (1 + width)]", f"{AGAIN} -k unpacked"),
     Fault("a picture of a newer release is made again in part", f"{PICTURES}:_origin", "or fields.keys() - REQUIRED - OPTIONAL", "", PICTURED),
-    Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", "tests/integration/test_client_again.py -k altered"),
-    Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", "tests/integration/test_client_again.py -k another_model_file"),
+    Fault("digits that differ are the same", "serve/client/again.py:compared", "levels.max() <= ROUNDING", "True", f"{AGAIN} -k altered"),
+    Fault("another model file is not told", "serve/client/again.py:compared", "if digest == origin.digest: return", "if True: return", f"{AGAIN} -k another_model_file"),
     Fault("what a token's holder asked for is everybody's", "serve/api/http.py:HttpApi.__init__", "or admission.accounts.by_token", "", CACHED),
     Fault("what a certificate's holder asked for is everybody's", "serve/api/http.py:HttpApi.__init__", "by_certificate or", "", CACHED),
     Fault("a tag that is a star is every tag", "serve/api/http.py:HttpApi._answer", "any(known.value == tag", 'any(known.value in ("*", tag)', CACHED),

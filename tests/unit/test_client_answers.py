@@ -40,6 +40,7 @@ ODD = {
     "half a float": changed(images=[bytes(2 * 784 + 1)], format=pb.IMAGE_FORMAT_FLOAT32),
     "other labels": changed(labels=[1, 2, 3]),
     "a terminal's commands": changed(model="\x1b[2J"),
+    "commands as a digest": changed(digest="\x1b[2J"),
 }
 
 

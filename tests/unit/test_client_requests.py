@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import pickle
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from serve.client import AsyncDigitClient, DigitClient, DigitError
+from serve.client import Access, AsyncDigitClient, DigitClient, DigitError, DigitSet
 from serve.client.digits import from_response
 from serve.client.errors import retry_after_s
 from serve.client.streaming import ATTEMPTS, Progress
@@ -66,9 +67,14 @@ def test_whole_numbers_of_numpy_and_torch_are_taken_wherever_an_int_is() -> None
         ({"start": None}, "start"),
         ({"version": 1.5}, "version"),
         ({"model": b"mlp"}, "model"),
+        ({"truncation": "0.5"}, "truncation"),
+        ({"truncation": None}, "truncation"),
+        ({"latents": [[1.0, 2.0], [3.0]]}, "latents"),
+        ({"latents": [["1.0x"]]}, "latents"),
+        ({"latents": torch.zeros(2, 100, requires_grad=True)}, "latents"),
     ],
 )
-def test_what_is_no_whole_number_is_a_type_error_naming_the_field(arguments: dict[str, Any], field: str) -> None:
+def test_what_is_no_number_where_one_is_needed_is_a_type_error_naming_the_field(arguments: dict[str, Any], field: str) -> None:
     with pytest.raises(TypeError, match=field):
         asked(**arguments)
 
@@ -87,6 +93,7 @@ def test_what_is_no_whole_number_is_a_type_error_naming_the_field(arguments: dic
         ({"latents": np.zeros(100)}, r"latents must have shape \(n, z\)"),
         ({"latents": np.zeros((0, 100))}, "latents"),
         ({"latents": np.zeros((2, 100)), "count": 2}, "count cannot go with latents"),
+        ({"latents": np.zeros((1 << 14, 64), np.float32)}, "latents have 4194304 bytes, over the 4194304 of a request"),
     ],
 )
 def test_a_value_out_of_bounds_is_named_with_its_field_and_not_sent(arguments: dict[str, Any], named: str) -> None:
@@ -99,6 +106,53 @@ def test_a_value_out_of_bounds_is_named_with_its_field_and_not_sent(arguments: d
 def test_latents_that_are_drawn_here_have_a_truncation_as_a_server_takes(truncation: float) -> None:
     with DigitClient("localhost:1") as client, pytest.raises(DigitError, match=r"truncation must be 0\.01 or more"):
         client.latents(1, truncation=truncation)
+
+
+def test_latents_that_are_drawn_here_end_with_the_last_index() -> None:
+    with DigitClient("localhost:1") as client, pytest.raises(DigitError, match=r"start \+ count must be at most 2\^63"):
+        client.latents(1, start=2**63 - 1, count=2)
+
+
+@pytest.mark.parametrize("end", [(7,), 7, (7, 0, 1), "70", (7, 0.5)])
+def test_an_end_that_is_no_address_is_named(end: Any) -> None:
+    with DigitClient("localhost:1") as client, pytest.raises(TypeError, match=r"end.*must be a"):
+        client.interpolate((7, 0), end, 5)
+
+
+@pytest.mark.parametrize("client", [DigitClient, AsyncDigitClient, partial(DigitSet, seed=7, count=9)])
+@pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan"), 1e12, None, "30"])
+def test_a_timeout_that_gives_no_time_or_has_no_end_is_named_at_once(client: Any, timeout_s: Any) -> None:
+    """gRPC took those beyond its clock for times that have passed, and a stream had no bound."""
+    with pytest.raises((TypeError, DigitError), match="timeout_s must be"):
+        client("localhost:1", timeout_s=timeout_s)
+
+
+def test_a_token_is_one_line() -> None:
+    assert Access(token="name.secret\n").metadata == (("authorization", "Bearer name.secret"),)
+    assert Access(token=None).metadata == ()  # type: ignore[arg-type]  # of a variable that is not set
+    for token in ("tök", "a\nb", "a\x00"):
+        for client in (DigitClient, AsyncDigitClient):
+            with pytest.raises(DigitError, match="INVALID_ARGUMENT: the token is not one line"):
+                client("localhost:1", access=Access(token=token))
+
+
+def test_a_client_that_is_closed_says_so() -> None:
+    client, waits = DigitClient("localhost:1", wait_for_server=False), DigitClient("localhost:1")
+    for each in (client, waits):
+        each.close()
+        for call in (each.generate, lambda each=each: list(each.stream(1)), each.list_models):
+            with pytest.raises(DigitError, match="CANCELLED: the client is closed"):
+                call()
+
+    async def ask() -> None:
+        client = AsyncDigitClient("localhost:1")
+        await client.close()
+        with pytest.raises(DigitError, match="CANCELLED: the client is closed"):
+            await client.generate()
+        with pytest.raises(DigitError, match="CANCELLED: the client is closed"):
+            await anext(client.stream(1))
+
+    asyncio.run(ask())
 
 
 def test_latents_travel_with_the_size_of_their_rows() -> None:
@@ -145,7 +199,7 @@ def digits(count: int = 3, as_float: bool = False) -> Any:
     answer = pb.GenerateResponse(
         images=[images], count=count, height=28, width=28, format=kind, model="mlp", version=1, seed=7, start=5
     )
-    return from_response(answer)
+    return from_response(answer, pb.GenerateRequest(count=count), count)
 
 
 def test_digits_are_a_sequence_of_arrays_that_may_be_written_to() -> None:
@@ -194,6 +248,12 @@ def test_an_error_says_its_text_once_and_survives_a_process_pool() -> None:
 def test_a_target_that_is_none_is_refused_at_once(client: Any, target: str, named: str) -> None:
     with pytest.raises(DigitError, match=named):
         client(target)
+
+
+@pytest.mark.parametrize("client", [DigitClient, AsyncDigitClient])
+def test_a_target_of_a_variable_that_is_not_set_is_named(client: Any) -> None:
+    with pytest.raises(TypeError, match="target must be host:port, got None"):
+        client(None)
 
 
 def test_targets_of_grpc_are_taken() -> None:
@@ -245,6 +305,8 @@ def test_a_stream_that_did_not_begin_is_not_tried_again() -> None:
     """gRPC has done that five times."""
     with pytest.raises(DigitError):
         Progress(pb.GenerateStreamRequest(count=5)).pause_after(DigitError(grpc.StatusCode.UNAVAILABLE, "nobody"), 30)
+    full = DigitError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", 0.7)
+    assert Progress(pb.GenerateStreamRequest(count=5)).pause_after(full, 30) == 0.7, "gRPC has not tried that again"
 
 
 def test_retry_after_comes_from_the_servers_trailing_metadata() -> None:

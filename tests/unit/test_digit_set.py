@@ -125,6 +125,8 @@ def test_an_index_beyond_the_end_is_an_index_error(index: int) -> None:
         ({"truncation": float("nan")}, "truncation must be 0.01 or more"),
         ({"source": BUNDLED_DIR}, "manifest.json cannot be read"),
         ({"source": "none:of/these"}, "names no port"),
+        ({"source": "models/rpgan/9"}, "models/rpgan/9 is neither a bundle's folder nor a server's host:port"),
+        ({"source": Path("no:1")}, "no:1 is neither a bundle's folder"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(options: dict[str, Any], text: str) -> None:

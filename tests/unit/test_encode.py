@@ -118,7 +118,7 @@ def test_labels_are_on_the_wire_as_protobuf_puts_them_there(count: int) -> None:
     labels = np.random.default_rng(count).integers(0, 1000, count)
     manifest = SimpleNamespace(name="rpgan", version=1, height=28, width=28)
     digits = Digits(
-        model=SimpleNamespace(manifest=manifest),  # type: ignore[arg-type]
+        model=SimpleNamespace(manifest=manifest, bundle=SimpleNamespace(digest="")),  # type: ignore[arg-type]
         rows=Addresses(3, 5, count), encoding="uint8", seed=3, start=5, count=count, images=(), labels=labels,
         pixels=[np.zeros((count, 28, 28), np.uint8)], queued_at=0.0, queue_seconds=0.5, wait_seconds=0.5, compute_seconds=0.25,
     )  # fmt: skip

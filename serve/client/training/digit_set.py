@@ -181,10 +181,13 @@ class DigitSet:
         return self._maker[1]
 
     def _open(self, model: str, version: int) -> Maker:
-        if not Path(self._source).is_dir():
-            return Server(DigitClient(str(self._source), self._timeout_s, self._access), model, version)
+        source = str(self._source)
+        if not Path(source).is_dir():
+            if isinstance(self._source, Path) or ":" not in source:
+                raise mistake(f"{source} is neither a bundle's folder nor a server's host:port")
+            return Server(DigitClient(source, self._timeout_s, self._access), model, version)
         try:
             from serve.client.training.in_process import open_bundle  # noqa: PLC0415  # an extra
         except ImportError:
             raise mistake(EXTRA) from None
-        return open_bundle(Path(self._source), model, version)
+        return open_bundle(Path(source), model, version)

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fserve/pb/digits/v1/digits.proto\x12\tdigits.v1\"\x84\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\x0f\n\x07latents\x18\x06 \x01(\x0c\x12&\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\x08 \x01(\x0e\x32\x13.digits.v1.Priority\x12\x0e\n\x06labels\x18\t \x03(\r\x12\x12\n\ntruncation\x18\n \x01(\x02\x12\x13\n\x0blatent_size\x18\x0b \x01(\rB\x07\n\x05_seed\"\xf3\x01\n\x15GenerateStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\r\n\x05\x63hunk\x18\x06 \x01(\r\x12&\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\x08 \x01(\x0e\x32\x13.digits.v1.Priority\x12\x0e\n\x06labels\x18\t \x03(\r\x12\x12\n\ntruncation\x18\n \x01(\x02\x42\x07\n\x05_seed\"&\n\x07\x41\x64\x64ress\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\"\xfa\x01\n\x12InterpolateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12!\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x12.digits.v1.Address\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.digits.v1.Address\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x0e\n\x06labels\x18\x06 \x03(\r\x12\x12\n\ntruncation\x18\x07 \x01(\x02\x12&\n\x06\x66ormat\x18\x08 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\t \x01(\x0e\x32\x13.digits.v1.Priority\"\xf6\x01\n\x10GenerateResponse\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\r\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\r\n\x05width\x18\x08 \x01(\r\x12&\n\x06\x66ormat\x18\t \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12!\n\x06timing\x18\n \x01(\x0b\x32\x11.digits.v1.Timing\x12\x0e\n\x06labels\x18\x0b \x03(\rB\x07\n\x05_seed\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\"\x13\n\x11ListModelsRequest\"T\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.digits.v1.ModelSummary\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"l\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x17\n\x0f\x64\x65\x66\x61ult_version\x18\x04 \x01(\x08\x12\x15\n\rtraffic_share\x18\x05 \x01(\x01\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x8f\x03\n\x10GetModelResponse\x12(\n\x07summary\x18\x01 \x01(\x0b\x32\x17.digits.v1.ModelSummary\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blatent_size\x18\x03 \x01(\r\x12\x1b\n\x13latent_distribution\x18\x04 \x01(\t\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12!\n\x06limits\x18\t \x01(\x0b\x32\x11.digits.v1.Limits\x12\x15\n\rtraining_json\x18\n \x01(\t\x12\x13\n\x0bparity_json\x18\x0b \x01(\t\x12\x11\n\tprecision\x18\x0c \x01(\t\x12\x0e\n\x06labels\x18\r \x01(\r\x12\x14\n\x0cquality_json\x18\x0e \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x0f \x01(\x08\x12\'\n\ttolerance\x18\x10 \x01(\x0b\x32\x14.digits.v1.Tolerance\"P\n\tTolerance\x12\x0e\n\x06images\x18\x01 \x01(\x01\x12\x14\n\x0cpixel_levels\x18\x02 \x01(\r\x12\x1d\n\x15pixel_identical_share\x18\x03 \x01(\x01\"h\n\x06Limits\x12\x11\n\tmax_count\x18\x01 \x01(\r\x12\x19\n\x11max_count_float32\x18\x02 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x03 \x01(\r\x12\x18\n\x10max_queue_images\x18\x04 \x01(\r\"\x1e\n\rStatusRequest\x12\r\n\x05model\x18\x01 \x01(\t\"<\n\x0eStatusResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.digits.v1.VersionStatus\"\xb4\x01\n\rVersionStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.digits.v1.VersionState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x15\n\rtraffic_share\x18\x06 \x01(\x01\x12\r\n\x05\x63\x61lls\x18\x07 \x01(\r\x12\x15\n\rqueued_images\x18\x08 \x01(\r*\x8e\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12IMAGE_FORMAT_UINT8\x10\x01\x12\x18\n\x14IMAGE_FORMAT_FLOAT32\x10\x02\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x03\x12\x19\n\x15IMAGE_FORMAT_PNG_GRID\x10\x04*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*\xce\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_UNLOADED\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x17\n\x13VERSION_STATE_READY\x10\x03\x12\x19\n\x15VERSION_STATE_UNREADY\x10\x04\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xc2\x03\n\x0e\x44igitGenerator\x12\x43\n\x08Generate\x12\x1a.digits.v1.GenerateRequest\x1a\x1b.digits.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12 .digits.v1.GenerateStreamRequest\x1a\x1b.digits.v1.GenerateResponse0\x01\x12I\n\x0bInterpolate\x12\x1d.digits.v1.InterpolateRequest\x1a\x1b.digits.v1.GenerateResponse\x12I\n\nListModels\x12\x1c.digits.v1.ListModelsRequest\x1a\x1d.digits.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.digits.v1.GetModelRequest\x1a\x1b.digits.v1.GetModelResponse\x12=\n\x06Status\x12\x18.digits.v1.StatusRequest\x1a\x19.digits.v1.StatusResponseB!\n\tdigits.v1P\x01Z\x12\x64igits/v1;digitsv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fserve/pb/digits/v1/digits.proto\x12\tdigits.v1\"\x84\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\x0f\n\x07latents\x18\x06 \x01(\x0c\x12&\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\x08 \x01(\x0e\x32\x13.digits.v1.Priority\x12\x0e\n\x06labels\x18\t \x03(\r\x12\x12\n\ntruncation\x18\n \x01(\x02\x12\x13\n\x0blatent_size\x18\x0b \x01(\rB\x07\n\x05_seed\"\xf3\x01\n\x15GenerateStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\r\n\x05\x63hunk\x18\x06 \x01(\r\x12&\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\x08 \x01(\x0e\x32\x13.digits.v1.Priority\x12\x0e\n\x06labels\x18\t \x03(\r\x12\x12\n\ntruncation\x18\n \x01(\x02\x42\x07\n\x05_seed\"&\n\x07\x41\x64\x64ress\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\"\xfa\x01\n\x12InterpolateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12!\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x12.digits.v1.Address\x12\x1f\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.digits.v1.Address\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x0e\n\x06labels\x18\x06 \x03(\r\x12\x12\n\ntruncation\x18\x07 \x01(\x02\x12&\n\x06\x66ormat\x18\x08 \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12%\n\x08priority\x18\t \x01(\x0e\x32\x13.digits.v1.Priority\"\x86\x02\n\x10GenerateResponse\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05start\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\r\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\r\n\x05width\x18\x08 \x01(\r\x12&\n\x06\x66ormat\x18\t \x01(\x0e\x32\x16.digits.v1.ImageFormat\x12!\n\x06timing\x18\n \x01(\x0b\x32\x11.digits.v1.Timing\x12\x0e\n\x06labels\x18\x0b \x03(\r\x12\x0e\n\x06\x64igest\x18\x0c \x01(\tB\x07\n\x05_seed\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\"\x13\n\x11ListModelsRequest\"T\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.digits.v1.ModelSummary\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"l\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x17\n\x0f\x64\x65\x66\x61ult_version\x18\x04 \x01(\x08\x12\x15\n\rtraffic_share\x18\x05 \x01(\x01\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x8f\x03\n\x10GetModelResponse\x12(\n\x07summary\x18\x01 \x01(\x0b\x32\x17.digits.v1.ModelSummary\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blatent_size\x18\x03 \x01(\r\x12\x1b\n\x13latent_distribution\x18\x04 \x01(\t\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\x10\n\x08provider\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12!\n\x06limits\x18\t \x01(\x0b\x32\x11.digits.v1.Limits\x12\x15\n\rtraining_json\x18\n \x01(\t\x12\x13\n\x0bparity_json\x18\x0b \x01(\t\x12\x11\n\tprecision\x18\x0c \x01(\t\x12\x0e\n\x06labels\x18\r \x01(\r\x12\x14\n\x0cquality_json\x18\x0e \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x0f \x01(\x08\x12\'\n\ttolerance\x18\x10 \x01(\x0b\x32\x14.digits.v1.Tolerance\"P\n\tTolerance\x12\x0e\n\x06images\x18\x01 \x01(\x01\x12\x14\n\x0cpixel_levels\x18\x02 \x01(\r\x12\x1d\n\x15pixel_identical_share\x18\x03 \x01(\x01\"h\n\x06Limits\x12\x11\n\tmax_count\x18\x01 \x01(\r\x12\x19\n\x11max_count_float32\x18\x02 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x03 \x01(\r\x12\x18\n\x10max_queue_images\x18\x04 \x01(\r\"\x1e\n\rStatusRequest\x12\r\n\x05model\x18\x01 \x01(\t\"<\n\x0eStatusResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.digits.v1.VersionStatus\"\xb4\x01\n\rVersionStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.digits.v1.VersionState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x15\n\rtraffic_share\x18\x06 \x01(\x01\x12\r\n\x05\x63\x61lls\x18\x07 \x01(\r\x12\x15\n\rqueued_images\x18\x08 \x01(\r*\x8e\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12IMAGE_FORMAT_UINT8\x10\x01\x12\x18\n\x14IMAGE_FORMAT_FLOAT32\x10\x02\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x03\x12\x19\n\x15IMAGE_FORMAT_PNG_GRID\x10\x04*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*\xce\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_UNLOADED\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x17\n\x13VERSION_STATE_READY\x10\x03\x12\x19\n\x15VERSION_STATE_UNREADY\x10\x04\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xc2\x03\n\x0e\x44igitGenerator\x12\x43\n\x08Generate\x12\x1a.digits.v1.GenerateRequest\x1a\x1b.digits.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12 .digits.v1.GenerateStreamRequest\x1a\x1b.digits.v1.GenerateResponse0\x01\x12I\n\x0bInterpolate\x12\x1d.digits.v1.InterpolateRequest\x1a\x1b.digits.v1.GenerateResponse\x12I\n\nListModels\x12\x1c.digits.v1.ListModelsRequest\x1a\x1d.digits.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.digits.v1.GetModelRequest\x1a\x1b.digits.v1.GetModelResponse\x12=\n\x06Status\x12\x18.digits.v1.StatusRequest\x1a\x19.digits.v1.StatusResponseB!\n\tdigits.v1P\x01Z\x12\x64igits/v1;digitsv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -22,12 +22,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serve.pb.digits.v1.digits_p
 if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['DESCRIPTOR']._options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\tdigits.v1P\001Z\022digits/v1;digitsv1'
-  _globals['_IMAGEFORMAT']._serialized_start=2291
-  _globals['_IMAGEFORMAT']._serialized_end=2433
-  _globals['_PRIORITY']._serialized_start=2435
-  _globals['_PRIORITY']._serialized_end=2516
-  _globals['_VERSIONSTATE']._serialized_start=2519
-  _globals['_VERSIONSTATE']._serialized_end=2725
+  _globals['_IMAGEFORMAT']._serialized_start=2307
+  _globals['_IMAGEFORMAT']._serialized_end=2449
+  _globals['_PRIORITY']._serialized_start=2451
+  _globals['_PRIORITY']._serialized_end=2532
+  _globals['_VERSIONSTATE']._serialized_start=2535
+  _globals['_VERSIONSTATE']._serialized_end=2741
   _globals['_GENERATEREQUEST']._serialized_start=47
   _globals['_GENERATEREQUEST']._serialized_end=307
   _globals['_GENERATESTREAMREQUEST']._serialized_start=310
@@ -37,29 +37,29 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_INTERPOLATEREQUEST']._serialized_start=596
   _globals['_INTERPOLATEREQUEST']._serialized_end=846
   _globals['_GENERATERESPONSE']._serialized_start=849
-  _globals['_GENERATERESPONSE']._serialized_end=1095
-  _globals['_TIMING']._serialized_start=1097
-  _globals['_TIMING']._serialized_end=1153
-  _globals['_LISTMODELSREQUEST']._serialized_start=1155
-  _globals['_LISTMODELSREQUEST']._serialized_end=1174
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1176
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1260
-  _globals['_MODELSUMMARY']._serialized_start=1262
-  _globals['_MODELSUMMARY']._serialized_end=1370
-  _globals['_GETMODELREQUEST']._serialized_start=1372
-  _globals['_GETMODELREQUEST']._serialized_end=1421
-  _globals['_GETMODELRESPONSE']._serialized_start=1424
-  _globals['_GETMODELRESPONSE']._serialized_end=1823
-  _globals['_TOLERANCE']._serialized_start=1825
-  _globals['_TOLERANCE']._serialized_end=1905
-  _globals['_LIMITS']._serialized_start=1907
-  _globals['_LIMITS']._serialized_end=2011
-  _globals['_STATUSREQUEST']._serialized_start=2013
-  _globals['_STATUSREQUEST']._serialized_end=2043
-  _globals['_STATUSRESPONSE']._serialized_start=2045
-  _globals['_STATUSRESPONSE']._serialized_end=2105
-  _globals['_VERSIONSTATUS']._serialized_start=2108
-  _globals['_VERSIONSTATUS']._serialized_end=2288
-  _globals['_DIGITGENERATOR']._serialized_start=2728
-  _globals['_DIGITGENERATOR']._serialized_end=3178
+  _globals['_GENERATERESPONSE']._serialized_end=1111
+  _globals['_TIMING']._serialized_start=1113
+  _globals['_TIMING']._serialized_end=1169
+  _globals['_LISTMODELSREQUEST']._serialized_start=1171
+  _globals['_LISTMODELSREQUEST']._serialized_end=1190
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1192
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1276
+  _globals['_MODELSUMMARY']._serialized_start=1278
+  _globals['_MODELSUMMARY']._serialized_end=1386
+  _globals['_GETMODELREQUEST']._serialized_start=1388
+  _globals['_GETMODELREQUEST']._serialized_end=1437
+  _globals['_GETMODELRESPONSE']._serialized_start=1440
+  _globals['_GETMODELRESPONSE']._serialized_end=1839
+  _globals['_TOLERANCE']._serialized_start=1841
+  _globals['_TOLERANCE']._serialized_end=1921
+  _globals['_LIMITS']._serialized_start=1923
+  _globals['_LIMITS']._serialized_end=2027
+  _globals['_STATUSREQUEST']._serialized_start=2029
+  _globals['_STATUSREQUEST']._serialized_end=2059
+  _globals['_STATUSRESPONSE']._serialized_start=2061
+  _globals['_STATUSRESPONSE']._serialized_end=2121
+  _globals['_VERSIONSTATUS']._serialized_start=2124
+  _globals['_VERSIONSTATUS']._serialized_end=2304
+  _globals['_DIGITGENERATOR']._serialized_start=2744
+  _globals['_DIGITGENERATOR']._serialized_end=3194
 # @@protoc_insertion_point(module_scope)

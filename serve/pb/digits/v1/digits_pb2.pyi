@@ -126,7 +126,7 @@ class InterpolateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., begin: _Optional[_Union[Address, _Mapping]] = ..., end: _Optional[_Union[Address, _Mapping]] = ..., steps: _Optional[int] = ..., labels: _Optional[_Iterable[int]] = ..., truncation: _Optional[float] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("images", "model", "version", "seed", "start", "count", "height", "width", "format", "timing", "labels")
+    __slots__ = ("images", "model", "version", "seed", "start", "count", "height", "width", "format", "timing", "labels", "digest")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class GenerateResponse(_message.Message):
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedScalarFieldContainer[bytes]
     model: str
     version: int
@@ -149,7 +150,8 @@ class GenerateResponse(_message.Message):
     format: ImageFormat
     timing: Timing
     labels: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, images: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ...) -> None: ...
+    digest: str
+    def __init__(self, images: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_seconds", "compute_seconds")
