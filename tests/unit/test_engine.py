@@ -437,6 +437,7 @@ ARENA_FULL = (
     "Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRaw() "
     "Failed to allocate memory for requested buffer of size 8388608000\n"
 )
+CUDNN_FULL = "CUDNN failure 4004: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0"  # cudnn_graph.h of version 9
 
 
 @pytest.mark.parametrize(
@@ -445,6 +446,7 @@ ARENA_FULL = (
         ("CUDA failure 2: out of memory ; GPU=0 ; hostname=box", "CUDA failure 2: out of memory"),
         (ARENA_FULL, "Failed to allocate memory for requested buffer of size 8388608000"),
         ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"),
+        (CUDNN_FULL, CUDNN_FULL),
     ],
 )
 def test_memory_that_lacks_for_a_run_is_no_lost_device(raised: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
