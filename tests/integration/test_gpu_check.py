@@ -113,13 +113,14 @@ def test_machine_code_of_other_architectures_is_left_out_and_nothing_else_moves(
     both = [(75, b"seventy5" * 4), (90, b"ninety.." * 3), (120, b"hundred." * 5)]
     plain, alone = fat_binary(*both), fat_binary((120, b"alone..." * 2))
     magic = struct.pack("<I", fatbin.MAGIC)
-    library = bytearray(b"text" + magic + b"no header" + plain + b"data" + alone + b"end" + magic)
+    longer = struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, len(plain) - 16 + 5) + plain[16:] + b"other"  # in part as one, not in all
+    library = bytearray(b"text" + magic + b"no header" + longer + plain + b"data" + alone + b"end" + magic)
     whole = bytes(library)
     fatbin.keep_only(library, 90)
     assert len(library) == len(whole)
     kept = fat_binary(both[1])
     assert bytes(library) == whole.replace(plain, kept.ljust(len(plain), b"\0"))
-    start = whole.index(plain)
+    start = len(b"text" + magic + b"no header" + longer)
     assert [(at, [entry.architecture for entry in entries]) for at, entries in fatbin.fat_binaries(library)] == [
         (start, [90]),
         (whole.index(alone), [120]),

@@ -376,6 +376,7 @@ FAULTS = [
     Fault("a device lost at a capture is a capture that failed", "serve/engine/cuda_engine.py:CudaEngine._capture", "self._check_device(problem)", "pass", ENGINE),
     Fault("a device lost while latents are tried goes unnoticed", "serve/engine/cuda_engine.py:CudaEngine._begin_drawing", "self._check_device(problem)", "pass", ENGINE),
     Fault("memory that lacks once is a lost device", "serve/engine/cuda_engine.py:CudaEngine._meant", "isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY.search(str(error))", "False", ENGINE),
+    Fault("memory that cuDNN 9 lacked is another failure", "serve/engine/provider.py:", "|_ALLOCATION_FAILED", "", ENGINE),
     Fault("an engine that fails is not closed", "serve/engine/session.py:Engine.closed_if_it_fails", "self.close()", "pass", MODEL),
     Fault("a slot that cannot be locked ends the process", "serve/engine/device_buffers.py:OutputSlots.take", "except (OutOfMemoryError, MemoryError):", "except ZeroDivisionError:", ENGINE),
     Fault("a bundle's own buckets are ignored", "serve/engine/session.py:Engine.bucket", ", self.manifest.cuda_buckets", "", ENGINE),
