@@ -234,7 +234,8 @@ def served(plan: Plan, notes: Notes) -> str:
                 notes.aim(Target(f"{model}: served / the lesser of raw and wire", rate / bound, 0.8))
         if notes.over:
             break
-    return "three instances / two: " + _listed({model: rate / rates[2][model] for model, rate in rates[3].items()})
+    ratios = {model: rate / rates[2][model] for model, rate in rates[3].items() if rates[2][model]}
+    return f"three instances / two: {_listed(ratios)}"
 
 
 def chosen(plan: Plan, notes: Notes) -> str:

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,10 @@ import pytest
 
 from tests.bench.report import Target
 from tests.gpu import __main__ as command
-from tests.gpu import session
+from tests.gpu import checks, session
 from tests.gpu import stages as all_stages
 from tests.gpu.__main__ import DRY, no_gpu
-from tests.gpu.checks import Plan, difference, engine_of
+from tests.gpu.checks import Outcome, Plan, difference, engine_of
 from tests.gpu.session import STAGES, Stage
 from tests.gpu.stages import Notes
 
@@ -156,6 +159,32 @@ def test_the_fastest_form_is_one_that_is_right(monkeypatch: pytest.MonkeyPatch) 
     assert "dcgan 8 1.50" in decided, "the heuristics are compared at small sizes too"
     aims = {aim.name: (aim.value, aim.met) for note in noted for aim in note.get("aims", [])}
     assert aims["dcgan, exact: digits a second, millions"] == (2.0, True)
+
+
+def test_what_serving_is_to_reach_is_known_before_three_instances_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a model of which no call was answered in the time is no division by zero."""
+    tried: list[str] = []
+
+    @contextmanager
+    def server(plan: Plan, *flags: str) -> Iterator[SimpleNamespace]:
+        tried.append(flags[0])
+        if flags == ("--instances=3",):
+            raise RuntimeError("did not start")
+        yield SimpleNamespace(target="")
+
+    monkeypatch.setattr(Plan, "server", server)
+    monkeypatch.setattr(checks, "wire", lambda plan: Outcome({"digits_per_s": 200.0}))
+    monkeypatch.setattr(checks, "_digits_per_s", lambda target, model, plan: 0.0 if model == "mlp" else 90.0)
+    monkeypatch.setattr(all_stages, "_rate", lambda engine, size, plan: 100.0)
+    noted: list[Any] = []
+    notes = Notes(noted.append, time.monotonic() + 60)
+    with pytest.raises(RuntimeError, match="did not start"):
+        all_stages.served(DRY, notes)
+    assert tried == ["--instances=2", "--instances=3"]
+    shares = {aim.name.partition(":")[0]: aim.value for note in noted for aim in note.get("aims", [])}
+    assert shares == {"mlp": 0.0, "dcgan": 0.9, "cdcgan": 0.9, "rpgan": 0.9}
+    monkeypatch.setattr(Plan, "server", contextmanager(lambda plan, *flags: iter([SimpleNamespace(target="")])))
+    assert all_stages.served(DRY, notes) == "three instances / two: dcgan 1.00, cdcgan 1.00, rpgan 1.00"
 
 
 @pytest.mark.skipif(no_gpu() is None, reason="this machine has a GPU")
