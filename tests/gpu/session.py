@@ -40,10 +40,11 @@ class Stage:
     run: Callable[[Plan, Notes], str]
 
 
+# The first of them read CUDA's libraries from a cold disk: a day's first check took 25 s on a GPU, and 8 s later (docs/gpu).
 STAGES = (
-    Stage("latents", 20, stages.latents),
-    Stage("profile", 45, stages.profile),
-    Stage("forms", 200, stages.forms),
+    Stage("latents", 40, stages.latents),
+    Stage("profile", 50, stages.profile),
+    Stage("forms", 180, stages.forms),
     Stage("tf32x3", 60, stages.tf32x3),
     Stage("yardstick", 25, stages.yardstick),
     Stage("served", 120, stages.served),
