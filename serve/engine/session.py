@@ -86,21 +86,21 @@ class Engine:
         return partial(self.run, feeds, outputs)
 
     def compute(
-        self,
-        latents: NDArray[np.float32],
-        labels: NDArray[np.int64] | None = None,
-        outputs: Sequence[str] = PIXELS,
-        most: int | None = None,
+        self, latents: NDArray[np.float32], labels: NDArray[np.int64] | None = None, outputs: Sequence[str] = PIXELS
     ) -> dict[str, Array]:
-        """Run any number of rows (n, z), in pieces if they are more than ``most``, or else than ``largest``.
+        """Run any number of rows (n, z), in pieces if they are more than ``largest``.
 
         ``labels`` (n,) are a conditional model's, which must have them. Raises ValueError otherwise.
         """
         if (labels is not None) != bool(self.manifest.labels):
             raise ValueError(f"model {self.manifest.name} takes {self.manifest.labels} labels")
+        return self._in_pieces(self.largest, latents, labels, outputs)
+
+    def _in_pieces(
+        self, size: int, latents: NDArray[np.float32], labels: NDArray[np.int64] | None, outputs: Sequence[str]
+    ) -> dict[str, Array]:
         given: dict[str, Array] = {"latents": latents} if labels is None else {"latents": latents, "labels": labels}
         pieces = []
-        size = min(most or self.largest, self.largest)
         for first in range(0, len(latents), size):
             pieces.append(self.run({name: array[first : first + size] for name, array in given.items()}, outputs))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in outputs}
@@ -143,11 +143,10 @@ class Engine:
         GoldenError naming the model, the provider, the batch and the row that is off."""
         manifest, samples = self.manifest, golden_samples(self.manifest)
         count = len(samples.latents)
-        for size in self.buckets() if self.pads else [count]:
+        for size in self.buckets() if self.pads else [min(count, self.largest)]:
             rows = np.arange(max(size, count)) % count
-            got = self.compute(samples.latents[rows], None if samples.labels is None else samples.labels[rows], most=size)[
-                "pixels"
-            ]
+            labels = None if samples.labels is None else samples.labels[rows]
+            got = self._in_pieces(size, samples.latents[rows], labels, PIXELS)["pixels"]
             if problem := golden_difference(manifest, samples.pixels[rows], got):
                 where = f"model {manifest.name}/{manifest.version} on {self.options.provider}, batches of {size}"
                 raise GoldenError(f"{where}: {problem}")
