@@ -21,8 +21,10 @@ CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # As ONNX Runtime's CUDA provider writes it: "CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=...".
 CUDA_FAILURE = re.compile(r"CUDA failure (\d+): ([^;\n]+)")
-# As its arena writes it, and cuBLAS and cuDNN; what was lacking is memory, and the device goes on.
-OUT_OF_MEMORY = re.compile(r"CUDA failure 2:|Failed to allocate memory[^\n]*|is smaller than requested bytes|_ALLOC_FAILED")
+# As its arena writes it, and cuBLAS, and cuDNN before and since version 9; what was lacking is memory, and the device goes on.
+OUT_OF_MEMORY = re.compile(
+    r"CUDA failure 2:|Failed to allocate memory[^\n]*|is smaller than requested bytes|_ALLOC_FAILED|_ALLOCATION_FAILED"
+)
 # Rows of a run on CUDA, where a bundle names no others.
 CUDA_BUCKETS = (1, 8, 64, 512, 1024, 2048, 4096)
 PROVIDER_NAMES = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER}

@@ -176,8 +176,8 @@ def open_model(bundle: Bundle, provider: Provider, settings: Settings, metrics: 
         engine = make_engine(bundle.model, manifest, engine_options(settings, provider), limits.max_batch_size)
         try:
             with engine.closed_if_it_fails():
-                engine.check_golden()
                 captures = engine.warm()
+                engine.check_golden()  # of what will run: graphs, where there are any
                 if difference := engine.batch_difference():
                     differences.add(difference)
         except OutOfMemoryError as error:

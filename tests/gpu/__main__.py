@@ -16,6 +16,8 @@ import argparse
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,22 @@ def run_session(flags: argparse.Namespace) -> int:
     out = flags.out or Path("build/gpu-session.json")
     if flags.dry_run:
         return session.run(DRY, out, flags.total)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        reason = pool.apply(no_gpu)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            reason, device = pool.submit(_found).result()
+    except BrokenProcessPool:
+        reason, device = "looking for one has ended its process", ""
     if reason:
         print(f"no GPU to check on: {reason}", file=sys.stderr)
         return NO_GPU
-    return session.run(Plan(seconds=flags.seconds, memory_seconds=5 * flags.seconds), out, flags.total)
+    plan = Plan(seconds=flags.seconds, memory_seconds=5 * flags.seconds)
+    return session.run(plan, out, flags.total, device=device)
+
+
+def _found() -> tuple[str | None, str]:
+    """Why there is nothing to check on, and what there is."""
+    reason = no_gpu()
+    return reason, "" if reason else torch.cuda.get_device_name()
 
 
 def no_gpu() -> str | None:

@@ -71,14 +71,14 @@ def gathered(model: bytes) -> bytes:
 
 
 def biases_apart(model: bytes) -> bytes:
-    """Biases of transposed convolutions as additions: with channels last cuDNN's own path for them is very slow."""
+    """Biases as additions: with channels last cuDNN's own path for them is very slow."""
 
     def apart(graph: _Graph, node: NodeProto) -> None:
         name = node.output[0]
         graph.add(node.op_type, [*node.input[:2]], f"{name}/sums", **_attributes(node))
         graph.add("Add", [f"{name}/sums", graph.constant(f"{name}/bias", graph.weights[node.input[2]][:, None, None])], name)
 
-    return _rewritten(model, apart, lambda node, places: node.op_type == "ConvTranspose" and len(node.input) > 2)
+    return _rewritten(model, apart, lambda node, places: len(node.input) > 2)
 
 
 def biases_back(model: bytes) -> bytes:

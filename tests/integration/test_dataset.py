@@ -332,8 +332,15 @@ def test_on_cuda_two_engines_make_a_thousand_digits_a_run_and_give_back_what_the
     runs: list[tuple[int, int]] = []
 
     class Recorded(CudaEngine):
+        checked = False
+
+        def check_golden(self) -> None:
+            super().check_golden()
+            self.checked = True
+
         def run(self, feeds: Any, outputs: Any = ("pixels",)) -> Any:
-            runs.append((id(self), len(feeds["latents"])))
+            if self.checked:
+                runs.append((id(self), len(feeds["latents"])))
             return super().run(feeds, outputs)
 
     def make_engine(model: bytes, manifest: Manifest, options: EngineOptions, rows: int) -> CudaEngine:
@@ -347,7 +354,7 @@ def test_on_cuda_two_engines_make_a_thousand_digits_a_run_and_give_back_what_the
     assert main(["write", "--out", str(tmp_path / "cuda"), "--model=mlp", "--count=5000"]) == 0
     assert set(largest) == {1024}
     assert len(largest) <= 3, "the one of the golden check, and one for each thread"
-    assert sorted(rows for _, rows in runs if rows > 64) == [1024] * 5
+    assert sorted(rows for _, rows in runs) == [1024] * 5
     assert not any(device.locked or device.streams for device in devices)
     pixels = [np.frombuffer(next((tmp_path / name).glob("*.pixels")).read_bytes(), np.uint8) for name in ("cpu", "cuda")]
     assert np.abs(pixels[0].astype(int) - pixels[1]).max() <= 1

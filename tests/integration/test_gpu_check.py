@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from serve.engine.onnx_runtime import ort
 from tests.bench.report import Target
-from tests.gpu import bundle, checks
+from tests.gpu import bundle, checks, fatbin
 from tests.gpu.__main__ import DRY, no_gpu, run
 from tests.gpu.checks import CHECKS, Outcome, Plan
 
@@ -88,10 +94,87 @@ def test_the_bundle_for_a_machine_without_a_network_is_whole(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert f"next: PYTHONPATH={tmp_path}/there/packages make gpu-check PYTHON={python}" in done.stdout
     assert {path.name.partition("-")[0] for path in (tmp_path / "there" / "wheels").iterdir()} == {"onnxruntime_gpu", "grpcio"}
-    assert "--no-index --no-deps --target" in (tmp_path / "asked").read_text()
+    assert "--no-index --no-deps --no-compile --target" in (tmp_path / "asked").read_text()
     parts[0].write_bytes(b"cut short")
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode != 0, "a part that was cut on its way is found"
+
+
+def fat_binary(*entries: tuple[int, bytes]) -> bytes:
+    """As a CUDA library has them: a header, and of each entry a header of 64 bytes and the code."""
+    parts = []
+    for architecture, code in entries:
+        parts.append(struct.pack("<HHIQ12xI32x", 2, 0x101, 64, len(code), architecture) + code)
+    together = b"".join(parts)
+    return struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, len(together)) + together
+
+
+def test_machine_code_of_other_architectures_is_left_out_and_nothing_else_moves() -> None:
+    both = [(75, b"seventy5" * 4), (90, b"ninety.." * 3), (120, b"hundred." * 5)]
+    plain, alone = fat_binary(*both), fat_binary((120, b"alone..." * 2))
+    magic = struct.pack("<I", fatbin.MAGIC)
+    longer = struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, len(plain) - 16 + 5) + plain[16:] + b"other"  # in part as one, not in all
+    library = bytearray(b"text" + magic + b"no header" + longer + plain + b"data" + alone + b"end" + magic)
+    whole = bytes(library)
+    fatbin.keep_only(library, 90)
+    assert len(library) == len(whole)
+    kept = fat_binary(both[1])
+    assert bytes(library) == whole.replace(plain, kept.ljust(len(plain), b"\0"))
+    start = len(b"text" + magic + b"no header" + longer)
+    assert [(at, [entry.architecture for entry in entries]) for at, entries in fatbin.fat_binaries(library)] == [
+        (start, [90]),
+        (whole.index(alone), [120]),
+    ], "what has none of that architecture stays: no device of it looks there"
+    with pytest.raises(ValueError, match="no machine code for 91; there is some for 90, 120"):
+        fatbin.keep_only(library, 91)
+
+
+def test_onnx_runtimes_own_library_is_made_of_such_fat_binaries() -> None:
+    """Every byte of the section, or a format that has changed would be left whole in silence."""
+    library = Path(ort.__file__).parent / "capi" / fatbin.LIBRARY
+    if not library.exists():
+        pytest.skip("this ONNX Runtime is built without CUDA")
+    content = bytearray(library.read_bytes())
+    entries = [entry for _, entries in fatbin.fat_binaries(content) for entry in entries]
+    assert sum(entry.end - entry.start for entry in entries) > 0.5 * len(content)
+    assert {80, 90} <= {entry.architecture for entry in entries}
+
+
+def test_a_bundle_for_one_architecture_leaves_out_what_it_is_told_to(tmp_path: Path) -> None:
+    code = fat_binary((80, os.urandom(80_000)), (90, os.urandom(8_000)))
+
+    def fetch(folder: Path, python: str) -> None:
+        with zipfile.ZipFile(folder / "onnxruntime_gpu-1.31.1-cp312-cp312-x.whl", "w") as wheel:
+            wheel.writestr(f"onnxruntime/capi/{fatbin.LIBRARY}", code)
+            wheel.writestr("onnxruntime/__init__.py", "")
+        for name in ("grpcio-1.85.whl", "kiwi_solver-1.whl"):
+            (folder / name).write_bytes(b"")
+
+    parts = bundle.write(tmp_path, 1 << 20, "3.12", fetch, architecture=90, without=["kiwi-solver"])
+    with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as wheels:
+        names = {Path(name).name for name in wheels.getnames()} - {""}
+        assert names == {"onnxruntime_gpu-1.31.1-cp312-cp312-x.whl", "grpcio-1.85.whl"}
+        slim = wheels.extractfile("./onnxruntime_gpu-1.31.1-cp312-cp312-x.whl")
+        assert slim is not None
+        content = slim.read()
+    assert len(content) < 20_000
+    with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+        [library] = [name for name in wheel.namelist() if name.endswith(".so")]
+        assert len(wheel.read(library)) == len(code)
+
+
+def test_an_architecture_without_machine_code_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "onnxruntime_gpu-1-x.whl", "w") as wheel:
+            wheel.writestr(fatbin.LIBRARY, fat_binary((80, b"code....")))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bundle.subprocess, "run", run)
+    with pytest.raises(SystemExit):
+        bundle.main(["--architecture=91", f"--out={tmp_path}"])
+    assert "--architecture 91: no machine code for 91; there is some for 80" in capsys.readouterr().err
 
 
 def test_the_bundle_asks_for_what_the_project_needs_and_nothing_that_is_there() -> None:

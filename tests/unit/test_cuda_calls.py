@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +17,14 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.engine import cuda, provider
+from serve.engine import cuda, driver, provider
 from serve.errors import EngineError, OutOfMemoryError, ProviderError
 from serve.manifest import BUNDLED_DIR
 from serve.models import loader
 from serve.models.repository import Repository
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
+from tests.host_device import COMPILER
 
 SET_DEVICE, EXCHANGE = "cudaSetDevice", "cudaThreadExchangeStreamCaptureMode"
 
@@ -138,6 +145,59 @@ def test_where_there_is_no_machine_code_for_a_device_its_driver_compiles(fails: 
     assert targets == [b"--gpu-architecture=sm_99", b"--gpu-architecture=compute_90"]
     names = [name for _, name, _ in bindings.calls]
     assert names.count("nvrtcDestroyProgram") == names.count("nvrtcCreateProgram") == 2
+
+
+@pytest.mark.skipif(driver.why_unusable() is None, reason="with a GPU these calls would be made")
+def test_nvidias_bindings_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver each call ends with its code, and with a TypeError where an argument is of the wrong kind."""
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    monkeypatch.setattr(cuda, "_this_thread", SimpleNamespace(device=0))
+    device, array = cuda.Device(), np.zeros(64, np.uint8)
+    mode = cuda._bindings("runtime").cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    calls: dict[str, Callable[[], Any]] = {
+        "cudaSetDevice": device._take_thread,
+        "cudaThreadExchangeStreamCaptureMode": lambda: device._call("cudaThreadExchangeStreamCaptureMode", mode),
+        "cudaHostRegister": lambda: device.lock_pages(array),
+        "cudaHostUnregister": lambda: device.unlock_pages(array),
+        "cudaStreamCreateWithFlags": device.open_stream,
+        "cudaStreamDestroy": lambda: device.close_stream(7),
+        "cudaStreamSynchronize": lambda: device.wait(7),
+        "cudaDeviceGetAttribute": lambda: device.capability,
+        "cudaMemGetInfo": device.memory_total_bytes,
+    }
+    for name, call in calls.items():
+        with pytest.raises(EngineError, match=rf"^{name} failed: cudaError"):
+            call()
+    for copy in (device.copy_to_device, device.copy_to_host):
+        with pytest.raises(EngineError, match=r"^cudaMemcpyAsync failed: cudaError"):
+            copy(4096, array.ctypes.data, 64, 7)
+    assert math.isnan(device.memory_in_use_bytes())
+
+
+@pytest.mark.skipif(COMPILER is None, reason="the stand-in for the driver needs a C compiler")
+def test_a_kernel_is_launched_with_its_arguments_as_64_bits_each(tmp_path: Path) -> None:
+    """By NVIDIA's own bindings and a driver that prints what it is asked for."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    assert COMPILER is not None
+    flags = ["-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), "tests/stub_launch.c", "-ldl"]
+    subprocess.run([COMPILER, *flags], check=True)
+    script = """
+from types import SimpleNamespace
+from serve.engine import cuda
+
+cuda._this_thread = SimpleNamespace(device=0)
+device = cuda.Device()
+kernel = device.load(b"elf of a kernel", "draw")
+device.launch(kernel, 1000, (1, 2, 3, 4, 5, 6, 7, 8, 2**64 - 9), 5)
+"""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.stdout.splitlines() == [
+        "load elf",
+        "function 77 draw",
+        "launch 88 of 8 1 1 by 128 1 1 shared 0 stream 5 extra 0: 1 2 3 4 5 6 7 8 18446744073709551607",
+    ], done.stderr
 
 
 def test_cudas_libraries_are_loaded_from_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from serve.engine.cuda_engine import CudaEngine
 from serve.engine.device_buffers import NO_GRAPH, Binding
 from serve.engine.provider import EngineOptions
 from serve.engine.session import PIXELS_AND_IMAGES, Engine
-from serve.errors import DeviceLostError, EngineError, OutOfMemoryError, ProviderError
+from serve.errors import DeviceLostError, EngineError, GoldenError, OutOfMemoryError, ProviderError
 from serve.latents import Span, draw, draw_span
 from serve.manifest import BUNDLED_DIR
 from serve.models.repository import read_bundle
@@ -93,6 +93,27 @@ def test_padded_rows_never_leak_and_the_batch_is_what_an_unpadded_one_is(make: C
     buffered.compute(*rows(buffered, 99, 16))
     buffered.compute(*rows(buffered, 1, 3))
     assert not buffered._buffers.host["latents"][3:4].any(), "the padding is blank, not somebody's latents"
+
+
+@either
+@pytest.mark.parametrize("wrong", [16, 4, 1])
+def test_the_golden_check_finds_one_bucket_that_is_off(
+    make: Callable[..., Engine], name: str, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has kernels of its own: ONNX Runtime may have taken TF32 for one alone."""
+    engine = make(name)
+    engine.check_golden()
+    honest = type(engine).run
+
+    def run(self: Engine, feeds: Any, outputs: Any = ("pixels",)) -> Any:
+        made = honest(self, feeds, outputs)
+        if self.bucket(len(feeds["latents"])) == wrong:
+            made["pixels"] ^= np.uint8(1) * (np.arange(784).reshape(28, 28) % 100 == 0)  # one of a hundred, by a level
+        return made
+
+    monkeypatch.setattr(type(engine), "run", run)
+    with pytest.raises(GoldenError, match=rf"batches of {wrong}: golden sample \d+ differs by up to 1 levels"):
+        engine.check_golden()
 
 
 @either
@@ -437,6 +458,7 @@ ARENA_FULL = (
     "Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRaw() "
     "Failed to allocate memory for requested buffer of size 8388608000\n"
 )
+CUDNN_FULL = "CUDNN failure 4004: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0"  # cudnn_graph.h of version 9
 
 
 @pytest.mark.parametrize(
@@ -445,6 +467,7 @@ ARENA_FULL = (
         ("CUDA failure 2: out of memory ; GPU=0 ; hostname=box", "CUDA failure 2: out of memory"),
         (ARENA_FULL, "Failed to allocate memory for requested buffer of size 8388608000"),
         ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"),
+        (CUDNN_FULL, CUDNN_FULL),
     ],
 )
 def test_memory_that_lacks_for_a_run_is_no_lost_device(raised: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

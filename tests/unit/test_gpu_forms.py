@@ -31,3 +31,11 @@ def test_every_form_of_a_model_makes_its_images(form: str, name: str) -> None:
     kinds = [node.op_type for node in onnx.load_from_string(made).graph.node]
     assert kinds.count("DepthToSpace") == {"last_as_3x3": 1, "all_as_3x3": 2 if name == "rpgan" else 3}.get(form, 0)
     assert ("ConvTranspose" in kinds) == (form not in ("all_as_3x3", "gathered"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_of_half_precision_with_channels_last_has_a_bias_in_a_convolution(form: str) -> None:
+    """Issue: that path is very slow; it was taken out of transposed convolutions alone."""
+    made = biases_apart(FORMS[form](read_bundle(BUNDLED_DIR / "dcgan" / "1").model))
+    nodes = [node for node in onnx.load_from_string(made).graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    assert all(len(node.input) == 2 for node in nodes)

@@ -126,7 +126,7 @@ def test_a_bad_bundle_an_empty_folder_or_a_missing_pin_stops_the_start(models: P
     start_fails(tmp_path / "empty", BundleError, "holds no complete model; make export writes one")
     add_version(models, "mlp", 2)
     break_golden(models / "mlp" / "2")
-    start_fails(models, BundleError, "model mlp/2 on cpu: golden sample")
+    start_fails(models, BundleError, "model mlp/2 on cpu, batches of 8: golden sample")
     (models / "mlp").rename(models / "other")
     start_fails(models, SettingsError, "--default-model 'mlp' is not served; there are other")
 
