@@ -93,7 +93,7 @@ def _in_a_process(stage: Stage, plan: Plan, limit_s: float, path: Path) -> dict[
     process.join()
     part: dict[str, Any] = {"figures": {}, "decided": "", "fixed": [], "aims": [], "failed": False}
     if path.exists():
-        part |= json.loads(path.read_text())
+        part |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     if overdue and limit_s < stage.limit_s:
         part["decided"] = f"cut off, the session's time is spent; measured: {', '.join(part['figures'])}"

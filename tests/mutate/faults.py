@@ -485,7 +485,7 @@ FAULTS = [
     Fault("images may differ by twice the tolerance", f"{PARITY}:difference", "<= tolerance.images", "<= 2 * tolerance.images", EXPORT),
     Fault("pixels may differ by one level more", f"{PARITY}:difference", "pixel_levels:", "pixel_levels + 1:", EXPORT),
     Fault("the generator is exported, not its average", "train/models.py:trained_generator", '"average" if config.average_decay else "generator"', '"generator"', EXPORT),
-    Fault("a checkpoint older than its run is exported", "train/checkpoint.py:final_checkpoint", 'state["step"] != last', "False", EXPORT),
+    Fault("a checkpoint older than its run is exported", "train/runs.py:final_checkpoint", 'state["step"] != last', "False", EXPORT),
     Fault("a quality of another step is published", f"{BUNDLE}:_quality", 'step != checkpoint["step"]', "False", EXPORT),
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points

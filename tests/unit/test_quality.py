@@ -18,7 +18,7 @@ from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
 from train.data.files import DIGESTS
 from train.data.mnist import load_mnist
-from train.errors import QualityError
+from train.errors import CheckpointError, QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
@@ -162,6 +162,12 @@ def test_a_good_judge_is_kept_and_not_trained_again(subset: Path, tmp_path: Path
     for record in tmp_path.glob("*.json"):
         record.unlink()
     judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("one that was kept without a record was good"))
+    [kept] = tmp_path.glob("*.pt")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{kept} cannot be read .*; delete it to train the judge again"):
+        judge.kept_judge(data, tmp_path, CPU, train=untrained)
+    kept.unlink()
+    judge.kept_judge(data, tmp_path, CPU, train=untrained)
 
 
 class Copying(nn.Module):

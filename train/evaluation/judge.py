@@ -221,7 +221,7 @@ def kept_judge(
         log.info("the %s is kept as %s", network.name, path)
     _check_accuracy(record, network)
     judge = network(data.classes).to(device)
-    judge.load_state_dict(load_checkpoint(path))
+    judge.load_state_dict(load_checkpoint(path, f"delete it to train the {network.name} again"))
     return judge.eval()
 
 
