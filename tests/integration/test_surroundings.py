@@ -73,7 +73,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "build" / name).mkdir(parents=True)
         (folder / "build" / name / ".ready").touch()
     shutil.copytree(SUBSET, folder / "the data")
-    write_patterns(folder / "other data", 3, train=384, test=64)
+    write_patterns(folder / "other data", 5, train=768, test=64)  # of these the judges learn enough
     flags = shlex.quote(f"{TINY} {DATA} --runs-dir 'all runs' {WIDTHS}")
     done = run_shell(f"make train PRESET=dcgan ARGS={flags} >&-", folder)
     assert done.returncode == 0, done.stderr

@@ -142,6 +142,13 @@ def test_a_judge_that_is_not_good_enough_is_refused_and_not_trained_again(
     assert str(second.value) == str(first.value)
 
 
+def test_a_folder_that_cannot_keep_a_judge_is_refused_before_one_is_trained(subset: Path) -> None:
+    with pytest.raises(QualityError, match=r"cannot keep the judge in .* \(Not a directory\); name another with --runs-dir"):
+        judge.kept_judge(
+            load_mnist(subset), subset / "SHA256SUMS" / "judge", CPU, train=lambda *_, **__: pytest.fail("trained in vain")
+        )
+
+
 def test_of_mnist_itself_a_fixed_share_is_needed(subset: Path) -> None:
     data = load_mnist(subset)
     assert judge.accuracy_needed(dataclasses.replace(data, digests=DIGESTS), CPU) == 0.993

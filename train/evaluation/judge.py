@@ -209,11 +209,12 @@ def kept_judge(
     path = judge_file(data, folder, network)
     record = path.with_suffix(".json")
     if not path.exists():
-        log.info("training the %s", network.name)
-        trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
-        known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, {})  # or minutes of training would end in nothing
+            log.info("training the %s", network.name)
+            trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
+            known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
             write_json(record, known)
             write_atomically(path, lambda stream: torch.save(trained.state_dict(), stream))
         except OSError as error:
