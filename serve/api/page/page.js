@@ -208,6 +208,7 @@ async function watch() {
 }
 
 async function drawAll() {
+  if (!models.size) return; // the status draws when it comes: only then is it known what to ask for, and where
   await Promise.all([draw(), interpolate()]);
 }
 
