@@ -142,11 +142,13 @@ def test_a_judge_that_is_not_good_enough_is_refused_and_not_trained_again(
     assert str(second.value) == str(first.value)
 
 
-def test_a_folder_that_cannot_keep_a_judge_is_refused_before_one_is_trained(subset: Path) -> None:
-    with pytest.raises(QualityError, match=r"cannot keep the judge in .* \(Not a directory\); name another with --runs-dir"):
-        judge.kept_judge(
-            load_mnist(subset), subset / "SHA256SUMS" / "judge", CPU, train=lambda *_, **__: pytest.fail("trained in vain")
-        )
+@pytest.mark.parametrize("name", ["SHA256SUMS", "judge"])
+def test_a_folder_that_cannot_keep_a_judge_is_refused_before_one_is_trained(name: str, subset: Path) -> None:
+    data, folder = load_mnist(subset), subset / name / "judge"
+    if name == "judge":
+        judge.judge_file(data, folder).with_suffix(".json").mkdir(parents=True)
+    with pytest.raises(QualityError, match=r"cannot keep the judge in .* \((Not|Is) a directory\); name another with --runs-dir"):
+        judge.kept_judge(data, folder, CPU, train=lambda *_, **__: pytest.fail("trained in vain"))
 
 
 def test_of_mnist_itself_a_fixed_share_is_needed(subset: Path) -> None:
