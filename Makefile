@@ -99,7 +99,7 @@ build/hub/.ready: .venv/.all
 
 # The oldest ONNX Runtime that reads the graphs, other runtimes and optimizers: each needs versions that we do not have.
 build/other-runtimes/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/other-runtimes
+	"$(PYTHON)" -m venv build/other-runtimes
 	build/other-runtimes/bin/python -m pip install --quiet onnxruntime==1.15.1 'numpy<2' onnx openvino onnxslim onnxsim
 	@touch $@
 
@@ -149,7 +149,7 @@ build/languages/.ready:
 
 # The client beside each major version of protobuf that it takes, the first with the oldest of everything.
 build/clients/.ready: | $(BIN)/python
-	for each in protobuf5 protobuf6 protobuf7; do $(PYTHON) -m venv build/clients/$$each || exit 1; done
+	for each in protobuf5 protobuf6 protobuf7; do "$(PYTHON)" -m venv build/clients/$$each || exit 1; done
 	build/clients/protobuf5/bin/python -m pip install --quiet 'protobuf==5.26.*' 'grpcio==1.66.*' 'numpy==1.26.*'
 	build/clients/protobuf6/bin/python -m pip install --quiet 'protobuf==6.*' 'grpcio==1.76.*' 'numpy==2.*'
 	build/clients/protobuf7/bin/python -m pip install --quiet protobuf grpcio numpy mypy hatchling
@@ -204,7 +204,7 @@ bench-train: .venv/.all ## time the training steps on this machine
 
 # In a venv of their own: what the oldest protoc that serves generates, every later protobuf reads (the client takes 5, 6 and 7).
 build/proto-tools/.ready: | $(BIN)/python
-	$(PYTHON) -m venv build/proto-tools
+	"$(PYTHON)" -m venv build/proto-tools
 	build/proto-tools/bin/python -m pip install --quiet 'grpcio-tools==1.62.3' 'setuptools<81' 'buf-bin>=1.75'
 	@touch $@
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import shutil
 import tempfile
 import time
@@ -45,11 +44,12 @@ from serve.manifest import (
     sha256,
 )
 from serve.models.repository import read_bundle
-from train.checkpoint import RESULT_FILE, Run, final_checkpoint
+from train.checkpoint import RESULT_FILE, Run
 from train.config import TrainConfig
 from train.data.mnist import data_name
 from train.evaluation import evaluate
 from train.models import trained_generator, weights_digest
+from train.runs import final_checkpoint, how_to_resume, make_variable
 
 EAGER = "eager"
 TORCHSCRIPT = "torchscript"
@@ -138,8 +138,7 @@ def check_run(run: Run, models_dir: Path, name: str, floors: Mapping[str, float]
     if not NAME_PATTERN.fullmatch(name):
         raise ExportError(f"--name {name!r} is no model name: lower-case letters, digits, - and _ are allowed")
     if not run.finished:
-        resume = f"python -m train {run.config.preset} --resume {shlex.quote(str(run.folder))}"
-        raise ExportError(f"{run.folder} is not finished; finish it with: {resume}")
+        raise ExportError(f"{run.folder} is not finished; finish it with: {how_to_resume(run)}")
     if of_labels := floors_of_labels(run, floors):
         missing = f"{of_labels[0]} of {run.folder} is not known of a model without labels"
         raise ExportError(f"--min-quality: {missing}, and must be at least {floors[of_labels[0]]:g}")
@@ -215,10 +214,7 @@ def _preview(served: ServedGenerator, config: TrainConfig) -> bytes:
 
 def _quality(run: Run, checkpoint: Mapping[str, Any], floors: Mapping[str, float]) -> bytes | None:
     """The run's quality.json, held against ``floors``; None when it was not judged. Raises ExportError."""
-    path, way_out = (
-        run.folder / evaluate.QUALITY_FILE,
-        f"judge it with: python -m train evaluate --run {shlex.quote(str(run.folder))}",
-    )
+    path, way_out = run.folder / evaluate.QUALITY_FILE, f"judge it with: make evaluate{make_variable('RUN', run.folder)}"
     try:
         content = path.read_bytes()
     except FileNotFoundError:

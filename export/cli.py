@@ -133,6 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ExportError, TrainError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, a folder that has gone
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -168,35 +168,25 @@ def save_checkpoint(run: Run, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as plain tensors and numbers. Raises CheckpointError when it is damaged."""
+def load_checkpoint(path: Path, way_out: str) -> dict[str, Any]:
+    """Read tensors and plain numbers by name. Raises CheckpointError, which names the way out, when the file is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state.keys()  # or it is something else
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); delete it to use the one before") from None
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); {way_out}") from None
     return state
 
 
 def latest_checkpoint(run: Run) -> dict[str, Any]:
-    """The newest checkpoint's content. Raises CheckpointError when the run has none."""
+    """The newest checkpoint's content. Raises CheckpointError when the run has none, or it is damaged."""
     paths = run.checkpoints()
     if not paths:
         raise CheckpointError(f"{run.folder} has no checkpoint yet; start the run anew")
-    return load_checkpoint(paths[-1])
-
-
-def final_checkpoint(run: Run) -> dict[str, Any]:
-    """The newest checkpoint of a finished run. Raises CheckpointError when it is of an earlier step than the run's last."""
-    state = latest_checkpoint(run)
-    try:
-        last = json.loads((run.folder / RESULT_FILE).read_bytes())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{run.folder / RESULT_FILE} cannot be read; train the run again") from None
-    if state["step"] != last:
-        raise CheckpointError(
-            f"{run.folder} ended at step {last}, and its newest checkpoint is of step {state['step']}: what was trained last is"
-            " lost; train the run again"
-        )
+    way_out = "delete it to use the one before" if len(paths) > 1 else "start the run anew"
+    state = load_checkpoint(paths[-1], way_out)
+    if "step" not in state:
+        raise CheckpointError(f"{paths[-1]} is no checkpoint; {way_out}")
     return state
 
 

@@ -88,15 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # a disk that is full, a folder that has gone
         where = f"{error.filename}: " if error.filename else ""
-        full = "; what was saved before is kept: make room and resume" if error.errno in FULL else ""
+        full = "; make room" if error.errno in FULL else ""
+        if full and flags.command in PRESETS:  # auto: it may have saved nothing yet
+            full = "; what was saved before is kept: make room, and add --resume=auto to the same command"
         print(f"error: {where}{error.strerror or error}{full}", file=sys.stderr)
         return 2
     except StoppedError as stopped:
         print(f"{stopped}; add --resume to the same command to go on", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        resume = "; add --resume to the same command to go on from the last checkpoint" if flags.command in PRESETS else ""
-        print(f"stopped{resume}", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
 
 
@@ -191,8 +192,9 @@ def _evaluate(flags: argparse.Namespace) -> int:
         if not runs:
             return 0
     reports = judging.judge_runs(runs, flags.data_dir, flags.runs_dir, device, flags.scores)
-    print(evaluate.table([(run.config.preset, report) for run, report in zip(runs, reports, strict=True)]))
-    return 0
+    if reports:
+        print(evaluate.table([(run.config.preset, report) for run, report in reports]))
+    return 0 if len(reports) == len(runs) else 2
 
 
 def _bench(flags: argparse.Namespace) -> int:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from train.config import TrainConfig
+from train.errors import CheckpointError
 
 IMAGE_SIZE = 28
+OTHER_NETWORKS = "the newest checkpoint is of other networks than config.json describes; start the run anew"
 
 
 class MlpGenerator(nn.Module):
@@ -237,9 +239,12 @@ DISCRIMINATORS = {
 
 
 def trained_generator(config: TrainConfig, checkpoint: Mapping[str, Any]) -> nn.Module:
-    """The generator that a checkpoint is kept for: the average over the steps, if there is one."""
+    """The generator that a checkpoint is kept for: the average over the steps, if there is one. Raises CheckpointError."""
     generator = build_generator(config)
-    generator.load_state_dict(checkpoint["average" if config.average_decay else "generator"])
+    try:
+        generator.load_state_dict(checkpoint["average" if config.average_decay else "generator"])
+    except (KeyError, RuntimeError, TypeError):
+        raise CheckpointError(OTHER_NETWORKS) from None
     return generator
 
 

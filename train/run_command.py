@@ -18,12 +18,13 @@ from train.checkpoint import RESULT_FILE, Run, create_run, held, latest_checkpoi
 from train.config import TrainConfig, parse_field
 from train.data.mnist import DEFAULT_DATA_DIR, Mnist, load_mnist, training_examples
 from train.device import describe, prepare_machine, set_precision
-from train.errors import CheckpointError, ConfigError, QualityError
+from train.errors import CheckpointError, ConfigError, QualityError, StoppedError
 from train.evaluation.judge import check_data
+from train.models import OTHER_NETWORKS
 from train.presets import preset
 from train.reports import activations
 from train.reports.run_page import write_page
-from train.runs import make_arguments, make_variable, newest_run
+from train.runs import how_to_resume, make_arguments, make_variable, newest_run
 from train.trainer.capture import CudaRecording
 from train.trainer.loop import Trainer
 from train.trainer.parallel import Ranks, joined, own_device
@@ -57,6 +58,7 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
         resumed = run is not None
         if run is not None:
             _check_resumable(run, ranks, data, flags.data_dir)
+            examples = training_examples(data, run.config, device)
             if ranks.first:
                 run = _recorded(run, device)
         else:
@@ -64,15 +66,19 @@ def _train_as(ranks: Ranks, device: torch.device, flags: argparse.Namespace) -> 
             set_precision(config.precision, device)
             if config.architecture == "mlp" and len(data.train_images) % (config.batch_size * ranks.world) == 1:
                 raise ConfigError(f"--batch-size {config.batch_size} leaves one image for the last step, and BatchNorm needs two")
+            examples = training_examples(data, config, device)
             provenance = {"data": data.digests, **describe(device), "processes": ranks.world, "captured": captured}
             if ranks.first:
                 run = create_run(flags.runs_dir, config, provenance)
                 stack.enter_context(held(run))
             run = ranks.agree(run)
         recording = CudaRecording if captured else None
-        trainer = Trainer(run, training_examples(data, run.config, device), device, ranks, recording)
+        trainer = Trainer(run, examples, device, ranks, recording)
         if resumed:
-            trainer.load_state(latest_checkpoint(run))
+            try:
+                trainer.load_state(latest_checkpoint(run))
+            except (KeyError, RuntimeError, ValueError):
+                raise CheckpointError(f"{run.folder}: {OTHER_NETWORKS}") from None
         return _fit(trainer, data, flags.data_dir)
 
 
@@ -88,6 +94,10 @@ def _fit(trainer: Trainer, data: Mnist, data_dir: Path) -> int:
     try:
         with _stopped_by_signals(trainer):
             trainer.fit()
+    except KeyboardInterrupt:
+        if not run.checkpoints():
+            raise
+        raise StoppedError("stopped; what was trained since the last checkpoint is lost") from None
     finally:
         if ranks.first:
             write_page(run)
@@ -155,7 +165,7 @@ def _chosen(flags: argparse.Namespace) -> Run | None:
 def _resumed(run: Run, preset_name: str, overrides: dict[str, Any]) -> Run:
     """The run with the numbers that it goes on with: its own, but that a finished one may be made longer."""
     if run.config.preset != preset_name:
-        raise ConfigError(f"{run.folder} is a {run.config.preset} run; resume it with: python -m train {run.config.preset}")
+        raise ConfigError(f"{run.folder} is a {run.config.preset} run; resume it with: {how_to_resume(run)}")
     longer = {name: value for name, value in overrides.items() if run.finished and name in LENGTHS}
     for name, value in overrides.items():
         own = getattr(run.config, name)
@@ -164,8 +174,6 @@ def _resumed(run: Run, preset_name: str, overrides: dict[str, Any]) -> Run:
             raise ConfigError(
                 f"{flag} cannot be changed by --resume: {run.folder} has {shown}; start a new run for other numbers"
             )
-    if run.finished and all(value == getattr(run.config, name) for name, value in longer.items()):
-        raise ConfigError(f"{run.folder} is finished; to train it further, name more --epochs than its {run.config.epochs}")
     return dataclasses.replace(run, config=run.config.replace(longer))
 
 

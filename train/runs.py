@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from train.checkpoint import CONFIG_FILE, DEFAULT_RUNS_DIR, Run, open_run
+from train.checkpoint import CONFIG_FILE, DEFAULT_RUNS_DIR, RESULT_FILE, Run, latest_checkpoint, open_run
 from train.errors import CheckpointError
 from train.presets import DEFAULT_PRESET, PRESETS
 
@@ -63,6 +65,21 @@ def newest_finished(runs_dir: Path) -> list[Run]:
     return runs
 
 
+def final_checkpoint(run: Run) -> dict[str, Any]:
+    """The newest checkpoint of a finished run. Raises CheckpointError when it is of an earlier step than the run's last."""
+    state = latest_checkpoint(run)
+    try:
+        last = json.loads((run.folder / RESULT_FILE).read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{run.folder / RESULT_FILE} cannot be read; train the run again") from None
+    if state["step"] != last:
+        raise CheckpointError(
+            f"{run.folder} ended at step {last}, and its newest checkpoint is of step {state['step']}: what was trained last is"
+            f" lost; train it again with: {how_to_resume(run)}"
+        )
+    return state
+
+
 def each_run(runs: Sequence[Run], do: Callable[[Run], object], *errors: type[Exception]) -> int:
     """Do something with each run; one of the ``errors`` is a line on standard error, and the others go on.
 
@@ -73,7 +90,8 @@ def each_run(runs: Sequence[Run], do: Callable[[Run], object], *errors: type[Exc
         try:
             do(run)
         except errors as error:
-            print(f"error: {error}", file=sys.stderr)
+            whose = "" if str(run.folder) in str(error) else f"{run.folder}: "
+            print(f"error: {whose}{error}", file=sys.stderr)
             status = 2
     return status
 
@@ -86,6 +104,11 @@ def moment(run: Run) -> str:
 def how_to_train(preset: str, runs_dir: Path) -> str:
     """The command that trains a preset in ``runs_dir``."""
     return f"make train PRESET={preset}" + make_arguments("--runs-dir", runs_dir) * (runs_dir != DEFAULT_RUNS_DIR)
+
+
+def how_to_resume(run: Run) -> str:
+    """The command that trains a run further."""
+    return f"make train PRESET={run.config.preset}" + make_arguments("--resume", run.folder)
 
 
 def make_arguments(*words: object) -> str:

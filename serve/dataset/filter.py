@@ -7,6 +7,7 @@ shard a digit falls into.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ class Judge:
         except OSError as error:
             raise SettingsError(f"--judge {path}: {error.strerror}") from None
         except Exception:  # onnxruntime has a dozen kinds for a damaged file
-            raise SettingsError(f"--judge {path} is no judge; write one with: python -m export judge --out {path}") from None
+            command = f"python -m export judge --out {shlex.quote(str(path))}"
+            raise SettingsError(f"--judge {path} is no judge; write one with: {command}") from None
         self.digest = sha256(content)
 
     def read(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

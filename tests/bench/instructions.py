@@ -55,7 +55,7 @@ def count(name: str, models: Path) -> int:
         send(target, REQUESTS)
         dump(process)
         (written,) = set(Path(folder).glob("out*")) - before
-        total = re.search(r"^totals: (\d+)", written.read_text(), re.MULTILINE)
+        total = re.search(r"^totals: (\d+)", written.read_text(encoding="utf-8"), re.MULTILINE)
     if total is None:
         raise CallgrindError(f"callgrind wrote no total for {name}")
     return int(total[1]) // REQUESTS
@@ -116,7 +116,7 @@ def main() -> int:
         return 2
     recorded: dict[str, Any] = {"date": "never", "instructions": {}}
     if RECORD.exists():
-        recorded = json.loads(RECORD.read_text())
+        recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     counted = {}
     with tempfile.TemporaryDirectory() as models:
         shutil.copytree(BUNDLED_DIR / "mlp", Path(models) / "mlp")

@@ -79,7 +79,7 @@ def by_h2load(load: Load, path: str = METHOD, body: bytes | None = None) -> Resu
     assert H2LOAD is not None
     connections = min(load.connections, load.in_flight)
     message = request_bytes(load) if body is None else body
-    with tempfile.NamedTemporaryFile() as stored, tempfile.NamedTemporaryFile("r") as log:
+    with tempfile.NamedTemporaryFile() as stored, tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
         stored.write(framed(message))
         stored.flush()
         command = [

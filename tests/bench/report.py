@@ -64,7 +64,7 @@ def write(path: Path, figures: dict[str, Any], targets: list[Target]) -> None:
         "targets": listed,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
+    path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
     print(f"written: {path}")
 
 
@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
     """Processor and versions."""
     cpu = "unknown CPU"
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     packages = ("grpcio", "numpy", "uvloop")
     return {

@@ -92,7 +92,7 @@ def thread_s(process: psutil.Process) -> dict[str, float]:
     seconds = dict.fromkeys(("event loop", "instances", "transport"), 0.0)
     for thread in process.threads():
         try:
-            name = Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text()
+            name = Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text(encoding="utf-8")
         except OSError:  # it has ended meanwhile
             continue
         kind = "event loop" if thread.id == process.pid else "instances" if name.startswith(INSTANCE_THREAD) else "transport"

@@ -81,7 +81,7 @@ def fuzz(name: str, libfuzzer: list[str]) -> None:
         from tests.fuzz.targets import make_target  # noqa: PLC0415
 
     target = make_target(name)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BEYOND_START_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     atheris.Setup([sys.argv[0], *libfuzzer], target)

@@ -50,7 +50,7 @@ echo "next: PYTHONPATH=$folder/packages make gpu-check PYTHON=$python"
 
 def wanted() -> list[str]:
     """The project's own requirements, CUDA's bindings among them and what the machine has left out."""
-    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [*project["optional-dependencies"]["serve"], *project["dependencies"], "cuda-bindings>=13", *FOR_CHECKS]
     return [
         each for each in named if not each.split(";")[0].strip().lower().startswith(LEFT_OUT) and "sys_platform != " not in each

@@ -338,7 +338,7 @@ def memory(plan: Plan) -> Outcome:
     def used() -> float:
         if plan.provider == "cuda":
             return Device().memory_in_use_bytes()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     engines = [engine_of(model, plan, cuda_graphs=plan.graphs) for model in MODELS]
     for engine in engines:

@@ -100,7 +100,7 @@ def _in_a_process(stage: Stage, plan: Plan, limit_s: float, path: Path) -> dict[
     process.join(STOP_S)  # no longer: one that waits for a broken driver does not even die
     part: dict[str, Any] = {"figures": {}, "decided": "", "fixed": [], "aims": [], "failed": False}
     if path.exists():
-        part |= json.loads(path.read_text())
+        part |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     measured = f"; measured: {', '.join(part['figures'])}" if part["figures"] else ""
     if overdue and limit_s < stage.limit_s:

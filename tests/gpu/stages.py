@@ -66,7 +66,7 @@ class Notes:
 
 def latents(plan: Plan, notes: Notes) -> str:
     """Which form of the kernel the driver takes: PTX as NVRTC writes it, with the version before, machine code."""
-    source, own = SOURCE.read_text(), Device().capability if plan.graphs else 90
+    source, own = SOURCE.read_text(encoding="utf-8"), Device().capability if plan.graphs else 90
     ptx = compiled(source, f"compute_{own}", definitions())
     version = next(line for line in ptx.splitlines() if line.startswith(b".version"))
     images = {

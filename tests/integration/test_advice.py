@@ -51,9 +51,9 @@ def test_a_stopped_runs_advice_leads_to_a_served_model(
     monkeypatch.undo()
     [folder] = (runs_dir / "mlp").iterdir()
     refused = in_process(export_main, f"--run={folder}", f"--models-dir={models}")
-    finish = shlex.split(advised(refused.stderr, "finish it with:"))
-    assert finish[:3] == ["python", "-m", "train"]
-    done = in_process(main, *finish[3:], f"--data-dir={data}", "--device=cpu", "--threads=1")
+    module, *finish = recipe(advised(refused.stderr, "finish it with:"))
+    assert module == "train"
+    done = in_process(main, *finish, f"--data-dir={data}", "--device=cpu", "--threads=1")
     assert done.returncode == 0, done.stderr
     module, *arguments = recipe(advised(done.stdout, "next:"))
     flags = export_parser().parse_args(["run", *arguments])

@@ -303,6 +303,12 @@ def test_export_refuses_a_name_for_nothing_and_says_when_nothing_is_left(tmp_pat
     assert re.search(f"{tmp_path} .*--run", done.stderr)
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = in_process(export_main, "speedrun", f"--data-dir={SUBSET}", f"--out={tmp_path / 'file'}")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file'}: File exists\n")
+
+
 @pytest.mark.long
 def test_the_speedrun_goes_from_nothing_to_a_served_model(tmp_path: Path) -> None:
     small = ["--generator-widths=8,8,8", "--discriminator-widths=4,4,4", "--device=cpu", "--threads=1"]

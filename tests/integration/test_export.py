@@ -505,7 +505,7 @@ def test_a_run_below_a_floor_is_not_exported(floors: str, message: str, make_run
 
 def test_a_quality_that_is_missing_of_another_step_or_damaged_is_refused(make_run: Callable[[str], Run], tmp_path: Path) -> None:
     run = make_run("mlp")
-    with pytest.raises(ExportError, match=r"--min-quality: .*python -m train evaluate --run"):
+    with pytest.raises(ExportError, match=r"--min-quality: .*judge it with: make evaluate RUN="):
         export_run(run, tmp_path / "models", floors={"recall": 0.1})
     write_json(run.folder / "quality.json", QUALITY | {"step": 6})
     with pytest.raises(ExportError, match=r"step 6\b.*step 7\b.*evaluate"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shlex
 import shutil
 import time
 from html.parser import HTMLParser
@@ -22,9 +23,12 @@ from tests.command_lines import in_process
 from tests.conftest import SUBSET
 from train.checkpoint import Run, create_run, held, latest_checkpoint, open_run, save_checkpoint
 from train.cli import main
+from train.errors import CheckpointError
 from train.evaluation import judge
+from train.models import trained_generator
 from train.presets import preset
 from train.progress import progress_bar
+from train.reports import judging
 from train.runs import runs_of
 
 SMALL = ["--generator-widths=16,32", "--discriminator-widths=32,16", "--batch-size=64", "--epochs=4", "--report-every=3"]
@@ -226,6 +230,15 @@ def damage(folder: Path, how: str) -> None:
         (folder / "losses.npy").write_bytes(b"")
     if how == "result":
         (folder / "result.json").write_text('{"seconds": "long"}')
+    if how == "damaged":
+        for path in (folder / "checkpoints").glob("step-*.pt"):
+            path.write_bytes(path.read_bytes()[:1000])
+    if how == "another's":
+        for path in (folder / "checkpoints").glob("step-*.pt"):
+            torch.save({"step": 16, "generator": {"weight": torch.zeros(1)}}, path)
+    if how == "no checkpoint":
+        for path in (folder / "checkpoints").glob("step-*.pt"):
+            torch.save([16], path)
     if how == "quality":
         (folder / "quality.json").write_text('{"model": 3}')
 
@@ -256,6 +269,47 @@ def test_one_bad_run_is_named_and_holds_up_no_other(how: str, state: str, runs: 
     assert str(bad) in done.stdout + done.stderr
     done = in_process(main, "report", f"--run={bad}")
     assert done.returncode == 2 * of_other_version, done.stderr
+
+
+@pytest.mark.parametrize("how", ["damaged", "another's", "no checkpoint"])
+def test_a_checkpoint_that_cannot_be_used_is_a_line_and_holds_up_no_other_run(
+    how: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = runs_of(runs, "mlp")[:2]
+    shutil.copytree(bad.folder, tmp_path / "bad one")
+    damage(tmp_path / "bad one", how)
+    bad = open_run(tmp_path / "bad one")
+    monkeypatch.setattr("train.cli._chosen_runs", lambda flags: [bad, good])
+    done = in_process(main, "activations")
+    assert (done.returncode, done.stdout.count(str(good.folder)) > 1) == (2, True)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(bad.folder) in line
+    fake = SimpleNamespace(evaluate=lambda run: latest_checkpoint(run) and trained_generator(run.config, latest_checkpoint(run)))
+    monkeypatch.setattr(judging, "_kept_evaluator", lambda *_: fake)
+    assert [run for run, _ in judging.judge_runs([bad, good], SUBSET, runs, torch.device("cpu"))] == [good]
+    done = in_process(main, "mlp", *MACHINE, f"--resume={bad.folder}", "--epochs=9")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert str(bad.folder) in done.stderr
+
+
+def test_what_a_finished_run_has_lost_is_trained_again_as_it_is_advised(runs: Path, tmp_path: Path) -> None:
+    """Its last checkpoint is damaged: the advice is to delete that, and then to train the rest again."""
+    folder = tmp_path / "mlp" / "a run"
+    shutil.copytree(folders(runs)[0], folder)
+    *_, last = sorted((folder / "checkpoints").iterdir())
+    whole = latest_checkpoint(open_run(folder))["generator"]
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{last} cannot be read .*; delete it to use the one before"):
+        latest_checkpoint(open_run(folder))
+    last.unlink()
+    done = in_process(export_main, f"--run={folder}", f"--models-dir={tmp_path}")
+    assert done.returncode == 2
+    [command] = re.findall("train it again with: (.*)", done.stderr)
+    assert shlex.split(command) == ["make", "train", "PRESET=mlp", f"ARGS=--resume '{folder}'"]
+    done = in_process(main, "mlp", *MACHINE, f"--resume={folder}")
+    assert done.returncode == 0, done.stderr
+    again = latest_checkpoint(open_run(folder))["generator"]
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_the_newest_run_is_the_one_that_began_last(runs: Path, tmp_path: Path) -> None:
@@ -300,7 +354,8 @@ def test_a_finished_run_can_be_made_longer_and_ends_as_if_it_had_been_so_from_th
     shutil.copytree(folders(runs)[0], longer)
     done = in_process(main, "mlp", *MACHINE, f"--resume={longer}")
     assert done.returncode == 2
-    assert "is finished; to train it further, name more --epochs than its 4" in done.stderr
+    assert "is finished at step 16, and these numbers end at 16; name more --epochs" in done.stderr
+    assert f'with: make train PRESET=mlp ARGS="--resume {longer}"' in in_process(main, "dcgan", f"--resume={longer}").stderr
     done = in_process(main, "mlp", *MACHINE, f"--resume={longer}", "--epochs=3")
     assert done.returncode == 2
     assert "is finished at step 16, and these numbers end at 12" in done.stderr

@@ -216,22 +216,38 @@ def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path: Path, monkeypatch: 
     assert (done.returncode, "stopped at step 5 of 6 and saved" in done.stderr) == (130, True)
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [(["evaluate"], "stopped\n"), (["mlp"], "stopped; add --resume to the same command to go on from the last checkpoint\n")],
-)
-def test_advice_to_resume_is_given_where_it_can_be_followed(
-    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Issue: Ctrl-C in evaluate said that --resume should be added, and it has none."""
+def raises(error: BaseException) -> Callable[..., Any]:
+    """Stands for a function that fails."""
 
-    def interrupted(*_: object, **__: object) -> int:
-        raise KeyboardInterrupt
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr("train.cli.train", interrupted)
-    monkeypatch.setattr("train.cli._evaluate", interrupted)
-    done = in_process(main, *command)
-    assert (done.returncode, done.stderr) == (130, said)
+    return fail
+
+
+def test_advice_to_resume_is_given_where_it_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue: Ctrl-C in evaluate said that --resume should be added, and it has none; so did training that had no run yet."""
+    for place in ("train.cli._evaluate", "train.run_command.load_mnist"):
+        monkeypatch.setattr(place, raises(KeyboardInterrupt()))
+    for command in ("evaluate", "mlp"):
+        done = in_process(main, command, f"--runs-dir={tmp_path}")
+        assert (done.returncode, done.stderr) == (130, "stopped\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "take_step", raises(KeyboardInterrupt()))
+    done = train_here("mlp", tmp_path, *SMALL["mlp"])
+    assert done.returncode == 130
+    assert done.stderr.endswith(
+        "\nstopped; what was trained since the last checkpoint is lost; add --resume to the same command to go on\n"
+    )
+    monkeypatch.undo()
+    done = train_here("mlp", tmp_path, *SMALL["mlp"], "--resume")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_disk_that_fills_while_a_run_is_judged_is_not_to_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.cli._evaluate", raises(OSError(errno.ENOSPC, "No space left on device", "quality.json")))
+    done = in_process(main, "evaluate")
+    assert (done.returncode, done.stderr) == (2, "error: quality.json: No space left on device; make room\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
@@ -342,6 +358,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) 
         (["mlp", "--threads=100000"], "--threads must be from 0 to 4096, got 100000"),
         (["mlp", "--weight-init-std=-1"], "weight_init_std must be from 0 to 10, got -1.0"),
         (["rpgan", "--gradient-penalty=inf"], "gradient_penalty must be from 0 to 1000000, got inf"),
+        (["rpgan", f"--data-dir={SUBSET}", "--labels=5"], "the data has label 9, and --labels is 5; it must be 10 at least"),
         (["bench", "--seconds=-1"], "--seconds must be over 0 and at most 3600, got -1"),
         (["mlp", "--data-dir=nowhere/mnist"], "--data-dir nowhere/mnist: there is no nowhere; make it"),
         (["activations", "--sample=36", "--runs-dir=nowhere"], "there is no finished run in nowhere; start one with: make train"),
@@ -471,11 +488,13 @@ def test_the_losses_are_on_disk_between_two_checkpoints(tmp_path: Path) -> None:
     assert (trainer.run.folder / "losses.png").exists()
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing was saved: the advice said to resume what could not be."""
     honest, saved = torch.save, []
 
     def save(state: object, stream: Any) -> None:
-        if saved:
+        if len(saved) == kept:
             raise OSError(errno.ENOSPC, "No space left on device")
         saved.append(True)
         honest(state, stream)
@@ -483,9 +502,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkey
     monkeypatch.setattr(torch, "save", save)
     done = train_here("mlp", tmp_path, *SMALL["mlp"])
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: No space left on device; what was saved before is kept")
-    assert final_state(only_run(tmp_path, "mlp"))["step"] == 0
-    assert not list((only_run(tmp_path, "mlp") / "checkpoints").glob(".*"))
+    full, _, advice = done.stderr.strip().splitlines()[-1].partition(": make room, and add ")
+    assert full == "error: No space left on device; what was saved before is kept"
+    folder = only_run(tmp_path, "mlp")
+    assert len(list((folder / "checkpoints").iterdir())) == kept
+    monkeypatch.undo()
+    done = train_here("mlp", tmp_path, *SMALL["mlp"], advice.removesuffix(" to the same command"))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "result.json").exists() == bool(kept)
 
 
 @pytest.mark.parametrize("size", [1, 5_000, 399_000])

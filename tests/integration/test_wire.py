@@ -12,7 +12,9 @@ from contextlib import ExitStack
 
 import psutil
 import pytest
+from hyperframe.frame import PingFrame
 
+from tests.hostile.http2 import Http2Connection
 from tests.integration.test_hostile_callers import well_behaved_caller
 from tests.server_process import ServerProcess
 
@@ -157,3 +159,13 @@ def test_callers_who_read_nothing(shared_server: ServerProcess) -> None:
                 send(connection, (frame(PING, 0, 0, bytes(8)) + frame(SETTINGS, 0, 0)) * 5_000)
 
     endure(shared_server, garbage)
+
+
+@pytest.mark.long
+def test_keepalive_pings_every_ten_seconds_are_not_too_many(shared_server: ServerProcess) -> None:
+    """Issue: Go's least interval; the connection was ended at the fourth."""
+    with Http2Connection(shared_server.target) as connection:
+        for _ in range(4):
+            connection.write(PingFrame(opaque_data=bytes(8)).serialize())
+            connection.settle(10)
+        assert not connection.going_away

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,6 +55,11 @@ def test_what_is_said_to_be_typed_arrives_as_it_was_meant(value: str, tmp_path: 
     typed = f"make show{make_variable('RUN', value)}{make_arguments('--data-dir', value)}"
     done = subprocess.run(["bash", "-c", typed], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines() == [value, "--data-dir", value]
+
+
+def test_an_interpreter_may_lie_in_a_folder_with_a_space() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"""(?m)^\t.*[^"]\$\(PYTHON\).*""", makefile) == []
 
 
 def test_cleaning_keeps_what_was_installed_trained_and_exported(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def main() -> int:
             print(f"{number}/{len(chosen)} {file_of(fault)}: {fault.what}: {said} ({took_s:.0f} s)", flush=True)
     share = sum(bool(caught) for _, caught in results) / len(results)
     if not flags.only:
-        TABLE.write_text(as_markdown(results, {fault for fault, _ in stale}))
+        TABLE.write_text(as_markdown(results, {fault for fault, _ in stale}), encoding="utf-8")
     print(f"{share:.1%} of {len(results)} faults are caught")
     return report_stale(stale) or (0 if share >= WANTED else 1)
 
@@ -103,8 +103,8 @@ def run_fault(copy: Path, fault: Fault) -> str:
     """
     planted = plant(copy, fault)
     path = copy / file_of(fault)
-    honest = path.read_text()
-    path.write_text(planted)
+    honest = path.read_text(encoding="utf-8")
+    path.write_text(planted, encoding="utf-8")
     quietly = ("-x", "-q", "--timeout=90", "-pno:cacheprovider")
     command = [sys.executable, "-m", "pytest", *quietly, *shlex.split(_quoted(fault.tests))]
     # The copy, and not the tree that the environment was installed from, is what the tests and their servers import.
@@ -114,7 +114,7 @@ def run_fault(copy: Path, fault: Fault) -> str:
     except subprocess.TimeoutExpired:
         return f"nothing ended within {TIMEOUT_S} s"
     finally:
-        path.write_text(honest)
+        path.write_text(honest, encoding="utf-8")
     if done.returncode not in (0, FAILED):
         print(f"{done.stdout[-3000:]}{done.stderr[-1000:]}", file=sys.stderr)
         raise StaleError(f"its tests ended with pytest's status {done.returncode}: {fault.tests}")

@@ -27,7 +27,7 @@ def plant(root: Path, fault: Fault) -> str:
     gone = [each for each in (file, *re.findall(r"tests/\S+\.py", fault.tests)) if not (root / each).exists()]
     if gone:
         raise StaleError(f"there is no {gone[0]}")
-    text = (root / file).read_text()
+    text = (root / file).read_text(encoding="utf-8")
     begin, end = _extent(text, name) if name else (0, len(text))
     found = list(_pattern(fault.before).finditer(text, begin, end))
     if len(found) != 1:

@@ -209,11 +209,14 @@ def test_a_token_is_asked_for_where_one_is_needed(
     add_token: Callable[..., str],
 ) -> None:
     tokens, token = tmp_path / "tokens.json", add_token("reader")
-    page = open_page(start_server(f"--tokens-file={tokens}"), drawn=False)
+    page = open_page(start_server(f"--tokens-file={tokens}", "--host=0.0.0.0", "--insecure"), drawn=False)
     expect(page.locator("#message")).to_contain_text("The server asks for a token")
     page.locator("#token").fill(token)
     page.locator("#token").press("Enter")
     expect(page.locator("#digits img")).to_have_count(25)
+    page.locator("#digits button").first.click()
+    expect(page.locator("#copied")).to_contain_text("--target 127.0.0.1:")
+    expect(page.locator("#copied")).to_contain_text("--token-file FILE")
 
 
 def test_nothing_is_fetched_from_elsewhere(shared_server: ServerProcess, browser: Browser) -> None:

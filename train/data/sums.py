@@ -36,7 +36,7 @@ def check(found: Found, root: Path, name: str, stored: bytes, content: bytes) ->
         raise DataError(f"{sums} lists no digest of {name}; write it again: {how_to_list(found)}")
     if not wanted & {digest, sha256(stored)}:
         raise DataError(
-            f"{path} has SHA-256 {digest[:12]}…, and {sums} lists {min(wanted)[:12]}…: fetch the file again, or, if it was meant"
+            f"{path} has SHA-256 {digest[:12]}…, and {sums} lists {min(wanted)[:12]}…: copy the file anew, or, if it was meant"
             f" to change: {how_to_list(found)}"
         )
     return digest

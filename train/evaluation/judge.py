@@ -209,11 +209,12 @@ def kept_judge(
     path = judge_file(data, folder, network)
     record = path.with_suffix(".json")
     if not path.exists():
-        log.info("training the %s", network.name)
-        trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
-        known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, {})  # or minutes of training would end in nothing
+            log.info("training the %s", network.name)
+            trained = train(data.train_images, data.train_labels, device, network=network, classes=data.classes)
+            known = {"accuracy": trained.accuracy(data.test_images, data.test_labels), "needed": accuracy_needed(data, device)}
             write_json(record, known)
             write_atomically(path, lambda stream: torch.save(trained.state_dict(), stream))
         except OSError as error:
@@ -221,7 +222,7 @@ def kept_judge(
         log.info("the %s is kept as %s", network.name, path)
     _check_accuracy(record, network)
     judge = network(data.classes).to(device)
-    judge.load_state_dict(load_checkpoint(path))
+    judge.load_state_dict(load_checkpoint(path, f"delete it to train the {network.name} again"))
     return judge.eval()
 
 

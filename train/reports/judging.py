@@ -11,6 +11,7 @@ import torch
 
 from train.checkpoint import Run
 from train.data.mnist import Mnist, load_mnist, read_dataset
+from train.errors import TrainError
 from train.evaluation.evaluate import Evaluator, digits_of, scored_by_training
 from train.evaluation.judge import (
     BATCH,
@@ -23,22 +24,31 @@ from train.evaluation.judge import (
     training_seconds,
 )
 from train.reports.run_page import write_page
+from train.runs import each_run
 
 Report = Mapping[str, Any]
 
 
-def judge_runs(runs: Sequence[Run], data_dir: Path, runs_dir: Path, device: torch.device, scores: int = 1) -> list[Report]:
-    """Judge runs by the data, write each one's ``quality.json`` and page; returns what was written. Raises TrainError."""
+def judge_runs(
+    runs: Sequence[Run], data_dir: Path, runs_dir: Path, device: torch.device, scores: int = 1
+) -> list[tuple[Run, Report]]:
+    """Judge runs by the data, write each one's ``quality.json`` and page; returns what was written. Raises TrainError.
+
+    A run that cannot be judged is a line on standard error, and the others go on.
+    """
     data = load_mnist(data_dir)
     check_data(data)
     for run in runs:
         if of_other_data(run, data):
             print(f"{run.folder} was trained on other data than {data_dir} holds, and is compared with that", file=sys.stderr)
     evaluator = _kept_evaluator(data, runs_dir, device, [digits_of(run) for run in runs if scored_by_training(run, data)], scores)
-    reports: list[Report] = []
-    for run in runs:
-        reports.append(evaluator.evaluate(run))
+    reports: list[tuple[Run, Report]] = []
+
+    def judge(run: Run) -> None:
+        reports.append((run, evaluator.evaluate(run)))
         write_page(run)
+
+    each_run(runs, judge, TrainError)
     return reports
 
 

@@ -101,6 +101,8 @@ function call(answer, digit, asked) {
   words.push(`--seed ${answer.seed}`, `--start ${digit.index}`, "--count 1");
   if (digit.label !== null) words.push(`--digit ${digit.label}`);
   if (asked.truncation) words.push(`--truncation ${asked.truncation}`);
+  if (location.protocol === "https:") words.push("--ca FILE");
+  if (at("token").value) words.push("--token-file FILE");
   return words.join(" ");
 }
 
@@ -155,7 +157,7 @@ function isChosen(version) {
 }
 
 function offer(status) {
-  target = status.grpc;
+  target = status.grpc.replace(/^(0\.0\.0\.0|\[::\]):/, `${location.hostname}:`); // what listens everywhere is no address to call
   const served = new Map();
   for (const model of status.models) {
     const known = served.get(model.name) || { labels: model.labels, versions: [] };
@@ -206,6 +208,7 @@ async function watch() {
 }
 
 async function drawAll() {
+  if (!models.size) return; // the status draws when it comes: only then is it known what to ask for, and where
   await Promise.all([draw(), interpolate()]);
 }
 

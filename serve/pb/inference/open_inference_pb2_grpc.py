@@ -113,6 +113,7 @@ class GRPCInferenceServiceServicer(object):
 
     def ModelStreamInfer(self, request_iterator, context):
         """The same for many requests over one call, answered in order; a request that fails is answered with a text. Triton's extension.
+        A server that limits how old connections become ends it with UNAVAILABLE: send what was not answered again, in a new call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +122,7 @@ class GRPCInferenceServiceServicer(object):
     def ModelConfig(self, request, context):
         """Two of Triton's extensions that only tell something.
 
-        How a model is set up: its tensors and the largest batch, in the terms of Triton's model configuration.
+        How a model is set up: its tensors, in the terms of Triton's model configuration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
