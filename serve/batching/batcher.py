@@ -3,9 +3,9 @@
 Knows no transport and no ONNX Runtime. ``serve.batching.policy`` decides when an instance takes a batch and how large it is,
 ``serve.batching.queue`` in which order.
 
-If a run raises, the requests of that batch fail and no others. Some such runs without one between them that succeeds, a run that
-hangs for longer than ``watchdog_s``, a thread that has ended or a lost device cannot be mended in this process: ``broken`` says
-so, and whoever supervises it ends the process.
+If a run raises, the requests of that batch fail and no others. Some such runs of one instance in a row, a run that hangs for
+longer than ``watchdog_s``, a thread that has ended or a lost device cannot be mended in this process: ``broken`` says so, and
+whoever supervises it ends the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve.latents import LatentReader
 
 log = logging.getLogger(__name__)
 
-MOST_FAILED_RUNS = 8  # in a row
+MOST_FAILED_RUNS = 8  # in a row, of one instance: the others' may succeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Batcher:
         self._threads: list[threading.Thread] = []
         self._idle: list[Instance] = []
         self._lingering: Instance | None = None  # the one idle instance that waits for a batch to fill
-        self._working = self._running_images = self._failed_runs = 0
+        self._working = self._running_images = 0
         self._busy_s = 0.0
         self._closed = False
         self.broken: str | None = None  # why this process is to be ended
@@ -202,12 +202,12 @@ class Batcher:
             self._policy.note_batch(len(chunks), now)
             if rows is None:
                 finished = self._fail([chunk.ticket for chunk in chunks], EngineError("a run of the model failed"), "failed")
-                self._failed_runs += 1
-                if self._failed_runs == MOST_FAILED_RUNS:
+                instance.failed_runs += 1
+                if instance.failed_runs == MOST_FAILED_RUNS:
                     self._observer.failed("repeated")
-                    finished += self._break(f"{MOST_FAILED_RUNS} runs of the model have failed in a row")
+                    finished += self._break(f"{MOST_FAILED_RUNS} runs in a row have failed on instance {instance.number}")
             else:
-                self._failed_runs = 0
+                instance.failed_runs = 0
                 finished = scatter(chunks, rows, compute_s)
                 self._policy.note_run(batch.images, compute_s)
         complete(finished)

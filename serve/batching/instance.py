@@ -77,6 +77,7 @@ class Instance:
         self.wake = threading.Condition(lock)
         self.batches: list[Batch] = []  # that it has: one, or one that is being delivered and one that runs
         self.busy_since = 0.0  # time.monotonic() when it got the first of them, or its last batch ended
+        self.failed_runs = 0  # since the last one that succeeded
         self.watched_s = 0.0  # for how long the batcher's watchdog has seen it get no further
         self._make_engine = make_engine
         self._observer = observer

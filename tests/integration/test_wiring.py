@@ -276,7 +276,7 @@ def test_a_model_whose_every_run_raises_becomes_unready_and_ends_the_process(ser
         assert await server.metric("digits_run_failures_total", reason="raised") == 2 * MOST_FAILED_RUNS - 1
         await asyncio.wait_for(server.server._stopping.wait(), 30)
 
-    with pytest.raises(StartError, match="8 runs of the model have failed in a row; start the server again"):
+    with pytest.raises(StartError, match="8 runs in a row have failed on instance 0; start the server again"):
         served(test)
 
 

@@ -507,9 +507,9 @@ FAULTS = [
     Fault("a quality of another step is published", f"{BUNDLE}:_quality", 'step != checkpoint["step"]', "False", EXPORT),
     Fault("a floor is a ceiling", f"{BUNDLE}:_quality", "value >= floor", "value <= floor", EXPORT),
     # readiness, load reports, log points
-    Fault("a model whose every run raises stays ready", f"{BATCH}:Batcher.end_batch", "self._failed_runs == MOST_FAILED_RUNS", "False", f"{WIRING} -k every_run"),
+    Fault("a model whose every run raises stays ready", f"{BATCH}:Batcher.end_batch", "instance.failed_runs == MOST_FAILED_RUNS", "False", f"{WIRING} -k every_run"),
     Fault("a request's wait ends at its first row", f"{BATCH}:Batcher.next_batch", "ticket.wait_seconds = now", "ticket.wait_seconds = ticket.wait_seconds or now", f"{BATCHER} -k last_row"),
-    Fault("failed runs with good ones between end the process", f"{BATCH}:Batcher.end_batch", "self._failed_runs = 0", "pass", f"{WIRING} -k every_run"),
+    Fault("failed runs with good ones between end the process", f"{BATCH}:Batcher.end_batch", "instance.failed_runs = 0", "pass", f"{WIRING} -k every_run"),
     Fault("load reports tell no errors", "serve/ports/load_report.py:LoadReports.answered", "self._errors += failed", "pass", LOADS),
     Fault("load reports are sent to everybody", f"{SERVER}:Server._start", "LoadReports(self._load) if settings.load_reports else None", "LoadReports(self._load)", f"{WIRING} -k load_reports"),
     Fault("errors end with a load report", f"{CALL}:GrpcCall.ending", "(code is grpc.StatusCode.OK or code in FAULTS)", "True", f"{LOADS} -k only_where"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
+import re
 import threading
 import time
 import weakref
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.batching.batcher import Batcher
+from serve.batching.batcher import MOST_FAILED_RUNS, Batcher
 from serve.batching.policy import CROWD, LEAST_SHARE_S
 from serve.batching.ticket import Priority, Ticket
 from serve.errors import CallerLeftError, DeviceLostError, EngineError, ExpiredError, QueueFullError, UnavailableError
@@ -390,6 +392,32 @@ def test_a_run_that_raises_fails_its_own_batch_and_no_other() -> None:
     assert rows_of(wait_for(spared)) == expected_rows(spared)
     assert observer.failures == ["raised"]
     assert batcher.live_instances == 1
+
+
+def test_an_instance_whose_every_run_raises_breaks_the_process_though_the_others_succeed() -> None:
+    made: list[FakeEngine] = []
+
+    def before(latents: NDArray[np.float32]) -> None:
+        raise RuntimeError("broken")
+
+    def make_engine() -> FakeEngine:
+        made.append(FakeEngine() if made else FakeEngine(before))
+        return made[-1]
+
+    batcher, observer = start_batcher(make_engine, instances=2)
+    served = 0
+    for seed in range(100):
+        together = [make_ticket(16, seed), make_ticket(16, seed)]  # a full batch for each
+        for ticket in together:
+            batcher.submit(ticket)
+        for ticket in together:
+            with contextlib.suppress(EngineError):
+                served += rows_of(wait_for(ticket)) == expected_rows(ticket)
+        if batcher.broken:
+            break
+    assert re.fullmatch(rf"{MOST_FAILED_RUNS} runs in a row have failed on instance \d", batcher.broken or "")
+    assert observer.failures == ["raised"] * MOST_FAILED_RUNS + ["repeated"]
+    assert served >= MOST_FAILED_RUNS - 1
 
 
 def test_a_failed_part_fails_its_request_once_and_drops_the_rest() -> None:
