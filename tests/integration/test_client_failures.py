@@ -85,7 +85,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "TIMEOUT_S", 0.5)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["blocking", pytest.param("asyncio", marks=pytest.mark.long)])
 def kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
     return kind
@@ -387,6 +387,7 @@ def test_a_file_that_cannot_be_read_is_named_at_once(kind: str, tmp_path: Path) 
         generate(kind, "localhost:1", access=Access(ca=tmp_path / "missing.crt"))
 
 
+@pytest.mark.long
 def test_a_stream_goes_on_when_its_connection_is_ended_because_of_its_age(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_port, "CONNECTION_AGE_GRACE_S", 1)
     honest = diagnosis.failure_of

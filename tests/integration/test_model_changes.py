@@ -85,6 +85,7 @@ def load(target: str, callers: int = 4) -> Iterator[Counter[int]]:
     assert not failures, failures[:5]
 
 
+@pytest.mark.long
 def test_fifty_swaps_under_load_fail_no_call(models: Path, start_server: Callable[..., ServerProcess]) -> None:
     for version in range(2, 5):
         add_version(models, "mlp", version)

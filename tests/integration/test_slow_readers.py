@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
+import pytest
 
 from serve.client.channel import CHANNEL_OPTIONS
 from serve.pb.digits.v1 import digits_pb2 as pb
@@ -128,6 +129,7 @@ def http_get(server: ServerProcess, path: str) -> socket.socket:
     return connection
 
 
+@pytest.mark.long
 def test_an_http_client_that_does_not_read_holds_the_end_up_no_longer_than_promised(
     start_server: Callable[..., ServerProcess],
 ) -> None:

@@ -226,7 +226,7 @@ def gone() -> Iterator[int]:
     yield port
 
 
-@pytest.mark.parametrize("collector", [silent, gone])
+@pytest.mark.parametrize("collector", [silent, pytest.param(gone, marks=pytest.mark.long)])
 def test_a_collector_that_does_not_take_spans_holds_neither_calls_nor_the_end_up(
     collector: Any, start_server: Callable[..., ServerProcess]
 ) -> None:

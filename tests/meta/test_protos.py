@@ -39,6 +39,7 @@ def test_protos_may_grow_and_not_change(was: str, becomes: str, said: str, tmp_p
     assert said in done.stdout
 
 
+@pytest.mark.long
 def test_once_there_is_a_tag_it_is_what_they_are_compared_with(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     for command in (["clone", "--quiet", str(ROOT), str(clone)], ["-C", str(clone), "tag", "v9"]):
