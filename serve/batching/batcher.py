@@ -270,7 +270,6 @@ class Batcher:
             self._working += 1
             instance.busy_since = now
         instance.batches.append(batch)
-        instance.watched_s = 0.0
         self._running_images += batch.images
 
     def _take_back(self, instance: Instance, batch: Batch) -> float:

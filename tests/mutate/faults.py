@@ -116,7 +116,7 @@ FAULTS = [
     Fault("a call is given up after its end", f"{BATCH}:Batcher.cancel", "or ticket.done == ticket.span.count", "", f"{BATCHER} -k cancelled_row"),
     Fault("what is given up is never completed", f"{BATCH}:Batcher.cancel", "complete((ticket,))", "pass", f"{BATCHER} -k cancelled_row"),
     Fault("the watchdog sleeps", f"{BATCH}:Batcher.watch", "> self.limits.watchdog_s]", "> 1e9]", f"{BATCHER} -k hangs"),
-    Fault("a run is given the time of the run before", f"{BATCH}:Batcher._hand_out", "instance.watched_s = 0.0", "pass", f"{BATCHER} -k do_not_count"),
+    Fault("a run is given the time of the run before", f"{BATCH}:Batcher._take_back", "instance.busy_since, instance.watched_s = now, 0.0", "instance.busy_since = now", f"{BATCHER} -k do_not_count"),
     Fault("the time before a run counts", f"{BATCH}:Batcher.watch", "if instance.batches]", "]", f"{BATCHER} -k do_not_count"),
     Fault("a hung run is one batch's affair", f"{BATCH}:Batcher.fail", "self.broken = self.broken or why", "pass", f"{BATCHER} -k hangs"),
     Fault("a hung instance's callers wait for ever", f"{BATCH}:Batcher.fail", "complete(failed)", "pass", f"{BATCHER} -k hangs"),
