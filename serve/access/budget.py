@@ -68,7 +68,7 @@ class Hold:
         caller = ""
         if size > LARGE_BYTES:
             caller = self.caller.address if self.account.everyone else self.account.name
-        images = self.account.take(images) if self.account.images_limit else 0
+        images = self.account.take(images)
         try:
             self._budget.take(size, caller)
         except BusyError:
