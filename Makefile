@@ -25,8 +25,8 @@ OWN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$
 # Of several `make` at once one sets up and the others wait: two pips in one .venv break each other's work. macOS has no flock.
 LOCKED := $(if $(shell command -v flock),flock .) $(SHELL) -c
 
-# Tests, a file's in one process: most of them wait for a server's start.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+# Tests, a file's in one process. They wait a third of their time, for a server's start above all: one process more than cores.
+SIDE_BY_SIDE = -n $(shell echo $$((1 + $$(nproc 2>/dev/null || echo 1)))) --maxprocesses 4 --dist loadfile
 
 DEPLOY_PACKAGES := prometheus haproxy nginx-light podman buildah runc conmon catatonit mmdebstrap
 LANGUAGE_PACKAGES := npm protobuf-compiler protoc-gen-go-1-5 protoc-gen-go-grpc golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev

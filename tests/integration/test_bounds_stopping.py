@@ -37,6 +37,7 @@ def seconds_to_exit(server: ServerProcess, limit_s: float) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.long
 def test_watchers_that_do_not_read_hold_up_neither_other_watchers_nor_checks_nor_the_end(
     start_server: Callable[..., ServerProcess],
 ) -> None:

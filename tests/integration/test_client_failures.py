@@ -138,6 +138,7 @@ def test_a_server_that_hangs_ends_a_call_with_the_calls_own_time(kind: str, star
             stream(kind, server.target, 1_000_000, stop, timeout_s=3.0)  # in which a busy machine answers the first time
 
 
+@pytest.mark.long
 def test_a_server_that_is_not_ready_is_told_from_one_that_does_not_answer(
     kind: str, start_server: Callable[..., ServerProcess]
 ) -> None:
@@ -361,6 +362,7 @@ def test_an_https_port_is_named(tmp_path: Path, start_server: Callable[..., Serv
                 generate(kind, server.https, access=access)
 
 
+@pytest.mark.long
 def test_a_certificate_for_another_name_is_named(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
     flags, ca = certified(tmp_path, "digits.example")
     server = start_server(*flags)
@@ -369,6 +371,7 @@ def test_a_certificate_for_another_name_is_named(tmp_path: Path, start_server: C
             generate(kind, f"ipv4:{server.target},{server.target}", access=Access(ca=ca))
 
 
+@pytest.mark.long
 def test_a_client_certificate_that_is_missing_or_not_accepted_is_named(
     tmp_path: Path, start_server: Callable[..., ServerProcess]
 ) -> None:

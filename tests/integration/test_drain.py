@@ -86,7 +86,8 @@ def test_a_clients_stream_goes_on_at_another_replica(start_server: Callable[...,
     assert replicas[1 - busy].metric("digits_images_total", model="dcgan") > 1000
 
 
-@pytest.mark.parametrize("rolls", [2, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rolls", [4, 50])
 def test_restarts_under_load_fail_no_call(rolls: int, start_server: Callable[..., ServerProcess]) -> None:
     """Two replicas, one stopped by SIGTERM and started again at a time, callers with the published retry policy."""
     flags = ("--drain-grace-s=0.1", "--max-batch-size=16", "--instances=1", "--default-model=mlp")

@@ -107,7 +107,8 @@ def make_run(tmp_path: Path) -> Callable[[str], Run]:
     return make
 
 
-@pytest.mark.parametrize("name", ["rpgan", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlp", "dcgan", "cdcgan"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["rpgan", "mlp", "dcgan", "cdcgan"])
 def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report(
     name: str, make_run: Callable[[str], Run], tmp_path: Path
 ) -> None:

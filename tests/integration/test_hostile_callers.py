@@ -129,6 +129,7 @@ def test_slow_readers_and_callers_who_leave_hold_up_nobody(shared_server: Server
             stream.cancel()
 
 
+@pytest.mark.long
 def test_a_thousand_connections_opened_and_dropped_and_a_thousand_callers_cost_no_thread_each(
     start_server: Callable[..., ServerProcess],
 ) -> None:

@@ -128,6 +128,7 @@ def test_headers_without_end(shared_server: ServerProcess) -> None:
     endure(shared_server, garbage)
 
 
+@pytest.mark.long
 def test_streams_opened_and_reset_at_once(shared_server: ServerProcess) -> None:
     """Rapid reset (CVE-2023-44487): a call and its end in one breath, over and over."""
 

@@ -287,7 +287,7 @@ FAULTS = [
     Fault("a request has any size", f"{CLIENT}/calls.py:Calls.generate", "request.ByteSize() > MOST_REQUEST_BYTES", "False", f"{REQUESTS} -k bounds"),
     Fault("latents are drawn beyond the last index", f"{CLIENT}/calls.py:Calls.latents", "sum(numbers[1:]) > INDEX_LIMIT", "False", f"{REQUESTS} -k last_index"),
     Fault("an HTTPS port is not told from others", f"{CLIENT}/diagnosis.py:_why_refused", "secure.selected_alpn_protocol() not in HTTP2", "False", f"{FAILURES} -k https_port"),
-    Fault("a server that is not ready is one that does not answer", f"{CLIENT}/diagnosis.py:_why_not_called", "status != NOT_SERVING", "True", f"{FAILURES} -k not_ready"),
+    Fault("a server that is not ready is one that does not answer", f"{CLIENT}/diagnosis.py:_why_not_called", "status != NOT_SERVING", "True", f"{FAILURES} --all -k not_ready"),
     Fault("asyncio's stream has no bound", f"{CLIENT}/asyncio_client.py:AsyncDigitClient._stream", "await asyncio.wait_for(call.read(), self._timeout_s)", "await call.read()", f"{FAILURES} --all -k slow_answer"),
     Fault("a stream waits as long as a server likes", f"{CLIENT}/streaming.py:Progress.pause_after", " or pause_s > most_s", "", f"{ANSWERS} -k timeout_because"),
     Fault("an answer has any number of digits", f"{CLIENT}/digits.py:from_response", "if not 0 < count <= most:", "if False:", ANSWERS),
