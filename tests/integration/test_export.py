@@ -137,7 +137,8 @@ def test_half_precision_is_a_bundle_of_its_own_with_its_own_tolerance_and_report
         )
 
 
-@pytest.mark.parametrize("name", ["rpgan", pytest.param("dcgan", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["rpgan", "dcgan"])
 def test_three_products_in_tf32_are_a_bundle_of_their_own_with_a_report_of_matrix_units(
     name: str, make_run: Callable[[str], Run], tmp_path: Path
 ) -> None:

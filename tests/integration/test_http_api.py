@@ -298,6 +298,7 @@ def test_what_is_no_http_leaves_no_trace_in_the_log(start_server: Callable[..., 
     assert " ERROR " not in log
 
 
+@pytest.mark.long
 def test_half_open_connections_are_ended_and_take_no_descriptors_from_grpc() -> None:
     """Issue: 1,500 half-open connections were held, and with 256 descriptors 400 of them took gRPC down."""
     few = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); sys.argv = ['serve', *sys.argv[1:]]"

@@ -38,7 +38,7 @@ from train.run_command import _next
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=[5, 27])
+@pytest.fixture(scope="module", params=[27, pytest.param(5, marks=pytest.mark.long)])
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mnist:
     return load_mnist(write_patterns(tmp_path_factory.mktemp("other") / "data", request.param, train=270, test=64))
 

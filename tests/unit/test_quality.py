@@ -217,6 +217,7 @@ def small_run(tmp_path: Path, name: str) -> Any:
     return run
 
 
+@pytest.mark.long
 def test_a_generator_that_copies_is_told_by_its_nearest_training_images(
     judges: list[judge.Judge], subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
