@@ -276,7 +276,8 @@ def test_stopping_lets_calls_finish_and_refuses_new_ones() -> None:
     run(scenario, stops=False, Slow=Method(begin=lambda wire, raw: begun.append(wire)))
 
 
-def test_what_takes_longer_than_the_grace_is_cut_off() -> None:
+@pytest.mark.parametrize("by", ["task", "begin"])
+def test_what_takes_longer_than_the_grace_is_cut_off(by: str, caplog: pytest.LogCaptureFixture) -> None:
     begun: list[Wire] = []
 
     async def endless(wire: Wire, raw: bytes | None) -> None:
@@ -291,8 +292,16 @@ def test_what_takes_longer_than_the_grace_is_cut_off() -> None:
         await port.stop(0.2)
         assert time.monotonic() - started < 5
         assert (await failure(call))[0] in (Code.CANCELLED, Code.UNAVAILABLE)
+        assert "could not be ended" not in caplog.text
 
-    run(scenario, stops=False, Endless=Method(task=endless))
+    def begin(wire: Wire, raw: bytes) -> None:
+        def cut_off() -> None:
+            wire.ending(Code.CANCELLED)()
+
+        wire.when_left(cut_off)
+        begun.append(wire)
+
+    run(scenario, stops=False, Endless=Method(task=endless) if by == "task" else Method(begin=begin))
 
 
 def test_a_task_that_goes_on_after_its_answer_ends_with_the_port() -> None:
