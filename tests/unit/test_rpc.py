@@ -222,6 +222,7 @@ def test_answers_of_a_stream_are_held_until_each_is_sent_and_are_bounded(leaves:
             assert len(wire.answers) == 20
             assert service.budget.held_bytes == 0
             assert max(wire.held) <= 5 * each, "what has been sent is held no longer"
+            assert min(wire.held) >= each, "what has not been sent is held, whatever else has been sent"
 
     with FakeService() as service:
         alone = SlowWire()
