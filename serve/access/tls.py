@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,10 @@ from serve.errors import SettingsError
 from serve.files import Watched
 
 LOOK_S = 5.0
+# gRPC's core frees the old certificate's context though another thread may be about to begin a handshake with it, and crashes
+# (https://github.com/grpc/grpc/issues/36693). While it waits for the new one, no other thread gets that far: those that are on
+# the way have this time to get past it.
+SETTLES_S = 0.2
 
 
 class Loaded(NamedTuple):
@@ -54,6 +59,7 @@ class Certificates:
             if given is newest:
                 return None
             given = newest
+            time.sleep(SETTLES_S)
             return given
 
         return grpc.dynamic_ssl_server_credentials(given, fetch, require_client_authentication=self._client_auth)  # type: ignore[arg-type]
