@@ -179,6 +179,7 @@ FAULTS = [
     Fault("a token's scopes are not looked at", f"{CALLERS}:Accounts.identify", "scope not in token.scopes", "False", f"{ACCESS} {AUTHORISATION}"),
     Fault("a token's secret is not looked at", f"{TOKENS}:TokenFile.check", "not hmac.compare_digest(hashed, token.sha256 if token else NO_HASH) or", "", f"{ACCESS} {AUTHORISATION}"),
     Fault("an IPv4 caller over IPv6 is somebody else", f"{CALLERS}:peer_address", 'getattr(address, "ipv4_mapped", None) or', "", ACCESS),
+    Fault("a renewed certificate replaces the old one at once", "serve/access/tls.py:Certificates.credentials", "time.sleep(SETTLES_S)", "pass", f"{ACCESS} -k renewed_certificate"),
     Fault("client certificates are not asked for", f"{TLS}:Certificates.credentials", "require_client_authentication=self._client_auth", "require_client_authentication=False", f"{OVER_THE_WIRE} -k certificate"),
     # api
     Fault("gRPC's deadline does not reach the call", f"{RPC}:RpcTable._call", "None if remaining is None else time.monotonic() + remaining", "None", f"{WIRING} -k deadline_goes"),

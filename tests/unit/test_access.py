@@ -8,6 +8,7 @@ import string
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -424,3 +425,20 @@ def test_an_encrypted_key_is_refused_and_not_asked_about(tmp_path: Path) -> None
     )
     with pytest.raises(SettingsError, match="encrypted"):
         Certificates(cert, key, None, print)
+
+
+def test_a_renewed_certificate_replaces_the_old_one_once_no_handshake_is_half_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc/grpc#36693: the core freed the old one while another thread began a handshake with it, and crashed."""
+    pems, slept = CertificateFiles(tmp_path), list[float]()
+    monkeypatch.setattr(tls, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(tls.grpc, "dynamic_ssl_server_credentials", lambda given, fetch, **_: fetch)
+    fetch: Any = Certificates(pems.cert, pems.key, None, print).credentials()
+    assert fetch() is None
+    assert not slept, "nothing waits where nothing is new"
+    pems.renew()
+    wait_until(lambda: fetch() is not None)
+    assert slept == [tls.SETTLES_S]
+    assert fetch() is None
+    assert slept == [tls.SETTLES_S]
