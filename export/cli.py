@@ -24,7 +24,7 @@ from export.graphs.to_onnx import to_onnx
 from export.watch import Watch, WatchMetrics, table, watch_forever
 from serve.client import DigitClient, DigitError
 from serve.client.channel import access_from, add_flags
-from serve.command_line import OneLineParser, within
+from serve.command_line import OneLineParser, failed, told, within
 from serve.errors import ServeError
 from serve.manifest import BUNDLED_DIR, PRECISIONS
 from serve.models.repository import read_bundle
@@ -131,12 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[flags.command](flags)
     except (ExportError, TrainError, ServeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     except OSError as error:  # a disk that is full, a folder that has gone
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return failed(told(error))
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -54,6 +54,12 @@ def failed(text: object, status: int = 2) -> int:
     return status
 
 
+def told(error: OSError) -> str:
+    """What the system says, after the file that it says it of."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 class OutputError(Exception):
     """Standard output takes no more. No OSError: commands tell of those as of the files that they write."""
 

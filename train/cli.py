@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.command_line import OneLineParser
+from serve.command_line import OneLineParser, failed, told
 from train.checkpoint import DEFAULT_RUNS_DIR, Run, open_run
 from train.config import TrainConfig
 from train.data.mnist import DEFAULT_DATA_DIR
@@ -84,15 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands.get(flags.command, train)(flags)
     except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     except OSError as error:  # a disk that is full, a folder that has gone
-        where = f"{error.filename}: " if error.filename else ""
         full = "; make room" if error.errno in FULL else ""
         if full and flags.command in PRESETS:  # auto: it may have saved nothing yet
             full = "; what was saved before is kept: make room, and add --resume=auto to the same command"
-        print(f"error: {where}{error.strerror or error}{full}", file=sys.stderr)
-        return 2
+        return failed(told(error) + full)
     except StoppedError as stopped:
         print(f"{stopped}; add --resume to the same command to go on", file=sys.stderr)
         return 130

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.deploy.test_roll import free_port
 from tests.deploy.tools import tool
-from tests.server_process import ServerProcess
+from tests.server_process import ServerProcess, free_port
 from tests.waiting import wait_until
 
 PINNED = "/v1/digits?model=mlp&version=1&seed=5&count=6&format=png"

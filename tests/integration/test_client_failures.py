@@ -22,7 +22,7 @@ from serve.ports import grpc_port
 from tests.certificates import Certificates
 from tests.fake_generator import blank, generating
 from tests.in_process import Running, with_server
-from tests.server_process import ServerProcess
+from tests.server_process import ServerProcess, free_port
 
 SECONDS = 20  # far below the 30 s of a call's own timeout, and a loaded machine's
 CODE = grpc.StatusCode
@@ -91,12 +91,9 @@ def kind(request: pytest.FixtureRequest) -> str:
     return kind
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
+@pytest.fixture(name="free_port")
+def unused_port() -> int:
+    return free_port()
 
 
 @pytest.mark.parametrize("waits", [True, False])
