@@ -38,6 +38,7 @@ CONNECTION_AGE_GRACE_S = 60
 STREAMS_OF_A_CONNECTION = 1024
 # So many calls can come before the thread asks for more; what comes meanwhile waits in the core.
 ASKED_FOR = 64
+MOST_EVENTS = 3 * ASKED_FOR  # that a call with its request waits for: an answered call has three
 # Being told that a caller has left is one more event of the core's, a tenth of a small call: only what takes longer asks for it.
 WATCHED_AFTER_S = 0.05
 REQUEST_TIMEOUT_S = 10.0  # from a call's beginning until its request is there
@@ -161,8 +162,10 @@ class GrpcPort:
     def _receive(self) -> None:
         """Give each of the core's events to whom it belongs; a thread of its own until the port is closed.
 
-        Calls are begun together, once no more come.
+        Calls are begun together, once no more come, but after some events at the latest: a caller who resets one call after the
+        other makes events without end.
         """
+        events = 0  # since the first of those that wait was received
         while True:
             self._busy_since = None
             event = self._queue.poll(0.0 if self._received else None)
@@ -174,8 +177,9 @@ class GrpcPort:
                     event.tag(event)
             except Exception:
                 log.exception("an event of grpcio's core could not be handled")
-            if self._received and (event.tag is None or len(self._received) >= ASKED_FOR):
-                received, self._received = self._received, []
+            events += bool(self._received)
+            if self._received and (event.tag is None or events >= MOST_EVENTS):
+                received, self._received, events = self._received, [], 0
                 for call, method, request in received:
                     self._begin(call, method, request)
                 del received, call, method, request

@@ -12,7 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame, PingFrame, PriorityFrame, SettingsFrame, WindowUpdateFrame
+from hyperframe.frame import (
+    ContinuationFrame,
+    Frame,
+    HeadersFrame,
+    PingFrame,
+    PriorityFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
 
 from serve.pb.digits.v1 import digits_pb2 as pb
 from tests.hostile.http2 import Http2Connection, gzipped
@@ -25,6 +34,7 @@ MANY_LABELS, LABEL_STREAMS = 1_000_000, 20
 INFER_STREAMS, INFER_REQUESTS = 6, 50
 MANY_STREAMS, CONNECTIONS = 20_000, 20
 FLOOD_BLOCK = 1000  # frames in one write
+RESETS, RESETS_EVERY_S = 1000, 0.02
 
 
 Connect = Callable[..., Http2Connection]  # with the options of a connection
@@ -107,6 +117,17 @@ def flood(target: str, kind: str, seconds: float) -> int:
             connection.write(more())
             connection.drop_received()
     return connection.sent_bytes
+
+
+def resets(target: str, seconds: float) -> None:
+    """Connection after connection, each with a thousand calls without a request that end as they begin, in 28 KB."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), Http2Connection(target) as connection:
+            heads = [connection.head(stream, GENERATE) for stream in range(1, 2 * RESETS, 2)]
+            ends = [RstStreamFrame(stream, 8).serialize() for stream in range(1, 2 * RESETS, 2)]
+            connection.write(b"".join(frame for call in zip(heads, ends, strict=True) for frame in call))
+        time.sleep(RESETS_EVERY_S)
 
 
 def _endless_headers(connection: Http2Connection) -> Callable[[], bytes]:

@@ -21,7 +21,7 @@ from serve.errors import StartError
 from serve.pb.digits.v1 import digits_pb2 as digits
 from serve.ports import check, grpc_port, open_calls
 from serve.ports.check import check_calls
-from serve.ports.grpc_call import GrpcCall
+from serve.ports.grpc_call import GrpcCall, core
 from serve.ports.grpc_port import ASKED_FOR, MAX_REQUEST_BYTES, STOPPING, STREAMS_OF_A_CONNECTION, GrpcPort
 from serve.ports.health import HEALTH
 from serve.settings import Settings
@@ -350,6 +350,25 @@ def test_the_port_goes_on_accepting_after_hundreds_of_calls_that_raise(monkeypat
         port._asked = 0
         assert "accepts no calls" in str(port.not_alive())
         port._asked = ASKED_FOR
+
+    run(scenario, Echo=Method(begin=echo))
+
+
+def test_a_call_is_begun_however_many_events_go_on_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls were begun together once no more came: a caller who resets one call after the other held up all."""
+    others: list[Any] = []
+
+    class Queue(core.CompletionQueue):  # type: ignore[misc]
+        def poll(self, deadline: float | None) -> Any:
+            event = super().poll(deadline)
+            return SimpleNamespace(tag=others.append, completion_type=event.completion_type) if event.tag is None else event
+
+    monkeypatch.setattr(core, "CompletionQueue", Queue)
+
+    async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
+        for each in (b"first", b"second", b"third"):
+            assert await unary(channel, "Echo")(each, timeout=20) == each
+        assert others
 
     run(scenario, Echo=Method(begin=echo))
 
