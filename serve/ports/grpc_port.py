@@ -177,12 +177,13 @@ class GrpcPort:
                     event.tag(event)
             except Exception:
                 log.exception("an event of grpcio's core could not be handled")
-            events += bool(self._received)
-            if self._received and (event.tag is None or events >= MOST_EVENTS):
-                received, self._received, events = self._received, [], 0
-                for call, method, request in received:
-                    self._begin(call, method, request)
-                del received, call, method, request
+            if self._received:
+                events += 1
+                if event.tag is None or events >= MOST_EVENTS:
+                    received, self._received, events = self._received, [], 0
+                    for call, method, request in received:
+                        self._begin(call, method, request)
+                    del received, call, method, request
             del event  # what it holds of an ended call must not outlive the next wait
 
     def _ask(self) -> None:

