@@ -404,7 +404,9 @@ def test_a_stream_goes_on_when_its_connection_is_ended_because_of_its_age(bundle
         monkeypatch.setattr(module, "failure_of", lambda *arguments: cut.append(honest(*arguments)) or cut[-1])
     with_server(test, monkeypatch, bundles, max_connection_age_s=2.0)
     assert len(cut) >= 2, "no connection was ended"
-    assert {error.details() for error in cut} == {"max connection age"}
+    # The core's own words: the connection's end may come while a message is on its way.
+    said = [str(error.details()) for error in cut]
+    assert all("max connection age" in each or "max_age" in each for each in said), said
 
 
 def test_latents_of_a_wrong_shape_are_refused(kind: str, shared_server: ServerProcess) -> None:
