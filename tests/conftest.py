@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from serve.access.tokens import main as tokens_command
 from serve.manifest import BUNDLED_DIR
@@ -20,6 +21,10 @@ for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS"):
 # Test processes run beside each other. Threads of one process that wait for each other after every operation of PyTorch take
 # many times as long where others use the cores too, and no test's result depends on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine makes any input slow, now and then.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 SUBSET = Path(__file__).parent / "data" / "mnist-subset"
 

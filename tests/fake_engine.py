@@ -64,6 +64,7 @@ class RecordingObserver:
         self.drops: dict[str, int] = {}
         self.failures: list[str] = []
         self.splits = 0
+        self._lock = threading.Lock()
 
     def batch(self, images: int, bucket: int, assembly_s: float, compute_s: float) -> None:
         self.batches.append(images)
@@ -72,7 +73,8 @@ class RecordingObserver:
         self.splits += chunks
 
     def dropped(self, images: int, reason: str) -> None:
-        self.drops[reason] = self.drops.get(reason, 0) + images
+        with self._lock:  # callers who cancel say so in their own threads
+            self.drops[reason] = self.drops.get(reason, 0) + images
 
     def failed(self, reason: str) -> None:
         self.failures.append(reason)

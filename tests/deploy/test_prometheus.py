@@ -163,7 +163,7 @@ def test_the_server_is_up_and_every_recording_gives_a_number(watched: tuple[Prom
     for name in names:
         prometheus.until(lambda: prometheus.value(name) is not None)  # noqa: B023  # called before the next turn
     assert prometheus.value("deployment_model_version:digits_images:rate1m") or prometheus.value("sum(digits_images_total)")
-    assert prometheus.firing() == set()
+    prometheus.until(lambda: prometheus.firing() == set())
 
 
 def test_every_panel_shows_a_number_while_all_is_well(watched: tuple[Prometheus, LoadedServer, Path]) -> None:

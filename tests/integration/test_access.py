@@ -306,6 +306,8 @@ def test_one_callers_limits_are_its_own(
         assert "grpc-retry-pushback-ms" in dict(over.trailing_metadata())  # type: ignore[union-attr]
         assert begin(free, 200).result(timeout=60).count == 200
         stream.cancel()
+        cancelled = {"grpc_method": "GenerateStream", "grpc_code": "CANCELLED"}
+        wait_until(lambda: server.metric("grpc_server_handled_total", **cancelled) == 1)
         wait_until(lambda: server.metric("digits_queue_images") + server.metric("digits_running_images") == 0)
         with DigitClient(server.target, access=Access(token=small)) as client:
             assert sum(len(part.pixels) for part in client.stream(1200, chunk=200, model="mlp")) == 1200, "it adapts"

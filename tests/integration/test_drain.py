@@ -34,7 +34,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_zero(start_server: Callabl
 
 
 def test_grace_tells_not_serving_first_and_still_answers(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--drain-grace-s=2")
+    server = start_server("--drain-grace-s=5")
     with grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         statuses = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from serve.client.command import main as client_main
 from tests.bundle_copies import add_version
@@ -98,9 +98,31 @@ def test_each_control_changes_the_picture(shared_server: ServerProcess, open_pag
     unconditional = changed(page, lambda: page.select_option("#model", "dcgan"))
     assert len(unconditional) == 9
     expect(page.locator("#digit")).to_be_disabled()
+    expect(page.get_by_alt_text("step 0", exact=True)).to_be_visible()  # its strip, asked for at the same time, has come too
     strip = pictures(page, "strip")
     assert changed(page, lambda: page.locator("#end").fill("8") or page.locator("#end").press("Enter"), "strip") != strip
     assert pixels(pictures(page, "strip")[0]) == pixels(strip[0]), "the strip begins at the same address"
+
+
+def test_a_strip_that_comes_late_does_not_replace_a_later_one(
+    shared_server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
+    """The strip was that of whichever answer came last, though the digits beside it were of another model."""
+    page = open_page(shared_server)
+    held: list[Route] = []
+
+    def hold_the_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        held.append(route)
+
+    page.route("**/v1/interpolation*", hold_the_first)
+    changed(page, lambda: page.select_option("#model", "dcgan"))
+    strip = changed(page, lambda: page.select_option("#model", "mlp"), "strip")
+    with page.expect_response("**/v1/interpolation*model=dcgan*"):
+        held[0].continue_()
+    page.wait_for_timeout(500)  # in which it would be shown
+    assert pictures(page, "strip") == strip
 
 
 def test_an_address_gives_the_same_bytes_again(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:
@@ -240,6 +262,21 @@ def test_odd_values_in_the_address_are_left_out_and_said(shared_server: ServerPr
     assert values == {"start": "0", "count": "25", "truncation": "2.5", "digit": "", "version": ""}
     assert (page.locator("#begin").input_value(), page.locator("#end").input_value()) == ("3", "9")
     assert page.locator("#model").input_value() == "rpgan"
+
+
+def test_digits_that_are_drawn_do_not_hide_that_the_strip_is_refused(
+    shared_server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(shared_server)
+    page.fill("#end", "9223372036854775808")
+    page.press("#end", "Enter")
+    expect(page.locator("#message")).to_contain_text("The server refuses")
+    changed(page, lambda: page.locator("#another").click())
+    page.wait_for_timeout(500)
+    assert page.locator("#message").inner_text().count("The server refuses") == 1
+    page.fill("#end", "1")
+    page.press("#end", "Enter")
+    expect(page.locator("#message")).to_be_hidden()
 
 
 def test_what_is_refused_is_not_kept_in_the_address(shared_server: ServerProcess, open_page: Callable[..., Page]) -> None:

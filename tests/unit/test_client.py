@@ -102,7 +102,7 @@ def test_a_stream_that_is_traced_is_bounded_and_in_its_callers_context() -> None
             release.wait(30)
 
     caller.set("mine")
-    with DigitClient("localhost:1", timeout_s=0.2, wait_for_server=False) as client:
+    with DigitClient("localhost:1", timeout_s=2.0, wait_for_server=False) as client:
         client._stub = SimpleNamespace(GenerateStream=method)
         assert [len(each) for each in client.stream(1)] == [1]
         began = time.monotonic()

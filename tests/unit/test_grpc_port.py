@@ -149,7 +149,7 @@ def test_deadline_metadata_and_peer_reach_the_method_and_leaving_is_told() -> No
         method = unary(channel, "Look")
         assert await method(b"x", timeout=20, metadata=(("authorization", "Bearer t"),)) == b"x"
         assert await method(b"x") == b"x"
-        assert (await failure(unary(channel, "Wait")(b"", timeout=0.2)))[0] is Code.DEADLINE_EXCEEDED
+        assert (await failure(unary(channel, "Wait")(b"", timeout=2)))[0] is Code.DEADLINE_EXCEEDED
         assert await asyncio.to_thread(left.wait, 20)
         assert await asyncio.to_thread(over.wait, 20)
         while port.open:  # noqa: ASYNC110  # changed by another thread
@@ -175,7 +175,7 @@ def test_a_task_whose_caller_has_left_is_cancelled_also_when_it_had_left_before_
             cancelled.set()
 
     async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
-        assert (await failure(unary(channel, "Endless")(b"", timeout=0.2)))[0] is Code.DEADLINE_EXCEEDED
+        assert (await failure(unary(channel, "Endless")(b"", timeout=2)))[0] is Code.DEADLINE_EXCEEDED
         await asyncio.wait_for(cancelled.wait(), 20)
         cancelled.clear()
         begun = asyncio.ensure_future(unary(channel, "Endless")(b"", timeout=20))
@@ -243,6 +243,8 @@ def test_a_call_without_a_request_is_told_so_and_one_whose_request_never_comes_i
     async def scenario(port: GrpcPort, channel: grpc.aio.Channel) -> None:
         method = channel.stream_unary(f"/{SERVICE}/Echo")
         assert (await failure(method(iter(()), timeout=20)))[0] is Code.INVALID_ARGUMENT
+        while port.open:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         silent = method(timeout=20)
         await silent.wait_for_connection()
         while not port.open:  # noqa: ASYNC110
@@ -422,7 +424,8 @@ def test_liveness_fails_while_the_receiving_thread_hangs_and_when_it_has_ended()
         assert "hung" in str(port.not_alive())
         go_on.set()
         assert await call == b"x"
-        await asyncio.sleep(0.05)
+        while port._busy_since is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         port.watch(1.5)
         assert port.not_alive() is None
         alive, port._thread = port._thread, threading.Thread()

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.latents import (
@@ -28,7 +28,7 @@ from serve.latents import (
 GOLDEN_LABELS = [7, 8, 2, 5, 0, 3, 9, 4, 4, 9, 8, 3]  # of (7, 1000 …), z = 100
 
 seeds = st.integers(0, SEED_LIMIT - 1)
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as on a busy machine
+EXAMPLES = settings(max_examples=60)
 
 # The bits of the first values of some rows, so that no change of library, processor or code can move the stream unseen.
 GOLDEN = {

@@ -227,6 +227,7 @@ def test_a_look_that_hangs_is_given_up_and_the_next_waits_until_it_has_ended(
         honest, go_on = Repository.scan, threading.Event()
         monkeypatch.setattr(Repository, "scan", lambda self: (go_on.wait(30), honest(self))[1])
         await poll(it)
+        monkeypatch.setattr(reconcile, "LOOK_LIMIT_S", 30.0)  # of the looks that do not hang
         # Not one for each poll; the other look's thread, of the serving file, may be ending.
         wait_until(lambda: [thread.name for thread in threading.enumerate()].count("daemon-look") == 1)
         assert "looking at the models folder takes longer than 0.2 s and is given up; serving what was loaded" in caplog.text
@@ -236,6 +237,7 @@ def test_a_look_that_hangs_is_given_up_and_the_next_waits_until_it_has_ended(
         await it.want(versions=[])
         assert it.served() == []
         go_on.set()
+        wait_until(lambda: "daemon-look" not in [thread.name for thread in threading.enumerate()])
         await it.want(versions=[1])
         await poll(it)
         assert it.served() == [1]

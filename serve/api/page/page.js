@@ -11,11 +11,16 @@ let target = "";
 let before = null; // the last status, for rates
 let first = true; // what is said of the address bar stays until something is changed
 const unusable = []; // what the address bar has that cannot be used, as name=value
-let latest = 0; // number of the last drawing asked for: an older answer is thrown away
+const latest = { digits: 0, strip: 0 }; // numbers of the last drawings asked for: an older answer is thrown away
 
-function say(text) {
-  at("message").textContent = text;
-  at("message").hidden = !text;
+const said = { address: "", status: "", digits: "", strip: "" };
+
+// What is wrong with one of them, or "" when nothing is any more: that says nothing of the others.
+function say(of, text) {
+  said[of] = text;
+  const texts = new Set(Object.values(said));
+  at("message").textContent = [...texts].filter(Boolean).join(" ");
+  at("message").hidden = !at("message").textContent;
 }
 
 async function ask(path, parameters = {}) {
@@ -52,17 +57,18 @@ function chosen() {
 
 async function draw() {
   if (!at("controls").reportValidity()) return;
-  const turn = ++latest;
+  const turn = ++latest.digits;
   const asked = { ...chosen(), start: at("start").value, count: at("count").value };
   try {
     const answer = await ask("v1/digits", asked);
-    if (turn !== latest) return;
+    if (turn !== latest.digits) return;
     keepAddress(asked);
-    if (!first) say("");
+    say("digits", "");
+    if (!first) say("address", "");
     first = false;
     at("digits").replaceChildren(...answer.digits.map((digit) => tile(answer, digit, asked)));
   } catch (error) {
-    if (turn === latest) say(error.message);
+    if (turn === latest.digits) say("digits", error.message);
   }
 }
 
@@ -118,6 +124,7 @@ async function copy(text) {
 
 async function interpolate() {
   if (!at("ends").reportValidity()) return;
+  const turn = ++latest.strip;
   const { seed, ...rest } = chosen();
   const [begin, end] = [at("begin").value, at("end").value];
   const asked = { ...rest, seed, start: begin, to_seed: seed, to_start: end, steps: STEPS };
@@ -126,10 +133,12 @@ async function interpolate() {
     const label = answer.digits[0].label;
     // There is nothing between two labels: a strip from a six to a three would be sixes and then threes.
     if (answer.digits.some((digit) => digit.label !== label)) answer = await ask("v1/interpolation", { ...asked, labels: label });
+    if (turn !== latest.strip) return;
+    say("strip", "");
     keepAddress({ begin, end });
     at("strip").replaceChildren(...answer.digits.map((digit, step) => picture(digit, `step ${step}`)));
   } catch (error) {
-    say(error.message);
+    if (turn === latest.strip) say("strip", error.message);
   }
 }
 
@@ -196,12 +205,14 @@ async function watch() {
     const opened = !models.size;
     offer(status);
     if (opened && unusable.length) {
-      say(`The address of this page has values that cannot be used: ${unusable.join(", ")}. The fields show what is used instead.`);
+      say("address", `The address of this page has values that cannot be used: ${unusable.join(", ")}. The fields show what is used instead.`);
     }
     showStatus(status, performance.now());
-    if (opened || at("message").textContent.includes("cannot be reached")) await drawAll();
+    const back = at("message").textContent.includes("cannot be reached");
+    say("status", "");
+    if (opened || back) await drawAll();
   } catch (error) {
-    say(error.message);
+    say("status", error.message);
     showNothing();
   }
   setTimeout(watch, STATUS_MS);
