@@ -28,7 +28,7 @@ PYTHON, PEER = "build/integrations/bin/python", "tests/deploy/kserve_peer.py"
 
 
 def called(*words: str) -> dict[str, Any]:
-    done = subprocess.run([PYTHON, PEER, *words], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([PYTHON, PEER, *words], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen
@@ -53,7 +53,7 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_kserves_client_is_answered_as_by_kserves_own_server(tmp_path: Path) -> None:
     [container] = containers(of_kind("kserve", "ServingRuntime"))
     shutil.copytree(BUNDLED_DIR / "mlp", tmp_path / "models")  # as KServe lays out pvc://digits-models/mlp

@@ -55,12 +55,12 @@ def test_a_stage_that_hangs_raises_or_dies_costs_no_other(
     monkeypatch.setattr(session, "STOP_S", 0.5)
     named = {"hangs": hangs, "raises": raises, "dies": dies, "finds": finds}
     out = tmp_path / "session.json"
-    stages = tuple(Stage(name, 1.0, run) for name, run in named.items())
+    stages = tuple(Stage(name, 4.0, run) for name, run in named.items())
     assert session.run(DRY, out, 60.0, stages, device="a stand-in") == 1
     written = json.loads(out.read_text())
     assert written["device"] == "a stand-in"
     assert written["failed"] == ["hangs", "raises", "dies"]
-    assert written["decided"]["hangs"] == "nothing: it hung for 2 s; measured: before, child"
+    assert written["decided"]["hangs"] == "nothing: it hung for 4 s; measured: before, child"
     assert written["decided"]["raises"] == "nothing: RuntimeError: CUDA failure 700"
     assert written["decided"]["dies"] == "nothing: its process ended with 9"
     assert written["decided"]["finds"] == "seven"
@@ -82,7 +82,7 @@ def test_a_session_ends_when_its_time_is_spent(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(session, "STOP_S", 0.2)
     monkeypatch.setattr(session, "LEAST_S", 0.5)
     out = tmp_path / "session.json"
-    assert session.run(DRY, out, 1.0, (Stage("hangs", 600.0, hangs), Stage("finds", 1.0, finds))) == 0
+    assert session.run(DRY, out, 4.0, (Stage("hangs", 600.0, hangs), Stage("finds", 1.0, finds))) == 0
     written = json.loads(out.read_text())
     assert written["decided"]["hangs"] == "cut off, the session's time is spent; measured: before, child"
     assert written["failed"] == []
